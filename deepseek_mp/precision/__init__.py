@@ -1,0 +1,27 @@
+"""What precision means: frozen values and rules, without torch and without a model."""
+
+from deepseek_mp.precision.decision import Decision, Reason
+from deepseek_mp.precision.formats import FORMATS, Format, find_format
+from deepseek_mp.precision.plan import PrecisionPlan, Rule
+from deepseek_mp.precision.recipe import RECIPES, Recipe, find_recipe
+from deepseek_mp.precision.roles import OPERANDS, Operand, Role
+from deepseek_mp.precision.scaling import GRANULARITIES, Granularity, ScaleRule
+
+__all__ = [
+    "FORMATS",
+    "GRANULARITIES",
+    "OPERANDS",
+    "RECIPES",
+    "Decision",
+    "Format",
+    "Granularity",
+    "Operand",
+    "PrecisionPlan",
+    "Reason",
+    "Recipe",
+    "Role",
+    "Rule",
+    "ScaleRule",
+    "find_format",
+    "find_recipe",
+]

@@ -1,0 +1,132 @@
+"""A recipe: the formats, granularity and scale rule of a unit's three products.
+
+A recipe has a short name and expands to plain data; wherever the package takes a recipe it takes
+either. The recipes of plain formats use one format for every operand of every product; the tensor
+that holds a parameter stays in FP32 whatever the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from deepseek_mp.errors import ConfigError, PlanError, explain
+from deepseek_mp.precision.checks import find, find_member, read_object, require, shown
+from deepseek_mp.precision.formats import FORMATS, Format, find_format
+from deepseek_mp.precision.roles import OPERANDS, Operand, Role
+from deepseek_mp.precision.scaling import TENSOR, Granularity, ScaleRule, find_granularity
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperandRecipe:
+    """How one operand of one product is represented; each value may be given by its name."""
+
+    format: Format
+    granularity: Granularity = TENSOR
+    rule: ScaleRule = ScaleRule.NONE
+    power_of_two: bool = False
+    """Round scales to powers of two, so that scaling itself is exact."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", find_format(self.format))
+        object.__setattr__(self, "granularity", find_granularity(self.granularity))
+        object.__setattr__(self, "rule", find_member("scale rule", ScaleRule, self.rule))
+        require("power_of_two", self.power_of_two, bool, "Pass True or False")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": self.format.name,
+            "granularity": self.granularity.name,
+            "rule": self.rule.value,
+            "power_of_two": self.power_of_two,
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> OperandRecipe:
+        return cls(**read_object("an operand", data, ("format", "granularity", "rule", "power_of_two")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleRecipe:
+    """How the two operands of one product are represented, in the order of `roles.OPERANDS`."""
+
+    left: OperandRecipe
+    right: OperandRecipe
+
+    def __post_init__(self) -> None:
+        require("left operand", self.left, OperandRecipe, "Pass OperandRecipe(format=...)")
+        require("right operand", self.right, OperandRecipe, "Pass OperandRecipe(format=...)")
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [self.left.to_json(), self.right.to_json()]
+
+    @classmethod
+    def from_json(cls, data: object) -> RoleRecipe:
+        if not isinstance(data, list | tuple) or len(data) != 2:
+            raise PlanError(explain(f"a product is {shown(data)}", "a list of its two operands", "List both of them"))
+        return cls(left=OperandRecipe.from_json(data[0]), right=OperandRecipe.from_json(data[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Formats + granularity + scale rule for the three products of a unit."""
+
+    name: str
+    fprop: RoleRecipe
+    dgrad: RoleRecipe
+    wgrad: RoleRecipe
+
+    def __post_init__(self) -> None:
+        require("recipe name", self.name, str, "Name the recipe")
+        for role in Role:
+            require(f"recipe part {role.value}", self.role(role), RoleRecipe, "Pass RoleRecipe(left=..., right=...)")
+
+    def role(self, role: Role) -> RoleRecipe:
+        """The representation of both operands of the product `role`."""
+        return {Role.FPROP: self.fprop, Role.DGRAD: self.dgrad, Role.WGRAD: self.wgrad}[role]
+
+    def operand(self, role: Role, operand: Operand) -> OperandRecipe:
+        """The representation of `operand` in the product `role`; `ConfigError` if it is not read there."""
+        left, right = OPERANDS[role]
+        if operand not in (left, right):
+            raise ConfigError(
+                explain(f"operand {operand!s} of {role!s}", f"{left}, {right}", "Ask for one that the product reads")
+            )
+        return self.role(role).left if operand == left else self.role(role).right
+
+    @property
+    def format(self) -> Format | None:
+        """The one format of all operands, or None when they differ."""
+        formats = {side.format for role in Role for side in (self.role(role).left, self.role(role).right)}
+        return formats.pop() if len(formats) == 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, **{role.value: self.role(role).to_json() for role in Role}}
+
+    @classmethod
+    def from_json(cls, data: object) -> Recipe:
+        roles = [role.value for role in Role]
+        values = read_object("a recipe", data, ("name", *roles))
+        return cls(name=values["name"], **{role: RoleRecipe.from_json(values[role]) for role in roles})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def uniform(format: Format) -> Recipe:
+    """The recipe that uses one unscaled format everywhere, named after it."""
+    side = OperandRecipe(format=format)
+    product = RoleRecipe(left=side, right=side)
+    return Recipe(name=format.name, fprop=product, dgrad=product, wgrad=product)
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {name: uniform(FORMATS[name]) for name in ("fp64", "fp32", "tf32", "hf32", "bf16", "fp16")}
+)
+
+
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of that name, or the recipe itself; `PlanError` names the known ones."""
+    return find("recipe", RECIPES, recipe)

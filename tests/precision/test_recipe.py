@@ -1,0 +1,116 @@
+"""Recipes: what they expand to, how they are found, written and read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from deepseek_mp.errors import ConfigError, FormatError, PlanError
+from deepseek_mp.precision import FORMATS, OPERANDS, RECIPES, Operand, Recipe, Role, ScaleRule, find_recipe
+from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
+from deepseek_mp.precision.scaling import BLOCK_1X128, BLOCK_128X128, ROW
+
+NARROW = OperandRecipe(format=FORMATS["fp8_e4m3"], granularity=BLOCK_1X128, rule=ScaleRule.CURRENT, power_of_two=True)
+WEIGHT = OperandRecipe(format=FORMATS["fp8_e4m3"], granularity=BLOCK_128X128, rule=ScaleRule.CURRENT)
+GRADIENT = OperandRecipe(format=FORMATS["fp8_e5m2"], granularity=ROW, rule=ScaleRule.DELAYED)
+MIXED = Recipe(
+    name="block",
+    fprop=RoleRecipe(left=NARROW, right=WEIGHT),
+    dgrad=RoleRecipe(left=GRADIENT, right=WEIGHT),
+    wgrad=RoleRecipe(left=GRADIENT, right=OperandRecipe(format=FORMATS["bf16"])),
+)
+
+
+@pytest.mark.parametrize("name", ["fp64", "fp32", "tf32", "hf32", "bf16", "fp16"])
+def test_plain_recipes_use_one_unscaled_format(name: str) -> None:
+    recipe = RECIPES[name]
+    assert (recipe.name, str(recipe), recipe.format) == (name, name, FORMATS[name])
+    for role, operands in OPERANDS.items():
+        for operand in operands:
+            assert recipe.operand(role, operand) == OperandRecipe(format=FORMATS[name])
+
+
+def test_operand_finds_the_side_that_the_product_reads() -> None:
+    found = {(role, operand): MIXED.operand(role, operand) for role, sides in OPERANDS.items() for operand in sides}
+    assert found == {
+        (Role.FPROP, Operand.INPUT): NARROW,
+        (Role.FPROP, Operand.WEIGHT): WEIGHT,
+        (Role.DGRAD, Operand.GRAD_OUTPUT): GRADIENT,
+        (Role.DGRAD, Operand.WEIGHT): WEIGHT,
+        (Role.WGRAD, Operand.GRAD_OUTPUT): GRADIENT,
+        (Role.WGRAD, Operand.INPUT): OperandRecipe(format=FORMATS["bf16"]),
+    }
+    assert MIXED.format is None
+
+
+def test_operand_refuses_a_tensor_that_the_product_does_not_read() -> None:
+    with pytest.raises(ConfigError, match=r"^operand input of dgrad\. Allowed: grad_output, weight\."):
+        MIXED.operand(Role.DGRAD, Operand.INPUT)
+
+
+def test_one_format_with_two_scale_rules_is_still_one_format() -> None:
+    side = RoleRecipe(left=NARROW, right=WEIGHT)
+    assert replace(MIXED, dgrad=side, wgrad=side).format == FORMATS["fp8_e4m3"]
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), MIXED], ids=str)
+def test_json_round_trip(recipe: Recipe) -> None:
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json(), allow_nan=False))) == recipe
+
+
+def test_values_may_be_given_by_name() -> None:
+    named: dict[str, Any] = {"format": "fp8_e5m2", "granularity": "row", "rule": "delayed"}
+    assert OperandRecipe(**named) == GRADIENT
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("format", "fp9", FormatError, r"^unknown format 'fp9'\."),
+        ("granularity", None, PlanError, r"^unknown granularity None\. Allowed: tensor, row"),
+        ("rule", "curent", PlanError, r"^unknown scale rule 'curent'\. .* Did you mean 'current'\?$"),
+        ("power_of_two", 1, PlanError, r"^power_of_two is 1\. Allowed: a value of type bool\."),
+    ],
+)
+def test_operand_refuses_what_it_cannot_hold(field: str, value: object, error: type[Exception], message: str) -> None:
+    values: dict[str, Any] = {"format": "bf16", field: value}
+    with pytest.raises(error, match=message):
+        OperandRecipe(**values)
+
+
+def test_parts_have_the_right_type() -> None:
+    with pytest.raises(PlanError, match=r"^right operand is 'bf16'\. Allowed: a value of type OperandRecipe\."):
+        RoleRecipe(left=NARROW, right="bf16")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"^recipe part wgrad is None\. Allowed: a value of type RoleRecipe\."):
+        replace(MIXED, wgrad=None)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"^recipe name is 7\. Allowed: a value of type str\."):
+        replace(MIXED, name=7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("product", [[], [NARROW.to_json()], [NARROW.to_json()] * 3, {"left": 1, "right": 2}, "ab", 2])
+def test_a_product_in_json_has_two_operands(product: object) -> None:
+    with pytest.raises(PlanError, match=r"^a product is .*\. Allowed: a list of its two operands\."):
+        Recipe.from_json({**MIXED.to_json(), "dgrad": product})
+
+
+def test_find_takes_a_name_or_a_recipe() -> None:
+    assert find_recipe("bf16") is RECIPES["bf16"]
+    assert find_recipe(MIXED) is MIXED
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("bf61", r"^unknown recipe 'bf61'\. Allowed: fp64, .*fp16\. Use one of these names\. Did you mean 'bf16'"),
+        ("fp8_e4m3", r"^unknown recipe 'fp8_e4m3'\."),
+        (None, r"^unknown recipe None\."),
+        (["bf16"], r"^unknown recipe \['bf16'\]\."),
+        (FORMATS["bf16"], r"^unknown recipe Format\("),
+    ],
+)
+def test_find_refuses_other_values(recipe: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        find_recipe(recipe)
