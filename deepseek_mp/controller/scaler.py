@@ -1,0 +1,216 @@
+"""The optimizer step as one transaction: unscale, check, clip, apply or skip, move the scale.
+
+PyTorch's scaler is five calls with a state machine between them, and most of its known faults are
+states in between: an exception after `unscale_` wedges it, clipping before it clips scaled numbers,
+a positional closure slips past its check. Here `step` is the whole transaction. Nothing is left
+half-done when it raises, and there is no order to get wrong.
+
+How a step is skipped without asking the device. Optimizers with a fused kernel read two tensors,
+`grad_scale` (divide the gradients by it) and `found_inf` (do nothing if it is 1). Unscaling, the
+mean over an accumulation window and the clipping factor are all divisions, so they fold into that one
+number: the gradients are read once for their norm and once by the optimizer. Any other optimizer
+needs the answer on the host, which waits for the device once per step; so does the first step of
+every optimizer, since a fused kernel that skips it would leave freshly allocated state unset.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deepseek_mp.controller.loss_scale import LossScalePolicy, make_policy
+from deepseek_mp.errors import ConfigError, LossScaleError, explain
+from deepseek_mp.ops import gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What `LossScaler.step` did. Tensors are 0-dim and may still be on their way on the device."""
+
+    nonfinite: Tensor
+    """float32: 1 if the step was skipped because something was not finite, else 0."""
+    grad_norm: Tensor
+    """L2 norm of the unscaled gradients, before clipping."""
+    scale: Tensor
+    """float32: the scale these gradients were computed with."""
+    status: str | None
+    """'applied', 'skipped' or 'no_grads'; None while only the device knows."""
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """`ConfigError` for an optimizer that must evaluate the model itself."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            explain(
+                f"optimizer {type(optimizer).__name__}, whose step needs a closure",
+                "optimizers that step on the gradients they are given",
+                "Use one of those, or run it in a loop of your own without loss scaling",
+            )
+        )
+
+
+class LossScaler:
+    """Scales the loss and steps optimizers, skipping a step whose gradients are not finite.
+
+    Example:
+        scaler = LossScaler("dynamic")
+        scaler.scale(loss).backward()
+        verdict = scaler.step(optimizer, max_grad_norm=1.0)
+
+    Several optimizers in one `step` are one group: all are applied or none is.
+
+    Args:
+        policy: 'dynamic', 'predictive', 'static', 'none', a number, or a LossScalePolicy.
+        device: where the gradients are; taken from the first loss when omitted.
+    """
+
+    def __init__(
+        self, policy: str | float | LossScalePolicy = "dynamic", *, device: torch.device | str | None = None
+    ) -> None:
+        self.policy = make_policy(policy)
+        self._steppable: set[int] = set()
+        self._scaled = False
+        if device is not None:
+            self.policy.to(torch.device(device))
+
+    def get_scale(self) -> float:
+        """The current scale as a number; waits for the device."""
+        return float(self.policy.scale)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the scale, in float32; call `backward` on the result."""
+        if self.policy.scale.device != loss.device:
+            self.policy.to(loss.device)
+        self._scaled = True
+        return loss if self.policy.name == "none" else loss * self.policy.scale
+
+    def step(
+        self,
+        *optimizers: Optimizer,
+        max_grad_norm: float | None = None,
+        divisor: Tensor | None = None,
+        nonfinite: Tensor | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> Verdict:
+        """Apply or skip one step of the optimizers, and move the scale.
+
+        Args:
+            max_grad_norm: clip the L2 norm of all unscaled gradients to this.
+            divisor: 0-dim; the gradients are also divided by it (a window's total weight).
+            nonfinite: 0-dim; 1 skips the step whatever the gradients are (a loss that was not finite).
+            before: called on the unscaled gradients, before they are checked, clipped and applied.
+
+        Raises:
+            LossScaleError: the loss of this step was not scaled by `scale`.
+            ConfigError: an argument that is not an Optimizer (a closure, for instance).
+        """
+        self._check_call(optimizers)
+        params = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return self._without_gradients()
+        grads = gradients.gradient_views(params)
+        used = self.policy.scale.clone()
+        total = self._total(used, divisor)
+        if before is not None:
+            if total is not None:
+                gradients.multiply_(grads, total.reciprocal())
+                total = None
+            before()
+            grads = gradients.gradient_views(params)
+        norm = gradients.l2_norm(grads)
+        amax = gradients.largest_magnitude(grads) * used if self.policy.needs_amax else None
+        bad = torch.isfinite(norm).logical_not_().to(torch.float32).to(used.device, non_blocking=True)
+        if nonfinite is not None:
+            bad = torch.maximum(bad, nonfinite)
+        if total is not None:
+            norm = norm / total
+            amax = None if amax is None else amax / total
+        status = self._apply(optimizers, params, grads, _with_clipping(total, norm, max_grad_norm), bad)
+        self._scaled = False
+        self.policy.update(bad, amax)
+        return Verdict(nonfinite=bad, grad_norm=norm, scale=used, status=status)
+
+    def _total(self, scale: Tensor, divisor: Tensor | None) -> Tensor | None:
+        """All that the gradients carry: the scale and the divisor. None when that is one."""
+        if self.policy.name == "none":
+            return divisor
+        return scale if divisor is None else scale * divisor
+
+    def _check_call(self, optimizers: Sequence[Any]) -> None:
+        if not optimizers or not all(isinstance(o, Optimizer) for o in optimizers):
+            given = ", ".join(type(o).__name__ for o in optimizers) or "nothing"
+            raise ConfigError(
+                explain(f"step({given})", "one or more torch.optim.Optimizer", "Closures are not supported: pass only optimizers")
+            )
+        for optimizer in optimizers:
+            check_optimizer(optimizer)
+        if not self._scaled and self.policy.name != "none":
+            raise LossScaleError(
+                explain(
+                    "step() without a scaled loss since the last step",
+                    "scaler.scale(loss).backward(), then one scaler.step(...)",
+                    "Call backward on scaler.scale(loss), and step once per window with all optimizers in one call",
+                )
+            )
+
+    def _without_gradients(self) -> Verdict:
+        self._scaled = False
+        zero = torch.zeros((), device=self.policy.scale.device)
+        return Verdict(nonfinite=zero, grad_norm=zero, scale=self.policy.scale.clone(), status="no_grads")
+
+    def _apply(
+        self,
+        optimizers: Sequence[Optimizer],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        total: Tensor | None,
+        bad: Tensor,
+    ) -> str | None:
+        """Step the optimizers unless `bad`; None when only the device knows whether they were."""
+        fused = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
+        ids = {id(p) for p in params}
+        waits = bad.device.type == "cpu" or not fused or not ids <= self._steppable
+        if waits and bool(bad):
+            return "skipped"
+        if total is not None and not fused:
+            gradients.multiply_(grads, total.reciprocal())
+        for optimizer in optimizers:
+            if fused:
+                _fused_step(optimizer, total, None if waits else bad)
+            else:
+                optimizer.step()
+        self._steppable |= ids
+        return "applied" if waits else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The policy's state as JSON values. Complete at any time: a step leaves nothing in between."""
+        return self.policy.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over a saved state; `LossScaleError` (nothing changed) if it is not valid."""
+        self.policy.load_state_dict(saved)
+
+
+def _with_clipping(total: Tensor | None, norm: Tensor, max_grad_norm: float | None) -> Tensor | None:
+    """`total` divided by the clipping factor min(1, max_grad_norm / norm)."""
+    if max_grad_norm is None:
+        return total
+    excess = torch.clamp(norm / max_grad_norm, min=1.0).to(torch.float32)
+    return excess if total is None else total * excess
+
+
+def _fused_step(optimizer: Optimizer, total: Tensor | None, found_inf: Tensor | None) -> None:
+    """Step with the two tensors that fused kernels read; they are removed again whatever happens."""
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = total, found_inf
+    try:
+        optimizer.step()
+    finally:
+        del fused.grad_scale, fused.found_inf
