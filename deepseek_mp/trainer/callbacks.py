@@ -1,0 +1,44 @@
+"""Hooks into a fit: override what you need, every method does nothing by default.
+
+A callback may also define `state_dict()` (JSON values) and `load_state_dict(state)`; they are then
+part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deepseek_mp.trainer.result import FitResult, StepFacts
+
+if TYPE_CHECKING:
+    from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+
+
+class Callback:
+    """Base of callbacks."""
+
+    def on_fit_start(self, trainer: MixedPrecisionTrainer) -> None:
+        """Before the first batch, after a resume."""
+
+    def on_gradients(self, trainer: MixedPrecisionTrainer) -> None:
+        """The gradients of a full window are ready: unscaled, not yet checked, clipped or applied.
+
+        Overriding this costs one more pass over the gradients.
+        """
+
+    def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
+        """A window's outcome is known; on an accelerator that is during the next window."""
+
+    def on_skip(self, trainer: MixedPrecisionTrainer, facts: StepFacts, batches: list[tuple[int, Any]]) -> None:
+        """A step was skipped; `batches` are its (index within the epoch, batch) pairs, as loaded."""
+
+    def on_epoch_end(self, trainer: MixedPrecisionTrainer, epoch: int, metrics: dict[str, Any]) -> None:
+        """An epoch and its validation are done; `metrics` is its entry of the history."""
+
+    def on_fit_end(self, trainer: MixedPrecisionTrainer, result: FitResult) -> None:
+        """After the last step, also of a resumed run that had nothing left to do."""
+
+
+def overrides(callback: Callback, method: str) -> bool:
+    """Whether the callback's class defines `method` itself."""
+    return getattr(type(callback), method) is not getattr(Callback, method)

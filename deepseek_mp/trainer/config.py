@@ -1,0 +1,84 @@
+"""The trainer's settings, checked once at construction."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deepseek_mp.errors import ConfigError, explain, suggest
+from deepseek_mp.precision import PrecisionPlan, Recipe
+
+MODES = ("auto", "fp32", "tf32", "hf32", "bf16", "fp16")
+Compile = Literal[False, True, "regional"]
+
+
+def _refuse(name: str, value: object, allowed: str, change: str | None = None) -> ConfigError:
+    return ConfigError(explain(f"{name}={value!r}", allowed, change or f"Change {name}"))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Settings of a `MixedPrecisionTrainer` that are plain values; see its docstring for each."""
+
+    precision_mode: str | PrecisionPlan = "auto"
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float | None = None
+    ema_decay: float | None = None
+    pin: Mapping[str, str | Recipe] | None = None
+    emulate: bool = False
+    compile: Compile = False
+    seed: int | None = None
+    max_skipped_steps: int = 25
+    checkpoint_every: int | None = None
+    monitor_every: int = 500
+
+    def __post_init__(self) -> None:
+        self._check_mode()
+        if not _is_count(self.gradient_accumulation_steps):
+            raise _refuse("gradient_accumulation_steps", self.gradient_accumulation_steps, "a whole number from 1")
+        if self.max_grad_norm is not None and not _is_positive(self.max_grad_norm):
+            raise _refuse("max_grad_norm", self.max_grad_norm, "None or a finite number above 0")
+        if self.ema_decay is not None and not (_is_positive(self.ema_decay) and self.ema_decay < 1):
+            raise _refuse("ema_decay", self.ema_decay, "None or a number between 0 and 1")
+        if self.pin is not None and not isinstance(self.pin, Mapping):
+            raise _refuse("pin", self.pin, "a mapping of name patterns to recipes, {'*.norm*': 'fp32'}")
+        if self.compile not in (False, True, "regional"):
+            raise _refuse("compile", self.compile, "False, True, 'regional'")
+        for name in ("max_skipped_steps", "monitor_every"):
+            if not _is_count(getattr(self, name)):
+                raise _refuse(name, getattr(self, name), "a whole number from 1")
+        if self.checkpoint_every is not None and not _is_count(self.checkpoint_every):
+            raise _refuse("checkpoint_every", self.checkpoint_every, "None or a whole number of steps from 1")
+
+    def _check_mode(self) -> None:
+        mode = self.precision_mode
+        if isinstance(mode, PrecisionPlan) or mode in MODES:
+            return
+        hint = suggest(mode, MODES) if isinstance(mode, str) else ""
+        allowed = f"{', '.join(map(repr, MODES))} or a PrecisionPlan"
+        raise _refuse("precision_mode", mode, allowed, f"Use one of these.{hint}")
+
+
+def check_single_process(environment: Mapping[str, str] | None = None, *, initialised: bool = False) -> None:
+    """`ConfigError` when this is one of several processes of a distributed run."""
+    env: Mapping[str, Any] = os.environ if environment is None else environment
+    size = env.get("WORLD_SIZE", "1")
+    if initialised or (size.isdigit() and int(size) > 1):
+        raise ConfigError(
+            explain(
+                f"a run of more than one process (WORLD_SIZE={size})",
+                "one process on one device",
+                "Start the script without torchrun; distributed training is not part of this release",
+            )
+        )

@@ -1,0 +1,494 @@
+"""`MixedPrecisionTrainer`: wires plan, scaler, monitor, records and checkpoints around a loop.
+
+The trainer decides nothing about numbers itself. The plan comes from the user or from timings
+(`auto.py`), the step is a transaction (`step.py`), the state is files (`checkpoint.py`); this file says
+in which order they are called.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from deepseek_mp import backends
+from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale, make_policy
+from deepseek_mp.controller.scaler import LossScaler
+from deepseek_mp.costs import CostCache
+from deepseek_mp.errors import ConfigError, LoaderError, explain
+from deepseek_mp.monitor import PrecisionMonitor
+from deepseek_mp.nn import apply, revert, units
+from deepseek_mp.nn import call as calls
+from deepseek_mp.nn.loss import LossFn
+from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
+from deepseek_mp.trainer.auto import choose_plan
+from deepseek_mp.trainer.callbacks import Callback, overrides
+from deepseek_mp.trainer.compile import compiled_forward
+from deepseek_mp.trainer.config import Compile, TrainerConfig, check_single_process
+from deepseek_mp.trainer.ema import WeightAverage
+from deepseek_mp.trainer.evaluation import Metric, evaluate
+from deepseek_mp.trainer.position import LoaderPosition
+from deepseek_mp.trainer.progress import Progress
+from deepseek_mp.trainer.recording import Recorder
+from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
+from deepseek_mp.trainer.resume import restore, save
+from deepseek_mp.trainer.setup import choose_device, make_optimizer, make_scheduler, seed_everything
+from deepseek_mp.trainer.step import Region, Stepper
+from deepseek_mp.trainer.window import Window
+
+log = logging.getLogger("deepseek_mp")
+
+
+class MixedPrecisionTrainer:
+    """Trains a model in the best precision for the device, safely, and says what it did and why.
+
+    Example:
+        trainer = MixedPrecisionTrainer(model, precision_mode="auto")
+        result = trainer.fit(train_loader, epochs=10)
+
+    Args:
+        model: any `nn.Module` with FP32 parameters. It is converted in place and moved to the device.
+        precision_mode: 'auto' measures on the first batch and keeps the fastest that does not lose to
+            FP32; 'fp32', 'tf32', 'hf32', 'bf16', 'fp16' are obeyed; or a `PrecisionPlan`.
+        loss_scale_policy: 'dynamic', 'predictive', 'static', 'none', a number, or a `LossScalePolicy`.
+            In force only where the plan has fp16; otherwise the scale is 1.
+        loss_fn: (output, target) -> scalar loss, or (scalar, number of items it is the mean of).
+            None: the output's own `loss`, else inferred from the target's dtype, and logged.
+        optimizer: an Optimizer, or parameters -> Optimizer. None: AdamW with lr 1e-3, fused.
+        scheduler: an LRScheduler, or optimizer -> LRScheduler. Advances on applied steps only.
+        gradient_accumulation_steps: micro-batches per optimizer step; exact for unequal ones.
+        max_grad_norm: clips the L2 norm of the unscaled gradients, taken in FP32.
+        ema_decay: keep an exponential average of the weights, used by `evaluate`.
+        pin: name pattern -> recipe, rules before all others: {'*.norm*': 'fp32'}.
+        emulate: allow formats that the device has no units for, where PyTorch can run them.
+        compile: True compiles the model, 'regional' its repeated blocks.
+        device: where to train; None: where the model is if that is an accelerator, else the best here.
+        seed: seeds Python's, NumPy's and PyTorch's generators.
+        run_dir: folder for records and checkpoints; None writes nothing.
+        callbacks: `Callback` objects.
+        max_skipped_steps: skipped steps in a row after which training stops with `NonFiniteError`.
+        checkpoint_every: applied or skipped steps between checkpoints; None: once per epoch.
+        monitor_every: steps between two that `monitor` counts.
+        progress: show a progress bar; None: only on a terminal.
+
+    Raises:
+        ConfigError, PlanError, FormatError: an argument does not fit, the model is as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precision_mode: str | PrecisionPlan = "auto",
+        loss_scale_policy: str | float | LossScalePolicy = "dynamic",
+        *,
+        loss_fn: LossFn | None = None,
+        optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        scheduler: Any = None,
+        gradient_accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        pin: Mapping[str, str | Recipe] | None = None,
+        emulate: bool = False,
+        compile: Compile = False,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        run_dir: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        max_skipped_steps: int = 25,
+        checkpoint_every: int | None = None,
+        monitor_every: int = 500,
+        progress: bool | None = None,
+    ) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        check_single_process(initialised=distributed and torch.distributed.get_world_size() > 1)
+        self.config = TrainerConfig(
+            precision_mode=precision_mode,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            max_grad_norm=max_grad_norm,
+            ema_decay=ema_decay,
+            pin=pin,
+            emulate=emulate,
+            compile=compile,
+            seed=seed,
+            max_skipped_steps=max_skipped_steps,
+            checkpoint_every=checkpoint_every,
+            monitor_every=monitor_every,
+        )
+        self._policy = make_policy(loss_scale_policy)
+        self._loss_fn = loss_fn
+        self.callbacks = _checked(callbacks)
+        self._progress = progress
+        self.device = choose_device(model, device)
+        self.capabilities = backends.capabilities(self.device)
+        self.model = model
+        self._plan = self._requested_plan()
+        if self._plan is not None:
+            self._plan = self._apply(self._plan)
+        try:
+            seed_everything(seed)
+            model.to(self.device)
+            self.optimizer = make_optimizer(optimizer, model)
+            self.scheduler = make_scheduler(scheduler, self.optimizer)
+        except BaseException:
+            revert(model)
+            raise
+        self.monitor = PrecisionMonitor(model, sample_every=None)
+        self.ema = None if ema_decay is None else WeightAverage(model, ema_decay)
+        self.scaler = LossScaler(NoLossScale(), device=self.device)
+        self.position = LoaderPosition(self.device)
+        self.recorder = Recorder(run_dir, self)
+        self.steps_attempted = 0
+        self.steps_applied = 0
+        self.history: list[dict[str, Any]] = []
+        self.loader: Any = None
+        self._stepper: Stepper | None = None
+        if self._plan is not None:
+            self._install(self._plan)
+
+    # -- the plan -------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """The plan in force, with one decision per layer.
+
+        Raises:
+            ConfigError: with 'auto', before the first batch has been seen.
+        """
+        if self._plan is None:
+            raise ConfigError(
+                explain(
+                    "plan before anything was measured", "reading it after the first step", "Call fit or step first"
+                )
+            )
+        return self._plan
+
+    def _requested_plan(self) -> PrecisionPlan | None:
+        """The plan that the arguments name, or None if it has to be measured."""
+        mode, pin = self.config.precision_mode, self.config.pin or {}
+        if isinstance(mode, PrecisionPlan):
+            return mode.with_pins(pin)
+        if mode == "auto":
+            PrecisionPlan.of("fp32", pin).check_names(units(self.model))
+            return None
+        return PrecisionPlan.of(mode, pin)
+
+    def _apply(self, plan: PrecisionPlan) -> PrecisionPlan:
+        return apply(self.model, plan, emulate=self.config.emulate, capabilities=self.capabilities)
+
+    def _measure(self, batch: Any) -> PrecisionPlan:
+        """Choose the plan by timing the first batch."""
+        moved = calls.move(calls.parse_batch(batch), self.device)
+        with Progress(self._progress) as shown:
+            return choose_plan(
+                self.model,
+                lambda: calls.run(self.model, moved, self._loss_fn).loss,
+                device=self.device,
+                capabilities=self.capabilities,
+                pins=self.config.pin or {},
+                compiled=bool(self.config.compile),
+                cache=CostCache(),
+                progress=shown.stage,
+            )
+
+    def _install(self, plan: PrecisionPlan) -> None:
+        """Build everything that depends on the plan, which the model was converted to."""
+        self._plan = plan
+        if "fp16" in plan.formats:
+            self.scaler = LossScaler(self._policy, device=self.device)
+            if "fp16" in self.capabilities.flushes_subnormals:
+                # The lowest 10 binades of fp16 are lost: what must stay representable moves up by as much.
+                self._policy.raise_floor(self._policy.floor * 2.0**10)
+        wants_gradients = any(overrides(c, "on_gradients") for c in self.callbacks)
+        self._stepper = Stepper(
+            self.model,
+            forward=compiled_forward(self.model, self.config.compile),
+            loss_fn=self._loss_fn,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            region=Region(plan, self.device, search=True),
+            device=self.device,
+            accumulation=self.config.gradient_accumulation_steps,
+            max_grad_norm=self.config.max_grad_norm,
+            max_skipped=self.config.max_skipped_steps,
+            monitor=self.monitor,
+            monitor_every=self.config.monitor_every,
+            finished=self._finished,
+            before=self._show_gradients if wants_gradients else None,
+        )
+        self.recorder.plan(plan)
+
+    @property
+    def stepper(self) -> Stepper:
+        """The machinery of a step; there is one once a plan is in force."""
+        assert self._stepper is not None, "plan is read before, and raises without one"
+        return self._stepper
+
+    def check_scaler(self, saved_plan: PrecisionPlan, saved: Mapping[str, Any]) -> None:
+        """`LossScaleError` if a checkpoint's loss-scale state cannot continue here."""
+        plan = saved_plan if self._plan is None else self._plan
+        if "fp16" in plan.formats and saved["policy"] != NoLossScale.name:
+            deepcopy(self._policy).load_state_dict(saved)
+
+    def adopt_plan(self, saved_plan: PrecisionPlan, saved_scale: Mapping[str, Any]) -> Stepper:
+        """Continue with a checkpoint's plan where this run would have measured one.
+
+        A precision that this run names itself is kept: resuming is how a run changes it on purpose.
+        """
+        if self._plan is None:
+            resumed = replace(saved_plan, decisions=tuple(_resumed(d) for d in saved_plan.decisions))
+            self._install(self._apply(resumed))
+        elif self._plan.digest != saved_plan.digest:
+            log.warning("resumed with plan %s; the checkpoint had %s", self._plan.base, saved_plan.base)
+        if saved_scale["policy"] == self.scaler.policy.name:
+            self.scaler.load_state_dict(saved_scale)
+        else:
+            log.warning("the precision changed, so the loss scale starts anew (it was %s)", saved_scale)
+        return self.stepper
+
+    def _ready(self, batch: Any) -> Stepper:
+        if self._stepper is None:
+            self.model.train()
+            self._install(self._apply(self._measure(batch)))
+        return self.stepper
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def step(self, batch: Any, *, close: bool | None = None) -> StepResult:
+        """Train on one micro-batch; the optimizer steps when the accumulation window is full.
+
+        Args:
+            batch: a tensor, an (input, target) pair, or a mapping of keyword arguments.
+            close: True steps the optimizer now, False not yet; None: when the window is full.
+
+        Returns:
+            A lazy result. On an accelerator, reading it waits until the device has done the step.
+
+        Raises:
+            BatchError: the batch or the loss has a form that cannot be trained on.
+            NonFiniteError: too many steps in a row were skipped.
+        """
+        self.model.train()
+        stepper = self._ready(batch)
+        return stepper.run(batch, index=max(self.position.batch - 1, 0), close=close)
+
+    def settle(self) -> None:
+        """Wait for the last step's outcome and act on it (scheduler, average, records)."""
+        if self._stepper is not None:
+            self._stepper.settle()
+
+    def _finished(self, facts: StepFacts, window: Window) -> None:
+        """A window is settled: advance what advances with it, and tell everyone."""
+        self.steps_attempted += 1
+        if facts.status == "applied":
+            self.steps_applied += 1
+            if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step()
+            if self.ema is not None:
+                self.ema.update()
+        self.recorder.step(facts, window)
+        for callback in self.callbacks:
+            callback.on_step(self, facts)
+            if facts.status == "skipped":
+                callback.on_skip(self, facts, [(entry.index, entry.batch) for entry in window.entries])
+
+    def _show_gradients(self) -> None:
+        for callback in self.callbacks:
+            callback.on_gradients(self)
+
+    # -- fit ------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        epochs: int = 1,
+        *,
+        max_steps: int | None = None,
+        val_loader: Iterable[Any] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        resume: str | Path | None = None,
+    ) -> FitResult:
+        """Train until the whole run has seen `epochs` epochs or `max_steps` applied steps.
+
+        Args:
+            train_loader: an iterable of batches, with or without a length; iterated once per epoch.
+            epochs: of the whole run: resumed after one epoch, `epochs=2` trains one more.
+            max_steps: applied optimizer steps of the whole run.
+            val_loader: evaluated after each epoch.
+            metrics: name -> (output, target) -> scalar tensor, the mean over a batch.
+            resume: a run directory, a folder of checkpoints, or one checkpoint; the newest that
+                verifies is loaded.
+
+        Raises:
+            LoaderError: the loader gave no batch.
+            CheckpointError: nothing to resume from, or it is of another model.
+            NonFiniteError: too many steps in a row were skipped.
+        """
+        for name, value in (("epochs", epochs), ("max_steps", max_steps)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ConfigError(explain(f"{name}={value!r}", "a whole number from 0", f"Change {name}"))
+        started = time.monotonic()
+        self.loader = train_loader
+        if resume is not None:
+            restore(self, Path(resume))
+        with self.recorder, Progress(self._progress) as shown, self._unfinished_discarded():
+            for callback in self.callbacks:
+                callback.on_fit_start(self)
+            while self.position.epoch < epochs and not self._reached(max_steps):
+                self._epoch(train_loader, epochs, max_steps, shown)
+                if self.position.batch == 0:  # the epoch is complete, not stopped by max_steps
+                    self._end_epoch(val_loader, metrics)
+            result = self._result(time.monotonic() - started)
+            for callback in self.callbacks:
+                callback.on_fit_end(self, result)
+        return result
+
+    @contextmanager
+    def _unfinished_discarded(self) -> Iterator[None]:
+        """Whatever ends a fit early leaves no half-accumulated window behind."""
+        try:
+            yield
+        except BaseException:
+            if self._stepper is not None:
+                self._stepper.abandon()
+            raise
+
+    def _epoch(self, loader: Iterable[Any], epochs: int, max_steps: int | None, shown: Progress) -> None:
+        """The rest of an epoch, or of `max_steps`; windows never cross its end."""
+        began, first = time.monotonic(), self.position.batch
+        shown.epoch(self.position.epoch, epochs, len(loader) if isinstance(loader, Sized) else None)
+        self.recorder.start_epoch()
+        seen = 0
+        for _, batch in self.position.batches(loader):
+            self.step(batch)
+            seen += 1
+            shown.advance(self)
+            self._checkpoint_if_due()
+            if self._reached(max_steps):
+                self.settle()
+                return
+        if not seen and not first:
+            raise LoaderError(
+                explain(
+                    f"a loader that gave no batch in epoch {self.position.epoch}",
+                    "a loader that can be iterated once per epoch and has data",
+                    "Check the data set and drop_last; a generator is used up after one epoch",
+                )
+            )
+        stepper = self._stepper
+        if stepper is not None and stepper.window.micro_batches:
+            stepper.close()
+        self.settle()
+        self.history.append({"epoch": self.position.epoch, **self.recorder.epoch_summary(time.monotonic() - began)})
+        self.position.next_epoch()
+
+    def _end_epoch(self, val_loader: Iterable[Any] | None, metrics: Mapping[str, Metric] | None) -> None:
+        entry = self.history[-1]
+        if val_loader is not None:
+            entry |= {f"val_{name}": value for name, value in self.evaluate(val_loader, metrics=metrics).items()}
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(entry.get("val_loss", entry["loss"]))
+        self.recorder.epoch(entry)
+        for callback in self.callbacks:
+            callback.on_epoch_end(self, entry["epoch"], entry)
+        if self.recorder.run_dir is not None:
+            self.save(self.recorder.run_dir)
+
+    def _reached(self, max_steps: int | None) -> bool:
+        """Whether `max_steps` steps are applied; waits for the device only when that may be so."""
+        if max_steps is None:
+            return False
+        pending = 1 if self._stepper is not None and self._stepper.unsettled else 0
+        if self.steps_applied + pending >= max_steps:
+            self.settle()
+        return self.steps_applied >= max_steps
+
+    def _checkpoint_if_due(self) -> None:
+        every, stepper = self.config.checkpoint_every, self._stepper
+        if every is None or self.recorder.run_dir is None or stepper is None or stepper.window.micro_batches:
+            return
+        if stepper.windows_opened % every == 0:
+            self.save(self.recorder.run_dir)
+
+    def _result(self, seconds: float) -> FitResult:
+        return FitResult(
+            epochs=self.position.epoch,
+            steps_attempted=self.steps_attempted,
+            steps_applied=self.steps_applied,
+            loss=self.history[-1]["loss"] if self.history else self.recorder.running_loss,
+            plan=self._plan if self._plan is not None else PrecisionPlan.of("fp32", self.config.pin),
+            history=tuple(self.history),
+            seconds=seconds,
+        )
+
+    # -- without training -----------------------------------------------------------------------
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Eval mode without gradients, in the plan's region, with averaged weights if there are any."""
+        self.settle()
+        training = self.model.training
+        region = Region(self._plan or PrecisionPlan.of("fp32"), self.device, search=False)
+        averaged = nullcontext() if self.ema is None else self.ema.applied()
+        self.model.eval()
+        try:
+            with torch.no_grad(), averaged, region.flags(), region.autocast():
+                yield
+        finally:
+            self.model.train(training)
+
+    def evaluate(self, loader: Iterable[Any], *, metrics: Mapping[str, Metric] | None = None) -> dict[str, float]:
+        """Mean loss and metrics over a loader: {'loss': ..., name: ...}.
+
+        Args:
+            loader: batches as for `fit`.
+            metrics: name -> (output, target) -> scalar tensor, the mean over a batch.
+
+        Raises:
+            LoaderError: the loader gave no batch.
+        """
+        with self._inference():
+            return evaluate(self.model, loader, self._loss_fn, metrics or {}, self.device)
+
+    def predict(self, batch: Any) -> Any:
+        """The model's output for one batch (its target, if any, is ignored), on the device."""
+        call = calls.move(calls.parse_batch(batch), self.device)
+        with self._inference():
+            return self.model(*call.args, **call.kwargs)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a verified checkpoint under `path` and return its folder.
+
+        It holds everything a bit-identical continuation needs; `model.safetensors` in it loads into the
+        plain model without this package.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are untouched.
+        """
+        if self._plan is None:
+            raise ConfigError(explain("save before the first step", "saving a run whose plan is known", "Train first"))
+        self.settle()
+        return save(self, Path(path))
+
+
+def _resumed(decision: Decision) -> Decision:
+    evidence = {"first_reason": decision.reason.value, **decision.evidence}
+    return replace(decision, reason=Reason.RESUMED, evidence=evidence)
+
+
+def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                explain(f"callbacks with {callback!r}", "objects of deepseek_mp.Callback", "Subclass Callback")
+            )
+    return tuple(callbacks)

@@ -1,0 +1,119 @@
+"""What a step and a whole fit report.
+
+A `StepResult` is lazy: on an accelerator the outcome of a step is known only when the device has
+done it, and asking waits for that. A loop that never asks never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.precision import PrecisionPlan
+
+Status = Literal["applied", "accumulated", "skipped", "no_grads"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """The outcome of one call of `step`, on the host."""
+
+    status: Status
+    """'applied': the optimizer stepped. 'accumulated': the window is not full yet. 'skipped':
+    something was not finite, or the batch was empty, and everything is as it was. 'no_grads': no
+    parameter of the optimizer received a gradient."""
+    reason: str = ""
+    """Why a step was not applied; empty when it was."""
+    loss: float = float("nan")
+    """Mean loss over the items of the window (of the micro-batch, when accumulated)."""
+    scale: float = 1.0
+    """The loss scale the gradients were computed with."""
+    grad_norm: float | None = None
+    """L2 norm of the unscaled gradients before clipping; None when there was no step."""
+    first_bad_module: str | None = None
+    """For a skipped step, the first module that produced a non-finite value when it was replayed."""
+
+
+class StepResult:
+    """Lazy view of `StepFacts`: reading any field waits for the device to finish the step."""
+
+    def __init__(self, read: Callable[[], StepFacts]) -> None:
+        self._read = read
+
+    @property
+    def facts(self) -> StepFacts:
+        """All fields at once."""
+        return self._read()
+
+    @property
+    def status(self) -> Status:
+        return self.facts.status
+
+    @property
+    def reason(self) -> str:
+        return self.facts.reason
+
+    @property
+    def loss(self) -> float:
+        return self.facts.loss
+
+    @property
+    def scale(self) -> float:
+        return self.facts.scale
+
+    @property
+    def grad_norm(self) -> float | None:
+        return self.facts.grad_norm
+
+    @property
+    def first_bad_module(self) -> str | None:
+        return self.facts.first_bad_module
+
+    def __repr__(self) -> str:
+        return f"StepResult({self.facts!r})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What `fit` did."""
+
+    epochs: int
+    """Epochs finished over the whole run, resumed parts included."""
+    steps_attempted: int
+    steps_applied: int
+    loss: float
+    """Mean training loss of the last epoch, over its applied steps."""
+    plan: PrecisionPlan
+    history: tuple[dict[str, Any], ...] = field(default=())
+    """Per epoch: 'epoch', 'loss', 'seconds', 'skipped', and the validation metrics as 'val_<name>'."""
+    seconds: float = 0.0
+
+
+class HostCopy:
+    """A few 0-dim tensors of one device, on their way to the host; `read` waits for them."""
+
+    def __init__(self, values: Sequence[Tensor]) -> None:
+        home = values[0].device
+        stacked = torch.stack([v.detach().to(home, torch.float32, non_blocking=True) for v in values])
+        self._event = None
+        if home.type == "cpu":
+            self._host = stacked
+            return
+        module = torch.get_device_module(home)
+        if not hasattr(module, "Event") or home.type == "mps":  # mps has no pinned host memory
+            self._host = stacked
+            return
+        self._host = torch.empty(len(values), pin_memory=True)
+        self._host.copy_(stacked, non_blocking=True)
+        self._event = module.Event()
+        self._event.record()
+
+    def read(self) -> list[float]:
+        """The values as Python numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [float(v) for v in self._host.tolist()]

@@ -1,0 +1,160 @@
+"""A trainer's state as tensors and JSON values, and back: keyed by parameter name, never by order.
+
+PyTorch's optimizers number their parameters, so a changed order swaps the moments of two layers
+without a word, and loading casts a state to its parameter's format. Here every entry carries the
+name of its parameter, and is loaded in the format it was saved in or not at all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepseek_mp.errors import CheckpointError, explain
+
+Tensors = dict[str, Tensor]
+
+
+def model_tensors(model: nn.Module) -> Tensors:
+    """Parameters and persistent buffers by name; tied ones under each of their names."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def transient_buffers(model: nn.Module) -> Tensors:
+    """The buffers that `state_dict` leaves out; training may change them all the same."""
+    kept = model.state_dict()
+    return {name: b for name, b in model.named_buffers() if name not in kept}
+
+
+def _mismatch(what: str, saved: object, here: object) -> CheckpointError:
+    return CheckpointError(
+        explain(
+            f"checkpoint with {what} {saved}, but the one here has {here}",
+            "a checkpoint of the same model and optimizer",
+            "Build the run as it was when the checkpoint was written",
+        )
+    )
+
+
+def check_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """`CheckpointError` unless names, shapes and dtypes are those of `model`."""
+    here = model_tensors(model)
+    if here.keys() != saved.keys():
+        raise _mismatch("tensors", sorted(saved.keys() - here.keys())[:5], sorted(here.keys() - saved.keys())[:5])
+    for name, tensor in here.items():
+        got, want = saved[name], tensor
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise _mismatch(name, f"{tuple(got.shape)} {got.dtype}", f"{tuple(want.shape)} {want.dtype}")
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, saved: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Copy checked tensors into the model's own, which keep identity, ties and memory format."""
+    for name, tensor in model_tensors(model).items():
+        tensor.copy_(saved[name])
+    for name, buffer in transient_buffers(model).items():
+        if name in buffers and buffers[name].shape == buffer.shape:
+            buffer.copy_(buffers[name])
+
+
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
+    """id of each parameter of the optimizer -> its name; those outside the model by position."""
+    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    for g, group in enumerate(optimizer.param_groups):
+        for i, param in enumerate(group["params"]):
+            names.setdefault(id(param), f"optimizer.{g}.{i}")
+    return names
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
+    """The optimizer's state: tensors as 'parameter/key', and groups and plain values as JSON."""
+    names = parameter_names(model, optimizer)
+    tensors: Tensors = {}
+    values: dict[str, Any] = {}
+    for param, entry in optimizer.state.items():
+        for key, value in entry.items():
+            place = f"{names[id(param)]}/{key}"
+            if isinstance(value, Tensor):
+                tensors[place] = value
+            else:
+                values[place] = value
+    groups = [
+        {
+            "params": [names[id(p)] for p in group["params"]],
+            "options": {k: _option(v) for k, v in group.items() if k != "params"},
+        }
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"type": type(optimizer).__name__, "groups": groups, "values": values}
+
+
+def _option(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def check_optimizer(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
+) -> None:
+    """`CheckpointError` unless type, parameter names per group, and state shapes fit."""
+    if saved["type"] != type(optimizer).__name__:
+        raise _mismatch("optimizer", saved["type"], type(optimizer).__name__)
+    names = parameter_names(model, optimizer)
+    here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    there = [group["params"] for group in saved["groups"]]
+    if [sorted(g) for g in here] != [sorted(g) for g in there]:
+        raise _mismatch("parameter groups", [len(g) for g in there], [len(g) for g in here])
+    params = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    for place, tensor in tensors.items():
+        shape = params[place.rsplit("/", 1)[0]].shape
+        if tensor.ndim == len(shape) and tensor.ndim and tensor.shape != shape:
+            raise _mismatch(f"optimizer state {place} of shape", tuple(tensor.shape), tuple(shape))
+
+
+@torch.no_grad()
+def load_optimizer(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
+) -> None:
+    """Put a checked state into the optimizer: exact values and dtypes, the parameter's memory format."""
+    names = parameter_names(model, optimizer)
+    by_param: dict[str, dict[str, Any]] = defaultdict(dict)
+    for place, value in [*tensors.items(), *saved["values"].items()]:
+        name, key = place.rsplit("/", 1)
+        by_param[name][key] = value
+    optimizer.state.clear()
+    for group, stored in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in stored["options"].items():
+            current = group.get(key)
+            if isinstance(current, Tensor):
+                current.fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(current, tuple) else value
+        on_device = bool(group.get("fused") or group.get("capturable"))
+        for param in group["params"]:
+            entry = by_param.get(names[id(param)])
+            if entry:
+                optimizer.state[param] = {key: _placed(value, param, on_device) for key, value in entry.items()}
+
+
+def _placed(value: Any, param: Tensor, on_device: bool) -> Any:
+    """A saved value where the optimizer expects it; a step counter stays on the host unless a fused kernel reads it."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim and value.shape == param.shape:
+        return torch.empty_like(param, dtype=value.dtype).copy_(value)
+    return value.clone().to(param.device if on_device or value.ndim else "cpu")
+
+
+def gradients(model: nn.Module) -> Tensors:
+    """The gradients of an open window, by parameter name."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def load_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Put back the gradients of an open window."""
+    for name, param in model.named_parameters():
+        param.grad = torch.empty_like(param).copy_(saved[name]) if name in saved else None

@@ -1,0 +1,314 @@
+"""One training step as a transaction: it is applied, or everything is as it was.
+
+    window opens    remember the buffers
+    micro-batch     forward and loss in the plan's region, backward of the weighted, scaled loss
+    window is full  settle the step before this one, then unscale, check, clip, apply or skip
+
+Settling a step means learning whether it was applied and acting on it: the scheduler, the average of
+the weights, counters and records move only for applied steps, and a skipped step is replayed to name
+the module that produced the first non-finite value. On an accelerator a step is settled just before
+the next one is applied, when the device has long finished it: the host reads a copy that is already
+there, and runs ahead of the device as it would without any check. On a CPU it is settled at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepseek_mp import backends
+from deepseek_mp.controller.scaler import LossScaler, Verdict
+from deepseek_mp.errors import NonFiniteError
+from deepseek_mp.monitor import PrecisionMonitor
+from deepseek_mp.nn import call as calls
+from deepseek_mp.nn.convert import fp32_arithmetic
+from deepseek_mp.nn.loss import LossFn
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer import state
+from deepseek_mp.trainer.buffers import BufferGuard
+from deepseek_mp.trainer.replay import find_first_bad_module, get_rng, set_rng
+from deepseek_mp.trainer.result import HostCopy, StepFacts, StepResult
+from deepseek_mp.trainer.window import MicroBatch, Weight, Window
+
+log = logging.getLogger("deepseek_mp")
+
+
+class Region:
+    """The plan's arithmetic: fp32 flags for forward and backward, autocast for forward and loss."""
+
+    def __init__(self, plan: PrecisionPlan, device: torch.device, *, search: bool) -> None:
+        self.format = plan.base.name
+        self._device = device
+        self._fp32 = fp32_arithmetic(plan)
+        self._search = search
+
+    def flags(self) -> Any:
+        """Context for forward and backward."""
+        return backends.math_mode(self._device, fp32=self._fp32, search=self._search)
+
+    def autocast(self) -> Any:
+        """Context for forward and loss; weights cannot change inside it, so casts are cached."""
+        return backends.autocast(self._device, self.format, cache=True)
+
+
+@dataclass(kw_only=True)
+class Pending:
+    """A closed window whose outcome is not known on the host yet."""
+
+    window: Window
+    verdict: Verdict
+    copy: HostCopy
+    facts: StepFacts | None = None
+
+
+class Stepper:
+    """Runs micro-batches and closes windows.
+
+    Args:
+        model: the converted model.
+        forward: what is called with a batch: the model, or its compiled form.
+        finished: called once per settled window with its facts.
+        before: called on unscaled gradients before they are checked, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        forward: Callable[..., Any],
+        loss_fn: LossFn | None,
+        optimizer: Optimizer,
+        scaler: LossScaler,
+        region: Region,
+        device: torch.device,
+        accumulation: int,
+        max_grad_norm: float | None,
+        max_skipped: int,
+        monitor: PrecisionMonitor,
+        monitor_every: int,
+        finished: Callable[[StepFacts, Window], None],
+        before: Callable[[], None] | None,
+    ) -> None:
+        self.model, self.forward, self.loss_fn = model, forward, loss_fn
+        self.optimizer, self.scaler, self.region, self.device = optimizer, scaler, region, device
+        self.accumulation, self.max_grad_norm, self.max_skipped = accumulation, max_grad_norm, max_skipped
+        self.monitor, self.monitor_every = monitor, monitor_every
+        self.finished, self.before = finished, before
+        self.window = Window()
+        self.skipped_in_row = 0
+        self._buffers = BufferGuard(model)
+        self._pending: Pending | None = None
+        self.windows_opened = 0
+        self.flops: int | None = None
+        """Floating-point operations of a micro-batch, forward and backward, once one was sampled."""
+        self._warned_scale = False
+
+    def run(self, batch: Any, *, index: int = 0, close: bool | None = None) -> StepResult:
+        """One micro-batch; the window closes when it is full, or as `close` says."""
+        call = calls.parse_batch(batch)
+        if not self.window.micro_batches:
+            self._open()
+        self.window.micro_batches += 1
+        closing = self.window.micro_batches >= self.accumulation if close is None else close
+        samples = calls.batch_size(call)
+        try:
+            loss = self._compute(batch, call, index) if samples else None
+            self.window.samples += samples
+            if closing:
+                return self.close()
+        except BaseException:
+            self.abandon()
+            raise
+        if loss is None:
+            return StepResult(lambda: StepFacts(status="accumulated", reason="the batch has no items"))
+        kept, scale = loss.detach(), self.scaler.policy.scale
+        return StepResult(lambda: StepFacts(status="accumulated", loss=float(kept), scale=float(scale)))
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the outcome of the last closed window is still to be learned."""
+        return self._pending is not None
+
+    def save_window(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The open window as tensors and JSON values; empty if none is open."""
+        if not self.window.micro_batches:
+            return {}, {}
+        tensors = {f"gradient.{name}": g for name, g in state.gradients(self.model).items()}
+        tensors |= {f"buffer.{name}": b for name, b in self._buffers.saved().items()}
+        return tensors, self.window.save()
+
+    def load_window(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Reopen a window that `save_window` returned."""
+        if not values:
+            return
+        parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "buffer": {}}
+        for name, tensor in tensors.items():
+            kind, rest = name.split(".", 1)
+            parts[kind][rest] = tensor
+        state.load_gradients(self.model, parts["gradient"])
+        self._buffers.load_saved(parts["buffer"])
+        self.window = Window.load(values, self.device)
+
+    def _open(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        self._buffers.snapshot()
+        self.windows_opened += 1
+
+    def _compute(self, batch: Any, call: calls.Call, index: int) -> Tensor | None:
+        """Forward, loss and backward of one micro-batch; returns its loss, None if it has no items."""
+        self.window.entries.append(MicroBatch(index=index, batch=batch, rng=get_rng(self.device)))
+        moved = calls.move(call, self.device)
+        with self._sampled(), self.region.flags():
+            with self.region.autocast():
+                result = calls.run(self.forward, moved, self.loss_fn)
+            if isinstance(result.items, int) and result.items == 0:
+                return None  # every label is masked: a mean over nothing
+            weight: Weight = 1.0
+            loss = result.loss
+            if self.accumulation > 1:
+                weight = self.window.weigh(result.items)
+                loss = loss * weight
+            else:
+                self.window.weight = 1.0
+            self.window.add(result.loss, weight)
+            self.scaler.scale(loss).backward()
+        return result.loss
+
+    @contextmanager
+    def _sampled(self) -> Iterator[None]:
+        """On every `monitor_every`-th window, operations and their floating-point work are counted."""
+        if self.windows_opened % self.monitor_every != 2 % self.monitor_every:
+            yield
+            return
+        with self.monitor.sample(), FlopCounterMode(display=False) as counter:
+            yield
+        self.flops = counter.get_total_flops()
+
+    def close(self) -> StepResult:
+        """Close the window as it is: settle the step before it, then apply or skip it."""
+        self.settle()
+        window, self.window = self.window, Window()
+        if window.loss is None:
+            facts = StepFacts(status="no_grads", reason="no batch of the window has items")
+            self.finished(facts, window)
+            return StepResult(lambda: facts)
+        nonfinite = window.nonfinite
+        flag = backends.overflow_seen(self.device)
+        if flag is not None and nonfinite is not None:
+            nonfinite = torch.maximum(nonfinite, flag)
+        try:
+            verdict = self.scaler.step(
+                self.optimizer,
+                max_grad_norm=self.max_grad_norm,
+                divisor=window.divisor,
+                nonfinite=nonfinite,
+                before=self.before,
+            )
+        except BaseException:
+            self._buffers.restore()
+            raise
+        if verdict.status is None:
+            self._buffers.restore_where(verdict.nonfinite)
+        elif verdict.status != "applied":
+            self._buffers.restore()
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        copy = HostCopy([window.mean_loss, verdict.nonfinite, verdict.grad_norm, verdict.scale])
+        pending = self._pending = Pending(window=window, verdict=verdict, copy=copy)
+        if verdict.status is not None:
+            self.settle()
+        return StepResult(lambda: self._facts_of(pending))
+
+    def _facts_of(self, pending: Pending) -> StepFacts:
+        if pending.facts is None:
+            self.settle()
+        assert pending.facts is not None, "settling a window gives its facts"
+        return pending.facts
+
+    def settle(self) -> None:
+        """Learn the outcome of the last closed window and act on it; waits for the device."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        facts = pending.facts = self._read(pending)
+        if facts.status != "skipped":
+            self.skipped_in_row = 0
+        else:
+            self.skipped_in_row += 1
+            log.warning("step skipped: %s (first bad module: %s)", facts.reason, facts.first_bad_module)
+        self._warn_small_scale(facts)
+        self.finished(facts, pending.window)
+        if self.skipped_in_row >= self.max_skipped:
+            raise self._too_many_skips(facts)
+
+    def _read(self, pending: Pending) -> StepFacts:
+        loss, nonfinite, norm, scale = pending.copy.read()
+        if pending.verdict.status == "no_grads":
+            reason = "no parameter of the optimizer received a gradient"
+            return StepFacts(status="no_grads", reason=reason, loss=loss, scale=scale)
+        if not nonfinite:
+            return StepFacts(status="applied", loss=loss, scale=scale, grad_norm=norm)
+        finite_loss = loss - loss == 0.0
+        reason = "the gradients are not finite" if finite_loss else f"the loss is {loss}"
+        culprit = self._replay(pending.window, scale)
+        return StepFacts(
+            status="skipped", reason=reason, loss=loss, scale=scale, grad_norm=norm, first_bad_module=culprit
+        )
+
+    def _replay(self, window: Window, scale: float) -> str | None:
+        """The first module to produce a non-finite value when the window is run again."""
+
+        def compute(entry: MicroBatch) -> Tensor:
+            moved = calls.move(calls.parse_batch(entry.batch), self.device)
+            with self.region.flags():
+                with self.region.autocast():
+                    loss = calls.run(self.model, moved, self.loss_fn).loss
+                (loss * scale).backward()
+            return loss
+
+        guard = BufferGuard(self.model)
+        guard.snapshot()
+        try:
+            return find_first_bad_module(self.model, window.entries, compute, self.device)
+        finally:
+            guard.restore()
+
+    def _warn_small_scale(self, facts: StepFacts) -> None:
+        if facts.scale >= 1.0 or self._warned_scale:
+            return
+        self._warned_scale = True
+        warnings.warn(
+            f"the loss scale fell to {facts.scale}: gradients overflow fp16 without any scaling. "
+            "Train in bf16, or pin the module that overflows to fp32"
+            + (f" ({facts.first_bad_module})." if facts.first_bad_module else "."),
+            stacklevel=2,
+        )
+
+    def _too_many_skips(self, facts: StepFacts) -> NonFiniteError:
+        place = repr(facts.first_bad_module) if facts.first_bad_module else "no single module"
+        return NonFiniteError(
+            f"{self.skipped_in_row} steps in a row were skipped, the last because {facts.reason} "
+            f"(first bad module: {place}, loss scale {facts.scale}). Parameters are those of the last good step. "
+            "Look at that module's input, lower the learning rate, or pin it to fp32 with pin={...}.",
+            first_bad_module=facts.first_bad_module,
+            skipped=self.skipped_in_row,
+        )
+
+    def abandon(self) -> None:
+        """Give up the open window: gradients cleared, buffers and random state as when it opened."""
+        if self.window.micro_batches:
+            self._buffers.restore()
+            if self.window.entries:
+                set_rng(self.window.entries[0].rng, self.device)
+        self.window = Window()
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
