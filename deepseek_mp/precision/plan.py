@@ -143,7 +143,8 @@ class PrecisionPlan:
     @classmethod
     def from_json(cls, data: object) -> PrecisionPlan:
         """The plan that `to_json` wrote; `PlanError` on another version, or fields missing, unknown or not valid."""
-        _check_version(data)
+        if isinstance(data, Mapping):
+            _check_version(data.get("version"))
         values = read_object("a plan", data, ("version", *(f.name for f in fields(cls))))
         again = "Write the plan as PrecisionPlan.save does"
         return cls(
@@ -190,16 +191,16 @@ def _suggest_pattern(pattern: str, names: list[str]) -> str:
     return suggest(pattern, dict.fromkeys(path for name in names for path in _enclosing(name)))
 
 
-def _check_version(data: object) -> None:
-    version = data.get("version") if isinstance(data, Mapping) else None
-    if isinstance(data, Mapping) and not (type(version) is int and version == PLAN_VERSION):
-        raise PlanError(
-            explain(
-                f"plan of record version {shown(version)}",
-                f"version {PLAN_VERSION}",
-                "Read it with the release of this package that wrote it",
-            )
+def _check_version(version: object) -> None:
+    if type(version) is int and version == PLAN_VERSION:  # not True nor 1.0, which are equal to it
+        return
+    raise PlanError(
+        explain(
+            f"plan of record version {shown(version)}",
+            f"version {PLAN_VERSION}",
+            "Read it with the release of this package that wrote it",
         )
+    )
 
 
 def _recipe_to_json(recipe: Recipe) -> str | dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import subprocess
 import sys
@@ -64,10 +63,10 @@ def test_every_copy_is_equal_and_hashes_alike(value: Any) -> None:
 
 @pytest.mark.parametrize("table", [FORMATS, GRANULARITIES, RECIPES, OPERANDS])
 def test_tables_are_read_only(table: Any) -> None:
+    with pytest.raises(TypeError, match="does not support item deletion"):
+        del table["mine"]
     with pytest.raises(TypeError, match="does not support item assignment"):
         table["mine"] = None
-    with pytest.raises(TypeError, match="does not support item deletion"):
-        del table[next(iter(table))]
 
 
 def test_a_copied_plan_shares_nothing_that_can_change() -> None:
@@ -82,20 +81,21 @@ def test_public_names_exist() -> None:
 
 
 IMPORT = """
-import importlib, json, pathlib, sys, types
+import importlib, pathlib, sys, types
 package = types.ModuleType("deepseek_mp")  # stands in for the package, which imports more than its bottom layer
 package.__path__ = [sys.argv[1]]
 sys.modules["deepseek_mp"] = package
-sys.path = [path for path in sys.path if "site-packages" not in path]
+before = set(sys.modules)
 importlib.import_module("deepseek_mp.errors")
 for file in pathlib.Path(sys.argv[1], "precision").glob("*.py"):
     importlib.import_module(f"deepseek_mp.precision.{file.stem}".removesuffix(".__init__"))
-print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+imported = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(imported - sys.stdlib_module_names))
 """
 
 
-def test_the_vocabulary_needs_only_the_standard_library() -> None:
-    command = [sys.executable, "-I", "-S", "-c", IMPORT, str(PACKAGE)]
+def test_the_vocabulary_imports_no_torch() -> None:
+    command = [sys.executable, "-I", "-c", IMPORT, str(PACKAGE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)) - sys.stdlib_module_names == {"__main__", "deepseek_mp"}
+    assert set(done.stdout.split()) - {"numpy"} == {"deepseek_mp"}

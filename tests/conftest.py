@@ -1,0 +1,51 @@
+"""What every test gets: fixed seeds, no time limits from hypothesis, gpu tests skipped without one."""
+
+from __future__ import annotations
+
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+if find_spec("hypothesis"):  # the gpu tests also run where only pytest is installed
+    from hypothesis import settings
+
+    # A shared machine may be slow at any moment, and a failure must come back when it is looked at.
+    settings.register_profile("project", deadline=None, derandomize=True)
+    settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test in tests/gpu needs an accelerator, marked so or not."""
+    for item in items:
+        if item.path.is_relative_to(GPU_TESTS):
+            item.add_marker(pytest.mark.gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs an accelerator, and say that it is what is missing."""
+    if item.get_closest_marker("gpu") and not torch.accelerator.is_available():
+        pytest.skip("no accelerator: torch.accelerator.is_available() is False here")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test draws the same numbers whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # the global generator is what code under test may use
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Print the total on a line of its own, after pytest's last line; workers have no reporter."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or config.option.collectonly:
+        return
+    count = {kind: len(reporter.stats.get(kind, ())) for kind in ("passed", "failed", "error", "skipped")}
+    print(f"total: {count['passed']} passed, {count['failed'] + count['error']} failed, {count['skipped']} skipped")
