@@ -58,7 +58,7 @@ def _norms(grads: Sequence[Tensor], order: float) -> Tensor:
 
 def l2_norm(grads: Sequence[Tensor]) -> Tensor:
     """Square root of the sum of squares over all gradients, 0-dim; non-finite if any of them is."""
-    return torch.linalg.vector_norm(_norms(grads, 2.0))
+    return torch.sqrt(_norms(grads, 2.0).square().sum())
 
 
 def largest_magnitude(grads: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,20 @@
+"""Modules: which of a model's layers are units, and how a plan is put in force on them."""
+
+from deepseek_mp.nn.convert import apply, convert, current_plan, fp32_arithmetic, revert
+from deepseek_mp.nn.layout import memory_format_of
+from deepseek_mp.nn.survey import uncontrollable, units
+from deepseek_mp.nn.unit import Unit, UnitPrecision, register_unit
+
+__all__ = [
+    "Unit",
+    "UnitPrecision",
+    "apply",
+    "convert",
+    "current_plan",
+    "fp32_arithmetic",
+    "memory_format_of",
+    "register_unit",
+    "revert",
+    "uncontrollable",
+    "units",
+]

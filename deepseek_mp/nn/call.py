@@ -1,0 +1,162 @@
+"""From a batch to the model's call and from its output to the loss: one place for everything.
+
+Three forms of batch are understood:
+
+    x                      model(x); a model that returns its own loss, or a loss_fn without target
+    (input, target)        model(input); input may be a tensor, a tuple or list of tensors that are
+                           passed one by one, or a mapping that is passed as keyword arguments
+    {name: value}          model(**batch); the target is batch.get("labels")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from deepseek_mp.errors import BatchError, explain
+from deepseek_mp.nn.loss import LossFn, check_loss, count_labels, infer_loss, is_integer
+from deepseek_mp.nn.nested import first_tensor, map_leaves
+
+__all__ = ["Call", "LossFn", "Result", "batch_size", "item_count", "move", "parse_batch", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """How the model is called for one batch, and what its output is compared with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one call gave. `items` is what the loss averages over, `loss_name` where it came from."""
+
+    loss: Tensor
+    output: Any
+    items: int | Tensor
+    loss_name: str
+
+
+def parse_batch(batch: Any) -> Call:
+    """The call a batch stands for; `BatchError` naming the three forms if it is none of them."""
+    if isinstance(batch, Tensor | PackedSequence):
+        return Call(args=(batch,), kwargs={}, target=None)
+    if isinstance(batch, Mapping):
+        return Call(args=(), kwargs=_keywords(batch, batch), target=batch.get("labels"))
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise _wrong_form(_describe(batch))
+    inputs, target = batch
+    if isinstance(inputs, Tensor | PackedSequence):
+        return Call(args=(inputs,), kwargs={}, target=target)
+    if isinstance(inputs, Mapping):
+        return Call(args=(), kwargs=_keywords(inputs, batch), target=target)
+    if isinstance(inputs, tuple | list) and first_tensor(inputs) is not None:
+        return Call(args=tuple(inputs), kwargs={}, target=target)
+    raise _wrong_form(f"a pair whose input is {_describe(inputs)}")
+
+
+def move(batch: Any, device: torch.device | str) -> Any:
+    """The batch, or the call it stands for, with its tensors on `device`; every container keeps its type.
+
+    Copies to an accelerator do not wait (they overlap where the memory is pinned); copies to the CPU
+    do, since their values may be read right away.
+    """
+    target = torch.device(device)
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(target, non_blocking=target.type != "cpu")
+        return leaf.to(target) if hasattr(leaf, "to") else leaf
+
+    if isinstance(batch, Call):
+        parts = map_leaves((batch.args, batch.kwargs, batch.target), moved)
+        return Call(args=parts[0], kwargs=parts[1], target=parts[2])
+    return map_leaves(batch, moved)
+
+
+def batch_size(call: Call) -> int:
+    """Samples in the batch: the first dimension of the first tensor; 0 for an empty batch."""
+    packed = next((x for x in (*call.args, *call.kwargs.values()) if isinstance(x, PackedSequence)), None)
+    tensor = first_tensor((call.args, call.kwargs))
+    if packed is not None and tensor is packed.data:
+        return int(packed.batch_sizes[0])  # lies on the CPU always
+    if tensor is None:
+        raise _wrong_form("a batch without tensors")
+    return tensor.shape[0] if tensor.dim() else 1
+
+
+def item_count(call: Call) -> int | Tensor:
+    """How many items a mean loss averages over.
+
+    For class labels those that are not -100; a model that shifts its labels averages over slightly
+    fewer, which only a loss_fn that returns its own count can tell. For other targets the samples.
+    A number if the target is on the CPU, else a 0-dim tensor, so that nothing waits for the device.
+    """
+    if isinstance(call.target, Tensor) and is_integer(call.target):
+        return count_labels(call.target)
+    return batch_size(call)
+
+
+def run(model: Callable[..., Any], call: Call, loss_fn: LossFn | None) -> Result:
+    """Call the model (or its compiled form) and compute its loss; `BatchError` if the loss cannot be trained on."""
+    output = model(*call.args, **call.kwargs)
+    if loss_fn is not None:
+        return _result(output, call, loss_fn(output, call.target), "loss_fn")
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if own is not None:
+        return _result(output, call, own, "output.loss")
+    name, inferred = infer_loss(output, call.target)
+    return _result(output, call, inferred(output, call.target), name)
+
+
+def _result(output: Any, call: Call, value: Any, name: str) -> Result:
+    """The result with its item count: the one that came with the loss, or the batch's."""
+    if not isinstance(value, tuple):
+        return Result(loss=check_loss(value), output=output, items=item_count(call), loss_name=name)
+    if len(value) != 2 or not _is_count(value[1]):
+        raise BatchError(
+            explain(
+                f"loss_fn returned a tuple of {_describe(value)}",
+                "a scalar tensor, or the pair (scalar tensor, number of items it averages over)",
+                "Return the loss alone, or with a whole number or 0-dim tensor as its count",
+            )
+        )
+    return Result(loss=check_loss(value[0]), output=output, items=value[1], loss_name=name)
+
+
+def _is_count(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and value.dtype != torch.bool
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _keywords(inputs: Mapping[Any, Any], batch: Any) -> dict[str, Any]:
+    if not inputs or not all(isinstance(key, str) for key in inputs):
+        raise _wrong_form(_describe(batch))
+    return dict(inputs)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {len(value)} ({', '.join(type(item).__name__ for item in value[:4])})"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with keys {list(value)[:4]}"
+    return type(value).__name__
+
+
+def _wrong_form(passed: str) -> BatchError:
+    return BatchError(
+        explain(
+            f"a batch that is {passed}",
+            "a tensor; a pair (input, target) whose input is a tensor, a tuple or list of tensors, or a mapping; "
+            "or a mapping from the model's argument names",
+            "Change what the loader's collate_fn returns",
+        )
+    )

@@ -1,0 +1,185 @@
+"""Everything that can refuse a plan for a model; all of it runs before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from deepseek_mp.backends import Capabilities, default_device
+from deepseek_mp.backends import capabilities as device_capabilities
+from deepseek_mp.errors import PlanError, explain
+from deepseek_mp.nn.survey import Survey
+from deepseek_mp.nn.unit import UNIT_FORMATS, multiplies, original_class
+from deepseek_mp.ops.dtypes import format_of, torch_dtype
+from deepseek_mp.precision import PrecisionPlan, Recipe
+from deepseek_mp.precision.recipe import uniform
+
+_REDUCED_FP32 = ("tf32", "hf32")
+_SHARDING = ("torch.distributed.fsdp", "torch.distributed.tensor")
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def check_model(model: nn.Module) -> None:
+    """`PlanError` for models whose classes or parameters cannot be converted in place."""
+    scripted, sharded, lazy = [], [], []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted.append(name or "(model)")
+            continue
+        parameters = [p for p in module._parameters.values() if p is not None]  # noqa: SLF001
+        if _is_sharded(type(module)) or any(_is_sharded(type(p)) for p in parameters):
+            sharded.append(name or "(model)")
+        lazy += [name or "(model)" for p in parameters if is_lazy(p)]
+    if scripted:
+        raise _refuse(f"{_list(scripted)} is compiled by TorchScript", "Python modules", "Convert, then script a copy")
+    if sharded:
+        raise _refuse(f"{_list(sharded)} is sharded (FSDP, DTensor)", "plain tensors", "Convert before sharding")
+    if lazy:
+        raise _refuse(
+            f"{_list(dict.fromkeys(lazy))} has parameters without a shape yet",
+            "initialised modules",
+            "Run one batch through the model first, so that its lazy modules take their shapes",
+        )
+
+
+def unit_format(recipe: Recipe) -> str:
+    """The one plain format of the recipe, which is what units can run; `PlanError` otherwise."""
+    format = recipe.format
+    if format is not None and format.name in UNIT_FORMATS and replace(recipe, name=format.name) == uniform(format):
+        return format.name
+    raise _refuse(
+        f"recipe {recipe.name!r}, which is not one unscaled format for all products",
+        f"in this release units run {', '.join(UNIT_FORMATS)}",
+        "Choose one of these",
+    )
+
+
+def check_rules(plan: PrecisionPlan, found: Survey) -> None:
+    """`PlanError` for a rule that matches nothing, or nothing that can be controlled."""
+    for rule in plan.rules:
+        if any(rule.matches(name) for name in found.units):
+            continue
+        for name, reason in found.uncontrollable.items():
+            if rule.matches(name):
+                raise _refuse(
+                    f"rule {rule.pattern!r} -> {rule.recipe.name} covers only {name!r}, which has no precision of "
+                    f"its own: {reason}",
+                    f"units ({_list(found.units)})",
+                    "Remove the rule, or name a unit",
+                )
+        for alias, name in found.aliases.items():
+            if rule.matches(alias):
+                raise _refuse(
+                    f"rule {rule.pattern!r} -> {rule.recipe.name} names {alias!r}, the second name of {name!r}",
+                    "the first name of each module",
+                    f"Write the rule for {name!r}",
+                )
+    plan.check_names(found.names)
+
+
+def check_parameters(model: nn.Module, plan: PrecisionPlan, found: Survey) -> None:
+    """`PlanError` for parameters, or a unit's buffers, that are not stored as the plan needs them."""
+    for name, module in model.named_modules():
+        is_unit = name in found.units
+        format = unit_format(plan.recipe_for(name)) if is_unit else None
+        for tensor_name, tensor, trained in _stored(module, buffers=is_unit):
+            if _stored_right(tensor, format, trained=trained):
+                continue
+            path = f"{name}.{tensor_name}" if name else tensor_name
+            raise _wrong_storage(path, tensor.dtype, format)
+
+
+def _stored(module: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, tensor, whether it is trained."""
+    for name, parameter in module._parameters.items():  # noqa: SLF001
+        if parameter is not None:
+            yield name, parameter, parameter.requires_grad
+    if buffers:
+        for name, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                yield name, buffer, True  # running statistics are updated like parameters
+
+
+def _stored_right(tensor: Tensor, format: str | None, *, trained: bool) -> bool:
+    """Whether the tensor's type is one that a unit of `format` (None: not a unit) can work with."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.dtype == torch.bfloat16 and not trained:
+        return format in ("bf16", None)
+    if format is None:
+        return tensor.dtype not in _SIXTEEN_BITS
+    return tensor.dtype is torch_dtype("fp64" if format == "fp64" else "fp32")
+
+
+def _wrong_storage(path: str, dtype: torch.dtype, format: str | None) -> PlanError:
+    runs = "" if format is None else f" and its unit runs in {format}"
+    if dtype in _SIXTEEN_BITS:
+        return _refuse(
+            f"{path!r} is stored in {format_of(dtype)}{runs}",
+            "trained parameters and running statistics in fp32: they are the master weights, and small updates "
+            "are lost in 16 bits; frozen parameters also in bf16 where the unit runs in bf16",
+            "Call model.float() first; the plan casts what is multiplied",
+        )
+    return _refuse(
+        f"{path!r} is stored in {dtype}{runs}",
+        "fp64 parameters for fp64 units and fp32 parameters for all others",
+        "Convert the module with .double() or .float(), or change its rule",
+    )
+
+
+def check_fp32_arithmetic(plan: PrecisionPlan, found: Survey) -> None:
+    """`PlanError` where FP32 products would need two settings: TF32 and HF32 are flags of the process."""
+    reduced = sorted({unit_format(recipe) for recipe in _recipes(plan)}.intersection(_REDUCED_FP32))
+    if not reduced:
+        return
+    if len(reduced) > 1:
+        raise _refuse("a plan with both tf32 and hf32", "one of them", "Use the one that the device has")
+    exact = [
+        name
+        for name, module in found.units.items()
+        if multiplies(original_class(module)) and unit_format(plan.recipe_for(name)) == "fp32"
+    ]
+    if unit_format(plan.base) == "fp32":
+        exact = ["(base)", *exact]
+    if exact:
+        raise _refuse(
+            f"a plan with {reduced[0]} beside fp32 in {_list(exact)}",
+            f"either for everything that multiplies in FP32, since {reduced[0]} is a setting of the whole process",
+            f"Give these layers {reduced[0]}, or replace {reduced[0]} by fp32 or bf16",
+        )
+
+
+def check_devices(
+    model: nn.Module, plan: PrecisionPlan, capabilities: Capabilities | None, *, emulate: bool
+) -> frozenset[str]:
+    """Formats of the plan that will be emulated; `FormatError` if a device lacks one and may not."""
+    if capabilities is None:
+        devices = {parameter.device for parameter in model.parameters()} or {default_device()}
+        known = [device_capabilities(device) for device in sorted(devices, key=str)]
+    else:
+        known = [capabilities]
+    formats = {unit_format(recipe) for recipe in _recipes(plan)}
+    native = {(format, device.require(format, emulate=emulate)) for device in known for format in sorted(formats)}
+    return frozenset(format for format, is_native in native if not is_native)
+
+
+def _recipes(plan: PrecisionPlan) -> list[Recipe]:
+    return [plan.base, *(rule.recipe for rule in plan.rules)]
+
+
+def _is_sharded(kind: type) -> bool:
+    """Whether the class is, or derives from, one of FSDP or DTensor; by name, so that neither is imported."""
+    return any(base.__module__.startswith(_SHARDING) for base in kind.__mro__)
+
+
+def _list(names: Iterable[str]) -> str:
+    listed = [repr(name) for name in names]
+    return ", ".join(listed[:6]) + (", ..." if len(listed) > 6 else "")
+
+
+def _refuse(passed: str, allowed: str, change: str) -> PlanError:
+    return PlanError(explain(passed, allowed, change))

@@ -1,0 +1,47 @@
+"""Walks nested tuples, lists and mappings: what a batch, and a module's inputs, are made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+
+def map_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """The same structure with `change(leaf)` in place of every leaf; containers keep their type.
+
+    Leaves are everything but tuples, lists and mappings. A container with a `to` method of its own
+    (a packed sequence, a tokenizer's output) is a leaf too: it knows better how to change itself.
+    """
+    if isinstance(tree, Tensor) or not isinstance(tree, tuple | list | Mapping) or hasattr(tree, "to"):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return _map_mapping(tree, change)
+    items = [map_leaves(item, change) for item in tree]
+    if hasattr(tree, "_fields"):  # a namedtuple takes its fields one by one
+        return type(tree)(*items)
+    return type(tree)(items)
+
+
+def _map_mapping(tree: Mapping[Any, Any], change: Callable[[Any], Any]) -> Mapping[Any, Any]:
+    items = {key: map_leaves(item, change) for key, item in tree.items()}
+    if type(tree) is dict or not isinstance(tree, MutableMapping):
+        return items
+    same = copy.copy(tree)  # not type(tree)(items): a defaultdict, for one, takes other arguments
+    for key, item in items.items():
+        same[key] = item
+    return same
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """The first tensor in order, or None."""
+    if isinstance(tree, Tensor):
+        return tree
+    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    for item in items:
+        found = first_tensor(item)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""The math: conversions between formats, and what is computed from gradients."""

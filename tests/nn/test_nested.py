@@ -1,0 +1,56 @@
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from types import MappingProxyType
+
+import pytest
+import torch
+
+from deepseek_mp.nn.nested import first_tensor, map_leaves
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+def _plus_one(leaf: object) -> object:
+    return leaf + 1 if isinstance(leaf, int) else leaf
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        (1, 2),
+        [1, 2],
+        Pair(1, 2),
+        {"a": 1, "b": 2},
+        OrderedDict(a=1, b=2),
+        defaultdict(int, a=1, b=2),
+        UserDict(a=1, b=2),
+    ],
+    ids=lambda tree: type(tree).__name__,
+)
+def test_containers_keep_their_type_and_only_leaves_change(tree: object) -> None:
+    changed = map_leaves(tree, _plus_one)
+    assert type(changed) is type(tree)
+    assert list(changed.values() if hasattr(changed, "values") else changed) == [2, 3]
+    assert list(tree.values() if hasattr(tree, "values") else tree) == [1, 2]
+
+
+def test_nested_containers_are_walked_to_the_leaves() -> None:
+    assert map_leaves((1, [2, {"a": Pair(3, None)}], "x"), _plus_one) == (2, [3, {"a": Pair(4, None)}], "x")
+
+
+def test_a_read_only_mapping_becomes_a_dict() -> None:
+    assert map_leaves(MappingProxyType({"a": 1}), _plus_one) == {"a": 2}
+
+
+def test_a_container_with_a_to_method_is_a_leaf() -> None:
+    class Tokens(UserDict):
+        def to(self, device: object) -> "Tokens":
+            return self
+
+    tokens = Tokens(a=1)
+    assert map_leaves([tokens], lambda leaf: "changed" if leaf is tokens else leaf) == ["changed"]
+
+
+def test_first_tensor_is_the_first_in_order() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    assert first_tensor(({"x": [None, a]}, b)) is a
+    assert first_tensor((1, "x", [])) is None
