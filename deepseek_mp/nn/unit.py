@@ -124,15 +124,17 @@ class Unit(nn.Module):
 
 
 def _region(device: torch.device, format: str) -> AbstractContextManager[Any]:
-    """What `backends.autocast` gives, built so that torch.compile can trace it and cheap to enter often."""
-    if not _has_autocast(device, format):
+    """What `backends.autocast` gives, built so that torch.compile can trace it and cheap to enter often.
+
+    The device is asked outside of compiled code only; `apply` has asked it before any of that runs.
+    """
+    if not torch.compiler.is_compiling() and not _has_autocast(device, format):
         return nullcontext()
     if format in NARROW_FORMATS:
         return torch.autocast(device.type, dtype=torch_dtype(format), cache_enabled=False)
     return torch.autocast(device.type, enabled=False, cache_enabled=False)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(device: torch.device, format: str) -> bool:
     """Whether the region is one of torch's; raises where the device cannot run the format."""
     key = (device.type, format)

@@ -1,0 +1,165 @@
+"""`PrecisionMonitor`: counts the operations of a model by number format, on sampled steps of any training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.monitor import internals
+from deepseek_mp.monitor.tally import Steps, Tally
+from deepseek_mp.monitor.usage import Usage, render
+from deepseek_mp.monitor.watch import Watch
+from deepseek_mp.monitor.window import Window
+
+log = logging.getLogger("deepseek_mp.monitor")
+
+
+class PrecisionMonitor:
+    """Counts which operations ran in which format, layer by layer, in the forward and in the backward.
+
+        monitor = PrecisionMonitor(model)
+        for epoch in range(10):
+            ...                                      # any loop; the model is called as usual
+            usage = monitor.log_precision_usage()    # logs the table, returns it, starts again
+
+    Steps are sampled: the first after each report and then every `sample_every`-th is counted
+    completely, operation by operation as PyTorch dispatches them; the others cost one call of a
+    hook. On a sampled step compiled parts of the model run uncompiled. A step is one call of the
+    model and what follows it, up to the optimizer's step, the next call or the report. Calls with
+    gradients off are sampled apart, and end with the call.
+
+    With `sample_every=None` nothing is counted outside `sample()`, for loops that choose the steps
+    themselves. `close()`, or leaving the monitor used as a context manager, removes every hook.
+
+    If the model is to be compiled by `model.compile()`, do that first; of `torch.compile(model)`
+    pass the result. `ConfigError` if an argument has a wrong value.
+    """
+
+    def __init__(self, model: nn.Module, *, sample_every: int | None = 100) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(explain(f"model is a {type(model).__name__}", "a torch.nn.Module", "Pass the model"))
+        whole = isinstance(sample_every, int) and not isinstance(sample_every, bool)
+        if sample_every is not None and not (whole and sample_every >= 1):
+            raise ConfigError(
+                explain(
+                    f"sample_every={sample_every!r}",
+                    "a whole number of steps, at least 1, or None to sample inside sample() only",
+                    "Use 1 to count every step",
+                )
+            )
+        self._model = model
+        self._every = sample_every
+        self._tally = Tally()
+        self._windows: list[Window] = []
+        """The open window, if any, is the last; those before it still have something to sweep."""
+        self._closed = False
+        self._watch = Watch(model, self._called)
+        self._watch.attach()
+
+    def log_precision_usage(self) -> Usage:
+        """Log the table of what ran since the last call, at level INFO, and return it."""
+        self._end_window()
+        compiled_since = not self._closed and self._watch.attach()
+        tally, self._tally = self._tally, Tally()
+        for window in self._windows:
+            window.recorder.tally = self._tally
+        _say_what_is_missing(tally, compiled_since=compiled_since)
+        usage = tally.usage()
+        log.info("%s", render(usage))
+        return usage
+
+    @contextmanager
+    def sample(self) -> Iterator[None]:
+        """Count what runs inside the `with` statement: a step's forward, loss and backward.
+
+        `ConfigError` inside another `sample()` or after `close()`.
+        """
+        held = any(window.is_open and window.is_held for window in self._windows)
+        if held or self._closed:
+            raise ConfigError(
+                explain(
+                    "sample() inside sample()" if held else "sample() after close()",
+                    "one sample() at a time, on an open monitor",
+                    "Wrap the forward, loss and backward of a step once",
+                )
+            )
+        self._end_window()
+        if internals.only_traced():
+            yield
+            return
+        window = Window(self._model, self._tally)
+        self._windows.append(window)
+        try:
+            with window.held():
+                yield
+        finally:
+            self._end_window()
+
+    def close(self) -> None:
+        """Remove every hook. What was counted can still be reported; nothing more will be."""
+        self._closed = True
+        self._end_window()
+        self._watch.detach()
+
+    def _called(self, entered: bool) -> None:
+        """The model is called; `entered` if its entry hooks have run already."""
+        if internals.backward_task() != internals.NO_TASK:
+            return  # activation checkpointing runs it again
+        train = torch.is_grad_enabled()
+        steps = self._tally.steps(train=train)
+        due = self._every is not None and steps.seen % self._every == 0
+        if due or self._windows:
+            self._begin(steps, due=due, train=train, entered=entered)
+        else:
+            steps.seen += 1
+
+    def _begin(self, steps: Steps, *, due: bool, train: bool, entered: bool) -> None:
+        window = self._windows[-1] if self._windows else None
+        if window is not None and window.inside:
+            return  # the model calls itself
+        steps.seen += 1
+        if window is not None and window.takes(train=train):
+            steps.sampled += 1
+            return
+        self._end_window()
+        if not due or not internals.OPEN_ENDED:
+            return
+        if internals.is_temporary():
+            self._tally.note("a step inside a compiled or traced function was not sampled: its operations are not seen")
+            return
+        steps.sampled += 1
+        self._windows.append(Window(self._model, self._tally))
+        self._windows[-1].open_ended(entered=entered)
+
+    def _end_window(self) -> None:
+        for window in self._windows:
+            window.close()
+        self._windows = [window for window in self._windows if not window.sweep()]
+
+    def __enter__(self) -> PrecisionMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _say_what_is_missing(tally: Tally, *, compiled_since: bool) -> None:
+    """Notes for the reader of the report on what this one cannot tell."""
+    if tally.train.seen + tally.evaluation.seen == 0:
+        tally.note(
+            "the model was compiled after the monitor was made; its calls are seen from here on"
+            if compiled_since
+            else "the model was not called; of torch.compile(model), give the result to the monitor"
+        )
+    if not internals.BACKWARD:
+        tally.note("this PyTorch does not tell which layer an operation of the backward belongs to")
+    if not internals.OPEN_ENDED:
+        tally.note("this PyTorch allows sampling inside `with monitor.sample()` only")
