@@ -2,7 +2,7 @@
 
 Everything is computed on the device and stays there as 0-dim tensors, so that nothing here waits for
 it. A gradient may be dense or sparse, real or complex, of any floating dtype and on any device; the
-results are float32 (float64 if every gradient is) on the device of the first gradient.
+results are float32 (float64 if one of them is) on the device of the first gradient.
 
 One pass serves two purposes: the L2 norm is what clipping and the records need, and it is finite
 exactly when every gradient is (a finite gradient above 1.8e19 also makes a float32 norm overflow;
@@ -47,7 +47,7 @@ def _norms(grads: Sequence[Tensor], order: float) -> Tensor:
     """The norm of each gradient, as one vector on the device of the first."""
     # The sum of squares is taken in float32 whatever the dtype of the gradient: a norm of 1e5 does
     # not fit in fp16, and clipping by an infinite norm would set every gradient to zero.
-    dtype = torch.float64 if all(g.dtype == torch.float64 for g in grads) else torch.float32
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     home = grads[0].device
     parts = [
         torch.stack(torch._foreach_norm(group, order, dtype=dtype)).to(home, non_blocking=True)  # noqa: SLF001

@@ -1,0 +1,33 @@
+"""What this machine can do: devices, their number formats, and the regions that set them. No math."""
+
+from deepseek_mp.backends.base import Backend
+from deepseek_mp.backends.capabilities import Capabilities, Combination, Identity
+from deepseek_mp.backends.contexts import autocast, fp32_mode, math_mode
+from deepseek_mp.backends.detect import backend_for, capabilities, default_device
+from deepseek_mp.backends.measure import (
+    clear_overflow,
+    energy_joules,
+    overflow_seen,
+    peak_memory_bytes,
+    reset_peak_memory,
+    synchronize,
+)
+
+__all__ = [
+    "Backend",
+    "Capabilities",
+    "Combination",
+    "Identity",
+    "autocast",
+    "backend_for",
+    "capabilities",
+    "clear_overflow",
+    "default_device",
+    "energy_joules",
+    "fp32_mode",
+    "math_mode",
+    "overflow_seen",
+    "peak_memory_bytes",
+    "reset_peak_memory",
+    "synchronize",
+]
