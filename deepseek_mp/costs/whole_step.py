@@ -83,6 +83,11 @@ class Stage:
         """The candidate as a plan, pins first."""
         return replace(PrecisionPlan.of(candidate.format, self.pins), memory_format=candidate.memory_format)
 
+    def run_eagerly(self) -> Tensor:
+        """`run` without compiled code, so that hooks on the layers see their calls."""
+        with torch.compiler.set_stance("force_eager"):
+            return self.run()
+
     def record(self, candidates: list[Candidate]) -> Recording:
         """The calls to units, as a 16-bit region makes them where one works, else as the reference does."""
         result = Recording()
@@ -134,7 +139,7 @@ class Stage:
 
         def forward() -> None:
             with autocast(self.device, candidate.format):
-                losses.append(self.run().detach())
+                losses.append(self.run_eagerly().detach())
 
         with self._ready(candidate, search=False):
             calls = record_units(self.model, forward)

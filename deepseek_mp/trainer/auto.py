@@ -43,7 +43,9 @@ from deepseek_mp.nn import apply, current_plan, revert
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
 
 TOTAL_S = 40.0
-"""A further trial is started only if it is expected to end within this time from the beginning."""
+COMPILED_TOTAL_S = 160.0
+"""A further trial is started only if it is expected to end within this time from the beginning. A
+compiled trial is mostly compilation, and that of the winner is work that training would do anyway."""
 LAYERS_S = {"cpu": 3.0}
 STEP_S = {"cpu": 0.3}
 """Seconds for all layers, and for one whole step after its first calls; others get the next two."""
@@ -69,9 +71,10 @@ def choose_plan(
 
     `run` computes the scalar loss of a sample batch, with the model in train mode and without an
     autocast region of its own; it is called some tens of times. `pins` are put before all rules;
-    `emulate` allows them a format that the device lacks. `compiled` says that training will compile
-    the model: the trials do not, and the evidence says so. `progress` is told what is being done and
-    the share of the work that lies behind.
+    `emulate` allows them a format that the device lacks. `compiled` says that `run` calls compiled
+    code: whole steps are then timed compiled, since a compiler fuses what lies between the layers and
+    can turn the order of two formats around. `progress` is told what is being done and the share of
+    the work that lies behind.
 
     The plan's decision for the whole model (layer '') holds the trials in milliseconds; each layer
     that was timed has one too. Errors of the model in FP32 propagate; `PlanError` if the model takes
@@ -97,7 +100,7 @@ def choose_plan(
             "candidates": [candidate.key for candidate in candidates],
             "pins": PrecisionPlan.of("fp32", pins).to_json()["rules"],
             "model": model_digest(model),
-            "inputs": first_inputs(model, run),
+            "inputs": first_inputs(model, stage.run_eagerly),
             "compiled": compiled,
         }
         known = _cached(cache, key)
@@ -106,8 +109,9 @@ def choose_plan(
             return known
         notes: dict[str, Any] = {"refused": refused} if refused else {}
         if compiled:
-            notes["compiled"] = "timed without torch.compile"
-        plan, lasting = _measure(stage, candidates, cache, report, notes)
+            notes["compiled"] = "whole steps were timed compiled, layers alone were not"
+        total_s = COMPILED_TOTAL_S if compiled else TOTAL_S
+        plan, lasting = _measure(stage, candidates, cache, report, notes, total_s=total_s)
     if lasting:
         cache.put(key, plan.to_json())
     cache.save()
@@ -115,7 +119,13 @@ def choose_plan(
 
 
 def _measure(
-    stage: Stage, candidates: list[Candidate], cache: CostCache, report: Progress, notes: Mapping[str, Any]
+    stage: Stage,
+    candidates: list[Candidate],
+    cache: CostCache,
+    report: Progress,
+    notes: Mapping[str, Any],
+    *,
+    total_s: float,
 ) -> tuple[PrecisionPlan, bool]:
     """The plan, and whether it may be kept: not where it hangs on free memory or on the weights' values."""
     started = time.perf_counter()
@@ -132,12 +142,13 @@ def _measure(
         progress=lambda fraction: report("timing layers", 0.05 + 0.35 * fraction),
     )
     trials = {candidate: _first_trial(candidate, recording, layers) for candidate in candidates}
-    stopped = _step_trials(stage, trials, layers.coverage, recording.finite, started, report)
+    deadline = started + total_s
+    stopped = _step_trials(stage, trials, layers.coverage, recording.finite, deadline, report)
     verdict = decide(trials.values(), plain=_plain(trials))
     evidence = {
         **_evidence(verdict, trials.values(), layers),
         **notes,
-        **({"stopped": f"no further trial fits into {TOTAL_S:g} s"} if stopped else {}),
+        **({"stopped": f"no further trial fits into {total_s:g} s"} if stopped else {}),
         "seconds": round(time.perf_counter() - started, 3),
     }
     report(f"chosen: {verdict.candidate.key}", 1.0)
@@ -150,7 +161,7 @@ def _step_trials(
     trials: dict[Candidate, Trial],
     coverage: float,
     finite: bool | None,
-    started: float,
+    deadline: float,
     report: Progress,
 ) -> bool:
     """Fill in whole steps while `next_trial` asks for one; True if the time ran out before."""
@@ -159,7 +170,7 @@ def _step_trials(
     budget_s = STEP_S.get(stage.device.type, STEP_DEFAULT_S)
     done = 0
     while (candidate := next_trial(trials.values(), coverage=coverage, plain=plain)) is not None:
-        if time.perf_counter() - started + expected_seconds(trials.values(), candidate) > TOTAL_S:
+        if time.perf_counter() + expected_seconds(trials.values(), candidate) > deadline:
             return True
         report(f"timing a step in {candidate.key}", min(0.4 + 0.2 * done, 0.95))
         trials[candidate] = stage.try_step(trials[candidate], reference=reference, finite=finite, budget_s=budget_s)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepseek_mp.backends import Capabilities
+from deepseek_mp.backends import Capabilities, autocast
 from deepseek_mp.costs import CostCache, Timing, layers, whole_step
 from deepseek_mp.errors import PlanError
 from deepseek_mp.nn import apply, current_plan, register_unit
@@ -308,8 +308,30 @@ def test_a_model_in_channels_last_is_compared_with_itself(times: Times, own_ms: 
 
 def test_compiled_is_noted(times: Times) -> None:
     times.model, times.step, times.unit = mlp(), {"fp32": 2, "bf16": 1}, {"fp32": 1, "bf16": 1}
-    assert whole(choose(times.model, compiled=True)).evidence["compiled"] == "timed without torch.compile"
+    assert "timed compiled" in whole(choose(times.model, compiled=True)).evidence["compiled"]
     assert "compiled" not in whole(choose(times.model)).evidence
+
+
+def test_whole_steps_run_compiled_and_the_winner_is_not_compiled_again() -> None:
+    model, compiled = mlp(), []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    forward = torch.compile(model, backend=backend)
+
+    def run() -> Tensor:
+        return forward(torch.ones(8, 16)).square().mean()
+
+    plan = choose(model, run, compiled=True)
+    assert whole(plan).evidence["coverage"] > 0  # the hooks that record the layers saw their calls
+    assert 1 <= len(compiled) <= 3  # fp32, bf16, and no recording
+    known = len(compiled)
+    apply(model, plan)
+    with autocast("cpu", plan.base.name, cache=True):
+        run()
+    assert len(compiled) == known
 
 
 # -- failures ---------------------------------------------------------------------------------------
