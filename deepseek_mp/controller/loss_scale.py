@@ -142,7 +142,7 @@ class DynamicLossScale(LossScalePolicy):
         self.state["good_steps"] = torch.zeros((), dtype=torch.int32)
 
     def update(self, nonfinite: Tensor, amax: Tensor | None) -> None:  # noqa: ARG002
-        torch._amp_update_scale_(  # noqa: SLF001 - one kernel; the arithmetic PyTorch's own scaler uses
+        torch._amp_update_scale_(
             self.scale, self.state["good_steps"], nonfinite, self.growth, self.backoff, self.interval
         )
         self.scale.clamp_(self.floor, self.ceiling)

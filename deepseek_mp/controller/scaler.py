@@ -16,9 +16,11 @@ every optimizer, since a fused kernel that skips it would leave freshly allocate
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ class Verdict:
 
     nonfinite: Tensor
     """float32: 1 if the step was skipped because something was not finite, else 0."""
+    skipped: Tensor
+    """float32: 1 if the step was skipped for that or another reason, else 0."""
     grad_norm: Tensor
     """L2 norm of the unscaled gradients, before clipping."""
     scale: Tensor
@@ -43,10 +47,15 @@ class Verdict:
     """'applied', 'skipped' or 'no_grads'; None while only the device knows."""
 
 
+@cache
+def _needs_closure(kind: type[Optimizer]) -> bool:
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 def check_optimizer(optimizer: Optimizer) -> None:
     """`ConfigError` for an optimizer that must evaluate the model itself."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if _needs_closure(type(optimizer)):  # type: ignore[arg-type]  # mypy misses that a class has a hash
         raise ConfigError(
             explain(
                 f"optimizer {type(optimizer).__name__}, whose step needs a closure",
@@ -75,6 +84,7 @@ class LossScaler:
         self, policy: str | float | LossScalePolicy = "dynamic", *, device: torch.device | str | None = None
     ) -> None:
         self.policy = make_policy(policy)
+        self._stepped: WeakSet[Optimizer] = WeakSet()
         self._steppable: set[int] = set()
         self._scaled = False
         if device is not None:
@@ -97,6 +107,7 @@ class LossScaler:
         max_grad_norm: float | None = None,
         divisor: Tensor | None = None,
         nonfinite: Tensor | None = None,
+        empty: Tensor | None = None,
         before: Callable[[], None] | None = None,
     ) -> Verdict:
         """Apply or skip one step of the optimizers, and move the scale.
@@ -105,6 +116,7 @@ class LossScaler:
             max_grad_norm: clip the L2 norm of all unscaled gradients to this.
             divisor: 0-dim; the gradients are also divided by it (a window's total weight).
             nonfinite: 0-dim; 1 skips the step whatever the gradients are (a loss that was not finite).
+            empty: 0-dim; 1 skips the step as well, without blaming the scale (a window without items).
             before: called on the unscaled gradients, before they are checked, clipped and applied.
 
         Raises:
@@ -132,10 +144,15 @@ class LossScaler:
         if total is not None:
             norm = norm / total
             amax = None if amax is None else amax / total
-        status = self._apply(optimizers, params, grads, _with_clipping(total, norm, max_grad_norm), bad)
+        skip = bad
+        if empty is not None:  # whatever its numbers are: a mean over nothing is 0/0
+            nothing = empty.to(bad.device, torch.bool, non_blocking=True)
+            skip, bad = torch.maximum(bad, nothing), bad.masked_fill(nothing, 0.0)
+            amax = None if amax is None else amax.masked_fill(nothing, 0.0)
+        status = self._apply(optimizers, params, grads, _with_clipping(total, norm, max_grad_norm), skip)
         self._scaled = False
         self.policy.update(bad, amax)
-        return Verdict(nonfinite=bad, grad_norm=norm, scale=used, status=status)
+        return Verdict(nonfinite=bad, skipped=skip, grad_norm=norm, scale=used, status=status)
 
     def _total(self, scale: Tensor, divisor: Tensor | None) -> Tensor | None:
         """All that the gradients carry: the scale and the divisor. None when that is one."""
@@ -147,7 +164,11 @@ class LossScaler:
         if not optimizers or not all(isinstance(o, Optimizer) for o in optimizers):
             given = ", ".join(type(o).__name__ for o in optimizers) or "nothing"
             raise ConfigError(
-                explain(f"step({given})", "one or more torch.optim.Optimizer", "Closures are not supported: pass only optimizers")
+                explain(
+                    f"step({given})",
+                    "one or more torch.optim.Optimizer",
+                    "Closures are not supported: pass only optimizers",
+                )
             )
         for optimizer in optimizers:
             check_optimizer(optimizer)
@@ -163,7 +184,8 @@ class LossScaler:
     def _without_gradients(self) -> Verdict:
         self._scaled = False
         zero = torch.zeros((), device=self.policy.scale.device)
-        return Verdict(nonfinite=zero, grad_norm=zero, scale=self.policy.scale.clone(), status="no_grads")
+        scale = self.policy.scale.clone()
+        return Verdict(nonfinite=zero, skipped=torch.ones_like(zero), grad_norm=zero, scale=scale, status="no_grads")
 
     def _apply(
         self,
@@ -171,29 +193,41 @@ class LossScaler:
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         total: Tensor | None,
-        bad: Tensor,
+        skip: Tensor,
     ) -> str | None:
-        """Step the optimizers unless `bad`; None when only the device knows whether they were."""
+        """Step the optimizers unless `skip`; None when only the device knows whether they were."""
         fused = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         ids = {id(p) for p in params}
-        waits = bad.device.type == "cpu" or not fused or not ids <= self._steppable
-        if waits and bool(bad):
+        waits = skip.device.type == "cpu" or not fused or self._is_first(optimizers, ids)
+        if waits and bool(skip):
             return "skipped"
         if total is not None and not fused:
             gradients.multiply_(grads, total.reciprocal())
         for optimizer in optimizers:
             if fused:
-                _fused_step(optimizer, total, None if waits else bad)
+                _fused_step(optimizer, total, None if waits else skip)
             else:
                 optimizer.step()
+        self._stepped.update(optimizers)
         self._steppable |= ids
         return "applied" if waits else None
+
+    def _is_first(self, optimizers: Sequence[Optimizer], ids: set[int]) -> bool:
+        """Whether one of the optimizers has yet to make its state, for one of the parameters with these ids."""
+        return not (ids <= self._steppable and all(optimizer in self._stepped for optimizer in optimizers))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but which optimizers were stepped: a copy, or another process, has others."""
+        return {name: value for name, value in vars(self).items() if name not in ("_stepped", "_steppable")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _stepped=WeakSet(), _steppable=set())
 
     def state_dict(self) -> dict[str, Any]:
         """The policy's state as JSON values. Complete at any time: a step leaves nothing in between."""
         return self.policy.state_dict()
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over a saved state; `LossScaleError` (nothing changed) if it is not valid."""
         self.policy.load_state_dict(saved)
 

@@ -6,16 +6,31 @@ window opens and writes the copy back where the step turns out bad: on the devic
 verdict, so that nobody waits for it.
 
 Version counters would tell which buffers changed, but BatchNorm's kernels do not advance them, so all
-are copied: a few fused copies per step.
+are copied: a few fused copies per step. Buffers whose elements share memory (`expand`) and sparse ones
+are kept as objects only, without their values: no module updates such a buffer in place.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """One entry of a module's buffers when the window opened."""
+
+    owner: nn.Module
+    name: str
+    buffer: Tensor | None
+    value: Tensor | None
+    """A copy; None where there is no value to keep."""
 
 
 class BufferGuard:
@@ -23,79 +38,123 @@ class BufferGuard:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
-        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        """(owner, name, the buffer object, its saved value)"""
+        self._kept: list[_Kept] = []
+        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
+        """(buffers, their saved values) of one device and dtype: what a fused copy takes."""
 
     @torch.no_grad()
     def snapshot(self) -> None:
         """Remember every buffer's object and value."""
-        current = [
+        found = [
             (module, name, buffer)
             for module in self._modules
             for name, buffer in module._buffers.items()  # noqa: SLF001 - named_buffers() is 20x slower
-            if buffer is not None and not isinstance(buffer, UninitializedBuffer)
         ]
-        if self._fits(current):
-            saved = [kept[3] for kept in self._kept]
-        else:
-            saved = [torch.empty_like(buffer) for _, _, buffer in current]
-        _copy(saved, [buffer for _, _, buffer in current])
-        self._kept = [(*entry, value) for entry, value in zip(current, saved, strict=True)]
+        if not self._same(found):
+            self._kept = [_Kept(*entry, _room_for(entry[2])) for entry in found]
+            pairs = [(k.buffer, k.value) for k in self._kept if k.buffer is not None and k.value is not None]
+            self._groups = [_transposed(group) for group in _grouped(pairs)]
+        for buffers, values in self._groups:
+            torch._foreach_copy_(values, buffers)
+
+    def _same(self, found: list[tuple[nn.Module, str, Tensor | None]]) -> bool:
+        """Whether the buffers are the very objects of last time, and their values fit where those lie."""
+        if len(found) != len(self._kept):
+            return False
+        for (_, _, buffer), kept in zip(found, self._kept, strict=True):
+            if buffer is not kept.buffer:
+                return False
+            if buffer is None:
+                continue
+            if _has_own_values(buffer) if kept.value is None else buffer.shape != kept.value.shape:
+                return False
+        return True
 
     def saved(self) -> dict[str, Tensor]:
         """The saved values, numbered, for a checkpoint inside an accumulation window."""
-        return {str(i): kept[3] for i, kept in enumerate(self._kept)}
+        return {str(i): kept.value for i, kept in enumerate(self._kept) if kept.value is not None}
 
     def load_saved(self, values: dict[str, Tensor]) -> None:
         """Replace the saved values by those of a checkpoint of the same model."""
         self.snapshot()
-        _copy([kept[3] for kept in self._kept], [values[str(i)] for i in range(len(self._kept))])
-
-    def _fits(self, current: list[tuple[nn.Module, str, Tensor]]) -> bool:
-        """Whether the values saved last time can be overwritten with these buffers."""
-        return len(current) == len(self._kept) and all(
-            kept[3].shape == buffer.shape and kept[3].dtype == buffer.dtype and kept[3].device == buffer.device
-            for kept, (_, _, buffer) in zip(self._kept, current, strict=True)
-        )
+        for name, value in self.saved().items():
+            value.copy_(values[name])
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put every buffer back, object and value."""
-        for module, name, buffer, _ in self._kept:
-            module._buffers[name] = buffer  # noqa: SLF001
-        _copy([kept[2] for kept in self._kept], [kept[3] for kept in self._kept])
+        """Put every buffer back, object and value; buffers registered since are removed."""
+        known = {(id(kept.owner), kept.name) for kept in self._kept}
+        for module in self._modules:
+            for name in [name for name in module._buffers if (id(module), name) not in known]:  # noqa: SLF001
+                delattr(module, name)
+        for kept in self._kept:
+            kept.owner._buffers[kept.name] = kept.buffer  # noqa: SLF001
+            if kept.buffer is not None and kept.value is not None and kept.buffer.shape != kept.value.shape:
+                kept.buffer.resize_(kept.value.shape)
+        for buffers, values in self._groups:
+            torch._foreach_copy_(buffers, values)
 
     @torch.no_grad()
     def restore_where(self, bad: Tensor) -> None:
         """Put every buffer back if the 0-dim tensor `bad` is not zero, without reading it.
 
         A buffer that a forward replaced by another tensor keeps its new object, with the old value
-        where the step was bad. If its shape changed, the verdict has to be read.
+        where the step was bad. Where there is no old value of the same shape and dtype (a buffer
+        that a first forward fills), the verdict has to be read.
         """
-        groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for module, name, buffer, value in self._kept:
-            now = module._buffers.get(name)  # noqa: SLF001
-            if now is None or now.shape != value.shape or now.dtype != value.dtype:
-                if bool(bad):
-                    self.restore()
-                    return
-                continue
-            groups[now.device, now.dtype].append((now if now is not buffer else buffer, value))
-        for (device, _), pairs in groups.items():
-            _select(pairs, bad.to(device, non_blocking=True) != 0)
+        pairs: Pairs = []
+        selectable = sum(len(module._buffers) for module in self._modules) == len(self._kept)  # noqa: SLF001
+        for kept in self._kept:
+            now = kept.owner._buffers.get(kept.name)  # noqa: SLF001
+            if kept.value is None:
+                selectable = selectable and now is kept.buffer
+            elif now is not None and _fits(now, kept):
+                pairs.append((now, kept.value))
+            else:
+                selectable = False
+        if not selectable:
+            if bool(bad):
+                self.restore()
+            return
+        for group in _grouped(pairs):
+            _select(group, bad.to(group[0][0].device, non_blocking=True) != 0)
 
 
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for target, source in zip(targets, sources, strict=True):
-        pair = groups[target.device, target.dtype]
-        pair[0].append(target)
-        pair[1].append(source.detach())
-    for into, out_of in groups.values():
-        torch._foreach_copy_(into, out_of)
+def _room_for(buffer: Tensor | None) -> Tensor | None:
+    """Where the buffer's value can be kept, if it has one that can be written back."""
+    return torch.empty_like(buffer) if buffer is not None and _has_own_values(buffer) else None
 
 
-def _select(pairs: list[tuple[Tensor, Tensor]], bad: Tensor) -> None:
+def _has_own_values(buffer: Tensor) -> bool:
+    """Whether each element has a place of its own in memory, which can be copied and written."""
+    if isinstance(buffer, UninitializedBuffer) or buffer.layout != torch.strided:
+        return False
+    return all(stride or size <= 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+
+
+def _fits(buffer: Tensor, kept: _Kept) -> bool:
+    """Whether the kept value can be written into `buffer`, the one of now."""
+    value = kept.value
+    if value is None or buffer.shape != value.shape:
+        return False
+    if buffer is kept.buffer:
+        return True
+    return buffer.dtype == value.dtype and buffer.device == value.device and _has_own_values(buffer)
+
+
+def _grouped(pairs: Pairs) -> list[Pairs]:
+    """The pairs by device and dtype of the buffer: what one fused operation takes."""
+    groups: dict[tuple[torch.device, torch.dtype], Pairs] = defaultdict(list)
+    for pair in pairs:
+        groups[pair[0].device, pair[0].dtype].append(pair)
+    return list(groups.values())
+
+
+def _transposed(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def _select(pairs: Pairs, bad: Tensor) -> None:
     """now <- where(bad, value, now) for tensors of one device and dtype, in a handful of kernels."""
     flat_now = torch.cat([now.detach().reshape(-1) for now, _ in pairs])
     flat_old = torch.cat([value.reshape(-1) for _, value in pairs])

@@ -6,8 +6,10 @@ part of the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.trainer.result import FitResult, StepFacts
 
 if TYPE_CHECKING:
@@ -42,3 +44,15 @@ class Callback:
 def overrides(callback: Callback, method: str) -> bool:
     """Whether the callback's class defines `method` itself."""
     return getattr(type(callback), method) is not getattr(Callback, method)
+
+
+def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """The callbacks as a tuple; `ConfigError` if something else is among them."""
+    given = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    if not isinstance(callbacks, Iterable) or not all(isinstance(callback, Callback) for callback in given):
+        wrong = [callback for callback in given if not isinstance(callback, Callback)]
+        passed = f"callbacks with {wrong[0]!r}" if wrong else f"callbacks={callbacks!r}"
+        raise ConfigError(
+            explain(passed, "a list of objects of deepseek_mp.Callback", "Subclass Callback, and pass a list")
+        )
+    return given

@@ -16,41 +16,30 @@ from torch import nn
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.trainer.config import Compile
 
+LISTS = (nn.ModuleList, nn.Sequential)
+
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that stand two or more times, with equal class, in one list of the model.
+    """The outermost modules that stand two or more times, alike, in one list of the model (or that it is).
 
     A list is a ModuleList or a Sequential; a block is a child of one that has children of its own.
+    Blocks are alike if they have one class; lists as blocks, if they hold the same modules.
     """
+    kinds: dict[Any, list[nn.Module]] = defaultdict(list)
+    if isinstance(model, LISTS):
+        for block in model:
+            if next(block.children(), None) is not None:
+                kinds[repr(block) if isinstance(block, LISTS) else type(block)].append(block)
     found: list[nn.Module] = []
     for child in model.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            kinds: dict[type, list[nn.Module]] = defaultdict(list)
-            for block in child:
-                if next(block.children(), None) is not None:
-                    kinds[type(block)].append(block)
-            alike = [block for blocks in kinds.values() if len(blocks) > 1 for block in blocks]
-            found += alike
-            rest = [block for block in child if not any(block is a for a in alike)]
-            for block in rest:
-                found += repeated_blocks(nn.ModuleList([block]) if isinstance(block, nn.Sequential) else block)
-        else:
-            found += repeated_blocks(child)
+        alike = next((blocks for blocks in kinds.values() if any(child is block for block in blocks)), [])
+        found += [child] if len(alike) > 1 else repeated_blocks(child)
     return list(dict.fromkeys(found))
 
 
-def compiled_forward(model: nn.Module, how: Compile) -> Callable[..., Any]:
-    """What to call instead of the model. 'regional' compiles the blocks in place.
-
-    Raises:
-        ConfigError: 'regional' on a model without repeated blocks.
-    """
-    if how is False:
-        return model
-    if how is True:
-        return torch.compile(model)
-    blocks = repeated_blocks(model)
-    if not blocks:
+def check_compile(model: nn.Module, how: Compile) -> None:
+    """`ConfigError` for 'regional' on a model without repeated blocks."""
+    if how == "regional" and not repeated_blocks(model):
         raise ConfigError(
             explain(
                 "compile='regional' on a model without repeated blocks",
@@ -58,6 +47,13 @@ def compiled_forward(model: nn.Module, how: Compile) -> Callable[..., Any]:
                 "Use compile=True",
             )
         )
-    for block in blocks:
-        block.compile()
+
+
+def compiled_forward(model: nn.Module, how: Compile) -> Callable[..., Any]:
+    """What to call instead of the model. 'regional' compiles the blocks in place."""
+    if how is True:
+        return torch.compile(model)
+    if how == "regional":
+        for block in repeated_blocks(model):
+            block.compile()
     return model

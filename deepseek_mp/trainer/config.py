@@ -6,7 +6,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
+
+import torch
 
 from deepseek_mp.errors import ConfigError, explain, suggest
 from deepseek_mp.precision import PrecisionPlan, Recipe
@@ -25,6 +28,10 @@ def _is_count(value: object) -> bool:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _is_seed(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 2**64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +60,10 @@ class TrainerConfig:
             raise _refuse("ema_decay", self.ema_decay, "None or a number between 0 and 1")
         if self.pin is not None and not isinstance(self.pin, Mapping):
             raise _refuse("pin", self.pin, "a mapping of name patterns to recipes, {'*.norm*': 'fp32'}")
-        if self.compile not in (False, True, "regional"):
+        if not (isinstance(self.compile, bool) or self.compile == "regional"):
             raise _refuse("compile", self.compile, "False, True, 'regional'")
+        if self.seed is not None and not _is_seed(self.seed):
+            raise _refuse("seed", self.seed, "None or a whole number from 0 and below 2**64")
         for name in ("max_skipped_steps", "monitor_every"):
             if not _is_count(getattr(self, name)):
                 raise _refuse(name, getattr(self, name), "a whole number from 1")
@@ -70,11 +79,22 @@ class TrainerConfig:
         raise _refuse("precision_mode", mode, allowed, f"Use one of these.{hint}")
 
 
-def check_single_process(environment: Mapping[str, str] | None = None, *, initialised: bool = False) -> None:
+def check_extent(epochs: object, max_steps: object) -> None:
+    """`ConfigError` unless a fit knows how far to go: whole numbers, of which only `max_steps` may be None."""
+    for name, value in (("epochs", epochs), ("max_steps", max_steps)):
+        if (value is None and name == "max_steps") or _is_count(value) or (value == 0 and type(value) is int):
+            continue
+        raise _refuse(name, value, "a whole number from 0")
+
+
+def check_single_process(environment: Mapping[str, str] | None = None) -> None:
     """`ConfigError` when this is one of several processes of a distributed run."""
     env: Mapping[str, Any] = os.environ if environment is None else environment
     size = env.get("WORLD_SIZE", "1")
-    if initialised or (size.isdigit() and int(size) > 1):
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if group and torch.distributed.get_world_size() > 1:
+        size = str(torch.distributed.get_world_size())
+    if size.isdigit() and int(size) > 1:
         raise ConfigError(
             explain(
                 f"a run of more than one process (WORLD_SIZE={size})",

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepseek_mp.errors import LoaderError, explain
+from deepseek_mp.errors import ConfigError, LoaderError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
 
 Metric = Callable[[Any, Any], Tensor | float]
+
+
+def check_metrics(metrics: object) -> None:
+    """`ConfigError` unless the metrics are None or functions by name."""
+    if metrics is None or (isinstance(metrics, Mapping) and all(callable(m) for m in metrics.values())):
+        return
+    allowed = "None, or a mapping from names to functions (output, target) -> scalar"
+    raise ConfigError(explain(f"metrics={metrics!r}", allowed, "Pass for example {'accuracy': accuracy}"))
 
 
 def evaluate(
@@ -25,29 +34,43 @@ def evaluate(
 ) -> dict[str, float]:
     """{'loss': mean over items, name: mean over samples}; the caller sets mode and region.
 
-    Sums stay on the device until the end, so that evaluation runs without waiting per batch.
+    Sums stay on the device until the end, so that evaluation runs without waiting per batch. A batch
+    without items counts for nothing, whatever its loss is.
     """
     sums: dict[str, Tensor] = {}
     weights: dict[str, float | Tensor] = defaultdict(float)
 
-    def count(name: str, value: Tensor | float, weight: int | Tensor) -> None:
-        part = torch.as_tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32) * weight
+    def count(name: str, value: Any, weight: int | Tensor) -> None:
+        part = _scalar(name, value, torch.float64 if device.type == "cpu" else torch.float32)
+        if isinstance(weight, Tensor):
+            part = torch.where(weight > 0, part, 0.0)
+        elif weight == 0:
+            return
+        part = part * weight
         sums[name] = sums[name] + part if name in sums else part
         weights[name] = weights[name] + weight
 
-    seen = False
     for batch in loader:
         call = calls.move(calls.parse_batch(batch), device)
         samples = calls.batch_size(call)
-        seen = True
         if not samples:
             continue
         result = calls.run(model, call, loss_fn)
         count("loss", result.loss, result.items)
         for name, metric in metrics.items():
             count(name, metric(result.output, call.target), samples)
-    if not seen:
+    if not float(weights["loss"]):
         raise LoaderError(
-            explain("a loader that gave no batch to evaluate", "a loader with data", "Check the data set and drop_last")
+            explain("a loader that gave nothing to evaluate", "a loader with data", "Check the data set and drop_last")
         )
     return {name: float(total) / float(weights[name]) for name, total in sums.items()}
+
+
+def _scalar(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """What a metric returned, as a 0-dim tensor; `ConfigError` if it is not one number."""
+    number = isinstance(value, Tensor | Number)
+    if not number or (isinstance(value, Tensor) and value.numel() != 1):
+        passed = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        allowed = "a number or a scalar tensor, the mean over the batch"
+        raise ConfigError(explain(f"metric {name!r} returned {passed}", allowed, "Reduce it, with .mean() for one"))
+    return torch.as_tensor(value, dtype=dtype).reshape(())

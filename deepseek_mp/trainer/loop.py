@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -25,24 +25,34 @@ from deepseek_mp import backends
 from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale, make_policy
 from deepseek_mp.controller.scaler import LossScaler
 from deepseek_mp.costs import CostCache
-from deepseek_mp.errors import ConfigError, LoaderError, explain
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.monitor import PrecisionMonitor
-from deepseek_mp.nn import apply, revert, units
+from deepseek_mp.nn import apply, memory_format_of
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
-from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
+from deepseek_mp.precision import PrecisionPlan, Recipe
 from deepseek_mp.trainer.auto import choose_plan
-from deepseek_mp.trainer.callbacks import Callback, overrides
-from deepseek_mp.trainer.compile import compiled_forward
-from deepseek_mp.trainer.config import Compile, TrainerConfig, check_single_process
+from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
+from deepseek_mp.trainer.compile import check_compile, compiled_forward
+from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent, check_single_process
 from deepseek_mp.trainer.ema import WeightAverage
-from deepseek_mp.trainer.evaluation import Metric, evaluate
-from deepseek_mp.trainer.position import LoaderPosition
+from deepseek_mp.trainer.evaluation import Metric, check_metrics, evaluate
+from deepseek_mp.trainer.functions import mixed_formats
+from deepseek_mp.trainer.position import LoaderPosition, check_loader, length, no_batch
 from deepseek_mp.trainer.progress import Progress
 from deepseek_mp.trainer.recording import Recorder
 from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
-from deepseek_mp.trainer.resume import restore, save
-from deepseek_mp.trainer.setup import choose_device, make_optimizer, make_scheduler, seed_everything
+from deepseek_mp.trainer.resume import restore, resumed_plan, save
+from deepseek_mp.trainer.setup import (
+    align_optimizer,
+    check_arguments,
+    check_plan,
+    choose_device,
+    make_optimizer,
+    make_scheduler,
+    seed_everything,
+    unchanged_if_refused,
+)
 from deepseek_mp.trainer.step import Region, Stepper
 from deepseek_mp.trainer.window import Window
 
@@ -109,8 +119,8 @@ class MixedPrecisionTrainer:
         monitor_every: int = 500,
         progress: bool | None = None,
     ) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        check_single_process(initialised=distributed and torch.distributed.get_world_size() > 1)
+        check_single_process()
+        check_arguments(model, loss_fn)
         self.config = TrainerConfig(
             precision_mode=precision_mode,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -126,27 +136,24 @@ class MixedPrecisionTrainer:
         )
         self._policy = make_policy(loss_scale_policy)
         self._loss_fn = loss_fn
-        self.callbacks = _checked(callbacks)
+        self.callbacks = check_callbacks(callbacks)
         self._progress = progress
         self.device = choose_device(model, device)
         self.capabilities = backends.capabilities(self.device)
         self.model = model
-        self._plan = self._requested_plan()
-        if self._plan is not None:
-            self._plan = self._apply(self._plan)
-        try:
+        self.recorder = Recorder(run_dir, self)
+        with unchanged_if_refused(model, self.device):
+            check_compile(model, compile)
+            plan = self._requested_plan()
+            self._plan = None if plan is None else self._apply(plan)
             seed_everything(seed)
             model.to(self.device)
             self.optimizer = make_optimizer(optimizer, model)
             self.scheduler = make_scheduler(scheduler, self.optimizer)
-        except BaseException:
-            revert(model)
-            raise
         self.monitor = PrecisionMonitor(model, sample_every=None)
         self.ema = None if ema_decay is None else WeightAverage(model, ema_decay)
         self.scaler = LossScaler(NoLossScale(), device=self.device)
         self.position = LoaderPosition(self.device)
-        self.recorder = Recorder(run_dir, self)
         self.steps_attempted = 0
         self.steps_applied = 0
         self.history: list[dict[str, Any]] = []
@@ -178,9 +185,10 @@ class MixedPrecisionTrainer:
         if isinstance(mode, PrecisionPlan):
             return mode.with_pins(pin)
         if mode == "auto":
-            PrecisionPlan.of("fp32", pin).check_names(units(self.model))
+            measured = PrecisionPlan.of("fp32", pin)  # whatever is chosen, it takes what this takes
+            check_plan(self.model, measured, self.capabilities, emulate=self.config.emulate)
             return None
-        return PrecisionPlan.of(mode, pin)
+        return replace(PrecisionPlan.of(mode, pin), memory_format=memory_format_of(self.model))
 
     def _apply(self, plan: PrecisionPlan) -> PrecisionPlan:
         return apply(self.model, plan, emulate=self.config.emulate, capabilities=self.capabilities)
@@ -196,6 +204,7 @@ class MixedPrecisionTrainer:
                 capabilities=self.capabilities,
                 pins=self.config.pin or {},
                 compiled=bool(self.config.compile),
+                emulate=self.config.emulate,
                 cache=CostCache(),
                 progress=shown.stage,
             )
@@ -203,6 +212,7 @@ class MixedPrecisionTrainer:
     def _install(self, plan: PrecisionPlan) -> None:
         """Build everything that depends on the plan, which the model was converted to."""
         self._plan = plan
+        align_optimizer(self.optimizer)
         if "fp16" in plan.formats:
             self.scaler = LossScaler(self._policy, device=self.device)
             if "fp16" in self.capabilities.flushes_subnormals:
@@ -245,8 +255,7 @@ class MixedPrecisionTrainer:
         A precision that this run names itself is kept: resuming is how a run changes it on purpose.
         """
         if self._plan is None:
-            resumed = replace(saved_plan, decisions=tuple(_resumed(d) for d in saved_plan.decisions))
-            self._install(self._apply(resumed))
+            self._install(self._apply(resumed_plan(saved_plan, self.config.pin or {})))
         elif self._plan.digest != saved_plan.digest:
             log.warning("resumed with plan %s; the checkpoint had %s", self._plan.base, saved_plan.base)
         if saved_scale["policy"] == self.scaler.policy.name:
@@ -257,7 +266,6 @@ class MixedPrecisionTrainer:
 
     def _ready(self, batch: Any) -> Stepper:
         if self._stepper is None:
-            self.model.train()
             self._install(self._apply(self._measure(batch)))
         return self.stepper
 
@@ -277,9 +285,16 @@ class MixedPrecisionTrainer:
             BatchError: the batch or the loss has a form that cannot be trained on.
             NonFiniteError: too many steps in a row were skipped.
         """
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         stepper = self._ready(batch)
-        return stepper.run(batch, index=max(self.position.batch - 1, 0), close=close)
+        try:
+            return stepper.run(batch, index=max(self.position.batch - 1, 0), close=close)
+        except RuntimeError as error:
+            named = mixed_formats(error)
+            if named is None:
+                raise
+            raise named from error
 
     def settle(self) -> None:
         """Wait for the last step's outcome and act on it (scheduler, average, records)."""
@@ -289,6 +304,8 @@ class MixedPrecisionTrainer:
     def _finished(self, facts: StepFacts, window: Window) -> None:
         """A window is settled: advance what advances with it, and tell everyone."""
         self.steps_attempted += 1
+        if window.entries:
+            self.position.stepped(window.entries[-1].index + 1)
         if facts.status == "applied":
             self.steps_applied += 1
             if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):
@@ -333,9 +350,9 @@ class MixedPrecisionTrainer:
             CheckpointError: nothing to resume from, or it is of another model.
             NonFiniteError: too many steps in a row were skipped.
         """
-        for name, value in (("epochs", epochs), ("max_steps", max_steps)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ConfigError(explain(f"{name}={value!r}", "a whole number from 0", f"Change {name}"))
+        check_extent(epochs, max_steps)
+        check_loader(train_loader)
+        check_metrics(metrics)
         started = time.monotonic()
         self.loader = train_loader
         if resume is not None:
@@ -360,35 +377,30 @@ class MixedPrecisionTrainer:
         except BaseException:
             if self._stepper is not None:
                 self._stepper.abandon()
+            self.position.rewind(self.loader)
             raise
 
     def _epoch(self, loader: Iterable[Any], epochs: int, max_steps: int | None, shown: Progress) -> None:
         """The rest of an epoch, or of `max_steps`; windows never cross its end."""
-        began, first = time.monotonic(), self.position.batch
-        shown.epoch(self.position.epoch, epochs, len(loader) if isinstance(loader, Sized) else None)
-        self.recorder.start_epoch()
-        seen = 0
-        for _, batch in self.position.batches(loader):
+        batches = length(loader)
+        shown.epoch(self.position.epoch, epochs, batches)
+        self.recorder.start_epoch(continued=self.position.batch > 0)
+        for index, batch in self.position.batches(loader):
             self.step(batch)
-            seen += 1
+            if not self.stepper.window.micro_batches:
+                self.position.stepped(index + 1)
             shown.advance(self)
             self._checkpoint_if_due()
-            if self._reached(max_steps):
-                self.settle()
+            if self._reached(max_steps) and self.position.batch != batches:
+                if self.recorder.run_dir is not None:
+                    self.save(self.recorder.run_dir)
                 return
-        if not seen and not first:
-            raise LoaderError(
-                explain(
-                    f"a loader that gave no batch in epoch {self.position.epoch}",
-                    "a loader that can be iterated once per epoch and has data",
-                    "Check the data set and drop_last; a generator is used up after one epoch",
-                )
-            )
-        stepper = self._stepper
-        if stepper is not None and stepper.window.micro_batches:
-            stepper.close()
+        if not self.position.batch:
+            raise no_batch(self.position.epoch)
+        if self._stepper is not None and self._stepper.window.micro_batches:
+            self._stepper.close()
         self.settle()
-        self.history.append({"epoch": self.position.epoch, **self.recorder.epoch_summary(time.monotonic() - began)})
+        self.history.append({"epoch": self.position.epoch, **self.recorder.epoch_summary()})
         self.position.next_epoch()
 
     def _end_epoch(self, val_loader: Iterable[Any] | None, metrics: Mapping[str, Metric] | None) -> None:
@@ -436,7 +448,7 @@ class MixedPrecisionTrainer:
     def _inference(self) -> Iterator[None]:
         """Eval mode without gradients, in the plan's region, with averaged weights if there are any."""
         self.settle()
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         region = Region(self._plan or PrecisionPlan.of("fp32"), self.device, search=False)
         averaged = nullcontext() if self.ema is None else self.ema.applied()
         self.model.eval()
@@ -444,7 +456,8 @@ class MixedPrecisionTrainer:
             with torch.no_grad(), averaged, region.flags(), region.autocast():
                 yield
         finally:
-            self.model.train(training)
+            for module, training in modes:  # not train(): parts frozen in eval mode stay so
+                module.training = training
 
     def evaluate(self, loader: Iterable[Any], *, metrics: Mapping[str, Metric] | None = None) -> dict[str, float]:
         """Mean loss and metrics over a loader: {'loss': ..., name: ...}.
@@ -478,17 +491,3 @@ class MixedPrecisionTrainer:
             raise ConfigError(explain("save before the first step", "saving a run whose plan is known", "Train first"))
         self.settle()
         return save(self, Path(path))
-
-
-def _resumed(decision: Decision) -> Decision:
-    evidence = {"first_reason": decision.reason.value, **decision.evidence}
-    return replace(decision, reason=Reason.RESUMED, evidence=evidence)
-
-
-def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise ConfigError(
-                explain(f"callbacks with {callback!r}", "objects of deepseek_mp.Callback", "Subclass Callback")
-            )
-    return tuple(callbacks)

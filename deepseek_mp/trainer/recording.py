@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepseek_mp import backends
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.records import RunWriter
+from deepseek_mp.records.runfile import RUN_FILE, load_attempts
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.window import Window
 from deepseek_mp.version import __version__
@@ -25,17 +28,27 @@ COUNTERS_EVERY = 16
 """Steps between two readings of memory and energy: reading them costs more than a record does."""
 
 
-class Recorder:
-    """Writes metrics, decisions and the plan to the run directory; with None it only keeps sums."""
+SUMS = ("loss", "applied", "skipped", "samples", "seconds")
 
-    def __init__(self, run_dir: str | Path | None, trainer: MixedPrecisionTrainer) -> None:
-        self.run_dir = None if run_dir is None else Path(run_dir)
+
+class Recorder:
+    """Writes metrics, decisions and the plan to the run directory; with None it only keeps sums.
+
+    The directory is made, and an attempt begun, with the first record: a run that is refused before
+    its first step leaves nothing behind, and a resumed one knows by then from which step it goes on.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str] | None, trainer: MixedPrecisionTrainer) -> None:
+        self.run_dir = None if run_dir is None else _usable(run_dir)
         self.running_loss = math.nan
         self._trainer = trainer
         self._writer: RunWriter | None = None
+        self._plan: PrecisionPlan | None = None
+        """A plan in force that is not written down yet."""
         self._last = time.monotonic()
         self._joules: float | None = None
-        self._sums = {"loss": 0.0, "applied": 0.0, "skipped": 0.0, "samples": 0.0}
+        self.sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
+        """Totals of the epoch so far; part of a checkpoint, since its summary must not depend on a resume."""
 
     def __enter__(self) -> Recorder:
         self._last = time.monotonic()
@@ -45,23 +58,23 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close("completed" if kind is None else f"failed: {kind.__name__}")
             self._writer = None
 
-    @property
-    def _out(self) -> RunWriter | None:
+    def _out(self, *, done: int) -> RunWriter | None:
+        """The writer, opened if need be by a run that has `done` steps behind it."""
         if self._writer is None and self.run_dir is not None:
-            self._writer = RunWriter(self.run_dir, info=describe(self._trainer))
+            self._writer = RunWriter(self.run_dir, info=describe(self._trainer), resume_step=done)
+        if self._writer is not None and self._plan is not None:
+            self._writer.plan(self._plan.to_json())
+            for decision in self._plan.decisions:
+                self._writer.decision({"step": done, **decision.to_json()})
+            self._plan = None
         return self._writer
 
     def plan(self, plan: PrecisionPlan) -> None:
-        """A plan came into force."""
-        out = self._out
-        if out is None:
-            return
-        out.plan(plan.to_json())
-        for decision in plan.decisions:
-            out.decision({"step": self._trainer.steps_attempted, **decision.to_json()})
+        """A plan came into force; it is written down with the next record."""
+        self._plan = plan
 
     def step(self, facts: StepFacts, window: Window) -> None:
         """A window is settled."""
@@ -70,11 +83,12 @@ class Recorder:
         applied = facts.status == "applied"
         if applied:
             self.running_loss = facts.loss
-            self._sums["loss"] += facts.loss
-        self._sums["applied"] += applied
-        self._sums["skipped"] += facts.status == "skipped"
-        self._sums["samples"] += window.samples
-        out = self._out
+            self.sums["loss"] += facts.loss
+        self.sums["applied"] += applied
+        self.sums["skipped"] += facts.status == "skipped"
+        self.sums["samples"] += window.samples
+        self.sums["seconds"] += seconds
+        out = self._out(done=self._trainer.steps_attempted - 1)
         if out is None:
             return
         out.metrics(
@@ -110,26 +124,39 @@ class Recorder:
         self._joules = joules
         return {"peak_memory_bytes": backends.peak_memory_bytes(device), "joules": spent}
 
-    def start_epoch(self) -> None:
-        """Sums begin again, and time spent between epochs belongs to no step."""
-        self._sums = dict.fromkeys(self._sums, 0.0)
+    def start_epoch(self, *, continued: bool) -> None:
+        """Sums begin again unless this is the rest of an epoch; time spent between epochs belongs to no step."""
+        if not continued:
+            self.sums = dict.fromkeys(SUMS, 0.0)
         self._last = time.monotonic()
 
-    def epoch_summary(self, seconds: float) -> dict[str, Any]:
+    def epoch_summary(self) -> dict[str, Any]:
         """The epoch's mean loss over applied steps, its skipped steps, and its speed."""
-        applied = self._sums["applied"]
+        applied, seconds = self.sums["applied"], self.sums["seconds"]
         return {
-            "loss": self._sums["loss"] / applied if applied else math.nan,
-            "skipped": int(self._sums["skipped"]),
+            "loss": self.sums["loss"] / applied if applied else math.nan,
+            "skipped": int(self.sums["skipped"]),
             "seconds": seconds,
-            "samples_per_second": self._sums["samples"] / seconds if seconds else None,
+            "samples_per_second": self.sums["samples"] / seconds if seconds else None,
         }
 
     def epoch(self, entry: dict[str, Any]) -> None:
         """An epoch and its validation are done."""
-        out = self._out
+        out = self._out(done=self._trainer.steps_attempted)
         if out is not None:
             out.metrics(step=self._trainer.steps_attempted, status="epoch", **entry)
+
+
+def _usable(run_dir: str | os.PathLike[str]) -> Path:
+    """The run directory as a path; `ConfigError` if it cannot be one. Nothing is made."""
+    if not isinstance(run_dir, str | os.PathLike):
+        raise ConfigError(explain(f"run_dir={run_dir!r}", "None or the path of a directory", "Pass a path"))
+    path = Path(run_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(explain(f"run_dir {path} is a file", "a run directory or a new path", "Choose another"))
+    if (path / RUN_FILE).exists():
+        load_attempts(path)  # of a record version that this release can add to
+    return path
 
 
 def describe(trainer: MixedPrecisionTrainer) -> dict[str, Any]:

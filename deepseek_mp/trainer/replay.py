@@ -8,17 +8,22 @@ in forward or in backward; modules that merely pass a NaN on are not named.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepseek_mp.trainer.rng import rng_state, set_rng_state
 from deepseek_mp.trainer.window import MicroBatch
 
 LOSS = "(loss function)"
 """The name given when all modules are finite and the loss, or its gradient, is not."""
+BATCH = "(batch)"
+"""The name given when no module is to blame and the batch itself has a NaN in it."""
 
 
 def get_rng(device: torch.device) -> list[Tensor]:
@@ -37,19 +42,25 @@ def set_rng(states: list[Tensor], device: torch.device) -> None:
 
 
 def find_first_bad_module(
-    model: nn.Module, entries: Iterable[MicroBatch], compute: Callable[[MicroBatch], Tensor], device: torch.device
+    model: nn.Module,
+    entries: Iterable[MicroBatch],
+    compute: Callable[[MicroBatch], Tensor],
+    device: torch.device,
+    *,
+    others: Iterable[Tensor] = (),
 ) -> str | None:
     """Replay micro-batches until one goes bad; gradients and random state end as they began.
 
     Args:
         compute: runs forward and backward of a micro-batch with `model`, returns its loss.
+        others: parameters outside the model whose gradients are to be kept too (a loss may have some).
 
     Returns:
-        The module's name, `LOSS`, or None if everything was finite this time (a sum over the window
-        overflowed, or the hardware erred).
+        The module's name, `BATCH`, `LOSS`, or None if everything was finite this time (a sum over the
+        window overflowed, or the hardware erred).
     """
-    kept = [(p, p.grad) for p in model.parameters()]
-    rng = get_rng(device)
+    kept = [(p, p.grad) for p in (*model.parameters(), *others)]
+    everything = rng_state(device)  # Python's and NumPy's too: a forward may draw from any of them
     try:
         for entry in entries:
             set_rng(entry.rng, device)
@@ -58,19 +69,18 @@ def find_first_bad_module(
             watch = _Watch(model)
             with watch.hooks(), torch.compiler.set_stance("force_eager"):
                 loss = compute(entry)
-            if watch.first is not None or not bool(torch.isfinite(loss).all()):
-                return watch.first or watch.passed_on or LOSS
-            if watch.loss_gradient_bad:
-                return LOSS
+            culprit = watch.culprit(entry.batch, loss)
+            if culprit is not None:
+                return culprit
     finally:
-        set_rng(rng, device)
+        set_rng_state(*everything, device)
         for param, grad in kept:
             param.grad = grad
     return None
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
+    """The tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -78,21 +88,54 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, tuple | list):
         for item in tree:
             yield from _tensors(item)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        yield from _tensors([getattr(tree, field.name) for field in fields(tree)])
 
 
-def _bad(tensors: Iterable[Tensor]) -> bool:
-    return any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors)
+def _numbers(tree: Any) -> Iterator[Tensor]:
+    """The numbers that can be non-finite, as dense tensors; of sparse tensors their values."""
+    for tensor in _tensors(tree):
+        if tensor.is_floating_point() or tensor.is_complex():
+            summed = tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
+            yield summed if summed.layout == torch.strided else summed.values()
+
+
+def _bad(tree: Any) -> bool:
+    return any(not bool(torch.isfinite(numbers).all()) for numbers in _numbers(tree))
+
+
+def _has_nan(tree: Any) -> bool:
+    return any(bool(torch.isnan(numbers).any()) for numbers in _numbers(tree))
 
 
 class _Watch:
-    """Hooks that remember the first producer of a non-finite value."""
+    """Hooks that remember where non-finite values came from in one forward and backward.
+
+    Infinities can be meant: masks are made of them. So a producer counts only if the loss, or the
+    gradient of a parameter, was bad in the end, and where the loss is finite the backward decides.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.first: str | None = None
-        self.passed_on: str | None = None
-        """The first module with a non-finite output though its input was non-finite already (a mask of -inf)."""
-        self.loss_gradient_bad = False
+        self._forward: str | None = None
+        """The first module to make a bad output of good inputs."""
+        self._passed_on: str | None = None
+        """The first module with a bad output whose input was bad already."""
+        self._backward: str | None = None
+        """The first module to make a bad gradient of good ones."""
+        self._bad_gradient: str | None = None
+        """The first module with a bad gradient of a parameter."""
+        self._arrived: dict[str, list[bool]] = defaultdict(list)
+        """Per module, whether the gradients of its outputs were bad."""
+        self._output_bad = self._loss_gradient_bad = False
+
+    def culprit(self, batch: Any, loss: Tensor) -> str | None:
+        """What to blame, None if loss and gradients are finite."""
+        if _bad(loss):
+            return self._forward or (BATCH if _has_nan(batch) else self._passed_on) or LOSS
+        if self._loss_gradient_bad:
+            return (self._forward if self._output_bad else None) or LOSS
+        return self._bad_gradient and (self._backward or self._bad_gradient)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -112,18 +155,15 @@ class _Watch:
             for handle in handles:
                 handle.remove()
 
-    def _name(self, producer: str) -> None:
-        if self.first is None:
-            self.first = producer
-
     def _forward_hook(self, name: str) -> Callable[..., None]:
         def check(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(output))
             if _bad(outputs):
-                if not _bad(inputs) or _bad(module.parameters(recurse=False)):
-                    self._name(name or type(module).__name__)
-                elif self.passed_on is None:
-                    self.passed_on = name or type(module).__name__
+                shown = name or type(module).__name__
+                self._output_bad = self._output_bad or name == ""
+                if not _bad(inputs) or _bad(list(module.parameters(recurse=False))):
+                    self._forward = self._forward or shown
+                self._passed_on = self._passed_on or shown
             self._watch_backward(name, inputs, outputs)
 
         return check
@@ -133,13 +173,14 @@ class _Watch:
         arrived: list[bool] = []
 
         def leaving(grad: Tensor) -> None:
-            arrived.append(_bad([grad]))
+            arrived.append(_bad(grad))
+            self._arrived[name].append(arrived[-1])
             if arrived[-1] and name == "":
-                self.loss_gradient_bad = True
+                self._loss_gradient_bad = True
 
         def entering(grad: Tensor) -> None:
-            if _bad([grad]) and arrived and not any(arrived):
-                self._name(name)
+            if _bad(grad) and arrived and not any(arrived):
+                self._backward = self._backward or name or type(self._model).__name__
 
         made = {id(t) for t in outputs}
         for tensor in outputs:
@@ -150,10 +191,13 @@ class _Watch:
                 tensor.register_hook(entering)
 
     def _parameter_hook(self, name: str) -> Callable[[Tensor], None]:
-        owner = name.rpartition(".")[0] or name
+        owner = name.rpartition(".")[0]
+        shown = owner or type(self._model).__name__
 
         def check(param: Tensor) -> None:
-            if param.grad is not None and not self.loss_gradient_bad and _bad([param.grad]):
-                self._name(owner)
+            if _bad(param.grad):
+                self._bad_gradient = self._bad_gradient or shown
+                if not any(self._arrived[owner]):
+                    self._backward = self._backward or shown
 
         return check

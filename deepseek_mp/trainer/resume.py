@@ -6,19 +6,24 @@ another model, optimizer or policy leaves the run as it was.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from deepseek_mp.errors import CheckpointError, explain
-from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
 from deepseek_mp.trainer import state
 from deepseek_mp.trainer.checkpoint import Snapshot, newest_checkpoint, read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
+log = logging.getLogger("deepseek_mp")
+
 STATE_VERSION = 1
+CHANGE_LOADER = "Pass the loader that the run was saved with"
 
 
 def checkpoint_root(path: Path) -> Path:
@@ -31,34 +36,42 @@ def save(trainer: MixedPrecisionTrainer, path: Path) -> Path:
     optimizer_tensors, optimizer_values = state.optimizer_state(trainer.model, trainer.optimizer)
     random_tensors, position = trainer.position.save(trainer.loader)
     window_tensors, window_values = trainer.stepper.save_window()
-    snapshot = Snapshot(
-        step=trainer.steps_attempted,
-        tensors={
-            "model": state.model_tensors(trainer.model),
-            "buffers": state.transient_buffers(trainer.model),
-            "optimizer": optimizer_tensors,
-            "ema": trainer.ema.values if trainer.ema is not None else {},
-            "window": window_tensors,
-            "rng": random_tensors,
+    values = {
+        "version": STATE_VERSION,
+        "plan": trainer.plan.to_json(),
+        "counters": {
+            "attempted": trainer.steps_attempted,
+            "applied": trainer.steps_applied,
+            "skipped_in_row": trainer.stepper.skipped_in_row,
         },
-        state={
-            "version": STATE_VERSION,
-            "plan": trainer.plan.to_json(),
-            "counters": {
-                "attempted": trainer.steps_attempted,
-                "applied": trainer.steps_applied,
-                "skipped_in_row": trainer.stepper.skipped_in_row,
-            },
-            "optimizer": optimizer_values,
-            "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
-            "scaler": trainer.scaler.state_dict(),
-            "position": position,
-            "window": window_values,
-            "history": trainer.history,
-            "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in trainer.callbacks],
-        },
+        "optimizer": optimizer_values,
+        "scheduler": _scheduler_state(trainer.scheduler),
+        "scaler": trainer.scaler.state_dict(),
+        "position": position,
+        "window": window_values,
+        "epoch": trainer.recorder.sums,
+        "history": trainer.history,
+        "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in trainer.callbacks],
+    }
+    inside: state.Tensors = {}
+    values = state.split_tensors(values, inside)
+    tensors = {
+        "model": state.model_tensors(trainer.model),
+        "buffers": state.transient_buffers(trainer.model),
+        "optimizer": optimizer_tensors,
+        "outside": state.outside_parameters(trainer.model, trainer.optimizer),
+        "ema": trainer.ema.values if trainer.ema is not None else {},
+        "window": window_tensors,
+        "rng": random_tensors,
+        "state": inside,
+    }
+    return write_checkpoint(
+        checkpoint_root(path), Snapshot(step=trainer.steps_attempted, tensors=tensors, state=values)
     )
-    return write_checkpoint(checkpoint_root(path), snapshot)
+
+
+def _scheduler_state(scheduler: Any) -> dict[str, Any] | None:
+    return None if scheduler is None else {"type": type(scheduler).__name__, "state": scheduler.state_dict()}
 
 
 def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
@@ -77,24 +90,45 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
             )
         )
     snapshot = read_checkpoint(newest)
-    tensors, saved = snapshot.tensors, snapshot.state
     _check(trainer, snapshot, newest)
+    tensors = snapshot.tensors
+    saved = state.join_tensors(dict(snapshot.state), tensors["state"])
     stepper = trainer.adopt_plan(PrecisionPlan.from_json(saved["plan"]), saved["scaler"])
     state.load_model(trainer.model, tensors["model"], tensors["buffers"])
     state.load_optimizer(trainer.model, trainer.optimizer, tensors["optimizer"], saved["optimizer"])
+    state.load_tensors(state.outside_parameters(trainer.model, trainer.optimizer), tensors["outside"])
     if trainer.scheduler is not None:
-        trainer.scheduler.load_state_dict(saved["scheduler"])
+        trainer.scheduler.load_state_dict(saved["scheduler"]["state"])
     if trainer.ema is not None:
         trainer.ema.load(tensors["ema"])
     trainer.steps_attempted = saved["counters"]["attempted"]
     trainer.steps_applied = saved["counters"]["applied"]
     stepper.skipped_in_row = saved["counters"]["skipped_in_row"]
     trainer.history[:] = saved["history"]
-    trainer.position.load(tensors["rng"], saved["position"])
+    trainer.recorder.sums |= saved["epoch"]
     stepper.load_window(tensors["window"], saved["window"])
+    trainer.position.load(tensors["rng"], saved["position"], open_batches=stepper.window.micro_batches)
     for callback, kept in zip(trainer.callbacks, saved["callbacks"], strict=True):
         if kept is not None:
             cast(Any, callback).load_state_dict(kept)
+
+
+def resumed_plan(saved: PrecisionPlan, pin: Mapping[str, str | Recipe]) -> PrecisionPlan:
+    """A checkpoint's measured plan for the run that continues it; its decisions say that they were resumed.
+
+    Pins that the checkpoint did not have are put before its rules, and what was measured without them
+    is no reason any more.
+    """
+    pins = PrecisionPlan.of("fp32", pin).rules
+    if saved.rules[: len(pins)] != pins:
+        log.warning("resumed with the pins %s, which the checkpoint's plan did not have", dict(pin))
+        return saved.with_pins(pin)
+    return replace(saved, decisions=tuple(map(_resumed, saved.decisions)))
+
+
+def _resumed(decision: Decision) -> Decision:
+    evidence = {"first_reason": decision.reason.value, **decision.evidence}
+    return replace(decision, reason=Reason.RESUMED, evidence=evidence)
 
 
 def _refuse(path: Path, what: str, change: str) -> CheckpointError:
@@ -108,15 +142,18 @@ def _check(trainer: MixedPrecisionTrainer, snapshot: Snapshot, path: Path) -> No
         raise _refuse(
             path, f"has state version {saved.get('version')!r}, not {STATE_VERSION}", "Use a matching release"
         )
-    state.check_model(trainer.model, snapshot.tensors["model"])
+    state.check_tensors(state.model_tensors(trainer.model), snapshot.tensors["model"])
     state.check_optimizer(trainer.model, trainer.optimizer, snapshot.tensors["optimizer"], saved["optimizer"])
-    if (trainer.scheduler is None) != (saved["scheduler"] is None):
-        had = "a" if saved["scheduler"] is not None else "no"
-        raise _refuse(path, f"was written with {had} scheduler", f"Resume with {had} scheduler")
-    averages = snapshot.tensors.get("ema", {})
-    here = {} if trainer.ema is None else trainer.ema.values
-    if averages.keys() != here.keys():
-        raise _refuse(path, f"averages {len(averages)} weights, not {len(here)}", "Pass the ema_decay it had")
+    state.check_tensors(state.outside_parameters(trainer.model, trainer.optimizer), snapshot.tensors["outside"])
+    here, there = type(trainer.scheduler).__name__, (saved["scheduler"] or {"type": "NoneType"})["type"]
+    if here != there:
+        had = "no scheduler" if there == "NoneType" else f"a {there} as its scheduler"
+        raise _refuse(path, f"was written with {had}", f"Resume with {had}")
+    if saved["position"]["loader"] is not None and not hasattr(trainer.loader, "load_state_dict"):
+        raise _refuse(path, "was written with a loader that keeps its own position", CHANGE_LOADER)
+    averages, ours = snapshot.tensors["ema"], {} if trainer.ema is None else trainer.ema.values
+    if averages.keys() != ours.keys():
+        raise _refuse(path, f"averages {len(averages)} weights, not {len(ours)}", "Pass the ema_decay it had")
     if len(saved["callbacks"]) != len(trainer.callbacks):
         raise _refuse(path, f"was written with {len(saved['callbacks'])} callbacks", "Pass the same callbacks")
     trainer.check_scaler(PrecisionPlan.from_json(saved["plan"]), saved["scaler"])

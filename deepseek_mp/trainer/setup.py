@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,16 +14,74 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from deepseek_mp import backends
+from deepseek_mp.backends.detect import as_device
 from deepseek_mp.controller.scaler import check_optimizer
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn import apply, checks, current_plan, revert
+from deepseek_mp.nn.survey import survey
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer.rng import rng_state, set_rng_state
 
 DEFAULT_LEARNING_RATE = 1e-3
 
 
+def check_arguments(model: object, loss_fn: object) -> None:
+    """`ConfigError` for a model or a loss function that cannot be called as one."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(explain(f"model={model!r}", "a torch.nn.Module", "Pass the model object"))
+    if any(p.is_meta for p in model.parameters()):
+        raise ConfigError(
+            explain("a model on the meta device", "parameters with values", "Call model.to_empty and initialise it")
+        )
+    if loss_fn is not None and (not callable(loss_fn) or isinstance(loss_fn, type)):
+        allowed = "None, or a function from (output, target) to a scalar tensor"
+        raise ConfigError(explain(f"loss_fn={loss_fn!r}", allowed, "Pass a function or object, not a name or class"))
+
+
+def check_plan(
+    model: nn.Module, plan: PrecisionPlan, capabilities: backends.Capabilities, *, emulate: bool
+) -> PrecisionPlan:
+    """The plan, if applying it to the model would be taken; `PlanError` or `FormatError` otherwise."""
+    found = survey(model)
+    checks.check_model(model)
+    checks.check_rules(plan, found)
+    checks.check_parameters(model, plan, found)
+    checks.check_fp32_arithmetic(plan, found)
+    checks.check_devices(model, plan, capabilities, emulate=emulate)
+    return plan
+
+
+@contextmanager
+def unchanged_if_refused(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Whatever is raised inside, the model's classes and tensors and the random generators are as before."""
+    plan, random_state = current_plan(model), rng_state(device)
+    parameters = [(p, p.data) for p in model.parameters()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]  # noqa: SLF001
+    try:
+        yield
+    except BaseException:
+        for param, data in parameters:
+            param.data = data
+        for now, before in buffers:
+            now.update(before)
+        revert(model)
+        if plan is not None:
+            apply(model, plan, emulate=True)  # it was in force, so what it emulates was agreed to
+        set_rng_state(*random_state, device)
+        raise
+
+
 def choose_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """The device asked for; else the model's if it is an accelerator; else the best of this machine."""
+    """The device asked for; else the model's if it is an accelerator; else the best of this machine.
+
+    Raises:
+        ConfigError: PyTorch does not know such a device, or nothing can be computed on it.
+    """
     if device is not None:
-        return torch.device(device)
+        where = as_device(device)
+        if where.type == "meta":
+            raise ConfigError(explain("device 'meta'", "a device that computes", "Choose another, or leave it out"))
+        return where
     first = next(model.parameters(), None)
     if first is not None and first.device.type not in ("cpu", "meta"):
         return first.device
@@ -35,7 +94,7 @@ def make_optimizer(
     """An optimizer over the model's trainable parameters.
 
     Raises:
-        ConfigError: it is no optimizer, needs a closure, or the model has nothing to train.
+        ConfigError: it is no optimizer, needs a closure, trains another model, or there is nothing to train.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
@@ -53,12 +112,23 @@ def make_optimizer(
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             explain(
-                f"optimizer={given!r}",
+                f"optimizer={given!r}"
+                if optimizer is given
+                else f"a function for the optimizer that gave {optimizer!r}",
                 "a torch.optim.Optimizer, or a function from parameters to one",
                 "Pass for example lambda params: torch.optim.SGD(params, lr=0.1)",
             )
         )
     check_optimizer(optimizer)
+    ours = {id(p) for p in params}
+    if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            explain(
+                "an optimizer that holds none of the model's trainable parameters",
+                "an optimizer over model.parameters()",
+                "Build it from the very model that is passed, or pass a function from parameters to an optimizer",
+            )
+        )
     return optimizer
 
 
@@ -68,6 +138,19 @@ def _default(params: list[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW(params, lr=DEFAULT_LEARNING_RATE, fused=True)
     except RuntimeError:  # PyTorch's way of saying that the device or dtype has no fused kernel
         return torch.optim.AdamW(params, lr=DEFAULT_LEARNING_RATE)
+
+
+@torch.no_grad()
+def align_optimizer(optimizer: Optimizer) -> None:
+    """Give existing state the memory format of its parameter, which a plan may have changed.
+
+    Fused kernels walk parameter, gradient and state in memory order.
+    """
+    for param, entry in optimizer.state.items():
+        for key, value in entry.items():
+            same_shape = isinstance(value, torch.Tensor) and value.shape == param.shape and value.dim() > 0
+            if same_shape and value.stride() != param.stride():
+                entry[key] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
 def make_scheduler(given: Any, optimizer: Optimizer) -> Any:
@@ -82,7 +165,9 @@ def make_scheduler(given: Any, optimizer: Optimizer) -> Any:
     if not isinstance(scheduler, LRScheduler):
         raise ConfigError(
             explain(
-                f"scheduler={given!r}",
+                f"scheduler={given!r}"
+                if scheduler is given
+                else f"a function for the scheduler that gave {scheduler!r}",
                 "an LRScheduler, or a function from an optimizer to one",
                 "Pass for example lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)",
             )

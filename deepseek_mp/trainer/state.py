@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch.optim import Optimizer
 from deepseek_mp.errors import CheckpointError, explain
 
 Tensors = dict[str, Tensor]
+COUNTERS = ("step", "mu_product")
+"""What PyTorch's optimizers keep on the host; the names tell them from the state of a 0-dim parameter."""
+TENSOR = "$tensor"
+"""The key of what stands for a tensor in a value whose tensors were split off."""
 
 
 def model_tensors(model: nn.Module) -> Tensors:
@@ -31,6 +36,37 @@ def transient_buffers(model: nn.Module) -> Tensors:
     return {name: b for name, b in model.named_buffers() if name not in kept}
 
 
+def outside_parameters(model: nn.Module, optimizer: Optimizer) -> Tensors:
+    """What the optimizer trains beside the model (the parameters of a loss function, for one), by position."""
+    inside = {id(p) for p in model.parameters()}
+    names = parameter_names(model, optimizer)
+    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"] if id(p) not in inside}
+
+
+def split_tensors(value: Any, tensors: Tensors) -> Any:
+    """The value with every tensor in its dictionaries, lists and tuples moved to `tensors`."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {TENSOR: name}
+    if type(value) is dict:
+        return {key: split_tensors(item, tensors) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(split_tensors(item, tensors) for item in value)
+    return value
+
+
+def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The reverse of `split_tensors`."""
+    if type(value) is dict:
+        if value.keys() == {TENSOR} and isinstance(value[TENSOR], str):
+            return tensors[value[TENSOR]]
+        return {key: join_tensors(item, tensors) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(join_tensors(item, tensors) for item in value)
+    return value
+
+
 def _mismatch(what: str, saved: object, here: object) -> CheckpointError:
     return CheckpointError(
         explain(
@@ -41,9 +77,8 @@ def _mismatch(what: str, saved: object, here: object) -> CheckpointError:
     )
 
 
-def check_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """`CheckpointError` unless names, shapes and dtypes are those of `model`."""
-    here = model_tensors(model)
+def check_tensors(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """`CheckpointError` unless names, shapes and dtypes are those of the tensors here."""
     if here.keys() != saved.keys():
         raise _mismatch("tensors", sorted(saved.keys() - here.keys())[:5], sorted(here.keys() - saved.keys())[:5])
     for name, tensor in here.items():
@@ -55,11 +90,17 @@ def check_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def load_model(model: nn.Module, saved: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Copy checked tensors into the model's own, which keep identity, ties and memory format."""
-    for name, tensor in model_tensors(model).items():
-        tensor.copy_(saved[name])
+    load_tensors(model_tensors(model), saved)
     for name, buffer in transient_buffers(model).items():
         if name in buffers and buffers[name].shape == buffer.shape:
             buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def load_tensors(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy checked tensors into those here."""
+    for name, tensor in here.items():
+        tensor.copy_(saved[name])
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
@@ -107,12 +148,21 @@ def check_optimizer(
     here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     there = [group["params"] for group in saved["groups"]]
     if [sorted(g) for g in here] != [sorted(g) for g in there]:
-        raise _mismatch("parameter groups", [len(g) for g in there], [len(g) for g in here])
+        raise _mismatch("optimizer groups", *_first_difference(there, here))
     params = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     for place, tensor in tensors.items():
         shape = params[place.rsplit("/", 1)[0]].shape
         if tensor.ndim == len(shape) and tensor.ndim and tensor.shape != shape:
             raise _mismatch(f"optimizer state {place} of shape", tuple(tensor.shape), tuple(shape))
+
+
+def _first_difference(there: list[list[str]], here: list[list[str]]) -> tuple[str, str]:
+    """The first group that differs, as the names each side has in it."""
+    none: list[str] = []
+    pairs = [(sorted(a), sorted(b)) for a, b in zip_longest(there, here, fillvalue=none)]
+    group = next(index for index, (a, b) in enumerate(pairs) if a != b)
+    a, b = pairs[group]
+    return f"{a[:5]} in group {group}", str(b[:5])
 
 
 @torch.no_grad()
@@ -137,16 +187,17 @@ def load_optimizer(
         for param in group["params"]:
             entry = by_param.get(names[id(param)])
             if entry:
-                optimizer.state[param] = {key: _placed(value, param, on_device) for key, value in entry.items()}
+                optimizer.state[param] = {key: _placed(key, value, param, on_device) for key, value in entry.items()}
 
 
-def _placed(value: Any, param: Tensor, on_device: bool) -> Any:
+def _placed(key: str, value: Any, param: Tensor, on_device: bool) -> Any:
     """A saved value where the optimizer expects it; a step counter stays on the host unless a fused kernel reads it."""
     if not isinstance(value, Tensor):
         return value
-    if value.ndim and value.shape == param.shape:
+    counter = value.ndim == 0 and (param.ndim > 0 or key in COUNTERS)
+    if value.shape == param.shape and not counter:
         return torch.empty_like(param, dtype=value.dtype).copy_(value)
-    return value.clone().to(param.device if on_device or value.ndim else "cpu")
+    return value.clone().to("cpu" if counter and not on_device else param.device)
 
 
 def gradients(model: nn.Module) -> Tensors:

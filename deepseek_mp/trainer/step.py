@@ -14,6 +14,7 @@ there, and runs ahead of the device as it would without any check. On a CPU it i
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,9 +38,12 @@ from deepseek_mp.trainer import state
 from deepseek_mp.trainer.buffers import BufferGuard
 from deepseek_mp.trainer.replay import find_first_bad_module, get_rng, set_rng
 from deepseek_mp.trainer.result import HostCopy, StepFacts, StepResult
-from deepseek_mp.trainer.window import MicroBatch, Weight, Window
+from deepseek_mp.trainer.window import MicroBatch, Window
 
 log = logging.getLogger("deepseek_mp")
+
+NO_ITEMS = "no batch of the window has items"
+NO_GRADIENTS = "no parameter of the optimizer received a gradient"
 
 
 class Region:
@@ -105,6 +109,7 @@ class Stepper:
         self.finished, self.before = finished, before
         self.window = Window()
         self.skipped_in_row = 0
+        self._parameters = list(model.parameters())
         self._buffers = BufferGuard(model)
         self._pending: Pending | None = None
         self.windows_opened = 0
@@ -115,13 +120,14 @@ class Stepper:
     def run(self, batch: Any, *, index: int = 0, close: bool | None = None) -> StepResult:
         """One micro-batch; the window closes when it is full, or as `close` says."""
         call = calls.parse_batch(batch)
+        samples = calls.batch_size(call)
         if not self.window.micro_batches:
             self._open()
         self.window.micro_batches += 1
         closing = self.window.micro_batches >= self.accumulation if close is None else close
-        samples = calls.batch_size(call)
+        whole = closing and self.window.micro_batches == 1
         try:
-            loss = self._compute(batch, call, index) if samples else None
+            loss = self._compute(batch, call, index, whole=whole) if samples else None
             self.window.samples += samples
             if closing:
                 return self.close()
@@ -130,7 +136,7 @@ class Stepper:
             raise
         if loss is None:
             return StepResult(lambda: StepFacts(status="accumulated", reason="the batch has no items"))
-        kept, scale = loss.detach(), self.scaler.policy.scale
+        kept, scale = loss.detach(), self.scaler.policy.scale.clone()
         return StepResult(lambda: StepFacts(status="accumulated", loss=float(kept), scale=float(scale)))
 
     @property
@@ -158,12 +164,21 @@ class Stepper:
         self._buffers.load_saved(parts["buffer"])
         self.window = Window.load(values, self.device)
 
+    def _clear_gradients(self) -> None:
+        """No parameter of the model or the optimizer has a gradient (Module.zero_grad walks the model)."""
+        for param in self._parameters:
+            param.grad = None
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
     def _open(self) -> None:
-        self.model.zero_grad(set_to_none=True)
+        self._clear_gradients()
         self._buffers.snapshot()
+        backends.clear_overflow(self.device)
         self.windows_opened += 1
 
-    def _compute(self, batch: Any, call: calls.Call, index: int) -> Tensor | None:
+    def _compute(self, batch: Any, call: calls.Call, index: int, *, whole: bool) -> Tensor | None:
         """Forward, loss and backward of one micro-batch; returns its loss, None if it has no items."""
         self.window.entries.append(MicroBatch(index=index, batch=batch, rng=get_rng(self.device)))
         moved = calls.move(call, self.device)
@@ -172,15 +187,9 @@ class Stepper:
                 result = calls.run(self.forward, moved, self.loss_fn)
             if isinstance(result.items, int) and result.items == 0:
                 return None  # every label is masked: a mean over nothing
-            weight: Weight = 1.0
-            loss = result.loss
-            if self.accumulation > 1:
-                weight = self.window.weigh(result.items)
-                loss = loss * weight
-            else:
-                self.window.weight = 1.0
+            weight = self.window.weigh(result.items, whole=whole)
             self.window.add(result.loss, weight)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(result.loss if whole else result.loss * weight).backward()
         return result.loss
 
     @contextmanager
@@ -195,34 +204,35 @@ class Stepper:
 
     def close(self) -> StepResult:
         """Close the window as it is: settle the step before it, then apply or skip it."""
+        flag = backends.overflow_seen(self.device)  # first: a replay of the step before may raise it again
         self.settle()
-        window, self.window = self.window, Window()
+        window = self.window
         if window.loss is None:
-            facts = StepFacts(status="no_grads", reason="no batch of the window has items")
+            self._buffers.restore()
+            self.window = Window()
+            facts = StepFacts(status="no_grads", reason=NO_ITEMS)
             self.finished(facts, window)
             return StepResult(lambda: facts)
-        nonfinite = window.nonfinite
-        flag = backends.overflow_seen(self.device)
+        nonfinite, divisor = window.nonfinite, window.divisor
         if flag is not None and nonfinite is not None:
             nonfinite = torch.maximum(nonfinite, flag)
-        try:
-            verdict = self.scaler.step(
-                self.optimizer,
-                max_grad_norm=self.max_grad_norm,
-                divisor=window.divisor,
-                nonfinite=nonfinite,
-                before=self.before,
-            )
-        except BaseException:
-            self._buffers.restore()
-            raise
+        verdict = self.scaler.step(
+            self.optimizer,
+            max_grad_norm=self.max_grad_norm,
+            divisor=divisor,
+            nonfinite=nonfinite,
+            empty=window.empty,
+            before=self.before,
+        )
+        self.window = Window()  # not before: if the step raises, `abandon` takes this window back
         if verdict.status is None:
-            self._buffers.restore_where(verdict.nonfinite)
+            self._buffers.restore_where(verdict.skipped)
         elif verdict.status != "applied":
             self._buffers.restore()
-        self.model.zero_grad(set_to_none=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        copy = HostCopy([window.mean_loss, verdict.nonfinite, verdict.grad_norm, verdict.scale])
+        self._clear_gradients()
+        copy = HostCopy(
+            [window.mean_loss(divisor), verdict.nonfinite, verdict.skipped, verdict.grad_norm, verdict.scale]
+        )
         pending = self._pending = Pending(window=window, verdict=verdict, copy=copy)
         if verdict.status is not None:
             self.settle()
@@ -240,9 +250,9 @@ class Stepper:
         if pending is None:
             return
         facts = pending.facts = self._read(pending)
-        if facts.status != "skipped":
+        if facts.status == "applied":
             self.skipped_in_row = 0
-        else:
+        elif facts.status == "skipped":
             self.skipped_in_row += 1
             log.warning("step skipped: %s (first bad module: %s)", facts.reason, facts.first_bad_module)
         self._warn_small_scale(facts)
@@ -251,14 +261,17 @@ class Stepper:
             raise self._too_many_skips(facts)
 
     def _read(self, pending: Pending) -> StepFacts:
-        loss, nonfinite, norm, scale = pending.copy.read()
-        if pending.verdict.status == "no_grads":
-            reason = "no parameter of the optimizer received a gradient"
-            return StepFacts(status="no_grads", reason=reason, loss=loss, scale=scale)
-        if not nonfinite:
+        loss, nonfinite, skipped, norm, scale = pending.copy.read()
+        if not skipped:
             return StepFacts(status="applied", loss=loss, scale=scale, grad_norm=norm)
-        finite_loss = loss - loss == 0.0
-        reason = "the gradients are not finite" if finite_loss else f"the loss is {loss}"
+        if pending.verdict.status == "no_grads":
+            return StepFacts(status="no_grads", reason=NO_GRADIENTS, loss=loss, scale=scale)
+        if not nonfinite:
+            return StepFacts(status="no_grads", reason=NO_ITEMS, scale=scale)
+        if not math.isfinite(loss):
+            reason = f"the loss is {loss}"
+        else:
+            reason = "the device saw an overflow" if math.isfinite(norm) else "the gradients are not finite"
         culprit = self._replay(pending.window, scale)
         return StepFacts(
             status="skipped", reason=reason, loss=loss, scale=scale, grad_norm=norm, first_bad_module=culprit
@@ -278,7 +291,8 @@ class Stepper:
         guard = BufferGuard(self.model)
         guard.snapshot()
         try:
-            return find_first_bad_module(self.model, window.entries, compute, self.device)
+            trained = [param for group in self.optimizer.param_groups for param in group["params"]]
+            return find_first_bad_module(self.model, window.entries, compute, self.device, others=trained)
         finally:
             guard.restore()
 
@@ -310,5 +324,4 @@ class Stepper:
             if self.window.entries:
                 set_rng(self.window.entries[0].rng, self.device)
         self.window = Window()
-        self.model.zero_grad(set_to_none=True)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()

@@ -41,11 +41,16 @@ class Window:
     samples: int = 0
     reference: Weight | None = None
     weight: Weight = 0.0
+    only: Items | None = None
+    """Items of a micro-batch that is a whole window, whose weight is one however many they are."""
     loss: Tensor | None = None
     nonfinite: Tensor | None = None
 
-    def weigh(self, items: Items) -> Weight:
-        """The weight of a micro-batch of `items`, counted into the window."""
+    def weigh(self, items: Items, *, whole: bool = False) -> Weight:
+        """The weight of a micro-batch of `items`, counted into the window; `whole`: there is no other."""
+        if whole:
+            self.only, self.weight = items, 1.0
+            return 1.0
         if isinstance(items, Tensor):
             items = items.to(torch.float32)
         if self.reference is None:
@@ -63,17 +68,24 @@ class Window:
         self.nonfinite = bad if self.nonfinite is None else torch.maximum(self.nonfinite, bad)
 
     @property
-    def divisor(self) -> Tensor | None:
-        """What the accumulated gradients are divided by; None when it is one."""
-        if self.loss is None or (isinstance(self.weight, float) and self.weight == 1.0):
-            return None
-        return torch.as_tensor(self.weight, dtype=torch.float32, device=self.loss.device)
+    def empty(self) -> Tensor | None:
+        """Whether no micro-batch had an item, 0-dim bool; None where the host knows that one had."""
+        items = self.weight if self.only is None else self.only
+        return items == 0 if isinstance(items, Tensor) else None
 
     @property
-    def mean_loss(self) -> Tensor:
-        """Mean loss over the window's items, 0-dim."""
+    def divisor(self) -> Tensor | None:
+        """What the accumulated gradients are divided by; None when it is one. Never zero."""
+        if self.loss is None or (isinstance(self.weight, float) and self.weight == 1.0):
+            return None
+        if isinstance(self.weight, Tensor):
+            return torch.where(self.weight == 0, 1.0, self.weight).to(self.loss.device)
+        return torch.full((), self.weight, dtype=torch.float32, device=self.loss.device)  # tensor() would wait
+
+    def mean_loss(self, divisor: Tensor | None) -> Tensor:
+        """Mean loss over the window's items, 0-dim; `divisor` is this window's own."""
         assert self.loss is not None, "a window without a loss is not closed with a step"
-        return self.loss / self.weight
+        return self.loss if divisor is None else self.loss / divisor
 
     def save(self) -> dict[str, Any]:
         """The totals as JSON values; exact, since float32 fits a JSON number."""

@@ -1,0 +1,55 @@
+"""Every example is short, runs as a person would run it, and prints what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PROMISES = {
+    "checkpoints.py": [r"continued run equals the uninterrupted one; 9 tensors in the plain model"],
+    "own_loop.py": [
+        r"step 0: loss \d\.\d+, applied, norm \d+\.\d+",
+        r"step 20: loss \d\.\d+, applied",
+        r"Precision usage: 3 of 30 steps sampled",
+        r"mm +fp32 +pinned",
+    ],
+    "train.py": [
+        r"epoch 4: loss \d\.\d+, accuracy 0\.[3-9]",  # one in eight would be chance
+        r"\(model\) fp32 -> (fp32|bf16)",
+        r"1 fp32 -> fp32 \(pinned",
+        r"Precision usage: 1 of \d+ steps sampled",
+    ],
+}
+
+
+def test_every_example_has_a_promise():
+    assert [path.name for path in EXAMPLES] == sorted(PROMISES)
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_under_60_lines(script):
+    assert len(script.read_text().splitlines()) < 60
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_prints_what_it_promises_without_warnings_or_files(script, tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "DEEPSEEK_MP_CACHE": "off",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", str(script)],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for promise in PROMISES[script.name]:
+        assert re.search(promise, done.stdout), f"{promise!r} not in\n{done.stdout}"
+    assert list(tmp_path.iterdir()) == []

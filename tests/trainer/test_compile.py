@@ -1,0 +1,176 @@
+"""Compilation: which blocks are repeated, what is called, and that alike blocks are compiled once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from deepseek_mp import MixedPrecisionTrainer
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.trainer.compile import check_compile, compiled_forward, repeated_blocks
+
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x)).relu()
+
+
+class Other(Block):
+    pass
+
+
+class Deep(nn.Module):
+    """A stem, a list of equal blocks, and a head."""
+
+    def __init__(self, depth=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList([Block() for _ in range(depth)])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Stages(nn.Module):
+    """Two Sequentials of blocks, as a ResNet has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(Block(), Block())
+        self.two = nn.Sequential(Other(), nn.ReLU(), Other(), Block())
+
+
+def names(model):
+    found = {id(module): name for name, module in model.named_modules()}
+    return [found[id(block)] for block in repeated_blocks(model)]
+
+
+def pair(width):
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("model", "blocks"),
+    [
+        (Deep(), ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
+        (Deep(1), []),
+        (Stages(), ["one.0", "one.1", "two.0", "two.2"]),
+        (nn.Sequential(Block(), Block()), ["0", "1"]),
+        (nn.ModuleList([Block(), Other(), Block()]), ["0", "2"]),
+        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), []),
+        (nn.Sequential(pair(2), pair(2)), ["0", "1"]),
+        (nn.Sequential(pair(2), pair(3)), []),
+        (nn.Sequential(nn.Sequential(Block(), Block()), nn.Linear(8, 8)), ["0.0", "0.1"]),
+        (nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleList([Other()])]), ["0.0", "0.1"]),
+        (nn.Linear(2, 2), []),
+    ],
+    ids=[
+        "list",
+        "single",
+        "stages",
+        "model is the list",
+        "mixed",
+        "leaves",
+        "alike",
+        "unlike",
+        "nested",
+        "lists",
+        "leaf",
+    ],
+)
+def test_blocks_of_one_class_in_one_list_are_repeated(model, blocks):
+    assert names(model) == blocks
+
+
+def test_outer_blocks_come_before_the_ones_inside_them():
+    inner = [nn.Sequential(Block(), Block()) for _ in range(2)]
+    assert names(nn.Sequential(*inner)) == ["0", "1"]
+
+
+def test_a_block_that_stands_twice_is_compiled_once():
+    block = Block()
+    assert repeated_blocks(nn.ModuleList([block, block, Block()]))[0] is block
+    assert len(repeated_blocks(nn.ModuleList([block, block, Block()]))) == 2
+
+
+def test_nothing_is_compiled_unless_asked_for():
+    model = Deep()
+    assert compiled_forward(model, False) is model
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_regional_needs_repeated_blocks_and_says_so_before_anything_is_done():
+    check_compile(Deep(1), True)
+    check_compile(Deep(), "regional")
+    model = Deep(1)
+    with pytest.raises(ConfigError, match=r"'regional' on a model without repeated blocks.*Use compile=True"):
+        MixedPrecisionTrainer(model, "fp32", compile="regional", device="cpu")
+    assert type(model.stem) is nn.Linear
+    with pytest.raises(ConfigError, match="'regional' on a model without repeated blocks"):
+        MixedPrecisionTrainer(model, "auto", compile="regional", device="cpu")
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """torch.compile and Module.compile with the backend that runs the graphs as they are; the counters at zero."""
+    whole, module = torch.compile, nn.Module.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: whole(model, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self: module(self, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def batches():
+    inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    return [(inputs, inputs[:, :2].argmax(dim=1))] * 3
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def fitted(how, **options):
+    trainer = MixedPrecisionTrainer(Deep(), "bf16", compile=how, device="cpu", emulate=True, optimizer=sgd, **options)
+    trainer.fit(batches(), val_loader=batches())
+    return trainer
+
+
+@pytest.mark.parametrize(("how", "graphs"), [("regional", 1), (True, 1)])
+def test_equal_blocks_are_compiled_once_and_give_the_same_numbers(eager, how, graphs):
+    trainer = fitted(how)
+    training = counters["stats"]["unique_graphs"]
+    plain = fitted(False)
+    assert counters["stats"]["unique_graphs"] == training
+    for one, two in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+    assert not counters["graph_break"]
+    # Evaluation runs without gradients: another graph of the blocks, none of the whole model, which is called as it is.
+    assert training == graphs + (how == "regional")
+
+
+def test_pinned_blocks_of_one_kind_make_no_more_graphs_than_kinds(eager):
+    fitted("regional", pin={"blocks.3.linear": "fp32"})
+    assert counters["stats"]["unique_graphs"] <= 4
+    assert not counters["graph_break"]
+
+
+@pytest.mark.stress
+def test_a_model_compiled_by_inductor_trains_like_the_plain_one():
+    torch._dynamo.reset()
+    compiled, plain = fitted(True), fitted(False)
+    for one, two in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+    assert compiled.steps_applied == 3
+    torch._dynamo.reset()

@@ -1,0 +1,463 @@
+"""Fit: how far it goes, what it calls and keeps, what it refuses, and the parts around it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from deepseek_mp import Callback, Decision, MixedPrecisionTrainer, PrecisionPlan, Reason
+from deepseek_mp.controller import NoLossScale
+from deepseek_mp.errors import ConfigError, FormatError, LoaderError, NonFiniteError, PlanError
+from deepseek_mp.nn import current_plan
+from deepseek_mp.trainer import loop
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def make(mode="fp32", model=None, **options):
+    options = {"loss_scale_policy": 64.0, "optimizer": sgd, "device": "cpu", "emulate": True} | options
+    return MixedPrecisionTrainer(net() if model is None else model, mode, **options)
+
+
+INPUTS = torch.randn(22, 4, generator=torch.Generator().manual_seed(1))
+LABELS = INPUTS[:, :3].argmax(dim=1)
+
+
+def batches(count=5, bad=()):
+    made = [(INPUTS[4 * i : 4 * i + 4], LABELS[4 * i : 4 * i + 4]) for i in range(count)]
+    return [(x * math.nan, y) if index in bad else (x, y) for index, (x, y) in enumerate(made)]
+
+
+def same_models(one, two):
+    return all(torch.equal(v, two.model.state_dict()[name]) for name, v in one.model.state_dict().items())
+
+
+def accuracy(output, target):
+    return (output.argmax(dim=1) == target).float().mean()
+
+
+# -- how far a fit goes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps", "finished"),
+    [(1, None, 5, 1), (2, None, 10, 2), (0, None, 0, 0), (9, 3, 3, 0), (9, 7, 7, 1), (1, 99, 5, 1), (3, 0, 0, 0),
+     (1, 5, 5, 1), (9, 10, 10, 2)],
+)  # fmt: skip
+def test_a_fit_ends_after_its_epochs_or_its_steps(epochs, max_steps, steps, finished):
+    result = make().fit(batches(), epochs, max_steps=max_steps)
+    assert (result.steps_applied, result.steps_attempted, result.epochs) == (steps, steps, finished)
+    assert len(result.history) == finished
+
+
+def test_epochs_and_steps_count_the_whole_run():
+    straight, parts = make(), make()
+    torch.manual_seed(3)
+    straight.fit(batches(), 3)
+    torch.manual_seed(3)
+    assert parts.fit(batches(), 1).epochs == 1
+    assert parts.fit(batches(), 2, max_steps=7).steps_applied == 7
+    assert parts.fit(batches(), 2).epochs == 2
+    assert parts.fit(batches(), 2).epochs == 2
+    assert parts.fit(batches(), 3).steps_applied == 15
+    assert same_models(straight, parts)
+    assert [e["loss"] for e in parts.history] == [e["loss"] for e in straight.history]
+
+
+def test_steps_are_applied_ones():
+    result = make().fit(batches(5, bad=[0, 2]), 2, max_steps=4)
+    assert (result.steps_applied, result.steps_attempted) == (4, 7)
+
+
+def test_an_epoch_that_ends_with_the_last_step_is_complete():
+    trainer = make(scheduler=lambda o: ReduceLROnPlateau(o))
+    result = trainer.fit(batches(), 5, max_steps=5, val_loader=batches(1))
+    assert "val_loss" in result.history[0]
+    assert trainer.scheduler.last_epoch == 1
+
+
+class Unknown(IterableDataset):
+    """A stream: DataLoader has a len() for it, which raises."""
+
+    def __iter__(self):
+        return iter(zip(INPUTS, LABELS, strict=True))
+
+
+class Plain:
+    def __iter__(self):
+        yield from batches()
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(TensorDataset(INPUTS[:20], LABELS[:20]), batch_size=4),
+        DataLoader(Unknown(), batch_size=4, drop_last=True),
+        Plain(),
+        batches(),
+        tuple(batches()),
+    ],
+    ids=["DataLoader", "stream", "generator function", "list", "tuple"],
+)
+@pytest.mark.parametrize("progress", [False, True])
+def test_any_iterable_is_a_loader(loader, progress):
+    def plain():
+        torch.manual_seed(0)
+        return nn.Linear(4, 3)
+
+    known, other = make(model=plain()), make(model=plain(), progress=progress)
+    known.fit(batches(), 2)
+    assert other.fit(loader, 2).steps_applied == 10
+    assert same_models(known, other)
+
+
+def test_a_generator_is_one_epoch():
+    trainer = make()
+    assert trainer.fit(batch for batch in batches()).steps_applied == 5
+    with pytest.raises(LoaderError, match=r"no batch in epoch 1.*generator is used up after one epoch"):
+        make().fit((batch for batch in batches()), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_loader": None}, "loader None"),
+        ({"epochs": None}, "epochs=None"),
+        ({"epochs": -1}, "epochs=-1"),
+        ({"max_steps": 1.5}, r"max_steps=1\.5"),
+        ({"metrics": [accuracy]}, r"metrics=\["),
+    ],
+)
+def test_arguments_that_are_none_are_refused(tmp_path, arguments, message):
+    trainer = make(run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"{message}.*Allowed"):
+        trainer.fit(**{"train_loader": batches(), **arguments})
+    assert trainer.steps_attempted == 0
+    assert not (tmp_path / "run").exists()
+
+
+# -- what a fit does on the way ----------------------------------------------------------------------------------
+
+
+def test_the_history_is_the_mean_over_applied_steps_and_the_validation():
+    losses = []
+
+    class Losses(Callback):
+        def on_step(self, trainer, facts):
+            losses.append((facts.status, facts.loss))
+
+    result = make(callbacks=[Losses()]).fit(batches(5, bad=[1]), val_loader=batches(), metrics={"accuracy": accuracy})
+    (entry,) = result.history
+    applied = [loss for status, loss in losses if status == "applied"]
+    assert len(applied) == 4
+    assert entry["loss"] == result.loss == pytest.approx(sum(applied) / 4)
+    assert entry["skipped"] == 1
+    assert entry.keys() >= {"val_loss", "val_accuracy", "seconds", "samples_per_second", "epoch"}
+    assert 0 <= entry["val_accuracy"] <= 1
+    assert result.seconds >= entry["seconds"]
+
+
+def test_a_scheduler_advances_on_applied_steps_only():
+    trainer = make(scheduler=lambda o: LambdaLR(o, lambda step: 0.5**step))
+    rates = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns where a schedule is ahead of its optimizer
+        for batch in batches(4, bad=[0, 2]):
+            trainer.step(batch)
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == [0.1, 0.05, 0.05, 0.025]
+
+
+def test_a_scheduler_object_advances_like_one_made_by_a_function():
+    model = net()
+    optimizer = sgd(model.parameters())
+    trainer = make(model=model, optimizer=optimizer, scheduler=LambdaLR(optimizer, lambda step: 0.5**step))
+    trainer.fit(batches(3))
+    assert trainer.optimizer is optimizer
+    assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_plateau_scheduler_advances_once_an_epoch_on_the_validation_loss(validated):
+    seen = []
+
+    class Watched(ReduceLROnPlateau):
+        def step(self, metrics, epoch=None):
+            seen.append(metrics)
+            super().step(metrics)
+
+    trainer = make(scheduler=Watched)
+    result = trainer.fit(batches(), 2, val_loader=batches(2) if validated else None)
+    assert seen == [entry["val_loss" if validated else "loss"] for entry in result.history]
+
+
+def test_the_average_advances_on_applied_steps_and_is_what_is_evaluated():
+    trainer = make(ema_decay=0.5)
+    start = {name: value.clone() for name, value in trainer.ema.values.items()}
+    trainer.step(batches(1, bad=[0])[0])
+    assert all(torch.equal(value, start[name]) for name, value in trainer.ema.values.items())
+    trainer.fit(batches())
+    own = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    averaged = net()
+    averaged.load_state_dict(trainer.model.state_dict())
+    averaged.load_state_dict(trainer.ema.values, strict=False)
+    averaged.eval()
+    expected = F.cross_entropy(averaged(INPUTS[:20]), LABELS[:20]).item()
+    assert trainer.evaluate(batches())["loss"] == pytest.approx(expected)
+    assert torch.equal(trainer.predict(INPUTS), averaged(INPUTS))
+    assert all(torch.equal(p, own[name]) for name, p in trainer.model.named_parameters())
+    assert not torch.equal(averaged[0].weight, own["0.weight"])
+
+
+def test_evaluation_and_prediction_leave_the_run_alone():
+    plain, disturbed = make("bf16"), make("bf16", ema_decay=0.9)
+    for trainer in (plain, disturbed):
+        torch.manual_seed(3)
+        for batch in batches():
+            trainer.step(batch)
+            if trainer is disturbed:
+                trainer.evaluate(batches())
+                trainer.predict(batch)
+    assert same_models(plain, disturbed)
+    assert disturbed.model.training
+
+
+def test_evaluation_is_in_eval_mode_without_gradients_in_the_plans_region():
+    trainer = make("bf16")
+    seen = []
+    trainer.model[4].register_forward_hook(
+        lambda module, args, output: seen.append((output.dtype, output.requires_grad, trainer.model.training))
+    )
+    trainer.evaluate(batches(1))
+    output = trainer.predict(INPUTS)
+    assert seen == [(torch.bfloat16, False, False)] * 2
+    assert torch.equal(output, trainer.predict((INPUTS, LABELS)))
+
+
+def test_evaluation_that_fails_gives_the_model_back():
+    trainer = make(ema_decay=0.5)
+    trainer.fit(batches())
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(LoaderError, match="nothing to evaluate"):
+        trainer.evaluate([])
+    assert trainer.model.training
+    assert all(torch.equal(v, before[name]) for name, v in trainer.model.state_dict().items())
+
+
+def test_checkpoints_are_written_after_each_epoch_and_where_a_fit_stops(tmp_path):
+    trainer = make(run_dir=tmp_path)
+    trainer.fit(batches(), 9, max_steps=7)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000007"]
+
+
+def test_checkpoints_are_written_every_so_many_steps_and_only_where_a_window_ends(tmp_path):
+    saved = []
+    trainer = make(run_dir=tmp_path, checkpoint_every=2, gradient_accumulation_steps=2)
+    real = trainer.save
+    trainer.save = lambda path: (saved.append((trainer.position.epoch, trainer.position.batch)), real(path))[1]
+    trainer.fit(batches(), 2)
+    assert saved == [(0, 4), (1, 0), (1, 2), (2, 0)]  # windows end behind batches 2, 4 and 5 of an epoch
+
+
+def test_without_a_run_directory_no_checkpoint_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(checkpoint_every=1).fit(batches())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_skips_stop_the_fit_with_the_last_good_weights():
+    trainer = make(max_skipped_steps=2)
+    trainer.fit(batches(2), 1)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(NonFiniteError, match="2 steps in a row were skipped"):
+        trainer.fit(batches(5, bad=range(5)), 2)
+    assert all(torch.equal(v, before[name]) for name, v in trainer.model.state_dict().items())
+    assert (trainer.steps_attempted, trainer.position.batch) == (4, 2)
+
+
+def test_a_seed_makes_a_run():
+    runs = [make(model=net(), seed=seed) for seed in (3, 3, 4)]
+    for trainer in runs:
+        torch.manual_seed(trainer.config.seed)
+        trainer.fit(DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4, shuffle=True))
+    assert same_models(runs[0], runs[1])
+    assert not same_models(runs[0], runs[2])
+    drawn = []
+    for _ in range(2):
+        make(seed=11)
+        drawn.append((random.random(), float(np.random.random()), float(torch.rand(()))))
+    assert drawn[0] == drawn[1]
+
+
+# -- the plan -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What was asked to be measured; the answer is bf16."""
+    calls = []
+
+    def choose(model, run, **options):
+        calls.append(options | {"training": model.training, "loss": run().item()})
+        whole = Decision(layer="", old="fp32", new="bf16", reason=Reason.MEASURED_FASTEST)
+        return replace(PrecisionPlan.of("bf16", options["pins"]), decisions=(whole,))
+
+    monkeypatch.setattr(loop, "choose_plan", choose)
+    return calls
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_a_named_mode_is_in_force_at_once(mode):
+    trainer = make(mode, pin={"4": "fp32"})
+    assert trainer.plan.base.name == mode
+    assert current_plan(trainer.model) == trainer.plan
+    assert [d.layer for d in trainer.plan.decisions] == ["0", "1", "4"]
+    assert (trainer.scaler.get_scale() == 64.0) == (mode == "fp16")
+
+
+def test_a_plan_is_obeyed_and_pins_come_before_it():
+    trainer = make(PrecisionPlan.of("bf16", {"*": "bf16"}), pin={"4": "fp32"})
+    assert [str(d.new) for d in trainer.plan.decisions] == ["bf16", "bf16", "fp32"]
+
+
+def test_auto_measures_once_at_the_first_batch(measured):
+    trainer = make("auto", pin={"4": "fp32"})
+    with pytest.raises(ConfigError, match=r"plan before anything was measured.*Call fit or step first"):
+        _ = trainer.plan
+    result = trainer.fit(batches(), 2)
+    assert len(measured) == 1
+    assert measured[0]["training"] is True
+    assert measured[0]["pins"] == {"4": "fp32"}
+    assert measured[0]["emulate"] is True
+    assert result.plan.base.name == "bf16"
+    assert result.plan.decisions[0].reason == Reason.MEASURED_FASTEST
+    assert type(trainer.scaler.policy) is NoLossScale
+
+
+def test_evaluation_before_anything_was_measured_is_fp32(measured):
+    trainer = make("auto")
+    dtypes = []
+    trainer.model[4].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    trainer.evaluate(batches(1))
+    trainer.step(batches(1)[0])
+    assert dtypes[0] == torch.float32
+    assert dtypes[-1] == torch.bfloat16
+    assert len(measured) == 1
+
+
+def test_a_fit_that_does_nothing_has_a_plan_all_the_same(measured):
+    assert make("auto", pin={"4": "fp32"}).fit(batches(), 0).plan.base.name == "fp32"
+    assert measured == []
+
+
+def test_the_real_measurement_gives_a_plan_that_trains(monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_MP_CACHE", "off")
+    trainer = make("auto")
+    result = trainer.fit(batches(), 1)
+    assert result.steps_applied == 5
+    assert result.plan.decisions[0].layer == ""
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def half(model):
+    return model.half()
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+def lazy(model):
+    return nn.Sequential(nn.LazyLinear(4), model)
+
+
+REFUSED = {
+    "mode": ({"mode": "bf61"}, ConfigError, "precision_mode='bf61'.*Did you mean 'bf16'"),
+    "fp8": ({"mode": "fp8"}, ConfigError, "precision_mode='fp8'"),
+    "format": ({"mode": "tf32"}, FormatError, "does not multiply tf32.*the nearest it has"),
+    "layer": ({"mode": PrecisionPlan.of("fp32", {"head": "fp32"})}, PlanError, "'head' -> fp32 matches no layer"),
+    "pin": ({"pin": {"4.wieght": "fp32"}}, PlanError, r"'4\.wieght' -> fp32 matches no layer"),
+    "recipe": ({"pin": {"4": "bf61"}}, ConfigError, "unknown recipe 'bf61'"),
+    "policy": ({"loss_scale_policy": "dynamik"}, ConfigError, "loss_scale_policy='dynamik'"),
+    "scale": ({"loss_scale_policy": -1.0}, ConfigError, r"initial=-1\.0"),
+    "loss": ({"loss_fn": "mse"}, ConfigError, "loss_fn='mse'"),
+    "optimizer": ({"optimizer": "sgd"}, ConfigError, "optimizer='sgd'"),
+    "broken optimizer": ({"optimizer": lambda params: 1 / 0}, ZeroDivisionError, "division by zero"),
+    "scheduler": ({"scheduler": "cosine"}, ConfigError, "scheduler='cosine'"),
+    "accumulation": ({"gradient_accumulation_steps": 0}, ConfigError, "gradient_accumulation_steps=0"),
+    "compile": ({"compile": "regional"}, ConfigError, "'regional' on a model without repeated blocks"),
+    "callbacks": ({"callbacks": [print]}, ConfigError, "callbacks with <built-in"),
+    "device": ({"device": "gpu"}, ConfigError, "device 'gpu' is not known"),
+    "meta device": ({"device": "meta"}, ConfigError, "device 'meta'"),
+    "seed": ({"seed": "x"}, ConfigError, "seed='x'"),
+    "fp16 parameters": ({"change": half}, PlanError, r"'0\.weight' is stored in fp16.*model\.float\(\)"),
+    "frozen": ({"change": frozen}, ConfigError, "without trainable parameters"),
+    "lazy": ({"change": lazy}, PlanError, "'0' has parameters without a shape yet"),
+}  # fmt: skip
+
+
+def hook_counts(model):
+    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+
+@pytest.mark.parametrize("mode", ["bf16", "auto"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_construction_is_one_error_and_changes_nothing(tmp_path, case, mode):
+    options, error, message = REFUSED[case]
+    options = {"mode": mode, "seed": 7, "run_dir": tmp_path / "run", **options}
+    model = options.pop("change", lambda model: model)(net())
+    before = dict(model.state_dict())
+    values = {name: value.clone() for name, value in before.items() if case != "lazy"}
+    classes, hooks = [type(module) for module in model.modules()], hook_counts(model)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with pytest.raises(error, match=message) as caught:
+        make(model=model, **options)
+    assert error is ZeroDivisionError or "Allowed: " in str(caught.value)
+    assert [type(module) for module in model.modules()] == classes
+    assert current_plan(model) is None
+    for name, value in values.items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(states[2], torch.get_rng_state())
+    assert hook_counts(model) == hooks
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_no_module_is_refused():
+    with pytest.raises(ConfigError, match=r"model='resnet'.*Allowed: a torch\.nn\.Module"):
+        MixedPrecisionTrainer("resnet")
+
+
+@pytest.mark.parametrize("mode", ["fp32", "auto"])
+def test_one_of_several_processes_is_refused(monkeypatch, mode):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="more than one process"):
+        make(mode)
+
+
+def test_a_model_may_be_handed_to_a_second_trainer():
+    model = net()
+    make("bf16", model=model).fit(batches(2))
+    second = make("fp32", model=model)
+    assert second.plan.base.name == "fp32"
+    assert second.fit(batches(2)).steps_applied == 2

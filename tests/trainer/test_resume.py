@@ -1,0 +1,214 @@
+"""What a checkpoint of a trainer consists of, and in which order it is read back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_model
+from torch import nn
+
+from deepseek_mp import Callback, Decision, MixedPrecisionTrainer, PrecisionPlan, Reason
+from deepseek_mp.errors import CheckpointError, ConfigError
+from deepseek_mp.trainer import resume, state
+from deepseek_mp.trainer.checkpoint import read_checkpoint
+from deepseek_mp.trainer.resume import checkpoint_root, resumed_plan
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def make(**options):
+    return MixedPrecisionTrainer(net(), "fp32", device="cpu", **options)
+
+
+def batches(count=3):
+    inputs = torch.randn(4 * count, 4, generator=torch.Generator().manual_seed(1))
+    return list(zip(inputs.split(4), inputs[:, :2].argmax(dim=1).split(4), strict=True))
+
+
+class Remembers(Callback):
+    """A callback with a state that holds a tensor."""
+
+    def __init__(self, value=0.0):
+        self.value = torch.tensor([value])
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def test_a_folder_of_checkpoints_is_found_or_made_under_the_path(tmp_path):
+    assert checkpoint_root(tmp_path / "run") == tmp_path / "run" / "checkpoints"
+    assert checkpoint_root(tmp_path / "checkpoints") == tmp_path / "checkpoints"
+
+
+def test_a_checkpoint_is_named_by_its_step_and_loads_into_the_plain_model(tmp_path):
+    trainer = make(ema_decay=0.9)
+    trainer.fit(batches())
+    path = trainer.save(tmp_path)
+    assert path == tmp_path / "checkpoints" / "step-00000003"
+    assert trainer.save(tmp_path / "checkpoints") == path
+    plain = net()
+    load_model(plain, path / "model.safetensors")
+    assert all(torch.equal(v, trainer.model.state_dict()[name]) for name, v in plain.state_dict().items())
+    assert [type(module) for module in plain] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+
+
+def test_a_checkpoint_holds_every_part_of_the_run(tmp_path):
+    trainer = make(ema_decay=0.9, callbacks=[Remembers(), Callback()], gradient_accumulation_steps=2)
+    trainer.fit(batches())
+    trainer.step(batches()[0])
+    snapshot = read_checkpoint(trainer.save(tmp_path))
+    assert snapshot.tensors.keys() == {
+        "model", "buffers", "optimizer", "outside", "ema", "window", "rng", "state"
+    }  # fmt: skip
+    assert snapshot.state.keys() == {
+        "version", "plan", "counters", "optimizer", "scheduler", "scaler", "position", "window", "epoch", "history",
+        "callbacks",
+    }  # fmt: skip
+    assert snapshot.state["counters"] == {"attempted": 2, "applied": 2, "skipped_in_row": 0}
+    assert snapshot.state["window"]["micro_batches"] == 1
+    assert {"python", "torch"} <= {name.removeprefix("now.") for name in snapshot.tensors["rng"]}
+    assert snapshot.state["callbacks"][1] is None
+
+
+def test_the_state_is_json_that_a_person_can_read(tmp_path):
+    trainer = make()
+    trainer.fit(batches())
+    values = json.loads((trainer.save(tmp_path) / "state.json").read_text())
+    assert values["plan"]["base"] == "fp32"
+    assert values["optimizer"]["groups"][0]["params"] == [
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+        "3.weight",
+        "3.bias",
+    ]
+
+
+def test_tensors_in_the_state_of_a_callback_come_back(tmp_path):
+    first = make(callbacks=[Remembers(5.0)])
+    first.fit(batches())
+    first.save(tmp_path)
+    second = make(callbacks=[Remembers()])
+    second.fit(batches(), resume=tmp_path)
+    assert second.callbacks[0].value.item() == 5.0
+
+
+def test_history_counters_and_epochs_continue(tmp_path):
+    first = make()
+    first.fit(batches(), 2)
+    first.save(tmp_path)
+    second = make()
+    result = second.fit(batches(), 3, resume=tmp_path)
+    assert [entry["epoch"] for entry in result.history] == [0, 1, 2]
+    assert result.history[:2] == tuple(first.history)
+    assert (result.epochs, result.steps_attempted, result.steps_applied) == (3, 9, 9)
+
+
+def test_a_run_with_nothing_left_to_do_only_reads(tmp_path):
+    first = make()
+    first.fit(batches(), 2)
+    first.save(tmp_path)
+    second = make()
+    result = second.fit([], 2, resume=tmp_path)
+    assert (result.epochs, result.steps_applied) == (2, 6)
+    assert all(torch.equal(v, second.model.state_dict()[n]) for n, v in first.model.state_dict().items())
+
+
+def test_the_random_state_is_put_back_before_the_first_batch(tmp_path):
+    first = make()
+    first.fit(batches())
+    first.save(tmp_path)
+    expected = torch.rand(2)
+    second = make()
+    torch.manual_seed(99)
+    second.fit([], 0, resume=tmp_path)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_on_fit_start_sees_the_resumed_run(tmp_path):
+    seen = []
+
+    class Looks(Callback):
+        def on_fit_start(self, trainer):
+            seen.append((trainer.steps_applied, trainer.position.epoch))
+
+    first = make(callbacks=[Looks()])
+    first.fit(batches())
+    first.save(tmp_path)
+    make(callbacks=[Looks()]).fit(batches(), 2, resume=tmp_path)
+    assert seen == [(0, 0), (3, 1)]
+
+
+def test_resuming_drops_what_the_trainer_had_done_before(tmp_path):
+    first = make()
+    first.fit(batches())
+    first.save(tmp_path)
+    expected = {name: value.clone() for name, value in first.model.state_dict().items()}
+    first.fit(batches(), 4)
+    first.fit([], 1, resume=tmp_path)
+    assert all(torch.equal(value, expected[name]) for name, value in first.model.state_dict().items())
+    assert (first.steps_applied, first.position.epoch, len(first.history)) == (3, 1, 1)
+
+
+def test_saving_needs_a_plan(tmp_path):
+    trainer = MixedPrecisionTrainer(net(), "auto", device="cpu")
+    with pytest.raises(ConfigError, match=r"save before the first step.*Train first"):
+        trainer.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_json_cannot_hold_is_refused_by_its_place(tmp_path):
+    class Odd(Callback):
+        def state_dict(self):
+            return {"x": [object()]}
+
+    trainer = make(callbacks=[Odd()])
+    trainer.fit(batches())
+    with pytest.raises(CheckpointError, match=r"state\.callbacks\[0\]\.x\[0\] is a builtins\.object"):
+        trainer.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_after_the_checks_would_be_ours(tmp_path, monkeypatch):
+    """Checks come before the first change: if a check is left out, the order is what keeps a run whole."""
+    order = []
+    for name in ("check_tensors", "check_optimizer", "load_model", "load_optimizer"):
+        real = getattr(state, name)
+        monkeypatch.setattr(state, name, lambda *a, real=real, name=name: (order.append(name), real(*a))[1])
+    monkeypatch.setattr(resume, "read_checkpoint", lambda path: (order.append("read"), read_checkpoint(path))[1])
+    trainer = make()
+    trainer.fit(batches())
+    trainer.save(tmp_path)
+    make().fit([], 0, resume=tmp_path)
+    assert order == ["read", "check_tensors", "check_optimizer", "check_tensors", "load_model", "load_optimizer"]
+
+
+def measured():
+    whole = Decision(layer="", old="fp32", new="bf16", reason=Reason.MEASURED_FASTEST, evidence={"bf16_ms": 1.5})
+    plan = PrecisionPlan.of("bf16", {"head": "fp32"})
+    return PrecisionPlan(base=plan.base, rules=plan.rules, decisions=(whole,))
+
+
+@pytest.mark.parametrize("pin", [{}, {"head": "fp32"}])
+def test_a_resumed_plan_is_the_saved_one_and_says_so(pin):
+    plan = resumed_plan(measured(), pin)
+    assert plan.digest == measured().digest
+    assert plan.decisions[0].reason == Reason.RESUMED
+    assert plan.decisions[0].evidence == {"first_reason": "measured_fastest", "bf16_ms": 1.5}
+
+
+@pytest.mark.parametrize("pin", [{"head": "bf16"}, {"stem": "fp32"}])
+def test_pins_of_the_resuming_run_come_first(pin, caplog):
+    plan = resumed_plan(measured(), pin)
+    assert [rule.pattern for rule in plan.rules] == [*pin, "head"]
+    assert plan.decisions == ()
+    assert "resumed with the pins" in caplog.text
