@@ -70,4 +70,4 @@ def multiply_(grads: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply every gradient in place by a 0-dim factor."""
     with torch.no_grad():
         for device, group in _by_device(grads).items():
-            torch._foreach_mul_(group, factor.to(device, non_blocking=True))  # noqa: SLF001
+            torch._foreach_mul_(group, factor.to(device, non_blocking=True))

@@ -33,35 +33,68 @@ class _Kept:
     """A copy; None where there is no value to keep."""
 
 
+class _Group:
+    """Buffers of one device and dtype, their saved values, and room to select between the two.
+
+    Values and room are one flat tensor each, cut into a part per buffer, so that saving is one fused
+    copy and selecting is two and a single `where`.
+    """
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self.buffers = buffers
+        self.old, self.values = _flat_room(buffers)
+        self.new, self.rooms = _flat_room(buffers)
+
+    def save(self) -> None:
+        torch._foreach_copy_(self.values, self.buffers)
+
+    def write_back(self) -> None:
+        torch._foreach_copy_(self.buffers, self.values)
+
+    def select(self, bad: Tensor) -> None:
+        torch._foreach_copy_(self.rooms, self.buffers)
+        _where(bad, self.old, self.new, out=self.new)
+        torch._foreach_copy_(self.buffers, self.rooms)
+
+
+def _flat_room(buffers: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A flat tensor, and parts of it in the shapes of the buffers."""
+    flat = buffers[0].new_empty(sum(buffer.numel() for buffer in buffers))
+    parts = flat.split([buffer.numel() for buffer in buffers])
+    return flat, [part.view(buffer.shape) for part, buffer in zip(parts, buffers, strict=True)]
+
+
 class BufferGuard:
     """Snapshot of the buffers of a model, and their restoration."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._kept: list[_Kept] = []
-        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
-        """(buffers, their saved values) of one device and dtype: what a fused copy takes."""
+        self._groups: list[_Group] = []
 
     @torch.no_grad()
     def snapshot(self) -> None:
         """Remember every buffer's object and value."""
-        found = [
-            (module, name, buffer)
-            for module in self._modules
-            for name, buffer in module._buffers.items()  # noqa: SLF001 - named_buffers() is 20x slower
-        ]
-        if not self._same(found):
-            self._kept = [_Kept(*entry, _room_for(entry[2])) for entry in found]
-            pairs = [(k.buffer, k.value) for k in self._kept if k.buffer is not None and k.value is not None]
-            self._groups = [_transposed(group) for group in _grouped(pairs)]
-        for buffers, values in self._groups:
-            torch._foreach_copy_(values, buffers)
+        if not self._unchanged():
+            self._lay_out()
+        for group in self._groups:
+            group.save()
 
-    def _same(self, found: list[tuple[nn.Module, str, Tensor | None]]) -> bool:
+    def _lay_out(self) -> None:
+        """Take up the buffers that the modules have now, with room for their values."""
+        tables = [(module, module._buffers) for module in self._modules]  # noqa: SLF001
+        found = [(module, name, buffer) for module, table in tables for name, buffer in table.items()]
+        own = [buffer for _, _, buffer in found if buffer is not None and _has_own_values(buffer)]
+        self._groups = [_Group(buffers) for buffers in _grouped(own)]
+        rooms = {id(b): value for group in self._groups for b, value in zip(group.buffers, group.values, strict=True)}
+        self._kept = [_Kept(*entry, rooms.get(id(entry[2]))) for entry in found]
+
+    def _unchanged(self) -> bool:
         """Whether the buffers are the very objects of last time, and their values fit where those lie."""
-        if len(found) != len(self._kept):
+        if sum([len(module._buffers) for module in self._modules]) != len(self._kept):  # noqa: SLF001
             return False
-        for (_, _, buffer), kept in zip(found, self._kept, strict=True):
+        for kept in self._kept:
+            buffer = kept.owner._buffers.get(kept.name)  # noqa: SLF001 - named_buffers() is 20x slower
             if buffer is not kept.buffer:
                 return False
             if buffer is None:
@@ -91,8 +124,8 @@ class BufferGuard:
             kept.owner._buffers[kept.name] = kept.buffer  # noqa: SLF001
             if kept.buffer is not None and kept.value is not None and kept.buffer.shape != kept.value.shape:
                 kept.buffer.resize_(kept.value.shape)
-        for buffers, values in self._groups:
-            torch._foreach_copy_(buffers, values)
+        for group in self._groups:
+            group.write_back()
 
     @torch.no_grad()
     def restore_where(self, bad: Tensor) -> None:
@@ -102,6 +135,10 @@ class BufferGuard:
         where the step was bad. Where there is no old value of the same shape and dtype (a buffer
         that a first forward fills), the verdict has to be read.
         """
+        if self._unchanged():
+            for group in self._groups:
+                group.select(bad)
+            return
         pairs: Pairs = []
         selectable = sum(len(module._buffers) for module in self._modules) == len(self._kept)  # noqa: SLF001
         for kept in self._kept:
@@ -116,13 +153,8 @@ class BufferGuard:
             if bool(bad):
                 self.restore()
             return
-        for group in _grouped(pairs):
-            _select(group, bad.to(group[0][0].device, non_blocking=True) != 0)
-
-
-def _room_for(buffer: Tensor | None) -> Tensor | None:
-    """Where the buffer's value can be kept, if it has one that can be written back."""
-    return torch.empty_like(buffer) if buffer is not None and _has_own_values(buffer) else None
+        for now, value in pairs:
+            _where(bad, value, now, out=now)
 
 
 def _has_own_values(buffer: Tensor) -> bool:
@@ -142,23 +174,14 @@ def _fits(buffer: Tensor, kept: _Kept) -> bool:
     return buffer.dtype == value.dtype and buffer.device == value.device and _has_own_values(buffer)
 
 
-def _grouped(pairs: Pairs) -> list[Pairs]:
-    """The pairs by device and dtype of the buffer: what one fused operation takes."""
-    groups: dict[tuple[torch.device, torch.dtype], Pairs] = defaultdict(list)
-    for pair in pairs:
-        groups[pair[0].device, pair[0].dtype].append(pair)
+def _grouped(buffers: list[Tensor]) -> list[list[Tensor]]:
+    """The buffers by device and dtype: what one fused operation takes."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for buffer in buffers:
+        groups[buffer.device, buffer.dtype].append(buffer)
     return list(groups.values())
 
 
-def _transposed(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
-
-
-def _select(pairs: Pairs, bad: Tensor) -> None:
-    """now <- where(bad, value, now) for tensors of one device and dtype, in a handful of kernels."""
-    flat_now = torch.cat([now.detach().reshape(-1) for now, _ in pairs])
-    flat_old = torch.cat([value.reshape(-1) for _, value in pairs])
-    chosen = torch.where(bad, flat_old, flat_now).split([now.numel() for now, _ in pairs])
-    torch._foreach_copy_(
-        [now.detach() for now, _ in pairs], [part.view(now.shape) for part, (now, _) in zip(chosen, pairs, strict=True)]
-    )
+def _where(bad: Tensor, old: Tensor, new: Tensor, *, out: Tensor) -> None:
+    """out <- old where `bad` is not zero, else new. A select and not arithmetic: 0 * NaN is NaN."""
+    out.copy_(torch.where(bad.to(new.device, non_blocking=True) != 0, old, new))

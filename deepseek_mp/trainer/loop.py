@@ -196,10 +196,11 @@ class MixedPrecisionTrainer:
     def _measure(self, batch: Any) -> PrecisionPlan:
         """Choose the plan by timing the first batch."""
         moved = calls.move(calls.parse_batch(batch), self.device)
+        forward = compiled_forward(self.model, self.config.compile)
         with Progress(self._progress) as shown:
             return choose_plan(
                 self.model,
-                lambda: calls.run(self.model, moved, self._loss_fn).loss,
+                lambda: calls.run(forward, moved, self._loss_fn).loss,
                 device=self.device,
                 capabilities=self.capabilities,
                 pins=self.config.pin or {},

@@ -109,7 +109,8 @@ class Stepper:
         self.finished, self.before = finished, before
         self.window = Window()
         self.skipped_in_row = 0
-        self._parameters = list(model.parameters())
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
         self._buffers = BufferGuard(model)
         self._pending: Pending | None = None
         self.windows_opened = 0
@@ -168,9 +169,6 @@ class Stepper:
         """No parameter of the model or the optimizer has a gradient (Module.zero_grad walks the model)."""
         for param in self._parameters:
             param.grad = None
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None
 
     def _open(self) -> None:
         self._clear_gradients()

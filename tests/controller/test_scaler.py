@@ -103,7 +103,7 @@ def test_predictive_measures_scaled_gradients_also_behind_a_divisor_or_hook():
 
 
 def test_no_gradients_is_a_result_and_moves_nothing():
-    model, optimizer, scaler = setup(policy="dynamic")
+    _, optimizer, scaler = setup(policy="dynamic")
     scaler.scale(torch.ones(()))
     assert scaler.step(optimizer).status == "no_grads"
     assert scaler.state_dict()["good_steps"] == 0
