@@ -1,0 +1,129 @@
+"""The models the benchmarks train, their batches on the device, and their optimizers.
+
+torchvision and transformers are needed only for the cases that use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepseek_mp.workloads.data import library_windows
+from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model to train: `model()` gives it with the same weights every time, on the device."""
+
+    model: Callable[[], nn.Module]
+    batches: list[Any]
+    loss_fn: Callable[[Any, Any], Tensor] | None
+    """None: the model's output has a `loss`."""
+    optimizers: dict[str, OptimizerFactory]
+    """The fastest on the device is used for everyone."""
+    images: bool = False
+    """Whether batches are images, whose memory format matters."""
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+
+def sgd_foreach(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, foreach=True)
+
+
+def sgd_fused(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=True)
+
+
+def seeded(build: Callable[[], nn.Module], device: torch.device) -> Callable[[], nn.Module]:
+    """`build` under a fixed seed, moved to the device."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return build().to(device).train()
+
+    return model
+
+
+def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    """Mean cross entropy in fp32, as the peers' loops compute it too."""
+    return F.cross_entropy(scores.float(), target)
+
+
+def resnet50(device: torch.device, *, small: bool) -> Case:
+    """ResNet-50 of torchvision, random weights, random images of 224 x 224, batch 256."""
+    import torchvision
+
+    count, side = (4, 32) if small else (256, 224)
+    images = [torch.randn(count, 3, side, side, device=device) for _ in range(2)]
+    labels = torch.randint(0, 1000, (count,), device=device)
+    return Case(
+        model=seeded(torchvision.models.resnet50, device),
+        batches=[(image, labels) for image in images],
+        loss_fn=cross_entropy,
+        optimizers={"sgd foreach": sgd_foreach, "sgd fused": sgd_fused},
+        images=True,
+    )
+
+
+def bert_base(device: torch.device, *, small: bool) -> Case:
+    """BERT-base of transformers with its masked-language head, random weights, 64 x 512 tokens."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    count, length = (2, 32) if small else (64, 512)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2} if small else {}
+    config = BertConfig(attn_implementation="sdpa", **sizes)
+    tokens = [torch.randint(0, 30000, (count, length), device=device) for _ in range(2)]
+    return Case(
+        model=seeded(lambda: BertForMaskedLM(config), device),
+        batches=[{"input_ids": ids, "labels": ids} for ids in tokens],
+        loss_fn=None,
+        optimizers={"adamw fused": adamw},
+    )
+
+
+def demo_gpt(device: torch.device, *, small: bool) -> Case:
+    """The byte-level GPT of the demo, on the standard library's text."""
+    config = GPTConfig(width=32, layers=2, context=32) if small else GPTConfig()
+    data = library_windows(batch_size=4 if small else 16, length=config.context, count=4)
+    return Case(
+        model=lambda: byte_gpt(config).to(device),
+        batches=[(x.to(device), y.to(device)) for x, y in data.train],
+        loss_fn=next_byte_loss,
+        optimizers={"adamw fused": adamw},
+    )
+
+
+def large_matmuls(device: torch.device, *, small: bool) -> Case:
+    """Four linear layers 2048 wide, batch 512: nearly all of a step is large matrix products."""
+    width, count = (32, 8) if small else (2048, 512)
+    return _perceptron(device, width=width, depth=4, count=count)
+
+
+def many_tiny(device: torch.device, *, small: bool) -> Case:
+    """Forty linear layers 24 wide, batch 16: a step is overhead, which every cast adds to."""
+    return _perceptron(device, width=24, depth=4 if small else 40, count=16)
+
+
+def _perceptron(device: torch.device, *, width: int, depth: int, count: int) -> Case:
+    def build() -> nn.Module:
+        layers = [part for _ in range(depth) for part in (nn.Linear(width, width), nn.GELU())]
+        return nn.Sequential(*layers, nn.Linear(width, 16))
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(count, width, generator=generator).to(device), torch.arange(count, device=device) % 16)
+        for _ in range(2)
+    ]
+    return Case(model=seeded(build, device), batches=batches, loss_fn=cross_entropy, optimizers={"adamw fused": adamw})

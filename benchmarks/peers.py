@@ -1,0 +1,129 @@
+"""What users write without this package: a training loop with autocast and, for fp16, GradScaler."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import Case, OptimizerFactory
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepseek_mp.backends import math_mode, synchronize
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """One of PyTorch's own ways to train."""
+
+    format: str
+    channels_last: bool = False
+    compile: bool = False
+    onednn: str = ""
+    """oneDNN's arithmetic for fp32 products on a CPU, where not fp32 itself."""
+
+    @property
+    def name(self) -> str:
+        parts = (
+            self.format,
+            "GradScaler" if self.format == "fp16" else "",
+            "channels_last" if self.channels_last else "",
+            "compile" if self.compile else "",
+            self.onednn and f"oneDNN-{self.onednn}",
+        )
+        return "+".join(part for part in parts if part)
+
+
+class HandLoop:
+    """A hand-written loop: one call of `step` is forward, backward and optimizer on the next batch."""
+
+    def __init__(self, case: Case, mode: Mode, optimizer: OptimizerFactory, device: torch.device) -> None:
+        self.mode, self.device, self.loss_fn = mode, device, case.loss_fn
+        self.model = case.model()
+        if mode.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.forward: Any = torch.compile(self.model) if mode.compile else self.model
+        self.optimizer = optimizer(self.model.parameters())
+        self.scaler = torch.amp.GradScaler(device.type) if mode.format == "fp16" else None
+        self.batches = itertools.cycle(laid_out(case, mode.channels_last))
+
+    def step(self) -> Tensor:
+        """Train on the next batch; returns the loss, still on the device."""
+        loss = self.gradients()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def gradients(self) -> Tensor:
+        """Forward and backward of the next batch."""
+        dtype = AUTOCAST.get(self.mode.format)
+        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = self._loss(next(self.batches))
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()
+        return loss.detach()
+
+    def _loss(self, batch: Any) -> Tensor:
+        if self.loss_fn is None:
+            loss: Tensor = self.forward(**batch).loss
+            return loss
+        inputs, target = batch
+        return self.loss_fn(self.forward(inputs), target)
+
+    def flags(self) -> ExitStack:
+        """The global settings a careful user makes once: cuDNN's search, and fp32 that is fp32."""
+        stack = ExitStack()
+        fp32 = "tf32" if self.mode.format != "fp32" and self.device.type != "cpu" else "ieee"
+        stack.enter_context(math_mode(self.device, fp32=fp32, search=True))  # type: ignore[arg-type]
+        if self.mode.onednn:
+            matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+            stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+            matmul.fp32_precision = self.mode.onednn
+        return stack
+
+
+def laid_out(case: Case, channels_last: bool) -> list[Any]:
+    """The case's batches, images in channels_last if asked for: nobody pays for the conversion."""
+    if not (channels_last and case.images):
+        return case.batches
+    return [(image.contiguous(memory_format=torch.channels_last), label) for image, label in case.batches]
+
+
+def fastest_optimizer(case: Case, device: torch.device) -> tuple[str, OptimizerFactory]:
+    """The optimizer whose step is the fastest for this model on this device."""
+    if len(case.optimizers) == 1:
+        return next(iter(case.optimizers.items()))
+    model = case.model()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    times = {name: _time_step(factory(model.parameters()), device) for name, factory in case.optimizers.items()}
+    best = min(times, key=times.__getitem__)
+    return best, case.optimizers[best]
+
+
+def _time_step(optimizer: Optimizer, device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(4):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(5):
+            optimizer.step()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def resident_tensors(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """What outlives a step: parameters, buffers and the optimizer's state."""
+    state = [v for per in optimizer.state.values() for v in per.values() if isinstance(v, Tensor)]
+    return [*model.parameters(), *model.buffers(), *state]

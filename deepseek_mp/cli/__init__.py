@@ -1,0 +1,1 @@
+"""The command line, `deepseek-mp`: parse, call one public function, print."""

@@ -1,0 +1,47 @@
+"""The program: its commands, and how it ends.
+
+Exit status 0 is success, 1 a failure of the run, 2 a mistake of the caller, 130 an interruption. Mistakes
+and failures are one line on standard error; a defect of this package keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from typer.exceptions import TyperException
+
+from deepseek_mp.cli.demo import demo
+from deepseek_mp.cli.doctor import doctor
+from deepseek_mp.errors import MixedPrecisionError
+
+app = typer.Typer(
+    name="deepseek-mp",
+    help="Mixed-precision training that decides by measurement and explains every choice.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(doctor)
+
+
+@app.callback()
+def _program() -> None:
+    """A callback keeps the names of the commands even while there is only one."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program on `arguments` (those of the process if None) and return its exit status."""
+    try:
+        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except (TyperException, MixedPrecisionError) as error:
+        return _refuse(error)
+    return status if isinstance(status, int) else 0
+
+
+def _refuse(error: TyperException | MixedPrecisionError) -> int:
+    usage = isinstance(error, TyperException)
+    text = f"{error.format_message()} (see deepseek-mp --help)" if isinstance(error, TyperException) else str(error)
+    print(f"deepseek-mp: {' '.join(text.split())}", file=sys.stderr)
+    return 2 if usage or isinstance(error, ValueError) else 1
