@@ -338,9 +338,10 @@ class MixedPrecisionTrainer:
         """Train until the whole run has seen `epochs` epochs or `max_steps` applied steps.
 
         Args:
-            train_loader: an iterable of batches, with or without a length; iterated once per epoch.
+            train_loader: an iterable of batches, with or without a length; iterated once per epoch. In
+                an epoch that an earlier fit left unfinished, what it had seen is passed over.
             epochs: of the whole run: resumed after one epoch, `epochs=2` trains one more.
-            max_steps: applied optimizer steps of the whole run.
+            max_steps: applied optimizer steps of the whole run; a checkpoint is written where they end.
             val_loader: evaluated after each epoch.
             metrics: name -> (output, target) -> scalar tensor, the mean over a batch.
             resume: a run directory, a folder of checkpoints, or one checkpoint; the newest that

@@ -117,7 +117,7 @@ class StepLog(Callback):
 def tasks(*, quick: bool = False, seed: int = 0) -> dict[str, Task]:
     """The two tasks by name. `quick` has a few steps of small models, to see that everything runs."""
     width, config = (8, GPTConfig(width=32, layers=2, context=32)) if quick else (32, GPTConfig())
-    steps = {"digits": 12, "text": 12} if quick else {"digits": 220, "text": 220}
+    steps = {"digits": 12, "text": 12} if quick else {"digits": 220, "text": 160}
     return {
         "digits": Task(
             title="ResNet on handwritten digits",

@@ -352,8 +352,8 @@ def measured(monkeypatch):
 
     def choose(model, run, *, pins, **others):
         calls.append(model)
-        whole = Decision(layer="", old="fp32", new="bf16", reason=Reason.MEASURED_FASTEST, evidence={"bf16_ms": 1.0})
-        return replace(PrecisionPlan.of("bf16", pins), decisions=(whole, replace(whole, layer="4")))
+        whole = Decision(layer="", old="fp32", new="fp32", reason=Reason.MEASURED_SLOWER, evidence={"bf16_ms": 1.0})
+        return replace(PrecisionPlan.of("fp32", pins), decisions=(whole, replace(whole, layer="4")))
 
     monkeypatch.setattr(loop, "choose_plan", choose)
     return calls
@@ -369,7 +369,7 @@ def test_an_automatic_plan_is_resumed_without_measuring(folder, measured):
     assert len(measured) == 2, "once for each trainer that started from nothing"
     assert resumed.plan.digest == expected.plan.digest
     reasons = {d.layer: (d.reason, d.evidence.get("first_reason")) for d in resumed.plan.decisions}
-    assert reasons[""] == reasons["4"] == (Reason.RESUMED, "measured_fastest")
+    assert reasons[""] == reasons["4"] == (Reason.RESUMED, "measured_slower")
     assert reasons["6"] == (Reason.RESUMED, "pinned")
     values = state(expected), state(resumed)
     assert_same({**values[0], "plan": None}, {**values[1], "plan": None})

@@ -160,6 +160,12 @@ def test_equal_blocks_are_compiled_once_and_give_the_same_numbers(eager, how, gr
     assert training == graphs + (how == "regional")
 
 
+def test_only_the_blocks_are_compiled(eager):
+    trainer = fitted("regional")
+    compiled = [name for name, module in trainer.model.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+
+
 def test_pinned_blocks_of_one_kind_make_no_more_graphs_than_kinds(eager):
     fitted("regional", pin={"blocks.3.linear": "fp32"})
     assert counters["stats"]["unique_graphs"] <= 4

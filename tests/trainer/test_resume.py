@@ -10,7 +10,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from deepseek_mp import Callback, Decision, MixedPrecisionTrainer, PrecisionPlan, Reason
-from deepseek_mp.errors import CheckpointError, ConfigError
+from deepseek_mp.errors import CheckpointError, ConfigError, NonFiniteError
 from deepseek_mp.trainer import resume, state
 from deepseek_mp.trainer.checkpoint import read_checkpoint
 from deepseek_mp.trainer.resume import checkpoint_root, resumed_plan
@@ -157,6 +157,15 @@ def test_resuming_drops_what_the_trainer_had_done_before(tmp_path):
     first.fit([], 1, resume=tmp_path)
     assert all(torch.equal(value, expected[name]) for name, value in first.model.state_dict().items())
     assert (first.steps_applied, first.position.epoch, len(first.history)) == (3, 1, 1)
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(tmp_path):
+    bad = [(torch.full((4, 4), float("nan")), torch.zeros(4, dtype=torch.long))]
+    first = make(max_skipped_steps=3)
+    first.fit(bad, 2)
+    first.save(tmp_path)
+    with pytest.raises(NonFiniteError, match="3 steps in a row were skipped"):
+        make(max_skipped_steps=3).fit(bad, 3, resume=tmp_path)
 
 
 def test_saving_needs_a_plan(tmp_path):
