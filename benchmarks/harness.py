@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import math
+import os
 import platform
 import statistics
 import subprocess

@@ -59,6 +59,7 @@ class PrecisionMonitor:
         self._windows: list[Window] = []
         """The open window, if any, is the last; those before it still have something to sweep."""
         self._closed = False
+        self._paused = False
         self._watch = Watch(model, self._called)
         self._watch.attach()
 
@@ -101,6 +102,15 @@ class PrecisionMonitor:
         finally:
             self._end_window()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls of the model inside the `with` statement are no steps: trials, or a step run again."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def close(self) -> None:
         """Remove every hook. What was counted can still be reported; nothing more will be."""
         self._closed = True
@@ -109,7 +119,7 @@ class PrecisionMonitor:
 
     def _called(self, entered: bool) -> None:
         """The model is called; `entered` if its entry hooks have run already."""
-        if internals.backward_task() != internals.NO_TASK:
+        if self._paused or internals.backward_task() != internals.NO_TASK:
             return  # activation checkpointing runs it again
         train = torch.is_grad_enabled()
         steps = self._tally.steps(train=train)

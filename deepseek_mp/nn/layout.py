@@ -52,13 +52,23 @@ def laid_out(modules: Iterable[nn.Module], memory_format: MemoryFormat) -> list[
     weights = {id(weight): weight for weight in map(layout_weight, modules) if weight is not None}
     changes = []
     for weight in weights.values():
-        if memory_format == "channels_last":
-            data = weight.data.contiguous(memory_format=_CHANNELS_LAST[weight.dim()])
-        else:
-            data = weight.data.contiguous() if is_channels_last(weight) else weight.data
-        if data.stride() != weight.stride():
-            changes.append((weight, data))
+        channels_last = _canonical_strides(weight, _CHANNELS_LAST[weight.dim()])
+        if memory_format == "channels_last" and weight.stride() != channels_last:
+            changes.append((weight, weight.data.clone(memory_format=_CHANNELS_LAST[weight.dim()])))
+        elif memory_format == "contiguous" and (is_channels_last(weight) or weight.stride() == channels_last):
+            plain = _canonical_strides(weight, torch.contiguous_format)
+            if weight.stride() != plain:
+                changes.append((weight, weight.data.clone(memory_format=torch.contiguous_format)))
     return changes
+
+
+def _canonical_strides(weight: Tensor, memory_format: torch.memory_format) -> tuple[int, ...]:
+    """The strides a new tensor of that format has.
+
+    A 1x1 kernel is contiguous and channels_last at once whatever the strides of its last dimensions,
+    but only with these do cuDNN's gradients come in the layout of the weight and need no copy.
+    """
+    return torch.empty(weight.shape, device="meta", memory_format=memory_format).stride()
 
 
 def restored(converted: Iterable[Unit]) -> list[tuple[nn.Parameter, Tensor]]:

@@ -111,7 +111,8 @@ def _underflow_bound(target: Format, flush_subnormals: bool) -> float:
 def _limited(values: Tensor, overflow: Tensor, target: Format, saturate: bool) -> Tensor:
     """The values with those that overflow replaced by what the format has for them."""
     if saturate:
-        return values.clamp(-target.max, target.max)
+        limit = min(target.max, torch.finfo(values.dtype).max)  # fp64's own is no float32 number
+        return values.clamp(-limit, limit)
     beyond = torch.full_like(values, inf if target.has_inf else nan).copysign(values)
     return torch.where(overflow & ~values.isnan(), beyond, values)
 

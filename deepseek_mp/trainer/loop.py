@@ -36,7 +36,7 @@ from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile, compiled_forward
 from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent, check_single_process
 from deepseek_mp.trainer.ema import WeightAverage
-from deepseek_mp.trainer.evaluation import Metric, check_metrics, evaluate
+from deepseek_mp.trainer.evaluation import Metric, check_metrics, eval_mode, evaluate
 from deepseek_mp.trainer.functions import mixed_formats
 from deepseek_mp.trainer.position import LoaderPosition, check_loader, length, no_batch
 from deepseek_mp.trainer.progress import Progress
@@ -197,7 +197,7 @@ class MixedPrecisionTrainer:
         """Choose the plan by timing the first batch."""
         moved = calls.move(calls.parse_batch(batch), self.device)
         forward = compiled_forward(self.model, self.config.compile)
-        with Progress(self._progress) as shown:
+        with Progress(self._progress) as shown, self.monitor.paused():
             return choose_plan(
                 self.model,
                 lambda: calls.run(forward, moved, self._loss_fn).loss,
@@ -231,6 +231,7 @@ class MixedPrecisionTrainer:
             accumulation=self.config.gradient_accumulation_steps,
             max_grad_norm=self.config.max_grad_norm,
             max_skipped=self.config.max_skipped_steps,
+            compiled=bool(self.config.compile),
             monitor=self.monitor,
             monitor_every=self.config.monitor_every,
             finished=self._finished,
@@ -450,16 +451,10 @@ class MixedPrecisionTrainer:
     def _inference(self) -> Iterator[None]:
         """Eval mode without gradients, in the plan's region, with averaged weights if there are any."""
         self.settle()
-        modes = [(module, module.training) for module in self.model.modules()]
         region = Region(self._plan or PrecisionPlan.of("fp32"), self.device, search=False)
         averaged = nullcontext() if self.ema is None else self.ema.applied()
-        self.model.eval()
-        try:
-            with torch.no_grad(), averaged, region.flags(), region.autocast():
-                yield
-        finally:
-            for module, training in modes:  # not train(): parts frozen in eval mode stay so
-                module.training = training
+        with eval_mode(self.model), torch.no_grad(), averaged, region.flags(), region.autocast(cache=False):
+            yield
 
     def evaluate(self, loader: Iterable[Any], *, metrics: Mapping[str, Metric] | None = None) -> dict[str, float]:
         """Mean loss and metrics over a loader: {'loss': ..., name: ...}.
@@ -493,3 +488,8 @@ class MixedPrecisionTrainer:
             raise ConfigError(explain("save before the first step", "saving a run whose plan is known", "Train first"))
         self.settle()
         return save(self, Path(path))
+
+    def close(self) -> None:
+        """End a run of your own loop over `step`: settle the last step and end its records. `fit` does it itself."""
+        self.settle()
+        self.recorder.close()

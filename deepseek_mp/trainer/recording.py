@@ -57,8 +57,12 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close("completed" if kind is None else f"failed: {kind.__name__}")
+
+    def close(self, outcome: str = "completed") -> None:
+        """End the attempt; a later record begins another."""
         if self._writer is not None:
-            self._writer.close("completed" if kind is None else f"failed: {kind.__name__}")
+            self._writer.close(outcome)
             self._writer = None
 
     def _out(self, *, done: int) -> RunWriter | None:

@@ -59,9 +59,9 @@ class Region:
         """Context for forward and backward."""
         return backends.math_mode(self._device, fp32=self._fp32, search=self._search)
 
-    def autocast(self) -> Any:
-        """Context for forward and loss; weights cannot change inside it, so casts are cached."""
-        return backends.autocast(self._device, self.format, cache=True)
+    def autocast(self, *, cache: bool) -> Any:
+        """Context for forward and loss. With `cache` a weight is cast once, however often it is used."""
+        return backends.autocast(self._device, self.format, cache=cache)
 
 
 @dataclass(kw_only=True)
@@ -97,6 +97,7 @@ class Stepper:
         accumulation: int,
         max_grad_norm: float | None,
         max_skipped: int,
+        compiled: bool,
         monitor: PrecisionMonitor,
         monitor_every: int,
         finished: Callable[[StepFacts, Window], None],
@@ -112,6 +113,9 @@ class Stepper:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
         self._buffers = BufferGuard(model)
+        # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
+        self._looked = compiled
+        self._weights_move = False
         self._pending: Pending | None = None
         self.windows_opened = 0
         self.flops: int | None = None
@@ -181,14 +185,34 @@ class Stepper:
         self.window.entries.append(MicroBatch(index=index, batch=batch, rng=get_rng(self.device)))
         moved = calls.move(call, self.device)
         with self._sampled(), self.region.flags():
-            with self.region.autocast():
-                result = calls.run(self.forward, moved, self.loss_fn)
-            if isinstance(result.items, int) and result.items == 0:
+            loss, items = self._forward(moved)
+            if isinstance(items, int) and items == 0:
                 return None  # every label is masked: a mean over nothing
-            weight = self.window.weigh(result.items, whole=whole)
-            self.window.add(result.loss, weight)
-            self.scaler.scale(result.loss if whole else result.loss * weight).backward()
-        return result.loss
+            weight = self.window.weigh(items, whole=whole)
+            self.window.add(loss, weight)
+            self.scaler.scale(loss if whole else loss * weight).backward()
+        return loss
+
+    def _forward(self, call: calls.Call) -> tuple[Tensor, int | Tensor]:
+        """Loss and item count. The output ends here: backward need not keep the logits in memory.
+
+        A forward that changes a weight between two uses of it must not find the cast of the old one.
+        So casts are cached only once a forward was seen to change none, and no more when one does.
+        """
+        cache = self._looked and not self._weights_move
+        before = self._versions()
+        with self.region.autocast(cache=cache):
+            result = calls.run(self.forward, call, self.loss_fn)
+        if self._versions() != before and not self._weights_move:
+            self._weights_move = True
+            if cache:
+                log.warning("this forward changed weights in place; from now on no cast of a weight is reused")
+        self._looked = True
+        return result.loss, result.items
+
+    def _versions(self) -> int:
+        """Grows with every change in place of any parameter, but for those that fused kernels make."""
+        return sum([param._version for param in self._parameters])  # noqa: SLF001 - there is no public one
 
     @contextmanager
     def _sampled(self) -> Iterator[None]:
@@ -196,7 +220,8 @@ class Stepper:
         if self.windows_opened % self.monitor_every != 2 % self.monitor_every:
             yield
             return
-        with self.monitor.sample(), FlopCounterMode(display=False) as counter:
+        with self.monitor.sample(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
+            warnings.filterwarnings("ignore", message="Using `torch.compile", category=UserWarning)
             yield
         self.flops = counter.get_total_flops()
 
@@ -281,7 +306,7 @@ class Stepper:
         def compute(entry: MicroBatch) -> Tensor:
             moved = calls.move(calls.parse_batch(entry.batch), self.device)
             with self.region.flags():
-                with self.region.autocast():
+                with self.region.autocast(cache=False):
                     loss = calls.run(self.model, moved, self.loss_fn).loss
                 (loss * scale).backward()
             return loss
@@ -290,7 +315,8 @@ class Stepper:
         guard.snapshot()
         try:
             trained = [param for group in self.optimizer.param_groups for param in group["params"]]
-            return find_first_bad_module(self.model, window.entries, compute, self.device, others=trained)
+            with self.monitor.paused():
+                return find_first_bad_module(self.model, window.entries, compute, self.device, others=trained)
         finally:
             guard.restore()
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_model
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan, autocast, backends
@@ -38,6 +39,19 @@ def trainer_of(model, mode="bf16", **options):
 
 def growth(first, second):
     return (second.float().norm() / first.float().norm()).item()
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts the casts of trained tensors to 16 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        narrow = (kwargs or {}).get("dtype") in HALF.values()
+        self.weights += narrow and "_to_copy" in str(func) and args[0].requires_grad
+        return func(*args, **(kwargs or {}))
 
 
 # -- D01: weights that change inside a region --------------------------------------------------------
@@ -117,11 +131,31 @@ def test_d01_a_trained_weight_changed_before_its_use_is_seen_in_every_micro_batc
     assert model.seen == [True] * 4
 
 
-@pytest.mark.xfail(strict=True, reason="the trainer's region caches casts, and takes weights not to change inside it")
 def test_d01_a_weight_that_requires_grad_changed_between_two_uses_is_seen_by_the_trainer():
     model = EditsWeights(trained=True)
-    trainer_of(model).step(data())
-    assert model.seen == [2.0]
+    trainer = trainer_of(model)
+    for _ in range(3):
+        trainer.step(data())
+    assert model.seen == [2.0] * 3
+
+
+def test_d01_casts_are_cached_once_a_forward_has_left_the_weights_alone():
+    class TwoUses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.casts = nn.Linear(4, 4), []
+
+        def forward(self, inputs):
+            with CountCasts() as counted:
+                output = self.layer(self.layer(inputs))
+            self.casts.append(counted.weights)
+            return output
+
+    model = TwoUses()
+    trainer = trainer_of(model)
+    for _ in range(3):
+        trainer.step((torch.ones(2, 4), torch.zeros(2, dtype=torch.long)))
+    assert model.casts == [4, 2, 2]  # weight and bias, for each use and then once
 
 
 # -- D02: without gradients first, then with -----------------------------------------------------------

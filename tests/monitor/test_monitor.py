@@ -173,3 +173,13 @@ def test_sample_refuses_to_nest_and_to_run_after_close() -> None:
 def test_a_model_that_was_never_called_is_said_so() -> None:
     with PrecisionMonitor(nn.Linear(1, 1)) as monitor:
         assert "was not called" in monitor.log_precision_usage().notes[0]
+
+
+def test_calls_inside_paused_are_no_steps_and_are_not_counted() -> None:
+    model = nn.Linear(3, 2)
+    with PrecisionMonitor(model, sample_every=1) as monitor:
+        with monitor.paused():
+            model(torch.ones(1, 3)).sum().backward()
+        assert monitor.log_precision_usage().steps == 0
+        model(torch.ones(1, 3)).sum().backward()
+        assert monitor.log_precision_usage().steps == 1

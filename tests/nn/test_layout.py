@@ -113,3 +113,15 @@ def test_an_expanded_weight_is_left_as_it_is(everything: Capabilities) -> None:
     strides = model[0].weight.stride()
     apply(model, CHANNELS_LAST, capabilities=everything)
     assert model[0].weight.stride() == strides
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_channels_last_gives_the_strides_that_module_to_gives(kernel: int) -> None:
+    """Also to 1x1 kernels, which count as channels_last with other strides: their gradients would be copied."""
+    model, theirs = (nn.Sequential(nn.Conv2d(8, 8, kernel)) for _ in range(2))
+    before = model[0].weight.stride()
+    theirs.to(memory_format=torch.channels_last)
+    apply(model, CHANNELS_LAST)
+    assert model[0].weight.stride() == theirs[0].weight.stride()
+    apply(model, CONTIGUOUS)
+    assert model[0].weight.stride() == before

@@ -312,7 +312,7 @@ def test_compiled_is_noted(times: Times) -> None:
     assert "compiled" not in whole(choose(times.model)).evidence
 
 
-def test_whole_steps_run_compiled_and_the_winner_is_not_compiled_again() -> None:
+def test_whole_steps_run_compiled_and_nothing_is_compiled_again_for_training() -> None:
     model, compiled = mlp(), []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -324,14 +324,15 @@ def test_whole_steps_run_compiled_and_the_winner_is_not_compiled_again() -> None
     def run() -> Tensor:
         return forward(torch.ones(8, 16)).square().mean()
 
-    plan = choose(model, run, compiled=True)
-    assert whole(plan).evidence["coverage"] > 0  # the hooks that record the layers saw their calls
-    assert 1 <= len(compiled) <= 3  # fp32, bf16, and no recording
-    known = len(compiled)
-    apply(model, plan)
-    with autocast("cpu", plan.base.name, cache=True):
-        run()
-    assert len(compiled) == known
+    evidence = whole(choose(model, run, compiled=True)).evidence
+    assert evidence["coverage"] > 0  # the hooks that record the layers saw their calls
+    tried = [format for format in ("fp32", "bf16") if f"{format}_ms" in evidence]
+    assert len(compiled) == len(tried) >= 1  # once per whole step, and not to record
+    for format in tried:
+        apply(model, format)
+        with autocast("cpu", format, cache=True):
+            run()
+    assert len(compiled) == len(tried)
 
 
 # -- failures ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 import warnings
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from deepseek_mp import Callback, Decision, MixedPrecisionTrainer, PrecisionPlan
 from deepseek_mp.controller import NoLossScale
 from deepseek_mp.errors import ConfigError, FormatError, LoaderError, NonFiniteError, PlanError
 from deepseek_mp.nn import current_plan
+from deepseek_mp.records import read_run
 from deepseek_mp.trainer import loop
 
 
@@ -461,3 +463,39 @@ def test_a_model_may_be_handed_to_a_second_trainer():
     second = make("fp32", model=model)
     assert second.plan.base.name == "fp32"
     assert second.fit(batches(2)).steps_applied == 2
+
+
+def test_close_settles_and_ends_the_records_of_a_loop_of_ones_own(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 2))
+    trainer = MixedPrecisionTrainer(model, "fp32", device="cpu", run_dir=tmp_path)
+    trainer.step((torch.ones(3, 4), torch.zeros(3, dtype=torch.long)))
+    trainer.close()
+    attempt = read_run(tmp_path).attempts[-1]
+    assert attempt.outcome == "completed"
+    assert trainer.steps_applied == 1
+
+
+def test_trials_of_auto_are_no_steps_of_the_monitor():
+    trainer = MixedPrecisionTrainer(nn.Sequential(nn.Linear(4, 2)), "auto", device="cpu")
+    for _ in range(3):
+        trainer.step((torch.ones(3, 4), torch.zeros(3, dtype=torch.long)))
+    assert trainer.monitor.log_precision_usage().steps == 3
+
+
+def test_the_output_is_not_kept_alive_during_backward():
+    alive = []
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, inputs):
+            inputs.requires_grad_().register_hook(lambda grad: alive.append(kept() is not None))
+            output = self.layer(inputs)
+            kept = weakref.ref(output)
+            return output
+
+    trainer = MixedPrecisionTrainer(Head(), "fp32", device="cpu", loss_fn=lambda output, target: output.exp().mean())
+    trainer.step(((torch.ones(3, 4),), torch.zeros(3)))
+    assert alive == [False]

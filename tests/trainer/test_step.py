@@ -325,7 +325,7 @@ def test_a_loss_that_cannot_be_trained_on_is_refused_without_a_trace(monkeypatch
 @pytest.mark.parametrize(("base", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_a_region_is_the_plans_base(base, dtype):
     region = Region(PrecisionPlan.of(base), CPU, search=False)
-    with region.flags(), region.autocast():
+    with region.flags(), region.autocast(cache=True):
         assert torch.is_autocast_enabled("cpu") == (dtype is not None)
         assert dtype is None or torch.get_autocast_dtype("cpu") == dtype
     assert not torch.is_autocast_enabled("cpu")
