@@ -1,9 +1,10 @@
 """Mixed-precision training for PyTorch that chooses each layer's format by measurement."""
 
-from deepseek_mp.backends import autocast
+from deepseek_mp.backends import autocast, math_mode
 from deepseek_mp.controller import LossScalePolicy, LossScaler
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import convert, register_unit, revert
+from deepseek_mp.ops.cast import cast
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Rule
 from deepseek_mp.trainer import Callback, FitResult, MixedPrecisionTrainer, StepResult
 from deepseek_mp.version import __version__
@@ -22,7 +23,9 @@ __all__ = [
     "StepResult",
     "__version__",
     "autocast",
+    "cast",
     "convert",
+    "math_mode",
     "register_unit",
     "revert",
 ]

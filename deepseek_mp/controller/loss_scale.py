@@ -50,7 +50,8 @@ class LossScalePolicy(ABC):
     device at every step.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "custom"
+    """Marks saved states; a state of another name is refused."""
     needs_amax: ClassVar[bool] = False
     """Whether `update` reads the largest gradient; measuring it is one more pass over the gradients."""
 

@@ -63,6 +63,11 @@ class PrecisionMonitor:
         self._watch = Watch(model, self._called)
         self._watch.attach()
 
+    @property
+    def has_sample(self) -> bool:
+        """Whether a training step was counted since the last report."""
+        return self._tally.train.sampled > 0 or any(window.is_open for window in self._windows)
+
     def log_precision_usage(self) -> Usage:
         """Log the table of what ran since the last call, at level INFO, and return it."""
         self._end_window()

@@ -4,7 +4,7 @@ The first that holds, in this order:
 
 1. the plan in force gives the layer a wide recipe: the reason of that decision (`pinned`, or what
    was measured or lacking);
-2. autocast is off at the call, inside a module that was entered with it on: `pinned`, by the code;
+2. autocast is off at the call, inside a module that was entered with it on: `outside_region`;
 3. the operation works on complex numbers, or is an FFT or a matrix decomposition: `no_kernel`;
 4. autocast has a kernel of its own for the operation, or for the function of `torch.nn.functional`
    that called it, on this device, and not one that casts down or only promotes: `autocast_list`.
@@ -75,7 +75,7 @@ def why_wide(
     if layer in decided:
         return decided[layer]
     if not region_here:
-        return Reason.PINNED
+        return Reason.OUTSIDE_REGION
     if ran.complex or _lacks_16_bits(ran.op):
         return Reason.NO_KERNEL
     return Reason.AUTOCAST_LIST if _on_autocast_list(ran) else Reason.FOLLOWS_INPUT

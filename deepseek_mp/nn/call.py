@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.errors import BatchError, explain
-from deepseek_mp.nn.loss import LossFn, check_loss, count_labels, infer_loss, is_integer
+from deepseek_mp.nn.loss import IGNORED_LABEL, LossFn, check_loss, count_labels, infer_loss, is_integer
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 
 __all__ = ["Call", "LossFn", "Result", "batch_size", "item_count", "move", "parse_batch", "run"]
@@ -92,15 +92,15 @@ def batch_size(call: Call) -> int:
     return tensor.shape[0] if tensor.dim() else 1
 
 
-def item_count(call: Call) -> int | Tensor:
-    """How many items a mean loss averages over.
+def item_count(call: Call, ignored: int = IGNORED_LABEL) -> int | Tensor:
+    """How many items a mean loss averages over; labels equal to `ignored` do not count.
 
-    For class labels those that are not -100; a model that shifts its labels averages over slightly
+    For class labels those that are not ignored (-100); a model that shifts its labels averages over slightly
     fewer, which only a loss_fn that returns its own count can tell. For other targets the samples.
     A number if the target is on the CPU, else a 0-dim tensor, so that nothing waits for the device.
     """
     if isinstance(call.target, Tensor) and is_integer(call.target):
-        return count_labels(call.target)
+        return count_labels(call.target, ignored)
     return batch_size(call)
 
 
@@ -108,7 +108,8 @@ def run(model: Callable[..., Any], call: Call, loss_fn: LossFn | None) -> Result
     """Call the model (or its compiled form) and compute its loss; `BatchError` if the loss cannot be trained on."""
     output = model(*call.args, **call.kwargs)
     if loss_fn is not None:
-        return _result(output, call, loss_fn(output, call.target), "loss_fn")
+        ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)  # torch's loss modules say what they leave out
+        return _result(output, call, loss_fn(output, call.target), "loss_fn", ignored)
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if own is not None:
         return _result(output, call, own, "output.loss")
@@ -116,10 +117,10 @@ def run(model: Callable[..., Any], call: Call, loss_fn: LossFn | None) -> Result
     return _result(output, call, inferred(output, call.target), name)
 
 
-def _result(output: Any, call: Call, value: Any, name: str) -> Result:
+def _result(output: Any, call: Call, value: Any, name: str, ignored: int = IGNORED_LABEL) -> Result:
     """The result with its item count: the one that came with the loss, or the batch's."""
     if not isinstance(value, tuple):
-        return Result(loss=check_loss(value), output=output, items=item_count(call), loss_name=name)
+        return Result(loss=check_loss(value), output=output, items=item_count(call, ignored), loss_name=name)
     if len(value) != 2 or not _is_count(value[1]):
         raise BatchError(
             explain(

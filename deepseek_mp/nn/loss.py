@@ -57,9 +57,9 @@ def is_integer(target: Tensor) -> bool:
     return not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
 
 
-def count_labels(target: Tensor) -> int | Tensor:
+def count_labels(target: Tensor, ignored: int = IGNORED_LABEL) -> int | Tensor:
     """Labels that count: a number for a target on the CPU, a 0-dim tensor (no host sync) elsewhere."""
-    counted = (target != IGNORED_LABEL).sum()
+    counted = (target != ignored).sum()
     return int(counted) if target.device.type == "cpu" else counted
 
 

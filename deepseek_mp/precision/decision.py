@@ -37,6 +37,8 @@ class Reason(StrEnum):
     """PyTorch's autocast runs this operation in FP32 for its range."""
     FOLLOWS_INPUT = "follows_input"
     """The operation runs in the format of its inputs, which autocast does not change."""
+    OUTSIDE_REGION = "outside_region"
+    """The model's code turns autocast off around the operation."""
     SHAPE = "shape"
     """The sizes do not meet the kernel's alignment."""
     NOT_CONTROLLABLE = "not_controllable"

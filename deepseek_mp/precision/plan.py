@@ -168,6 +168,9 @@ class PrecisionPlan:
             raise PlanError(explain(f"{path} is not JSON ({error})", "a plan file", "Save the plan again")) from error
         return cls.from_json(data)
 
+    def __repr__(self) -> str:
+        return f"<PrecisionPlan {self.base.name}, {len(self.rules)} rules, {len(self.decisions)} decisions>"
+
     def __str__(self) -> str:
         lines = [f"base {self.base}, {self.memory_format}", *map(str, self.rules), *map(str, self.decisions)]
         return "\n".join(lines)

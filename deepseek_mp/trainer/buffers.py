@@ -71,6 +71,16 @@ class BufferGuard:
         self._modules = list(model.modules())
         self._kept: list[_Kept] = []
         self._groups: list[_Group] = []
+        self.more: list[Tensor] = []
+        """Tensors beside the buffers that are kept like them."""
+        self._stale = False
+        """Whether the groups lack some of `more`."""
+
+    def keep(self, tensors: list[Tensor]) -> None:
+        """From the next snapshot on, keep these too: parameters that a forward writes like buffers."""
+        known = {id(tensor) for tensor in self.more}
+        self.more += [tensor for tensor in tensors if id(tensor) not in known and _has_own_values(tensor)]
+        self._stale = True
 
     @torch.no_grad()
     def snapshot(self) -> None:
@@ -85,13 +95,14 @@ class BufferGuard:
         tables = [(module, module._buffers) for module in self._modules]  # noqa: SLF001
         found = [(module, name, buffer) for module, table in tables for name, buffer in table.items()]
         own = [buffer for _, _, buffer in found if buffer is not None and _has_own_values(buffer)]
-        self._groups = [_Group(buffers) for buffers in _grouped(own)]
+        self._groups = [_Group(buffers) for buffers in _grouped([*own, *self.more])]
+        self._stale = False
         rooms = {id(b): value for group in self._groups for b, value in zip(group.buffers, group.values, strict=True)}
         self._kept = [_Kept(*entry, rooms.get(id(entry[2]))) for entry in found]
 
     def _unchanged(self) -> bool:
         """Whether the buffers are the very objects of last time, and their values fit where those lie."""
-        if sum([len(module._buffers) for module in self._modules]) != len(self._kept):  # noqa: SLF001
+        if self._stale or sum([len(module._buffers) for module in self._modules]) != len(self._kept):  # noqa: SLF001
             return False
         for kept in self._kept:
             buffer = kept.owner._buffers.get(kept.name)  # noqa: SLF001 - named_buffers() is 20x slower

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Number
 from typing import Any
 
@@ -44,8 +44,10 @@ def evaluate(
     loss_fn: LossFn | None,
     metrics: Mapping[str, Metric],
     device: torch.device,
+    region: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
-    """{'loss': mean over items, name: mean over samples}; the caller sets mode and region.
+    """{'loss': mean over items, name: mean over samples}; the caller sets the mode, and `region` is around
+    the model and its loss only: loaders and metrics compute in the format they are written for.
 
     Sums stay on the device until the end, so that evaluation runs without waiting per batch. A batch
     without items counts for nothing, whatever its loss is.
@@ -68,7 +70,8 @@ def evaluate(
         samples = calls.batch_size(call)
         if not samples:
             continue
-        result = calls.run(model, call, loss_fn)
+        with region():
+            result = calls.run(model, call, loss_fn)
         count("loss", result.loss, result.items)
         for name, metric in metrics.items():
             count(name, metric(result.output, call.target), samples)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,19 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from deepseek_mp import backends
 from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale, make_policy
 from deepseek_mp.controller.scaler import LossScaler
-from deepseek_mp.costs import CostCache
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.monitor import PrecisionMonitor
-from deepseek_mp.nn import apply, memory_format_of
+from deepseek_mp.nn import apply
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
-from deepseek_mp.trainer.auto import choose_plan
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile, compiled_forward
 from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent, check_single_process
 from deepseek_mp.trainer.ema import WeightAverage
 from deepseek_mp.trainer.evaluation import Metric, check_metrics, eval_mode, evaluate
 from deepseek_mp.trainer.functions import mixed_formats
+from deepseek_mp.trainer.planning import measured_plan, requested_plan
 from deepseek_mp.trainer.position import LoaderPosition, check_loader, length, no_batch
 from deepseek_mp.trainer.progress import Progress
 from deepseek_mp.trainer.recording import Recorder
@@ -46,7 +44,6 @@ from deepseek_mp.trainer.resume import restore, resumed_plan, save
 from deepseek_mp.trainer.setup import (
     align_optimizer,
     check_arguments,
-    check_plan,
     choose_device,
     make_optimizer,
     make_scheduler,
@@ -144,7 +141,7 @@ class MixedPrecisionTrainer:
         self.recorder = Recorder(run_dir, self)
         with unchanged_if_refused(model, self.device):
             check_compile(model, compile)
-            plan = self._requested_plan()
+            plan = requested_plan(model, self.config, self.capabilities)
             self._plan = None if plan is None else self._apply(plan)
             seed_everything(seed)
             model.to(self.device)
@@ -179,34 +176,19 @@ class MixedPrecisionTrainer:
             )
         return self._plan
 
-    def _requested_plan(self) -> PrecisionPlan | None:
-        """The plan that the arguments name, or None if it has to be measured."""
-        mode, pin = self.config.precision_mode, self.config.pin or {}
-        if isinstance(mode, PrecisionPlan):
-            return mode.with_pins(pin)
-        if mode == "auto":
-            measured = PrecisionPlan.of("fp32", pin)  # whatever is chosen, it takes what this takes
-            check_plan(self.model, measured, self.capabilities, emulate=self.config.emulate)
-            return None
-        return replace(PrecisionPlan.of(mode, pin), memory_format=memory_format_of(self.model))
-
     def _apply(self, plan: PrecisionPlan) -> PrecisionPlan:
         return apply(self.model, plan, emulate=self.config.emulate, capabilities=self.capabilities)
 
     def _measure(self, batch: Any) -> PrecisionPlan:
         """Choose the plan by timing the first batch."""
-        moved = calls.move(calls.parse_batch(batch), self.device)
-        forward = compiled_forward(self.model, self.config.compile)
         with Progress(self._progress) as shown, self.monitor.paused():
-            return choose_plan(
+            return measured_plan(
                 self.model,
-                lambda: calls.run(forward, moved, self._loss_fn).loss,
+                batch,
+                self.config,
+                loss_fn=self._loss_fn,
                 device=self.device,
                 capabilities=self.capabilities,
-                pins=self.config.pin or {},
-                compiled=bool(self.config.compile),
-                emulate=self.config.emulate,
-                cache=CostCache(),
                 progress=shown.stage,
             )
 
@@ -354,12 +336,15 @@ class MixedPrecisionTrainer:
             NonFiniteError: too many steps in a row were skipped.
         """
         check_extent(epochs, max_steps)
-        check_loader(train_loader)
+        check_loader(train_loader, "train_loader")
+        check_loader(val_loader, "val_loader", optional=True)
         check_metrics(metrics)
         started = time.monotonic()
         self.loader = train_loader
         if resume is not None:
             restore(self, Path(resume))
+        if self.position.epoch >= epochs:
+            log.warning("nothing to train: the run already has %d of %d epochs", self.position.epoch, epochs)
         with self.recorder, Progress(self._progress) as shown, self._unfinished_discarded():
             for callback in self.callbacks:
                 callback.on_fit_start(self)
@@ -448,13 +433,13 @@ class MixedPrecisionTrainer:
     # -- without training -----------------------------------------------------------------------
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Eval mode without gradients, in the plan's region, with averaged weights if there are any."""
+    def _inference(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """Eval mode, with averaged weights if there are any; gives the region to call the model in."""
         self.settle()
         region = Region(self._plan or PrecisionPlan.of("fp32"), self.device, search=False)
         averaged = nullcontext() if self.ema is None else self.ema.applied()
-        with eval_mode(self.model), torch.no_grad(), averaged, region.flags(), region.autocast(cache=False):
-            yield
+        with eval_mode(self.model), averaged:
+            yield region.inference
 
     def evaluate(self, loader: Iterable[Any], *, metrics: Mapping[str, Metric] | None = None) -> dict[str, float]:
         """Mean loss and metrics over a loader: {'loss': ..., name: ...}.
@@ -466,13 +451,15 @@ class MixedPrecisionTrainer:
         Raises:
             LoaderError: the loader gave no batch.
         """
-        with self._inference():
-            return evaluate(self.model, loader, self._loss_fn, metrics or {}, self.device)
+        check_loader(loader, "loader")
+        check_metrics(metrics)
+        with self._inference() as region:
+            return evaluate(self.model, loader, self._loss_fn, metrics or {}, self.device, region)
 
     def predict(self, batch: Any) -> Any:
         """The model's output for one batch (its target, if any, is ignored), on the device."""
         call = calls.move(calls.parse_batch(batch), self.device)
-        with self._inference():
+        with self._inference() as region, region():
             return self.model(*call.args, **call.kwargs)
 
     def save(self, path: str | Path) -> Path:
@@ -486,8 +473,19 @@ class MixedPrecisionTrainer:
         """
         if self._plan is None:
             raise ConfigError(explain("save before the first step", "saving a run whose plan is known", "Train first"))
+        if self.stepper.closing:
+            change = "Call it from on_epoch_end or between steps, or set checkpoint_every"
+            raise ConfigError(explain("save while a step is being applied", "saving between steps", change))
         self.settle()
         return save(self, Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Continue from the newest checkpoint under `path` that verifies, in a loop of your own over `step`.
+
+        Raises:
+            CheckpointError: there is none, or it does not belong to this run; nothing has changed then.
+        """
+        restore(self, Path(path))
 
     def close(self) -> None:
         """End a run of your own loop over `step`: settle the last step and end its records. `fit` does it itself."""

@@ -55,10 +55,12 @@ def set_random_state(state: State, loader: Any, device: torch.device) -> None:
             generator.set_state(tensors[f"generator.{place}"])
 
 
-def check_loader(loader: Any) -> None:
-    """`LoaderError` for what cannot be iterated."""
+def check_loader(loader: Any, name: str = "loader", *, optional: bool = False) -> None:
+    """`LoaderError` for what cannot be iterated; None is allowed where the loader is optional."""
+    if optional and loader is None:
+        return
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise LoaderError(explain(f"loader {loader!r}", "an iterable of batches", "Pass a DataLoader, or a list"))
+        raise LoaderError(explain(f"{name} {loader!r}", "an iterable of batches", "Pass a DataLoader, or a list"))
 
 
 def length(loader: Any) -> int | None:

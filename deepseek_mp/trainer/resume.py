@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("deepseek_mp")
 
 STATE_VERSION = 1
+STATE_KEYS = {
+    "plan", "counters", "optimizer", "scheduler", "scaler", "position", "window", "epoch", "history", "callbacks",
+}  # fmt: skip
+TENSOR_KEYS = {"model", "buffers", "optimizer", "outside", "ema", "window", "rng", "state"}
 CHANGE_LOADER = "Pass the loader that the run was saved with"
 
 
@@ -93,6 +97,7 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     _check(trainer, snapshot, newest)
     tensors = snapshot.tensors
     saved = state.join_tensors(dict(snapshot.state), tensors["state"])
+    _say_what_changes(trainer, saved["optimizer"])
     stepper = trainer.adopt_plan(PrecisionPlan.from_json(saved["plan"]), saved["scaler"])
     state.load_model(trainer.model, tensors["model"], tensors["buffers"])
     state.load_optimizer(trainer.model, trainer.optimizer, tensors["optimizer"], saved["optimizer"])
@@ -111,6 +116,15 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     for callback, kept in zip(trainer.callbacks, saved["callbacks"], strict=True):
         if kept is not None:
             cast(Any, callback).load_state_dict(kept)
+
+
+def _say_what_changes(trainer: MixedPrecisionTrainer, saved: Mapping[str, Any]) -> None:
+    """Log the optimizer's options that the checkpoint overrides: whoever passed them would expect them."""
+    for i, (group, stored) in enumerate(zip(trainer.optimizer.param_groups, saved["groups"], strict=True)):
+        for key, value in stored["options"].items():
+            now = group.get(key)
+            if isinstance(now, int | float | bool) and now != value and trainer.scheduler is None:
+                log.warning("resumed with %s=%s from the checkpoint; group %d had %s", key, value, i, now)
 
 
 def resumed_plan(saved: PrecisionPlan, pin: Mapping[str, str | Recipe]) -> PrecisionPlan:
@@ -142,6 +156,9 @@ def _check(trainer: MixedPrecisionTrainer, snapshot: Snapshot, path: Path) -> No
         raise _refuse(
             path, f"has state version {saved.get('version')!r}, not {STATE_VERSION}", "Use a matching release"
         )
+    for part, keys, needed in (("state", saved, STATE_KEYS), ("tensors", snapshot.tensors, TENSOR_KEYS)):
+        if missing := sorted(needed - keys.keys()):
+            raise _refuse(path, f"has no {part} {missing}", "Use another checkpoint")
     state.check_tensors(state.model_tensors(trainer.model), snapshot.tensors["model"])
     state.check_optimizer(trainer.model, trainer.optimizer, snapshot.tensors["optimizer"], saved["optimizer"])
     state.check_tensors(state.outside_parameters(trainer.model, trainer.optimizer), snapshot.tensors["outside"])

@@ -134,6 +134,8 @@ def make_optimizer(
 
 def _default(params: list[nn.Parameter]) -> Optimizer:
     """AdamW, fused where the device has the kernel: it is faster, and can skip a step by itself."""
+    if not all(param.is_floating_point() for param in params):
+        return torch.optim.AdamW(params, lr=DEFAULT_LEARNING_RATE)  # fused kernels take no complex parameters
     try:
         return torch.optim.AdamW(params, lr=DEFAULT_LEARNING_RATE, fused=True)
     except RuntimeError:  # PyTorch's way of saying that the device or dtype has no fused kernel

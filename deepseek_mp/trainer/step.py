@@ -63,6 +63,12 @@ class Region:
         """Context for forward and loss. With `cache` a weight is cast once, however often it is used."""
         return backends.autocast(self._device, self.format, cache=cache)
 
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Context for a forward without gradients."""
+        with torch.no_grad(), self.flags(), self.autocast(cache=False):
+            yield
+
 
 @dataclass(kw_only=True)
 class Pending:
@@ -72,6 +78,11 @@ class Pending:
     verdict: Verdict
     copy: HostCopy
     facts: StepFacts | None = None
+
+
+def _marks(params: list[Tensor]) -> list[tuple[int, int]]:
+    """What changes when a parameter is written: its version, or where its values lie."""
+    return [(param._version, param.data_ptr()) for param in params]  # noqa: SLF001 - there is no public one
 
 
 class Stepper:
@@ -112,12 +123,15 @@ class Stepper:
         self.skipped_in_row = 0
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
+        self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = compiled
         self._weights_move = False
         self._pending: Pending | None = None
         self.windows_opened = 0
+        self.closing = False
+        """Whether a window is between full and done: what callbacks see then is no state to save."""
         self.flops: int | None = None
         """Floating-point operations of a micro-batch, forward and backward, once one was sampled."""
         self._warned_scale = False
@@ -150,16 +164,17 @@ class Stepper:
         return self._pending is not None
 
     def save_window(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The open window as tensors and JSON values; empty if none is open."""
+        """The open window as tensors and JSON values; without tensors if none is open."""
         if not self.window.micro_batches:
-            return {}, {}
+            return {}, self.window.save()
         tensors = {f"gradient.{name}": g for name, g in state.gradients(self.model).items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers.saved().items()}
         return tensors, self.window.save()
 
     def load_window(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Reopen a window that `save_window` returned."""
-        if not values:
+        self.window = Window.load(values, self.device)
+        if not self.window.micro_batches:
             return
         parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "buffer": {}}
         for name, tensor in tensors.items():
@@ -167,7 +182,6 @@ class Stepper:
             parts[kind][rest] = tensor
         state.load_gradients(self.model, parts["gradient"])
         self._buffers.load_saved(parts["buffer"])
-        self.window = Window.load(values, self.device)
 
     def _clear_gradients(self) -> None:
         """No parameter of the model or the optimizer has a gradient (Module.zero_grad walks the model)."""
@@ -190,7 +204,9 @@ class Stepper:
                 return None  # every label is masked: a mean over nothing
             weight = self.window.weigh(items, whole=whole)
             self.window.add(loss, weight)
-            self.scaler.scale(loss if whole else loss * weight).backward()
+            scaled = self.scaler.scale(loss if whole else loss * weight)
+            with backends.autocast(self.device, "fp32"):  # a region of the caller's would cast backward's products
+                scaled.backward()
         return loss
 
     def _forward(self, call: calls.Call) -> tuple[Tensor, int | Tensor]:
@@ -200,9 +216,13 @@ class Stepper:
         So casts are cached only once a forward was seen to change none, and no more when one does.
         """
         cache = self._looked and not self._weights_move
-        before = self._versions()
+        before, frozen = self._versions(), _marks(self._frozen)
         with self.region.autocast(cache=cache):
             result = calls.run(self.forward, call, self.loss_fn)
+        written = [p for p, was, now in zip(self._frozen, frozen, _marks(self._frozen), strict=True) if was != now]
+        if written:  # a momentum encoder, say; its first change, before it was known as such, is not kept
+            self._buffers.keep(written)
+        torch.clear_autocast_cache()  # inside a region of the caller's, ours would leave its casts behind
         if self._versions() != before and not self._weights_move:
             self._weights_move = True
             if cache:
@@ -216,8 +236,8 @@ class Stepper:
 
     @contextmanager
     def _sampled(self) -> Iterator[None]:
-        """On every `monitor_every`-th window, operations and their floating-point work are counted."""
-        if self.windows_opened % self.monitor_every != 2 % self.monitor_every:
+        """The first step after a report, and then every `monitor_every`-th, is counted with its FLOPs."""
+        if self.monitor.has_sample and self.windows_opened % self.monitor_every:
             yield
             return
         with self.monitor.sample(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
@@ -227,12 +247,19 @@ class Stepper:
 
     def close(self) -> StepResult:
         """Close the window as it is: settle the step before it, then apply or skip it."""
+        self.closing = True
+        try:
+            return self._close()
+        finally:
+            self.closing = False
+
+    def _close(self) -> StepResult:
         flag = backends.overflow_seen(self.device)  # first: a replay of the step before may raise it again
         self.settle()
         window = self.window
         if window.loss is None:
             self._buffers.restore()
-            self.window = Window()
+            self.window = Window(largest=window.largest)
             facts = StepFacts(status="no_grads", reason=NO_ITEMS)
             self.finished(facts, window)
             return StepResult(lambda: facts)
@@ -247,7 +274,7 @@ class Stepper:
             empty=window.empty,
             before=self.before,
         )
-        self.window = Window()  # not before: if the step raises, `abandon` takes this window back
+        self.window = Window(largest=window.largest)  # not before: if the step raises, `abandon` takes this window back
         if verdict.status is None:
             self._buffers.restore_where(verdict.skipped)
         elif verdict.status != "applied":
@@ -308,10 +335,12 @@ class Stepper:
             with self.region.flags():
                 with self.region.autocast(cache=False):
                     loss = calls.run(self.model, moved, self.loss_fn).loss
-                (loss * scale).backward()
+                with backends.autocast(self.device, "fp32"):
+                    (loss * scale).backward()
             return loss
 
         guard = BufferGuard(self.model)
+        guard.keep(self._buffers.more)
         guard.snapshot()
         try:
             trained = [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -347,5 +376,5 @@ class Stepper:
             self._buffers.restore()
             if self.window.entries:
                 set_rng(self.window.entries[0].rng, self.device)
-        self.window = Window()
+        self.window = Window(largest=self.window.largest)
         self._clear_gradients()

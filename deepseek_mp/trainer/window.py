@@ -18,6 +18,7 @@ from torch import Tensor
 
 Items = int | Tensor
 Weight = float | Tensor
+TOTALS = ("largest", "reference", "weight", "loss", "nonfinite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Window:
     entries: list[MicroBatch] = field(default_factory=list)
     micro_batches: int = 0
     samples: int = 0
+    largest: Weight | None = None
+    """Most items that any micro-batch had so far, in earlier windows too."""
     reference: Weight | None = None
     weight: Weight = 0.0
     only: Items | None = None
@@ -53,8 +56,9 @@ class Window:
             return 1.0
         if isinstance(items, Tensor):
             items = items.to(torch.float32)
+        self.largest = _larger(items, 1.0 if self.largest is None else self.largest)
         if self.reference is None:
-            self.reference = items.clamp(min=1.0) if isinstance(items, Tensor) else float(max(items, 1))
+            self.reference = self.largest
         weight = items / self.reference
         self.weight = self.weight + weight
         return weight
@@ -92,14 +96,20 @@ class Window:
         return {
             "micro_batches": self.micro_batches,
             "samples": self.samples,
-            **{name: _to_json(getattr(self, name)) for name in ("reference", "weight", "loss", "nonfinite")},
+            **{name: _to_json(getattr(self, name)) for name in TOTALS},
         }
 
     @classmethod
     def load(cls, saved: Mapping[str, Any], device: torch.device) -> Window:
         """The window that `save` wrote, without the batches it has seen."""
-        totals = {name: _from_json(saved[name], device) for name in ("reference", "weight", "loss", "nonfinite")}
+        totals = {name: _from_json(saved[name], device) for name in TOTALS}
         return cls(micro_batches=saved["micro_batches"], samples=saved["samples"], **totals)
+
+
+def _larger(items: Items, other: Weight) -> Weight:
+    if isinstance(items, Tensor):
+        return items.clamp(min=other)
+    return torch.clamp(other, min=items) if isinstance(other, Tensor) else float(max(items, other))
 
 
 def _to_json(value: Weight | None) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from deepseek_mp import Callback, Decision, MixedPrecisionTrainer, PrecisionPlan
 from deepseek_mp.controller import DynamicLossScale
 from deepseek_mp.errors import CheckpointError, ConfigError, LossScaleError
 from deepseek_mp.records import read_run
-from deepseek_mp.trainer import loop, resume
+from deepseek_mp.trainer import planning, resume
 from deepseek_mp.trainer.checkpoint import read_checkpoint
 
 EPOCHS = 4
@@ -355,7 +355,7 @@ def measured(monkeypatch):
         whole = Decision(layer="", old="fp32", new="fp32", reason=Reason.MEASURED_SLOWER, evidence={"bf16_ms": 1.0})
         return replace(PrecisionPlan.of("fp32", pins), decisions=(whole, replace(whole, layer="4")))
 
-    monkeypatch.setattr(loop, "choose_plan", choose)
+    monkeypatch.setattr(planning, "choose_plan", choose)
     return calls
 
 

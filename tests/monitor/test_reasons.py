@@ -105,8 +105,8 @@ def test_a_region_that_the_models_code_switched_off() -> None:
 
     model = nn.Sequential(nn.Linear(4, 4), Computes(softmax_in_fp32), nn.Linear(4, 4))
     assert reasons(usage_of(model, torch.randn(3, 4))) == {
-        ("1", "_softmax", "forward"): Reason.PINNED,
-        ("1", "_softmax_backward_data", "backward"): Reason.PINNED,
+        ("1", "_softmax", "forward"): Reason.OUTSIDE_REGION,
+        ("1", "_softmax_backward_data", "backward"): Reason.OUTSIDE_REGION,
     }
 
 
@@ -116,7 +116,7 @@ def test_a_region_that_the_models_own_forward_switched_off() -> None:
             return x.softmax(-1)
 
     usage = usage_of(Computes(softmax_in_fp32), torch.randn(3, 4, requires_grad=True))
-    assert reasons(usage)["", "_softmax", "forward"] is Reason.PINNED
+    assert reasons(usage)["", "_softmax", "forward"] is Reason.OUTSIDE_REGION
 
 
 def test_a_layer_pinned_by_the_plan() -> None:

@@ -22,7 +22,7 @@ from deepseek_mp.controller import NoLossScale
 from deepseek_mp.errors import ConfigError, FormatError, LoaderError, NonFiniteError, PlanError
 from deepseek_mp.nn import current_plan
 from deepseek_mp.records import read_run
-from deepseek_mp.trainer import loop
+from deepseek_mp.trainer import planning
 
 
 def net():
@@ -322,7 +322,7 @@ def measured(monkeypatch):
         whole = Decision(layer="", old="fp32", new="bf16", reason=Reason.MEASURED_FASTEST)
         return replace(PrecisionPlan.of("bf16", options["pins"]), decisions=(whole,))
 
-    monkeypatch.setattr(loop, "choose_plan", choose)
+    monkeypatch.setattr(planning, "choose_plan", choose)
     return calls
 
 

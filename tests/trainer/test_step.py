@@ -340,7 +340,7 @@ def test_an_fp32_plan_is_fp32_inside_a_region_of_the_caller():
     assert dtypes == [torch.float32] * 2
 
 
-@pytest.mark.parametrize(("every", "sampled"), [(1, 5), (2, 2), (4, 1), (500, 1)])
+@pytest.mark.parametrize(("every", "sampled"), [(1, 5), (2, 3), (4, 2), (500, 1)])
 def test_every_so_many_windows_operations_are_counted(every, sampled):
     trainer = make(monitor_every=every)
     for _ in range(5):
@@ -358,8 +358,6 @@ def test_sampled_steps_have_the_same_numbers():
 
 def test_the_work_of_a_micro_batch_is_known_once_one_was_sampled():
     trainer = make(monitor_every=2, gradient_accumulation_steps=2)
-    for _ in range(2):
-        trainer.step(batch(6))
     assert trainer.stepper.flops is None
     trainer.step(batch(6))
     assert trainer.stepper.flops == 2 * 6 * (4 * 8 + 8 * 3) + 2 * 6 * (4 * 8 + 2 * 8 * 3)

@@ -1,0 +1,62 @@
+"""The plan of a run: the one its arguments name, or the one measured on its first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepseek_mp.backends import Capabilities
+from deepseek_mp.costs import CostCache
+from deepseek_mp.nn import call as calls
+from deepseek_mp.nn import memory_format_of
+from deepseek_mp.nn.loss import LossFn
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer.auto import choose_plan
+from deepseek_mp.trainer.compile import compiled_forward
+from deepseek_mp.trainer.config import TrainerConfig
+from deepseek_mp.trainer.setup import check_plan
+
+
+def requested_plan(model: nn.Module, config: TrainerConfig, capabilities: Capabilities) -> PrecisionPlan | None:
+    """The plan that the arguments name, in the model's own memory format; None if it has to be measured.
+
+    Raises:
+        PlanError, FormatError: with 'auto', already where no plan with these pins would fit the model.
+    """
+    mode, pin = config.precision_mode, config.pin or {}
+    if isinstance(mode, PrecisionPlan):
+        return mode.with_pins(pin)
+    if mode == "auto":
+        check_plan(model, PrecisionPlan.of("fp32", pin), capabilities, emulate=config.emulate)
+        return None
+    return replace(PrecisionPlan.of(mode, pin), memory_format=memory_format_of(model))
+
+
+def measured_plan(
+    model: nn.Module,
+    batch: Any,
+    config: TrainerConfig,
+    *,
+    loss_fn: LossFn | None,
+    device: torch.device,
+    capabilities: Capabilities,
+    progress: Callable[[str, float], None],
+) -> PrecisionPlan:
+    """The fastest plan for this batch, timed with the forward that training will call."""
+    moved = calls.move(calls.parse_batch(batch), device)
+    forward = compiled_forward(model, config.compile)
+    return choose_plan(
+        model,
+        lambda: calls.run(forward, moved, loss_fn).loss,
+        device=device,
+        capabilities=capabilities,
+        pins=config.pin or {},
+        compiled=bool(config.compile),
+        emulate=config.emulate,
+        cache=CostCache(),
+        progress=progress,
+    )

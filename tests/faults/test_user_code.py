@@ -1,0 +1,225 @@
+"""What users' own code does around a step: regions, callbacks, momentum encoders, odd batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deepseek_mp import Callback, LossScalePolicy, MixedPrecisionTrainer
+from deepseek_mp.errors import CheckpointError, ConfigError, LoaderError
+from deepseek_mp.trainer.checkpoint import read_checkpoint, write_checkpoint
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def trainer_of(model, mode="fp32", policy="dynamic", **options):
+    return MixedPrecisionTrainer(
+        model, mode, policy, **{"optimizer": sgd, "device": "cpu", "progress": False} | options
+    )
+
+
+def batches(count, size=6):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(size, 4, generator=generator), torch.arange(size) % 2) for _ in range(count)]
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(a, b):
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_a_region_of_the_caller_changes_nothing(mode):
+    alone, inside = trainer_of(linear(), mode), trainer_of(linear(), mode)
+    for batch in batches(4):
+        alone.step(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside.step(batch)
+    assert_equal(weights(alone.model), weights(inside.model))
+
+
+def test_one_region_of_the_caller_around_all_steps_leaves_no_old_casts():
+    alone, inside = trainer_of(linear(), "bf16"), trainer_of(linear(), "bf16")
+    for batch in batches(4):
+        alone.step(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in batches(4):
+            inside.step(batch)
+    assert_equal(weights(alone.model), weights(inside.model))
+
+
+@pytest.mark.parametrize("hook", ["on_gradients", "on_step"])
+def test_saving_while_a_step_is_being_applied_is_refused(tmp_path, hook):
+    class Saves(Callback):
+        pass
+
+    setattr(Saves, hook, lambda self, trainer, *_: trainer.save(tmp_path))
+    trainer = trainer_of(linear(), callbacks=[Saves()])
+    with pytest.raises(ConfigError, match="between steps"):
+        trainer.step(batches(1)[0])
+    assert not list(tmp_path.iterdir())
+
+
+class MomentumEncoder(nn.Module):
+    """A frozen copy that forward moves towards the trained layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.slow = nn.Linear(4, 2), nn.Linear(4, 2).requires_grad_(False)
+
+    def forward(self, inputs):
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.layer.parameters(), strict=True):
+                slow.lerp_(fast, 0.5)
+        return self.layer(inputs) + self.slow(inputs)
+
+
+def test_a_skipped_step_takes_back_what_forward_wrote_to_frozen_parameters():
+    trainer = trainer_of(MomentumEncoder())
+    good, bad = batches(2)
+    trainer.step(good)
+    before = weights(trainer.model)
+    assert trainer.step((bad[0] * float("nan"), bad[1])).status == "skipped"
+    assert_equal(before, weights(trainer.model))
+
+
+def test_a_small_first_micro_batch_does_not_make_fp16_overflow():
+    """Weights are relative to the largest micro-batch seen, so they do not exceed one after the first window."""
+    labels = [torch.full((256,), -100) for _ in range(8)]
+    for i, target in enumerate(labels):
+        target[: 1 if i % 2 == 0 else 256] = 1
+    inputs = torch.randn(256, 4, generator=torch.Generator().manual_seed(1))
+    trainer = trainer_of(linear(), "fp16", 2.0**14, gradient_accumulation_steps=2, emulate=True)
+    results = [trainer.step((inputs, target)) for target in labels]
+    assert [r.status for r in results[1::2]][1:] == ["applied"] * 3
+
+
+@pytest.mark.parametrize("ignored", [0, -100])
+def test_accumulation_counts_the_labels_that_the_loss_module_counts(ignored):
+    loss_fn = nn.CrossEntropyLoss(ignore_index=ignored)
+    inputs, target = (
+        torch.randn(8, 4, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]),
+    )
+    whole = trainer_of(linear(), loss_fn=loss_fn)
+    whole.step((inputs, target))
+    parts = trainer_of(linear(), loss_fn=loss_fn, gradient_accumulation_steps=2)
+    parts.step((inputs[:4], target[:4]))
+    parts.step((inputs[4:], target[4:]))
+    for name, value in weights(whole.model).items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value)
+
+
+def test_metrics_and_loaders_compute_outside_of_the_region():
+    formats = []
+
+    class Loader:
+        def __iter__(self):
+            formats.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+            yield from batches(1)
+
+    def metric(output, target):
+        formats.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return 0.0
+
+    trainer_of(linear(), "bf16").evaluate(Loader(), metrics={"mine": metric})
+    assert formats == [torch.float32] * 2
+
+
+def test_every_report_has_a_sampled_step():
+    trainer = trainer_of(linear(), monitor_every=500)
+    for _ in range(3):
+        for batch in batches(4):
+            trainer.step(batch)
+        usage = trainer.monitor.log_precision_usage()
+        assert (usage.sampled_steps, usage.steps) == (1, 4)
+
+
+@pytest.mark.parametrize("refused", ["val_loader", "evaluate"])
+def test_a_loader_that_is_none_is_refused_before_anything_is_done(tmp_path, refused):
+    trainer = trainer_of(linear(), run_dir=tmp_path / "run")
+    with pytest.raises(LoaderError, match="5"):
+        trainer.fit(batches(1), val_loader=5) if refused == "val_loader" else trainer.evaluate(5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_complex_parameters_train_with_the_default_optimizer():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 2, dtype=torch.complex64))
+
+        def forward(self, inputs):
+            return (inputs.to(torch.complex64) @ self.weight).abs()
+
+    trainer = MixedPrecisionTrainer(Complex(), "fp32", device="cpu", progress=False)
+    assert trainer.step(batches(1)[0]).status == "applied"
+
+
+def test_a_policy_needs_nothing_but_update():
+    class Halves(LossScalePolicy):
+        def update(self, nonfinite, amax):
+            self.scale.mul_(0.5)
+
+    trainer = trainer_of(linear(), "fp16", Halves(64.0), emulate=True)
+    assert [trainer.step(batch).scale for batch in batches(3)] == [64.0, 32.0, 16.0]
+
+
+def test_a_loop_of_ones_own_continues_from_a_checkpoint(tmp_path):
+    straight, first = trainer_of(linear()), trainer_of(linear())
+    for batch in batches(6):
+        straight.step(batch)
+    for batch in batches(6)[:3]:
+        first.step(batch)
+    first.save(tmp_path)
+    second = trainer_of(linear())
+    second.load(tmp_path)
+    assert second.steps_applied == 3
+    for batch in batches(6)[3:]:
+        second.step(batch)
+    assert_equal(weights(straight.model), weights(second.model))
+
+
+def test_a_checkpoint_without_a_part_of_the_state_changes_nothing(tmp_path):
+    trainer = trainer_of(linear())
+    trainer.step(batches(1)[0])
+    snapshot = read_checkpoint(trainer.save(tmp_path / "whole"))
+    state = {key: value for key, value in snapshot.state.items() if key != "counters"}
+    write_checkpoint(tmp_path / "part" / "checkpoints", type(snapshot)(step=1, tensors=snapshot.tensors, state=state))
+    other = trainer_of(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    before = weights(other.model)
+    with pytest.raises(CheckpointError, match="counters"):
+        other.load(tmp_path / "part")
+    assert_equal(before, weights(other.model))
+
+
+def test_a_learning_rate_that_the_checkpoint_overrides_is_said(tmp_path, caplog):
+    first = trainer_of(linear())
+    first.step(batches(1)[0])
+    first.save(tmp_path)
+    second = trainer_of(linear(), optimizer=lambda params: torch.optim.SGD(params, lr=0.5))
+    with caplog.at_level("WARNING", "deepseek_mp"):
+        second.load(tmp_path)
+    assert "lr=0.1 from the checkpoint" in caplog.text
+
+
+def test_a_fit_with_nothing_left_to_do_says_so(caplog):
+    trainer = trainer_of(linear(), loss_fn=F.cross_entropy)
+    trainer.fit(batches(2), epochs=1)
+    with caplog.at_level("WARNING", "deepseek_mp"):
+        trainer.fit(batches(2), epochs=1)
+    assert "nothing to train" in caplog.text
