@@ -2,6 +2,7 @@
 
 from deepseek_mp.backends import autocast, math_mode
 from deepseek_mp.controller import LossScalePolicy, LossScaler
+from deepseek_mp.errors import MixedPrecisionError, NonFiniteError
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import convert, register_unit, revert
 from deepseek_mp.ops.cast import cast
@@ -15,7 +16,9 @@ __all__ = [
     "FitResult",
     "LossScalePolicy",
     "LossScaler",
+    "MixedPrecisionError",
     "MixedPrecisionTrainer",
+    "NonFiniteError",
     "PrecisionMonitor",
     "PrecisionPlan",
     "Reason",

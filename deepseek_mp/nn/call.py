@@ -5,24 +5,27 @@ Three forms of batch are understood:
     x                      model(x); a model that returns its own loss, or a loss_fn without target
     (input, target)        model(input); input may be a tensor, a tuple or list of tensors that are
                            passed one by one, or a mapping that is passed as keyword arguments
-    {name: value}          model(**batch); the target is batch.get("labels")
+    {name: value}          model(**batch); the target is batch.get("labels"), which the model gets too
+                           if its forward takes it
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.nn.loss import IGNORED_LABEL, LossFn, check_loss, count_labels, infer_loss, is_integer
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 
-__all__ = ["Call", "LossFn", "Result", "batch_size", "item_count", "move", "parse_batch", "run"]
+__all__ = ["Call", "LossFn", "Result", "batch_size", "invoke", "item_count", "move", "parse_batch", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ def item_count(call: Call, ignored: int = IGNORED_LABEL) -> int | Tensor:
 
 def run(model: Callable[..., Any], call: Call, loss_fn: LossFn | None) -> Result:
     """Call the model (or its compiled form) and compute its loss; `BatchError` if the loss cannot be trained on."""
-    output = model(*call.args, **call.kwargs)
+    output = invoke(model, call)
     if loss_fn is not None:
         ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)  # torch's loss modules say what they leave out
         return _result(output, call, loss_fn(output, call.target), "loss_fn", ignored)
@@ -115,6 +118,22 @@ def run(model: Callable[..., Any], call: Call, loss_fn: LossFn | None) -> Result
         return _result(output, call, own, "output.loss")
     name, inferred = infer_loss(output, call.target)
     return _result(output, call, inferred(output, call.target), name)
+
+
+def invoke(model: Callable[..., Any], call: Call) -> Any:
+    """The model's output. `labels` that are the target go to the model too, if its forward takes them."""
+    kwargs = call.kwargs
+    if call.target is not None and kwargs.get("labels") is call.target:
+        forward = model.forward if isinstance(model, nn.Module) else model
+        if not _takes_labels(getattr(forward, "__func__", forward)):
+            kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
+    return model(*call.args, **kwargs)
+
+
+@cache
+def _takes_labels(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    return any(p.name == "labels" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _result(output: Any, call: Call, value: Any, name: str, ignored: int = IGNORED_LABEL) -> Result:

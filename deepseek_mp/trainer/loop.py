@@ -341,7 +341,9 @@ class MixedPrecisionTrainer:
         check_metrics(metrics)
         started = time.monotonic()
         self.loader = train_loader
-        if resume is not None:
+        if resume is None:
+            self.recorder.check_unused()
+        else:
             restore(self, Path(resume))
         if self.position.epoch >= epochs:
             log.warning("nothing to train: the run already has %d of %d epochs", self.position.epoch, epochs)
@@ -362,10 +364,11 @@ class MixedPrecisionTrainer:
         """Whatever ends a fit early leaves no half-accumulated window behind."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if self._stepper is not None:
                 self._stepper.abandon()
             self.position.rewind(self.loader)
+            self.recorder.ended_early(error)
             raise
 
     def _epoch(self, loader: Iterable[Any], epochs: int, max_steps: int | None, shown: Progress) -> None:
@@ -457,10 +460,13 @@ class MixedPrecisionTrainer:
             return evaluate(self.model, loader, self._loss_fn, metrics or {}, self.device, region)
 
     def predict(self, batch: Any) -> Any:
-        """The model's output for one batch (its target, if any, is ignored), on the device."""
+        """The model's output for one batch, on the device and in the format the plan gives it.
+
+        The target, if the batch has one, is ignored.
+        """
         call = calls.move(calls.parse_batch(batch), self.device)
         with self._inference() as region, region():
-            return self.model(*call.args, **call.kwargs)
+            return calls.invoke(self.model, call)
 
     def save(self, path: str | Path) -> Path:
         """Write a verified checkpoint under `path` and return its folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -16,13 +17,15 @@ from deepseek_mp import backends
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.records import RunWriter
-from deepseek_mp.records.runfile import RUN_FILE, load_attempts
+from deepseek_mp.records.runfile import CHECKPOINTS, RUN_FILE, load_attempts
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.window import Window
 from deepseek_mp.version import __version__
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+
+log = logging.getLogger("deepseek_mp")
 
 COUNTERS_EVERY = 16
 """Steps between two readings of memory and energy: reading them costs more than a record does."""
@@ -65,6 +68,19 @@ class Recorder:
             self._writer.close(outcome)
             self._writer = None
 
+    def check_unused(self) -> None:
+        """`ConfigError` if this run would begin anew among the checkpoints of an earlier one, and replace them."""
+        kept = [] if self.run_dir is None else sorted((self.run_dir / CHECKPOINTS).glob("step-*"))
+        if kept and not self._trainer.steps_attempted:
+            change = f"Pass resume={str(self.run_dir)!r} to continue it, or choose another run_dir"
+            passed = f"run_dir {str(self.run_dir)!r} with {len(kept)} checkpoints, the last {kept[-1].name}"
+            raise ConfigError(explain(passed, "an unused run_dir, or resume", change))
+
+    def ended_early(self, error: BaseException) -> None:
+        """Say how far the run came, and how to go on."""
+        how = "" if self.run_dir is None else f"; continue from its last checkpoint with resume={str(self.run_dir)!r}"
+        log.warning("fit ended by %s after %d steps%s", type(error).__name__, self._trainer.steps_attempted, how)
+
     def _out(self, *, done: int) -> RunWriter | None:
         """The writer, opened if need be by a run that has `done` steps behind it."""
         if self._writer is None and self.run_dir is not None:
@@ -78,6 +94,7 @@ class Recorder:
 
     def plan(self, plan: PrecisionPlan) -> None:
         """A plan came into force; it is written down with the next record."""
+        log.info("%s", plan)
         self._plan = plan
 
     def step(self, facts: StepFacts, window: Window) -> None:
@@ -146,6 +163,7 @@ class Recorder:
 
     def epoch(self, entry: dict[str, Any]) -> None:
         """An epoch and its validation are done."""
+        log.info("epoch %s", {key: round(v, 6) if isinstance(v, float) else v for key, v in entry.items()})
         out = self._out(done=self._trainer.steps_attempted)
         if out is not None:
             out.metrics(step=self._trainer.steps_attempted, status="epoch", **entry)

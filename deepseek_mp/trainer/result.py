@@ -92,6 +92,13 @@ class FitResult:
     """Per epoch: 'epoch', 'loss', 'seconds', 'skipped', and the validation metrics as 'val_<name>'."""
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        skipped = self.steps_attempted - self.steps_applied
+        return (
+            f"{self.epochs} epochs, {self.steps_applied} steps applied and {skipped} not, "
+            f"loss {self.loss:.4g}, base format {self.plan.base.name}, {self.seconds:.1f} s"
+        )
+
 
 class HostCopy:
     """A few 0-dim tensors of one device, on their way to the host; `read` waits for them."""

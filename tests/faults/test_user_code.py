@@ -223,3 +223,40 @@ def test_a_fit_with_nothing_left_to_do_says_so(caplog):
     with caplog.at_level("WARNING", "deepseek_mp"):
         trainer.fit(batches(2), epochs=1)
     assert "nothing to train" in caplog.text
+
+
+def test_labels_reach_the_model_only_if_its_forward_takes_them():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    batch = {"x": torch.ones(3, 4), "labels": torch.zeros(3, dtype=torch.long)}
+    trainer = trainer_of(Plain())
+    assert trainer.step(batch).status == "applied"
+    assert trainer.predict(batch).shape == (3, 2)
+
+
+def test_a_new_run_does_not_replace_the_checkpoints_of_another(tmp_path):
+    trainer_of(linear(), run_dir=tmp_path).fit(batches(2), epochs=1)
+    other = trainer_of(linear(), run_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"step-00000002.*Pass resume="):
+        other.fit(batches(2), epochs=1)
+    assert other.steps_attempted == 0
+    assert other.fit(batches(2), epochs=2, resume=tmp_path).steps_applied == 4
+
+
+def test_an_interrupted_fit_says_how_to_go_on(tmp_path, caplog):
+    class Interrupts(Callback):
+        def on_step(self, trainer, facts):
+            if trainer.steps_attempted == 3:
+                raise KeyboardInterrupt("Ctrl-C")
+
+    trainer = trainer_of(linear(), run_dir=tmp_path, callbacks=[Interrupts()], checkpoint_every=1)
+    with caplog.at_level("WARNING", "deepseek_mp"), pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
+        trainer.fit(batches(4), epochs=1)
+    assert "after 3 steps" in caplog.text
+    assert f"resume={str(tmp_path)!r}" in caplog.text

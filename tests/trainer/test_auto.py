@@ -313,6 +313,7 @@ def test_compiled_is_noted(times: Times) -> None:
 
 
 def test_whole_steps_run_compiled_and_nothing_is_compiled_again_for_training() -> None:
+    torch._dynamo.reset()  # other tests may have used up its limit of recompilations
     model, compiled = mlp(), []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:

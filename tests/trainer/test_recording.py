@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import json
 import math
 
@@ -120,6 +121,7 @@ def test_a_resumed_attempt_keeps_the_lines_before_it_and_replaces_those_after(tm
 
 def test_a_fresh_run_in_the_same_place_replaces_all_lines(tmp_path):
     make(run_dir=tmp_path).fit(batches(3))
+    shutil.rmtree(tmp_path / "checkpoints")  # with them it would be refused
     make(run_dir=tmp_path).fit(batches(2))
     run = read_run(tmp_path)
     assert [line["step"] for line in steps(run)] == [1, 2]
