@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import json
 import math
+import shutil
 
 import pytest
 import torch
