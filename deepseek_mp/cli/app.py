@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -15,20 +16,32 @@ from typer.exceptions import TyperException
 from deepseek_mp.cli.demo import demo
 from deepseek_mp.cli.doctor import doctor
 from deepseek_mp.errors import MixedPrecisionError
+from deepseek_mp.version import __version__
 
 app = typer.Typer(
     name="deepseek-mp",
     help="Mixed-precision training that decides by measurement and explains every choice.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
 app.command()(doctor)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"deepseek-mp {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _program() -> None:
-    """A callback keeps the names of the commands even while there is only one."""
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -172,7 +172,7 @@ def _say_what_is_missing(tally: Tally, *, compiled_since: bool) -> None:
         tally.note(
             "the model was compiled after the monitor was made; its calls are seen from here on"
             if compiled_since
-            else "the model was not called; of torch.compile(model), give the result to the monitor"
+            else "the model was not called since the last report (give the result of torch.compile to the monitor)"
         )
     if not internals.BACKWARD:
         tally.note("this PyTorch does not tell which layer an operation of the backward belongs to")

@@ -290,13 +290,13 @@ class MixedPrecisionTrainer:
         self.steps_attempted += 1
         if window.entries:
             self.position.stepped(window.entries[-1].index + 1)
+        self.steps_applied += facts.status == "applied"
+        self.recorder.step(facts, window)  # before what may raise, and with the rate that the step was made with
         if facts.status == "applied":
-            self.steps_applied += 1
             if isinstance(self.scheduler, LRScheduler) and not isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step()
             if self.ema is not None:
                 self.ema.update()
-        self.recorder.step(facts, window)
         for callback in self.callbacks:
             callback.on_step(self, facts)
             if facts.status == "skipped":

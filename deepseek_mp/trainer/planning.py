@@ -11,6 +11,7 @@ from torch import nn
 
 from deepseek_mp.backends import Capabilities
 from deepseek_mp.costs import CostCache
+from deepseek_mp.errors import PlanError
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn import memory_format_of
 from deepseek_mp.nn.loss import LossFn
@@ -31,9 +32,23 @@ def requested_plan(model: nn.Module, config: TrainerConfig, capabilities: Capabi
     if isinstance(mode, PrecisionPlan):
         return mode.with_pins(pin)
     if mode == "auto":
-        check_plan(model, PrecisionPlan.of("fp32", pin), capabilities, emulate=config.emulate)
+        _check_any(model, config, capabilities)
         return None
     return replace(PrecisionPlan.of(mode, pin), memory_format=memory_format_of(model))
+
+
+def _check_any(model: nn.Module, config: TrainerConfig, capabilities: Capabilities) -> None:
+    """The error of FP32, unless a plan in some format of the device fits (a frozen BF16 base takes BF16 only)."""
+    formats = ("fp32", *(name for name in capabilities.admissible() if name != "fp32"))
+    errors: list[PlanError] = []
+    for name in formats:
+        try:
+            check_plan(model, PrecisionPlan.of(name, config.pin or {}), capabilities, emulate=config.emulate)
+        except PlanError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
 
 
 def measured_plan(

@@ -11,6 +11,7 @@ ended with an exception, its batches since the last step are given again.
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ from torch import Tensor
 from deepseek_mp.errors import LoaderError, explain
 from deepseek_mp.trainer.replay import get_rng, set_rng
 from deepseek_mp.trainer.rng import rng_state, set_rng_state
+
+log = logging.getLogger("deepseek_mp")
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -59,6 +62,8 @@ def check_loader(loader: Any, name: str = "loader", *, optional: bool = False) -
     """`LoaderError` for what cannot be iterated; None is allowed where the loader is optional."""
     if optional and loader is None:
         return
+    if getattr(loader, "persistent_workers", False):
+        log.warning("%s keeps its workers: their random state is not saved, so a resumed run sees another order", name)
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise LoaderError(explain(f"{name} {loader!r}", "an iterable of batches", "Pass a DataLoader, or a list"))
 

@@ -118,6 +118,11 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tensors, di
     tensors: Tensors = {}
     values: dict[str, Any] = {}
     for param, entry in optimizer.state.items():
+        if id(param) not in names:
+            passed = f"optimizer state under {param!r}, which is no parameter it trains"
+            raise CheckpointError(
+                explain(passed, "state per parameter", "Keep it under a parameter, or save it yourself")
+            )
         for key, value in entry.items():
             place = f"{names[id(param)]}/{key}"
             if isinstance(value, Tensor):

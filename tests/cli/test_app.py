@@ -89,3 +89,11 @@ def test_python_dash_m_is_the_same_program() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("deepseek-mp: device 'bogus'")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_version_and_a_short_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("deepseek-mp 0.")
+    for arguments in (["-h"], ["--help"]):
+        main(arguments)
+        assert "doctor" in capsys.readouterr().out

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from deepseek_mp import Callback, LossScalePolicy, MixedPrecisionTrainer
+from deepseek_mp import Callback, LossScalePolicy, MixedPrecisionTrainer, backends
 from deepseek_mp.errors import CheckpointError, ConfigError, LoaderError
+from deepseek_mp.records import read_run
 from deepseek_mp.trainer.checkpoint import read_checkpoint, write_checkpoint
 
 
@@ -260,3 +262,47 @@ def test_an_interrupted_fit_says_how_to_go_on(tmp_path, caplog):
         trainer.fit(batches(4), epochs=1)
     assert "after 3 steps" in caplog.text
     assert f"resume={str(tmp_path)!r}" in caplog.text
+
+
+def test_auto_takes_a_frozen_base_in_bf16_with_trained_parts_in_fp32(monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_MP_CACHE", "off")
+
+    class LowRank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.base = nn.Linear(4, 2).bfloat16().requires_grad_(False)
+            self.down, self.up = nn.Linear(4, 1, bias=False), nn.Linear(1, 2, bias=False)
+
+        def forward(self, inputs):
+            return self.base(inputs) + self.up(self.down(inputs))
+
+    if "bf16" not in backends.capabilities("cpu").admissible():
+        pytest.skip("needs a CPU with BF16 units")
+    trainer = trainer_of(LowRank(), "auto")
+    assert trainer.step(batches(1)[0]).status == "applied"
+    assert trainer.plan.base.name == "bf16"
+
+
+def test_a_step_is_recorded_although_its_scheduler_raises(tmp_path):
+    trainer = trainer_of(
+        linear(), run_dir=tmp_path, scheduler=lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=2)
+    )
+    with pytest.raises(ValueError, match="Tried to step 3 times"):
+        trainer.fit(batches(4), epochs=1)
+    assert trainer.steps_applied == len(read_run(tmp_path).metrics) == 3
+
+
+def test_optimizer_state_that_belongs_to_no_parameter_is_refused_when_saving(tmp_path):
+    trainer = trainer_of(linear())
+    trainer.step(batches(1)[0])
+    trainer.optimizer.state["global"] = {"k": 1}
+    with pytest.raises(CheckpointError, match="'global'"):
+        trainer.save(tmp_path)
+
+
+def test_workers_that_are_kept_are_warned_of(caplog):
+    loader = DataLoader(TensorDataset(*batches(1)[0]), batch_size=3, num_workers=1, persistent_workers=True)
+    with caplog.at_level("WARNING", "deepseek_mp"):
+        trainer_of(linear()).fit(loader, epochs=1)
+    assert "keeps its workers" in caplog.text
