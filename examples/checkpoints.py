@@ -23,13 +23,14 @@ def main() -> None:
     def loader() -> DataLoader:
         return DataLoader(data, batch_size=16, shuffle=True)
 
-    straight = MixedPrecisionTrainer(make_model(), "bf16", seed=7)
+    # emulate=True lets this run on a CPU without BF16 units too.
+    straight = MixedPrecisionTrainer(make_model(), "bf16", seed=7, emulate=True)
     straight.fit(loader(), epochs=4)
 
     with tempfile.TemporaryDirectory() as run_dir:
-        first = MixedPrecisionTrainer(make_model(), "bf16", seed=7, run_dir=run_dir)
+        first = MixedPrecisionTrainer(make_model(), "bf16", seed=7, emulate=True, run_dir=run_dir)
         first.fit(loader(), epochs=2)
-        second = MixedPrecisionTrainer(make_model(), "bf16", run_dir=run_dir)
+        second = MixedPrecisionTrainer(make_model(), "bf16", emulate=True, run_dir=run_dir)
         second.fit(loader(), epochs=4, resume=run_dir)  # epochs counts the whole run: two more
         saved = second.save(Path(run_dir))
 

@@ -11,7 +11,8 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-    plan = convert(model, PrecisionPlan.of("bf16", pin={"2": "fp32"}))  # the head stays in FP32
+    # The head stays in FP32; emulate=True lets this run on a CPU without BF16 units too.
+    plan = convert(model, PrecisionPlan.of("bf16", pin={"2": "fp32"}), emulate=True)
     scaler = LossScaler("none")  # bf16 has the range of FP32; use "dynamic" with fp16
     monitor = PrecisionMonitor(model, sample_every=10)
 

@@ -142,7 +142,7 @@ def test_the_original_of_a_compiled_model_is_said_not_to_be_called() -> None:
     with PrecisionMonitor(model) as monitor:
         compiled(torch.ones(2, 4))
         usage = monitor.log_precision_usage()
-    assert "give the result to the monitor" in usage.notes[0]
+    assert "give the result of torch.compile to the monitor" in usage.notes[0]
 
 
 def test_a_compiled_optimizer_and_a_compiled_loss() -> None:
