@@ -49,3 +49,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     count = {kind: len(reporter.stats.get(kind, ())) for kind in ("passed", "failed", "error", "skipped")}
     print(f"total: {count['passed']} passed, {count['failed'] + count['error']} failed, {count['skipped']} skipped")
+
+
+@pytest.fixture(autouse=True)
+def _no_timings_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` neither finds timings that an earlier run left on this machine, nor leaves any."""
+    monkeypatch.setenv("DEEPSEEK_MP_CACHE", "off")
