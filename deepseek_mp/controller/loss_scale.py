@@ -42,6 +42,11 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
+def _require_steps(name: str, value: object) -> None:
+    counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _require(counts, name, value, "is a whole number of steps, at least 1")
+
+
 class LossScalePolicy(ABC):
     """How the loss scale evolves. Subclass it and pass an instance as `loss_scale_policy`.
 
@@ -137,8 +142,7 @@ class DynamicLossScale(LossScalePolicy):
         super().__init__(initial, floor=floor, ceiling=ceiling)
         _require(_is_positive(growth) and growth > 1, "growth", growth, "is a finite number above 1")
         _require(_is_positive(backoff) and backoff < 1, "backoff", backoff, "is a number between 0 and 1")
-        counts = isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1
-        _require(counts, "interval", interval, "is a whole number of steps, at least 1")
+        _require_steps("interval", interval)
         self.growth, self.backoff, self.interval = float(growth), float(backoff), interval
         self.state["good_steps"] = torch.zeros((), dtype=torch.int32)
 
@@ -173,8 +177,7 @@ class PredictiveLossScale(LossScalePolicy):
         super().__init__(initial, floor=floor, ceiling=ceiling)
         _require(_is_positive(headroom) and headroom >= 1, "headroom", headroom, "is a finite number of at least 1")
         _require(_is_positive(decay) and decay <= 1, "decay", decay, "is a number above 0 and at most 1")
-        counts = isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1
-        _require(counts, "interval", interval, "is a whole number of steps, at least 1")
+        _require_steps("interval", interval)
         self.headroom, self.decay, self.interval = float(headroom), float(decay), interval
         self.state["peak"] = torch.zeros(())
         self.state["headroom"] = torch.tensor(self.headroom)

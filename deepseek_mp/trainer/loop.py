@@ -22,7 +22,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from deepseek_mp import backends
 from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale, make_policy
-from deepseek_mp.controller.scaler import LossScaler
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import apply
@@ -46,6 +45,7 @@ from deepseek_mp.trainer.setup import (
     check_arguments,
     choose_device,
     make_optimizer,
+    make_scaler,
     make_scheduler,
     seed_everything,
     unchanged_if_refused,
@@ -149,7 +149,7 @@ class MixedPrecisionTrainer:
             self.scheduler = make_scheduler(scheduler, self.optimizer)
         self.monitor = PrecisionMonitor(model, sample_every=None)
         self.ema = None if ema_decay is None else WeightAverage(model, ema_decay)
-        self.scaler = LossScaler(NoLossScale(), device=self.device)
+        self.scaler = make_scaler(self._policy, None, self.capabilities, self.device)
         self.position = LoaderPosition(self.device)
         self.steps_attempted = 0
         self.steps_applied = 0
@@ -196,11 +196,7 @@ class MixedPrecisionTrainer:
         """Build everything that depends on the plan, which the model was converted to."""
         self._plan = plan
         align_optimizer(self.optimizer)
-        if "fp16" in plan.formats:
-            self.scaler = LossScaler(self._policy, device=self.device)
-            if "fp16" in self.capabilities.flushes_subnormals:
-                # The lowest 10 binades of fp16 are lost: what must stay representable moves up by as much.
-                self._policy.raise_floor(self._policy.floor * 2.0**10)
+        self.scaler = make_scaler(self._policy, plan, self.capabilities, self.device)
         wants_gradients = any(overrides(c, "on_gradients") for c in self.callbacks)
         self._stepper = Stepper(
             self.model,

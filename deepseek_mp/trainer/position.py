@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.errors import LoaderError, explain
-from deepseek_mp.trainer.replay import get_rng, set_rng
-from deepseek_mp.trainer.rng import rng_state, set_rng_state
+from deepseek_mp.trainer.rng import get_rng, rng_state, set_rng, set_rng_state
 
 log = logging.getLogger("deepseek_mp")
 

@@ -17,28 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek_mp.trainer.rng import rng_state, set_rng_state
+from deepseek_mp.trainer.rng import rng_state, set_rng, set_rng_state
 from deepseek_mp.trainer.window import MicroBatch
 
 LOSS = "(loss function)"
 """The name given when all modules are finite and the loss, or its gradient, is not."""
 BATCH = "(batch)"
 """The name given when no module is to blame and the batch itself has a NaN in it."""
-
-
-def get_rng(device: torch.device) -> list[Tensor]:
-    """States of PyTorch's generators that forward may draw from: the CPU's and the device's."""
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state())
-    return states
-
-
-def set_rng(states: list[Tensor], device: torch.device) -> None:
-    """Put back what `get_rng` returned."""
-    torch.set_rng_state(states[0])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[1])
 
 
 def find_first_bad_module(

@@ -11,6 +11,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ from deepseek_mp.errors import CheckpointError, explain
 logger = logging.getLogger(__name__)
 
 
+def get_rng(device: torch.device) -> list[Tensor]:
+    """States of PyTorch's generators that a forward may draw from: the CPU's and the device's."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        get_state = torch.get_device_module(device).get_rng_state
+        states.append(get_state(**_device_argument(get_state, device)))
+    return states
+
+
+def set_rng(states: list[Tensor], device: torch.device) -> None:
+    """Put back what `get_rng` returned."""
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        set_state = torch.get_device_module(device).set_rng_state
+        set_state(states[1], **_device_argument(set_state, device))
+
+
 def rng_state(device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The generators' states: uint8, int64 and uint32 tensors on the CPU, and JSON values.
 
@@ -28,13 +46,13 @@ def rng_state(device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], di
     """
     device = torch.device(device)
     version, words, gauss_next = random.getstate()
-    tensors = {"python": torch.tensor(words, dtype=torch.int64), "torch": torch.get_rng_state()}
+    states = get_rng(device)
+    tensors = {"python": torch.tensor(words, dtype=torch.int64), "torch": states[0]}
     values: dict[str, Any] = {"python": {"version": version, "gauss_next": gauss_next}}
     if (numpy := sys.modules.get("numpy")) is not None:
         values["numpy"] = _without_arrays(numpy.random.get_state(legacy=False), "numpy", tensors)
     if device.type != "cpu":
-        get_state = torch.get_device_module(device).get_rng_state
-        tensors["device"] = get_state(**_device_argument(get_state, device)).cpu()
+        tensors["device"] = states[1].cpu()
         values["device"] = device.type
     return tensors, values
 
@@ -77,7 +95,12 @@ def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Any], device: torch
 
 def _device_argument(call: Callable[..., Any], device: torch.device) -> dict[str, torch.device]:
     """The device as a keyword, for those device modules whose calls take one."""
-    return {"device": device} if "device" in inspect.signature(call).parameters else {}
+    return {"device": device} if _takes_device(call) else {}
+
+
+@cache
+def _takes_device(call: Callable[..., Any]) -> bool:
+    return "device" in inspect.signature(call).parameters
 
 
 def _set_numpy(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

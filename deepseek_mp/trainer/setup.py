@@ -15,11 +15,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from deepseek_mp import backends
 from deepseek_mp.backends.detect import as_device
-from deepseek_mp.controller.scaler import check_optimizer
+from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale
+from deepseek_mp.controller.scaler import LossScaler, check_optimizer
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import apply, checks, current_plan, revert
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.precision.formats import FP16
 from deepseek_mp.trainer.rng import rng_state, set_rng_state
 
 DEFAULT_LEARNING_RATE = 1e-3
@@ -183,6 +185,22 @@ def make_scheduler(given: Any, optimizer: Optimizer) -> Any:
             )
         )
     return scheduler
+
+
+def make_scaler(
+    policy: LossScalePolicy, plan: PrecisionPlan | None, capabilities: backends.Capabilities, device: torch.device
+) -> LossScaler:
+    """The scaler of a plan: by the policy where some gradients are fp16, otherwise the scale is one.
+
+    Where the device flushes subnormals the policy's floor rises by the binades that are lost, since
+    what a scale has to keep representable is that much larger.
+    """
+    if plan is None or "fp16" not in plan.formats:
+        return LossScaler(NoLossScale(), device=device)
+    lost = capabilities.smallest_useful("fp16") / FP16.smallest_subnormal
+    if lost > 1:
+        policy.raise_floor(policy.floor * lost)
+    return LossScaler(policy, device=device)
 
 
 def seed_everything(seed: int | None) -> None:

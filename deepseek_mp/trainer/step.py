@@ -33,11 +33,13 @@ from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.convert import fp32_arithmetic
 from deepseek_mp.nn.loss import LossFn
+from deepseek_mp.nn.unit import NARROW_FORMATS
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import state
 from deepseek_mp.trainer.buffers import BufferGuard
-from deepseek_mp.trainer.replay import find_first_bad_module, get_rng, set_rng
+from deepseek_mp.trainer.replay import find_first_bad_module
 from deepseek_mp.trainer.result import HostCopy, StepFacts, StepResult
+from deepseek_mp.trainer.rng import get_rng, set_rng
 from deepseek_mp.trainer.window import MicroBatch, Window
 
 log = logging.getLogger("deepseek_mp")
@@ -51,6 +53,8 @@ class Region:
 
     def __init__(self, plan: PrecisionPlan, device: torch.device, *, search: bool) -> None:
         self.format = plan.base.name
+        self.casts = self.format in NARROW_FORMATS
+        """Whether autocast casts weights in this region."""
         self._device = device
         self._fp32 = fp32_arithmetic(plan)
         self._search = search
@@ -128,6 +132,7 @@ class Stepper:
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = compiled
         self._weights_move = False
+        self._loss_named = False
         self._pending: Pending | None = None
         self.windows_opened = 0
         self.closing = False
@@ -227,11 +232,16 @@ class Stepper:
             self._weights_move = True
             if cache:
                 log.warning("this forward changed weights in place; from now on no cast of a weight is reused")
+        if not self._loss_named:
+            log.info("the loss is %s", result.loss_name)
+            self._loss_named = True
         self._looked = True
         return result.loss, result.items
 
     def _versions(self) -> int:
         """Grows with every change in place of any parameter, but for those that fused kernels make."""
+        if not self.region.casts:
+            return 0
         return sum([param._version for param in self._parameters])  # noqa: SLF001 - there is no public one
 
     @contextmanager

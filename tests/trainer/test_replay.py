@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepseek_mp.trainer.replay import BATCH, LOSS, find_first_bad_module, get_rng, set_rng
+from deepseek_mp.trainer.replay import BATCH, LOSS, find_first_bad_module
+from deepseek_mp.trainer.rng import get_rng, set_rng
 from deepseek_mp.trainer.window import MicroBatch
 
 CPU = torch.device("cpu")

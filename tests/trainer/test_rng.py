@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.errors import CheckpointError
-from deepseek_mp.trainer.rng import rng_state, set_rng_state
+from deepseek_mp.trainer.rng import get_rng, rng_state, set_rng, set_rng_state
 
 
 def draw() -> tuple[object, ...]:
@@ -146,3 +146,13 @@ def test_a_state_that_is_not_valid_changes_nothing(what: str) -> None:
     expected = draw()
     set_rng_state(*before)
     assert draw() == expected
+
+
+def test_the_generators_of_a_forward_are_those_of_the_device_that_was_named(monkeypatch):
+    fake = FakeDevice()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: fake)
+    states = get_rng(torch.device("xpu:1"))
+    fake.state = torch.zeros(3, dtype=torch.uint8)
+    set_rng(states, torch.device("xpu:1"))
+    assert fake.state.tolist() == [1, 2, 3]
+    assert set(fake.asked) == {"xpu:1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from deepseek_mp import PrecisionPlan, backends, convert
+from deepseek_mp.controller import DynamicLossScale
 from deepseek_mp.errors import ConfigError, FormatError, PlanError
 from deepseek_mp.nn import current_plan
 from deepseek_mp.trainer.setup import (
@@ -19,6 +21,7 @@ from deepseek_mp.trainer.setup import (
     check_plan,
     choose_device,
     make_optimizer,
+    make_scaler,
     make_scheduler,
     seed_everything,
     unchanged_if_refused,
@@ -282,3 +285,17 @@ def test_a_seed_beyond_numpys_range_is_taken():
 def test_format_errors_of_pins_come_through():
     with pytest.raises(FormatError, match="does not multiply tf32"):
         check_plan(model(), PrecisionPlan.of("tf32"), backends.capabilities("cpu"), emulate=True)
+
+
+@pytest.mark.parametrize(("smallest", "floor"), [(2.0**-24, 2.0**-14), (2.0**-14, 2.0**-4)])
+def test_the_floor_of_the_scale_rises_where_the_device_flushes_subnormals(smallest, floor):
+    device = SimpleNamespace(smallest_useful=lambda format: smallest)
+    scaler = make_scaler(DynamicLossScale(), PrecisionPlan.of("fp16"), device, torch.device("cpu"))
+    assert scaler.policy.floor == floor
+
+
+def test_without_fp16_the_scale_is_one_whatever_the_policy():
+    scaler = make_scaler(
+        DynamicLossScale(), PrecisionPlan.of("bf16"), backends.capabilities("cpu"), torch.device("cpu")
+    )
+    assert scaler.get_scale() == 1.0

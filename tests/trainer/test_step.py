@@ -370,3 +370,13 @@ def test_a_scale_below_one_is_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer.step(batch())
+
+
+def test_the_loss_that_was_inferred_is_said_once(caplog):
+    trainer = make()
+    with caplog.at_level("INFO", "deepseek_mp"):
+        for _ in range(2):
+            trainer.step(batch())
+    said = [record.getMessage() for record in caplog.records if "the loss is" in record.getMessage()]
+    assert len(said) == 1
+    assert "cross" in said[0]
