@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import Case, bert_base, large_matmuls, many_tiny, resnet50
+from cases import Case, bert_base, decoder_1b, large_matmuls, many_tiny, resnet50
 from harness import Contender, Report, Spread, arguments, interleave, ratio
 from peers import HandLoop, Mode, fastest_optimizer, resident_tensors
 
@@ -72,6 +72,7 @@ GPU = {
         modes=tuple(Mode(format=name) for name in ("fp32", "tf32", "bf16", "fp16")),
         compiled=(Mode(format="bf16", compile=True),),
     ),
+    "decoder-1.3b": Contest(build=decoder_1b, steps=2, modes=(Mode(format="bf16"),)),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from decoder import Decoder, DecoderConfig, next_token_loss
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -90,6 +91,36 @@ def bert_base(device: torch.device, *, small: bool) -> Case:
         batches=[{"input_ids": ids, "labels": ids} for ids in tokens],
         loss_fn=None,
         optimizers={"adamw fused": adamw},
+    )
+
+
+def decoder(device: torch.device, config: DecoderConfig, *, count: int, length: int) -> Case:
+    """A decoder with random weights on `count` x `length` random tokens."""
+    windows = [torch.randint(0, config.vocabulary, (count, length + 1), device=device) for _ in range(4)]
+    return Case(
+        model=seeded(lambda: Decoder(config), device),
+        batches=[(window[:, :-1].contiguous(), window[:, 1:].contiguous()) for window in windows],
+        loss_fn=next_token_loss,
+        optimizers={"adamw fused": adamw},
+    )
+
+
+SMALL_DECODER = DecoderConfig(width=128, heads=2, hidden=256, layers=2, vocabulary=512)
+
+
+def decoder_1b(device: torch.device, *, small: bool) -> Case:
+    """1.3 billion parameters: 24 layers 2048 wide, 8 x 2048 tokens."""
+    config = DecoderConfig(width=2048, heads=16, hidden=5632, layers=24)
+    return (
+        decoder(device, SMALL_DECODER, count=2, length=128) if small else decoder(device, config, count=8, length=2048)
+    )
+
+
+def decoder_8b_slice(device: torch.device, *, small: bool) -> Case:
+    """Eight layers of the shape of a model of 8 billion parameters, 4 x 4096 tokens."""
+    config = DecoderConfig(width=4096, heads=32, hidden=14336, layers=8)
+    return (
+        decoder(device, SMALL_DECODER, count=2, length=128) if small else decoder(device, config, count=4, length=4096)
     )
 
 
