@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,28 @@ def interleave(
                 synchronize(device)
                 times[name].append((time.perf_counter() - start) * 1e3 / steps)
     return times
+
+
+def laps(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
+    """Milliseconds of each of `count` calls issued one after the other, by events on the device's own queue.
+
+    A call that waits for the host to launch its kernels is timed as training sees it. On a CPU, the host's clock.
+    """
+    event = None if device.type == "cpu" else getattr(torch.get_device_module(device), "Event", None)
+    if event is None:
+        stamps = [time.perf_counter()]
+        for _ in range(count):
+            call()
+            synchronize(device)
+            stamps.append(time.perf_counter())
+        return [1e3 * (end - start) for start, end in pairwise(stamps)]
+    marks = [event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    synchronize(device)
+    return [float(start.elapsed_time(end)) for start, end in pairwise(marks)]
 
 
 def ratio(times: Mapping[str, Sequence[float]], over: str, under: str) -> Spread:
@@ -158,8 +181,8 @@ def arguments(description: str, cases: Sequence[str]) -> argparse.Namespace:
     """The options every benchmark has, read from the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE", help=f"some of: {', '.join(cases)}")
-    parser.add_argument("--rounds", type=_positive, default=12, help="rounds of A B A B (default %(default)s)")
-    parser.add_argument("--steps", type=_positive, help="steps in a block (default: the case's own)")
+    parser.add_argument("--rounds", type=positive, default=12, help="rounds of A B A B (default %(default)s)")
+    parser.add_argument("--steps", type=positive, help="steps in a block (default: the case's own)")
     parser.add_argument("--device", type=torch.device, default=default_device(), help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compiled modes too, where the benchmark has them")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script; the numbers mean nothing")
@@ -172,7 +195,8 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split()) or platform.machine()
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")

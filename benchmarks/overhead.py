@@ -85,12 +85,12 @@ def measure(pair: Pair, device: torch.device, args: Any) -> dict[str, Any]:
         waits = count_waits(ours, hand, device)
         contenders = {"trainer": Contender(call=ours.step), "hand": Contender(call=hand.step)}
         times = interleave(contenders, device, rounds=args.rounds, steps=args.steps or pair.steps)
-        final = ours.step().loss
+        final, final_hand = ours.step().loss, float(hand.step())
     over = ratio(times, "trainer", "hand")
-    equal = all(agree(a, b, TOLERANCE[mode.format]) for a, b in losses) and math.isfinite(final)
+    equal = all(agree(a, b, TOLERANCE[mode.format]) for a, b in losses) and math.isfinite(final + final_hand)
     problems = []
     if not equal:
-        problems.append("the losses of the two loops differ")
+        problems.append("the losses of the two loops differ, or one is not finite")
     if waits is not None and waits["trainer"] > 0:
         problems.append(f"the trainer waits for the device {waits['trainer']} times a step")
     if over.median > 1 + pair.allowed:
@@ -103,7 +103,7 @@ def measure(pair: Pair, device: torch.device, args: Any) -> dict[str, Any]:
         "ratio": over,
         "allowed_ratio": 1 + pair.allowed,
         "losses": [{"trainer": a, "hand": b} for a, b in losses],
-        "final_loss": final,
+        "final_loss": {"trainer": final, "hand": final_hand},
         "host_waits_per_step": waits,
         "check": "; ".join(problems) or "passed",
     }

@@ -1,4 +1,7 @@
-"""What users write without this package: a training loop with autocast and, for fp16, GradScaler."""
+"""What users write without this package: a training loop with autocast and, for fp16, GradScaler.
+
+For FP8 they convert the model with torchao, which is optional here: only `Mode(float8=...)` needs it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import itertools
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from cases import Case, OptimizerFactory
@@ -14,8 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepseek_mp.backends import math_mode, synchronize
+from deepseek_mp.trainer.compile import repeated_blocks
 
+SAFE_SCALE = 1024.0
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FLOAT8_MULTIPLE = 16
+"""Sizes of a layer must be multiples of this for an FP8 product."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,10 @@ class Mode:
 
     format: str
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | Literal["regional"] = False
+    """'regional' compiles the model's repeated blocks, each kind once."""
+    float8: str = ""
+    """torchao's recipe for the linear layers (tensorwise, rowwise, ...); the rest runs in `format`."""
     onednn: str = ""
     """oneDNN's arithmetic for fp32 products on a CPU, where not fp32 itself."""
 
@@ -34,7 +44,8 @@ class Mode:
             self.format,
             "GradScaler" if self.format == "fp16" else "",
             "channels_last" if self.channels_last else "",
-            "compile" if self.compile else "",
+            self.float8 and f"torchao-{self.float8}",
+            f"compile-{self.compile}" if self.compile == "regional" else "compile" if self.compile else "",
             self.onednn and f"oneDNN-{self.onednn}",
         )
         return "+".join(part for part in parts if part)
@@ -48,9 +59,15 @@ class HandLoop:
         self.model = case.model()
         if mode.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.forward: Any = torch.compile(self.model) if mode.compile else self.model
+        if mode.float8:
+            to_float8(self.model, mode.float8)
+        self.forward: Any = torch.compile(self.model) if mode.compile is True else self.model
+        if mode.compile == "regional":
+            for block in repeated_blocks(self.model):
+                block.compile()
         self.optimizer = optimizer(self.model.parameters())
-        self.scaler = torch.amp.GradScaler(device.type) if mode.format == "fp16" else None
+        # No skipped first step: PyTorch's fused SGD then leaves its momentum without a value (NaN, seen on an H200).
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=SAFE_SCALE) if mode.format == "fp16" else None
         self.batches = itertools.cycle(laid_out(case, mode.channels_last))
 
     def step(self) -> Tensor:
@@ -90,6 +107,19 @@ class HandLoop:
             stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
             matmul.fp32_precision = self.mode.onednn
         return stack
+
+
+def to_float8(model: nn.Module, recipe: str) -> None:
+    """Convert the linear layers to torchao's, in place, but for the output layer and sizes it cannot multiply."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    output_layer = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (1,)
+        return name not in output_layer and all(size % FLOAT8_MULTIPLE == 0 for size in sizes)
+
+    convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=wanted)
 
 
 def laid_out(case: Case, channels_last: bool) -> list[Any]:

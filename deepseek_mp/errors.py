@@ -25,6 +25,10 @@ class FormatError(ConfigError):
     """A number format is unknown, or this device does not have it."""
 
 
+class ShapeError(ConfigError):
+    """A tensor's sizes do not fit a granularity or a kernel."""
+
+
 class PlanError(ConfigError):
     """A precision plan does not fit the model, or cannot be read."""
 

@@ -19,7 +19,7 @@ def main() -> None:
     for step in range(30):
         inputs = torch.randn(32, 64)
         target = inputs[:, :10].argmax(dim=1)
-        with autocast("cpu", plan.base.name):
+        with autocast("cpu", plan.base.region):
             loss = nn.functional.cross_entropy(model(inputs), target)
         scaler.scale(loss).backward()
         verdict = scaler.step(optimizer, max_grad_norm=1.0)

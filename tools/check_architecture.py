@@ -41,6 +41,9 @@ OPTIONAL_HOMES = (
 )  # fmt: skip
 """Where optional packages may be imported; inside a function, so that they stay optional."""
 
+NEEDS_OPTIONAL = (f"{PACKAGE}.ops.triton.",)
+"""Modules of ours that cannot be imported without an optional package."""
+
 IMPORT_HOMES = {"rich": ("cli/", "trainer/progress.py"), "typer": ("cli/",)}
 """Where the packages that only talk to a terminal are imported."""
 
@@ -53,8 +56,9 @@ PURE = {
 """Parts that need the standard library alone, with what they may use besides."""
 
 CONVERTER = ("nn/convert.py",)
-WITHOUT_TEST = frozenset({"__init__.py", "__main__.py"})
-"""Files without a test of their own: they hold names and a call, which the tests of others use."""
+WITHOUT_TEST = ("__init__.py", "__main__.py", "_kernel.py")
+"""Ends of the names of files without a test of their own: they hold names and a call, which the tests
+of others use, or a kernel, which is tested through the function that launches it."""
 
 
 def is_third_party(root: str) -> bool:
@@ -132,7 +136,7 @@ def import_problems(module: Module) -> list[str]:
     for node, name in imports(module.tree):
         root = name.partition(".")[0]
         optional = is_third_party(root) and root not in REQUIRED
-        if node in late and not optional:
+        if node in late and not optional and not name.startswith(NEEDS_OPTIONAL):
             problems.append(module.at(node, f"{name} is imported inside a function; only optional packages may be"))
         if optional and node not in type_only:
             problems += optional_problems(module, node, root, late=node in late)
@@ -178,7 +182,7 @@ def missing_tests(modules: Iterable[Module], tests: Iterable[str]) -> list[str]:
     return [
         f"{module.path}: no {expected}"
         for module in modules
-        if PurePosixPath(module.path).name not in WITHOUT_TEST
+        if not module.path.endswith(WITHOUT_TEST)
         if (expected := test_path(module)) not in present
     ]
 

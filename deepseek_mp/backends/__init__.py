@@ -4,6 +4,7 @@ from deepseek_mp.backends.base import Backend
 from deepseek_mp.backends.capabilities import Capabilities, Combination, Identity
 from deepseek_mp.backends.contexts import autocast, fp32_mode, math_mode
 from deepseek_mp.backends.detect import backend_for, capabilities, default_device
+from deepseek_mp.backends.low_precision import formats_of, fp8_recipe, nearest_recipe
 from deepseek_mp.backends.measure import (
     clear_overflow,
     energy_joules,
@@ -24,8 +25,11 @@ __all__ = [
     "clear_overflow",
     "default_device",
     "energy_joules",
+    "formats_of",
+    "fp8_recipe",
     "fp32_mode",
     "math_mode",
+    "nearest_recipe",
     "overflow_seen",
     "peak_memory_bytes",
     "reset_peak_memory",

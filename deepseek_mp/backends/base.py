@@ -20,6 +20,7 @@ from torch import Tensor
 from deepseek_mp.backends.capabilities import Capabilities, Identity, resolve
 
 SIXTEEN_BIT = frozenset({"bf16", "fp16"})
+FP8 = frozenset({"fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz"})
 
 
 class Backend(ABC):

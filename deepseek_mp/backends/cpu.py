@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from deepseek_mp.backends.base import SIXTEEN_BIT, Backend
+from deepseek_mp.backends.base import FP8, SIXTEEN_BIT, Backend
 from deepseek_mp.backends.capabilities import Identity
 from deepseek_mp.backends.fp32_flags import onednn_fp32, onednn_mode
 
@@ -37,7 +37,7 @@ class CpuBackend(Backend):
     name = "cpu"
     vendor = "cpu"
     device_type = "cpu"
-    executes = SIXTEEN_BIT
+    executes = SIXTEEN_BIT | FP8
 
     def is_available(self) -> bool:
         return True

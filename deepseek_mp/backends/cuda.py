@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepseek_mp.backends.base import SIXTEEN_BIT, Backend
+from deepseek_mp.backends.base import FP8, SIXTEEN_BIT, Backend
 from deepseek_mp.backends.capabilities import Identity, rows_of
 from deepseek_mp.backends.fp32_flags import cuda_fp32, cuda_mode, flag
 
@@ -19,7 +19,7 @@ class CudaBackend(Backend):
     name = "cuda"
     vendor = "nvidia"
     device_type = "cuda"
-    executes = SIXTEEN_BIT
+    executes = SIXTEEN_BIT | FP8
 
     def serves(self, device: torch.device) -> bool:
         return device.type == "cuda" and not torch.version.hip

@@ -12,7 +12,7 @@ The rules, in order:
 
 1. A candidate that failed (memory, an error, a loss that is not finite) is out.
 2. The fastest wins, but within 2 % the preferred one does: higher precision first (FP32, then TF32 or
-   HF32, then BF16, which needs no loss scale, then FP16), then contiguous memory.
+   HF32, then BF16, which needs no loss scale, then FP16, then FP8), then contiguous memory.
 3. Nothing below FP32 wins unless a number of the same kind says that it is faster than FP32.
 
 FP32 here is plain FP32: in the memory format the model has, as it would run without this package.
@@ -38,14 +38,17 @@ CHEAP_S = 2.0
 """A trial of FP32 expected to be shorter than this is always made."""
 
 PREFERENCE = ("fp32", "tf32", "hf32", "bf16", "fp16")
+"""The plain formats; a scaled recipe comes after all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A format for the whole model together with a memory format."""
+    """A format, or a scaled recipe, for the whole model together with a memory format."""
 
     format: str
     memory_format: MemoryFormat = "contiguous"
+    kept: frozenset[str] = frozenset()
+    """With a scaled recipe: layers that keep the format of its region, because they are faster in that."""
 
     @property
     def key(self) -> str:
@@ -55,7 +58,8 @@ class Candidate:
     @property
     def preference(self) -> tuple[int, bool]:
         """Sorts the preferred of two equally fast candidates first."""
-        return PREFERENCE.index(self.format), self.memory_format != "contiguous"
+        rank = PREFERENCE.index(self.format) if self.format in PREFERENCE else len(PREFERENCE)
+        return rank, self.memory_format != "contiguous"
 
 
 PLAIN = Candidate(format="fp32")

@@ -17,8 +17,11 @@ import torch
 from deepseek_mp.costs.cache import CostCache
 from deepseek_mp.costs.decide import Candidate
 from deepseek_mp.costs.timing import Timing
-from deepseek_mp.costs.units import UnitCall, measure_unit
+from deepseek_mp.costs.units import UnitCall, measure_unit, takes
+from deepseek_mp.precision import RECIPES
 
+PAYS = 1.05
+"""How much faster a layer must be in a scaled recipe to leave the format of the region around it."""
 MEASURE_S = 0.02
 """Time for one unit in one candidate, beyond the first three calls."""
 
@@ -49,6 +52,26 @@ class LayerTimes:
         if not self.rows or any(candidate not in row.times for row in self.rows):
             return None
         return sum(row.times[candidate].median_ms * len(row.call.names) for row in self.rows)
+
+    def mixed(self, scaled: Candidate, plain: Candidate) -> Candidate | None:
+        """The scaled candidate for the layers it pays in; None if there is none."""
+        takers = [row for row in self.rows if scaled in row.times and plain in row.times]
+        paying = [row for row in takers if row.times[scaled].median_ms * PAYS < row.times[plain].median_ms]
+        if not paying:
+            return None
+        pays = {name for row in paying for name in row.call.names}
+        return replace(scaled, kept=frozenset(name for row in takers for name in row.call.names if name not in pays))
+
+    def mixed_ms(self, scaled: Candidate, plain: Candidate) -> float | None:
+        """The sum over all calls where the layers that `mixed` found run scaled and all others plain."""
+        total = self.total_ms(plain)
+        if total is None:
+            return None
+        first = replace(scaled, kept=frozenset())
+        for row in self.rows:
+            gain = row.times[plain].median_ms - row.times[first].median_ms if first in row.times else 0.0
+            total -= gain * sum(name not in scaled.kept for name in row.call.names)
+        return total
 
     def of_layers(self) -> dict[str, dict[str, float]]:
         """Milliseconds by layer and candidate, over all calls of that layer in one step."""
@@ -103,13 +126,14 @@ class _Table:
 
     def is_missing(self, call: UnitCall, candidates: Sequence[Candidate]) -> bool:
         """Whether a timing of the row is not in the cache."""
-        return any(self._cache.get(self._key(call, candidate)) is None for candidate in candidates)
+        concerned = [candidate for candidate in candidates if _concerns(call, candidate)]
+        return any(self._cache.get(self._key(call, candidate)) is None for candidate in concerned)
 
     def add(self, call: UnitCall, names: tuple[str, ...], candidates: Sequence[Candidate]) -> None:
         """Time the row; it is left out where memory was short or the unit does not run alone."""
         times: dict[Candidate, Timing] = {}
         for candidate in candidates:
-            if candidate in self._errors:
+            if candidate in self._errors or not _concerns(call, candidate):
                 continue
             try:
                 timing = self._timed(call, candidate)
@@ -156,3 +180,8 @@ class _Table:
         layout = candidate.memory_format if call.has_layout else "contiguous"
         unit = {"unit": call.signature, "format": candidate.format, "memory_format": layout, "search": False}
         return {**self._environment, **unit}
+
+
+def _concerns(call: UnitCall, candidate: Candidate) -> bool:
+    """Whether the call is to be timed in the candidate: units that cannot take a scaled recipe are not."""
+    return RECIPES[candidate.format].is_plain or takes(call, candidate.format)

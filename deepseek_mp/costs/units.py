@@ -13,17 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from deepseek_mp.backends import autocast, math_mode
+from deepseek_mp.backends import autocast, capabilities, math_mode
 from deepseek_mp.costs.timing import Timing, is_out_of_memory, time_call
 from deepseek_mp.nn import units
+from deepseek_mp.nn.assign import products_of, why_not
+from deepseek_mp.nn.functional import low_precision_linear
 from deepseek_mp.nn.nested import first_tensor
 from deepseek_mp.nn.unit import CONVOLUTIONS, multiplies, original_class
 from deepseek_mp.ops.dtypes import torch_dtype
+from deepseek_mp.precision import RECIPES
 from deepseek_mp.precision.plan import MemoryFormat
 
 NARROW = ("bf16", "fp16")
@@ -109,8 +113,9 @@ def record_units(model: nn.Module, run: Callable[[], object]) -> tuple[UnitCall,
 def measure_unit(
     call: UnitCall, format: str, memory_format: MemoryFormat, device: torch.device, budget_s: float
 ) -> Timing | None:
-    """The time of one call, forward and backward, in a region of `format`; None if memory is short.
+    """The time of one call, forward and backward, in `format` or a scaled recipe; None if memory is short.
 
+    A linear layer in a scaled recipe is timed with the ops that a plan gives it, its casts included.
     Algorithms are taken by the library's heuristics, without a search. Errors of the unit's own
     kernels in this format propagate.
     """
@@ -122,6 +127,11 @@ def measure_unit(
         if is_out_of_memory(error):
             return None
         raise
+
+
+def takes(call: UnitCall, recipe: str) -> bool:
+    """Whether the unit of the call can run in a scaled recipe at all."""
+    return call.plain and why_not(RECIPES[recipe], call.module, is_output=False) is None
 
 
 def _merge(same: list[UnitCall]) -> UnitCall:
@@ -182,8 +192,8 @@ def _forward_backward(
 ) -> Callable[[], None]:
     """One forward of a fresh copy of the unit and the gradients that training would compute."""
     generator = torch.Generator(device=device).manual_seed(0)
-    unit = _fresh(call.module, device)
-    narrow = torch_dtype(format) if format in NARROW else torch.float32
+    unit, recipe = _fresh(call.module, device), RECIPES[format]
+    narrow = torch_dtype(recipe.region) if recipe.region in NARROW else torch.float32
     inputs = []
     for spec in call.inputs:
         tensor = torch.randn(spec.shape, generator=generator, device=device)
@@ -192,10 +202,14 @@ def _forward_backward(
     for parameter in unit.parameters():
         parameter.data = _laid_out(parameter.data, memory_format, call.has_layout)
     wanted = [tensor for tensor in (*inputs, *unit.parameters()) if tensor.requires_grad]
+    run: Callable[..., Any] = unit
+    if not recipe.is_plain:
+        products = products_of(recipe, capabilities(device), None)
+        run = partial(low_precision_linear, weight=unit.weight, bias=unit.bias, products=products)  # type: ignore[arg-type]
 
     def forward() -> Tensor:
-        with torch.enable_grad(), autocast(device, format):
-            output = first_tensor(unit(*inputs))
+        with torch.enable_grad(), autocast(device, recipe.region):
+            output = first_tensor(run(*inputs))
         assert output is not None
         return output
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from glob import escape
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from deepseek_mp.costs.units import NARROW, UnitCall, record_units
 from deepseek_mp.errors import PlanError
 from deepseek_mp.nn import apply, fp32_arithmetic, revert, units
 from deepseek_mp.nn.layout import layout_weight, memory_format_of
-from deepseek_mp.precision import PrecisionPlan, Recipe
+from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe, Rule
 from deepseek_mp.precision.plan import MemoryFormat
 
 FP16_LOSS_SCALE = 1024.0
@@ -54,6 +55,8 @@ class Stage:
     pins: Mapping[str, str | Recipe]
     emulate: bool
     snapshot: Snapshot
+    kernels: str | None = None
+    """Implementation of FP8 for the layers that the pins give it to; None: the best there is."""
 
     def candidates(self, formats: list[str]) -> tuple[list[Candidate], dict[str, str]]:
         """The candidates whose plan the model takes, the reference first, and why others are refused.
@@ -81,7 +84,10 @@ class Stage:
 
     def plan(self, candidate: Candidate) -> PrecisionPlan:
         """The candidate as a plan, pins first."""
-        return replace(PrecisionPlan.of(candidate.format, self.pins), memory_format=candidate.memory_format)
+        around = RECIPES[candidate.format].region
+        rules = tuple(Rule(pattern=escape(name), recipe=RECIPES[around]) for name in sorted(candidate.kept))
+        plan = PrecisionPlan(base=RECIPES[candidate.format], rules=rules, memory_format=candidate.memory_format)
+        return plan.with_pins(self.pins)
 
     def run_eagerly(self) -> Tensor:
         """`run` without compiled code, so that hooks on the layers see their calls."""
@@ -150,7 +156,7 @@ class Stage:
         scale = FP16_LOSS_SCALE if format == "fp16" else 1.0
 
         def step() -> None:
-            with torch.enable_grad(), autocast(self.device, format, cache=True):
+            with torch.enable_grad(), autocast(self.device, RECIPES[format].region, cache=True):
                 loss = self.run()
             if not losses:
                 losses.append(loss.detach())
@@ -176,7 +182,7 @@ class Stage:
     def _in_force(self, candidate: Candidate) -> Iterator[PrecisionPlan]:
         plan = self.plan(candidate)
         try:
-            yield apply(self.model, plan, emulate=self.emulate, capabilities=self.capabilities)
+            yield apply(self.model, plan, emulate=self.emulate, kernels=self.kernels, capabilities=self.capabilities)
         finally:
             revert(self.model)
 

@@ -1,6 +1,6 @@
 """Modules: which of a model's layers are units, and how a plan is put in force on them."""
 
-from deepseek_mp.nn.convert import apply, convert, current_plan, fp32_arithmetic, revert
+from deepseek_mp.nn.convert import apply, convert, current_plan, fp32_arithmetic, kernels_in_force, revert
 from deepseek_mp.nn.layout import memory_format_of
 from deepseek_mp.nn.survey import uncontrollable, units
 from deepseek_mp.nn.unit import Unit, UnitPrecision, register_unit
@@ -12,6 +12,7 @@ __all__ = [
     "convert",
     "current_plan",
     "fp32_arithmetic",
+    "kernels_in_force",
     "memory_format_of",
     "register_unit",
     "revert",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from deepseek_mp.backends import Capabilities, default_device
-from deepseek_mp.backends import capabilities as device_capabilities
-from deepseek_mp.errors import PlanError, explain
+from deepseek_mp.backends import Capabilities, formats_of, nearest_recipe
+from deepseek_mp.errors import ConfigError, FormatError, PlanError, explain, suggest
 from deepseek_mp.nn.survey import Survey
 from deepseek_mp.nn.unit import UNIT_FORMATS, multiplies, original_class
+from deepseek_mp.ops.cast import FP8
+from deepseek_mp.ops.choose import IMPLEMENTATIONS
 from deepseek_mp.ops.dtypes import format_of, torch_dtype
-from deepseek_mp.precision import PrecisionPlan, Recipe
-from deepseek_mp.precision.recipe import uniform
+from deepseek_mp.ops.layouts import alignment
+from deepseek_mp.precision import FORMATS, GRANULARITIES, RECIPES, PrecisionPlan, Recipe, Role, ScaleRule, find_format
+from deepseek_mp.precision.recipe import DEFAULT_REGION, OperandRecipe, RoleRecipe
 
+KERNELS = IMPLEMENTATIONS["product"]
+"""Names that `kernels=` takes."""
 _REDUCED_FP32 = ("tf32", "hf32")
 _SHARDING = ("torch.distributed.fsdp", "torch.distributed.tensor")
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -46,16 +49,52 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def unit_format(recipe: Recipe) -> str:
-    """The one plain format of the recipe, which is what units can run; `PlanError` otherwise."""
-    format = recipe.format
-    if format is not None and format.name in UNIT_FORMATS and replace(recipe, name=format.name) == uniform(format):
-        return format.name
-    raise _refuse(
-        f"recipe {recipe.name!r}, which is not one unscaled format for all products",
-        f"in this release units run {', '.join(UNIT_FORMATS)}",
-        "Choose one of these",
+def check_recipes(plan: PrecisionPlan) -> None:
+    """`PlanError` for a recipe that no unit can run: neither plain nor made of scaled FP8 products."""
+    for recipe in _recipes(plan):
+        if recipe.is_plain:
+            continue
+        roles = [recipe.role(role) for role in Role]
+        if any(side.rule == ScaleRule.DELAYED for side in recipe.sides()):
+            raise _refuse(
+                f"recipe {recipe.name!r}, whose scales come from past steps",
+                "in this release units scale by the tensor itself (rule 'current')",
+                "Use 'tensor', which has the same formats",
+            )
+        if not (all(map(_is_product, roles)) and any(role.left.is_scaled for role in roles)):
+            raise _refuse(
+                f"recipe {recipe.name!r}, which is not one unscaled format for all products, nor one whose "
+                f"products are FP8 with scales or {recipe.region}",
+                f"in this release units run {', '.join(UNIT_FORMATS)} and scaled FP8",
+                f"Choose one of {', '.join(RECIPES)}, or change only its formats and granularities",
+            )
+        rows = {alignment(side.granularity.name) for side in (recipe.wgrad.left, recipe.wgrad.right) if side.is_scaled}
+        if len(rows) > 1:
+            raise _refuse(
+                f"recipe {recipe.name!r}, whose weight gradient reads {recipe.wgrad.left.granularity.name} and "
+                f"{recipe.wgrad.right.granularity.name}, padded to different numbers of rows",
+                "two operands of wgrad that are padded alike",
+                "Give both operands of wgrad one granularity",
+            )
+
+
+def _is_product(role: RoleRecipe) -> bool:
+    """Whether units can multiply so: both operands in scaled FP8, or both in the region's format."""
+    plain = OperandRecipe(format=find_format(DEFAULT_REGION))
+    scaled = all(
+        side.format.name in FP8 and side.is_scaled and GRANULARITIES.get(side.granularity.name) == side.granularity
+        for side in (role.left, role.right)
     )
+    return scaled or role.left == role.right == plain
+
+
+def check_kernels(kernels: object) -> None:
+    """`ConfigError` for a name that is no implementation."""
+    if kernels is None or kernels in KERNELS:
+        return
+    hint = suggest(kernels, KERNELS) if isinstance(kernels, str) else ""
+    allowed = f"None, {', '.join(map(repr, KERNELS))}"
+    raise ConfigError(explain(f"kernels={kernels!r}", allowed, f"Use one of these.{hint}"))
 
 
 def check_rules(plan: PrecisionPlan, found: Survey) -> None:
@@ -85,7 +124,7 @@ def check_parameters(model: nn.Module, plan: PrecisionPlan, found: Survey) -> No
     """`PlanError` for parameters, or a unit's buffers, that are not stored as the plan needs them."""
     for name, module in model.named_modules():
         is_unit = name in found.units
-        format = unit_format(plan.recipe_for(name)) if is_unit else None
+        format = plan.recipe_for(name).region if is_unit else None
         for tensor_name, tensor, trained in _stored(module, buffers=is_unit):
             if _stored_right(tensor, format, trained=trained):
                 continue
@@ -133,7 +172,7 @@ def _wrong_storage(path: str, dtype: torch.dtype, format: str | None) -> PlanErr
 
 def check_fp32_arithmetic(plan: PrecisionPlan, found: Survey) -> None:
     """`PlanError` where FP32 products would need two settings: TF32 and HF32 are flags of the process."""
-    reduced = sorted({unit_format(recipe) for recipe in _recipes(plan)}.intersection(_REDUCED_FP32))
+    reduced = sorted({recipe.region for recipe in _recipes(plan)}.intersection(_REDUCED_FP32))
     if not reduced:
         return
     if len(reduced) > 1:
@@ -141,9 +180,9 @@ def check_fp32_arithmetic(plan: PrecisionPlan, found: Survey) -> None:
     exact = [
         name
         for name, module in found.units.items()
-        if multiplies(original_class(module)) and unit_format(plan.recipe_for(name)) == "fp32"
+        if multiplies(original_class(module)) and plan.recipe_for(name).region == "fp32"
     ]
-    if unit_format(plan.base) == "fp32":
+    if plan.base.region == "fp32":
         exact = ["(base)", *exact]
     if exact:
         raise _refuse(
@@ -153,18 +192,31 @@ def check_fp32_arithmetic(plan: PrecisionPlan, found: Survey) -> None:
         )
 
 
-def check_devices(
-    model: nn.Module, plan: PrecisionPlan, capabilities: Capabilities | None, *, emulate: bool
-) -> frozenset[str]:
-    """Formats of the plan that will be emulated; `FormatError` if a device lacks one and may not."""
-    if capabilities is None:
-        devices = {parameter.device for parameter in model.parameters()} or {default_device()}
-        known = [device_capabilities(device) for device in sorted(devices, key=str)]
-    else:
-        known = [capabilities]
-    formats = {unit_format(recipe) for recipe in _recipes(plan)}
-    native = {(format, device.require(format, emulate=emulate)) for device in known for format in sorted(formats)}
-    return frozenset(format for format, is_native in native if not is_native)
+def check_devices(plan: PrecisionPlan, devices: Sequence[Capabilities], *, emulate: bool) -> frozenset[str]:
+    """Names of the recipes that will be emulated; `FormatError` if a device lacks a format and may not emulate."""
+    emulated = set()
+    for recipe in dict.fromkeys(_recipes(plan)):
+        for device in devices:
+            native = [_require(recipe, format, device, emulate=emulate) for format in sorted(formats_of(recipe))]
+            if not all(native):
+                emulated.add(recipe.name)
+    return frozenset(emulated)
+
+
+def _require(recipe: Recipe, format: str, device: Capabilities, *, emulate: bool) -> bool:
+    """`Capabilities.require`; where a scaled recipe fails, the error speaks of recipes."""
+    try:
+        return device.require(format, emulate=emulate)
+    except FormatError as error:
+        if recipe.is_plain:
+            raise
+        possible = all(f in device.matmul_formats | device.emulated_formats for f in formats_of(recipe))
+        change = f"Use {nearest_recipe(recipe, device)!r}, the nearest it has"
+        if possible:
+            change += ", or pass emulate=True to run it slowly without units for it"
+        passed = f"recipe {recipe.name!r} needs {format}, which {device.device_name} ({device.id}) does not multiply"
+        native = ", ".join(name for name in FORMATS if name in device.matmul_formats)
+        raise FormatError(explain(passed, f"recipes of {native}", change)) from error
 
 
 def _recipes(plan: PrecisionPlan) -> list[Recipe]:

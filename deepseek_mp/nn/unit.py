@@ -12,7 +12,12 @@ What a unit's forward does follows from its format and from the plan's base:
   and the output stays there. The backward then multiplies the same FP32 operands, also inside a BF16
   model. Whether FP32 products use TF32 or HF32 is a flag of the process, not of a unit;
 - bf16, fp16: an autocast region of that format. Where the model around it has no region of its own
-  (an FP32 base) the output is cast back, since the next module expects FP32.
+  (an FP32 base) the output is cast back, since the next module expects FP32;
+- a linear layer in FP8: not the original forward but `functional.low_precision_linear`, which needs no
+  region and gives BF16, cast as above.
+
+The frozen value is interned: equal values are one object. Compiled code that once ran for a value is found
+again when the value comes back.
 
 The generated classes live in this module, not in `torch.nn`: for modules that call themselves part of
 torch.nn, torch.compile does not watch attributes, and a compiled model would miss a switch.
@@ -24,8 +29,8 @@ import copyreg
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, SupportsIndex, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +38,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn.functional import Products, low_precision_linear
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.precision import Recipe
@@ -55,6 +61,7 @@ _BY_NAME = frozenset({"transformers.pytorch_utils.Conv1D"})
 _registered: set[type[nn.Module]] = set()
 _unit_classes: dict[type[nn.Module], type[Unit]] = {}
 _regions: dict[tuple[str, str], bool] = {}
+_interned: dict[UnitPrecision, UnitPrecision] = {}
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
@@ -66,6 +73,8 @@ class UnitPrecision:
     recipe: Recipe
     region: str | None
     """Format of the autocast region around the forward; None: the original forward as it is."""
+    products: Products | None = None
+    """What a linear layer multiplies with instead of its original forward; None: that forward."""
     inputs: torch.dtype | None = None
     """Floating inputs are cast to this type first."""
     outputs: torch.dtype | None = None
@@ -74,19 +83,48 @@ class UnitPrecision:
     """Strides the weight had before the first conversion, where a plan may change them."""
 
     @classmethod
-    def of(cls, format: str, base: str, recipe: Recipe, original_strides: tuple[int, ...] | None) -> UnitPrecision:
-        """What a unit of `format` does inside a model whose base format is `base`."""
-        if format == base:
-            return cls(recipe=recipe, region=None, original_strides=original_strides)
-        around = torch.float64 if base == "fp64" else torch.float32
-        own = torch.float64 if format == "fp64" else torch.float32
-        if format in NARROW_FORMATS:
-            # Autocast leaves fp64 inputs alone, and the parameters of a narrow unit are fp32.
-            inputs = torch.float32 if base == "fp64" else None
-            outputs = None if base in NARROW_FORMATS else around
-        else:
-            inputs, outputs = own, None if own == around else around
-        return cls(recipe=recipe, region=format, inputs=inputs, outputs=outputs, original_strides=original_strides)
+    def of(
+        cls, recipe: Recipe, base: str, original_strides: tuple[int, ...] | None, products: Products | None = None
+    ) -> UnitPrecision:
+        """What a unit of `recipe` does inside a model whose region has the format `base`; one object per value."""
+        region, inputs, outputs = _around(recipe.region, base)
+        made = cls(
+            recipe=recipe,
+            region=region,
+            products=products,
+            inputs=inputs,
+            outputs=outputs,
+            original_strides=original_strides,
+        )
+        return interned(made)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickled to the one object too, so that a copied model shares it."""
+        return _rebuilt, ({f.name: getattr(self, f.name) for f in fields(self)},)
+
+
+def interned(value: UnitPrecision) -> UnitPrecision:
+    """The one object of this value."""
+    return _interned.setdefault(value, value)
+
+
+def _rebuilt(values: dict[str, Any]) -> UnitPrecision:
+    return interned(UnitPrecision(**values))
+
+
+def _around(format: str, base: str) -> tuple[str | None, torch.dtype | None, torch.dtype | None]:
+    """Region, input type and output type of a unit of `format` in a model of the format `base`."""
+    if format == base:
+        return None, None, None
+    around = torch.float64 if base == "fp64" else torch.float32
+    own = torch.float64 if format == "fp64" else torch.float32
+    if format in NARROW_FORMATS:
+        # Autocast leaves fp64 inputs alone, and the parameters of a narrow unit are fp32.
+        return format, torch.float32 if base == "fp64" else None, None if base in NARROW_FORMATS else around
+    return format, own, None if own == around else around
 
 
 class Unit(nn.Module):
@@ -97,9 +135,19 @@ class Unit(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         precision = self.unit_precision
+        if precision.products is not None:
+            return self._low_precision(precision, precision.products, *args, **kwargs)
         if precision.region is None:
             return super().forward(*args, **kwargs)
         return self._forward_in_region(precision, precision.region, args, kwargs)
+
+    def _low_precision(self, precision: UnitPrecision, products: Products, input: Tensor) -> Tensor:
+        """The forward of a linear layer, whose argument is called `input` there too."""
+        if precision.inputs is not None:
+            input = input.to(precision.inputs)
+        weight, bias = self.weight, self.bias
+        output = low_precision_linear(input, weight, bias, products)  # type: ignore[arg-type]
+        return output if precision.outputs is None else output.to(precision.outputs)
 
     def _forward_in_region(
         self, precision: UnitPrecision, region: str, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -3,7 +3,8 @@
 from deepseek_mp.precision.decision import Decision, Reason
 from deepseek_mp.precision.formats import FORMATS, Format, find_format
 from deepseek_mp.precision.plan import PrecisionPlan, Rule
-from deepseek_mp.precision.recipe import RECIPES, Recipe, find_recipe
+from deepseek_mp.precision.recipe import Recipe
+from deepseek_mp.precision.recipes import RECIPES, as_fnuz, find_recipe, with_power_of_two
 from deepseek_mp.precision.roles import OPERANDS, Operand, Role
 from deepseek_mp.precision.scaling import GRANULARITIES, Granularity, ScaleRule
 
@@ -22,6 +23,8 @@ __all__ = [
     "Role",
     "Rule",
     "ScaleRule",
+    "as_fnuz",
     "find_format",
     "find_recipe",
+    "with_power_of_two",
 ]

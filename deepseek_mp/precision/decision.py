@@ -41,6 +41,8 @@ class Reason(StrEnum):
     """The model's code turns autocast off around the operation."""
     SHAPE = "shape"
     """The sizes do not meet the kernel's alignment."""
+    OUTPUT_LAYER = "output_layer"
+    """The model's last product: published FP8 recipes keep it higher."""
     NOT_CONTROLLABLE = "not_controllable"
     """The module's own forward is not what computes with its parameters."""
     RESUMED = "resumed"

@@ -3,7 +3,7 @@
 A plan is plain data. Its rules are tried in order against a layer's name and the names of the
 modules around it, so `layer4` covers `layer4.0.conv1`; patterns are shell globs (`*.norm*`), whose
 `*` also matches dots. A pin is just a rule put first. `base` is the recipe of everything no rule
-names, and the format of the autocast region the model runs in.
+names, and `base.region` the format of the autocast region the model runs in.
 
 Once resolved against a model, the plan also carries one `Decision` per layer.
 """
@@ -21,7 +21,8 @@ from typing import Any, Literal, get_args
 from deepseek_mp.errors import PlanError, explain, suggest
 from deepseek_mp.precision.checks import read_object, require, require_all, shown
 from deepseek_mp.precision.decision import Decision
-from deepseek_mp.precision.recipe import RECIPES, Recipe, find_recipe
+from deepseek_mp.precision.recipe import Recipe
+from deepseek_mp.precision.recipes import RECIPES, find_recipe
 
 PLAN_VERSION = 1
 MemoryFormat = Literal["contiguous", "channels_last"]

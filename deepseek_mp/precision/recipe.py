@@ -1,27 +1,35 @@
 """A recipe: the formats, granularity and scale rule of a unit's three products.
 
 A recipe has a short name and expands to plain data; wherever the package takes a recipe it takes
-either. The recipes of plain formats use one format for every operand of every product; the tensor
-that holds a parameter stays in FP32 whatever the recipe.
+either (`recipes.py` has the names). A *plain* recipe uses one unscaled format for every operand of every
+product, which is what an autocast region can express. Any other is run by a unit itself, inside the
+region that `Recipe.region` names. The tensor that holds a parameter stays in FP32 whatever the recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from deepseek_mp.errors import ConfigError, PlanError, explain
-from deepseek_mp.precision.checks import find, find_member, read_object, require, shown
-from deepseek_mp.precision.formats import FORMATS, Format, find_format
+from deepseek_mp.precision.checks import find_member, read_object, require, shown
+from deepseek_mp.precision.formats import Format, find_format
 from deepseek_mp.precision.roles import OPERANDS, Operand, Role
 from deepseek_mp.precision.scaling import TENSOR, Granularity, ScaleRule, find_granularity
+
+DEFAULT_REGION = "bf16"
+"""What runs beside scaled products: it has the range of FP32, so what leaves a unit needs no scale."""
+NARROWEST_PLAIN_BITS = 16
+"""Below, the values of a model do not fit a format without scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperandRecipe:
-    """How one operand of one product is represented; each value may be given by its name."""
+    """How one operand of one product is represented; each value may be given by its name.
+
+    The granularity is that of the operand seen as [outer, contraction], as `roles` explains.
+    """
 
     format: Format
     granularity: Granularity = TENSOR
@@ -34,6 +42,10 @@ class OperandRecipe:
         object.__setattr__(self, "granularity", find_granularity(self.granularity))
         object.__setattr__(self, "rule", find_member("scale rule", ScaleRule, self.rule))
         require("power_of_two", self.power_of_two, bool, "Pass True or False")
+
+    @property
+    def is_scaled(self) -> bool:
+        return self.rule != ScaleRule.NONE
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,11 +108,30 @@ class Recipe:
             )
         return self.role(role).left if operand == left else self.role(role).right
 
+    def sides(self) -> Iterator[OperandRecipe]:
+        """The six operands: left and right of each product."""
+        for role in Role:
+            yield self.role(role).left
+            yield self.role(role).right
+
     @property
     def format(self) -> Format | None:
         """The one format of all operands, or None when they differ."""
-        formats = {side.format for role in Role for side in (self.role(role).left, self.role(role).right)}
+        formats = {side.format for side in self.sides()}
         return formats.pop() if len(formats) == 1 else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one unscaled floating format of at least 16 bits for everything."""
+        format = self.format
+        if format is None or not format.is_float or format.storage_bits < NARROWEST_PLAIN_BITS:
+            return False
+        return all(side == OperandRecipe(format=format) for side in self.sides())
+
+    @property
+    def region(self) -> str:
+        """Format of the autocast region around layers of this recipe: a plain recipe's own, else bf16."""
+        return self.fprop.left.format.name if self.is_plain else DEFAULT_REGION
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, **{role.value: self.role(role).to_json() for role in Role}}
@@ -113,20 +144,3 @@ class Recipe:
 
     def __str__(self) -> str:
         return self.name
-
-
-def uniform(format: Format) -> Recipe:
-    """The recipe that uses one unscaled format everywhere, named after it."""
-    side = OperandRecipe(format=format)
-    product = RoleRecipe(left=side, right=side)
-    return Recipe(name=format.name, fprop=product, dgrad=product, wgrad=product)
-
-
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {name: uniform(FORMATS[name]) for name in ("fp64", "fp32", "tf32", "hf32", "bf16", "fp16")}
-)
-
-
-def find_recipe(recipe: str | Recipe) -> Recipe:
-    """The recipe of that name, or the recipe itself; `PlanError` names the known ones."""
-    return find("recipe", RECIPES, recipe)

@@ -8,6 +8,16 @@ For a linear layer with input X [M, K], weight W [N, K] and output Y [M, N]:
 
 A convolution is the same three products over unfolded windows. Each tensor is an operand of two
 products, and may have a different format in each.
+
+Every operand is seen as a matrix [outer, contraction]: the extent that the product sums over comes last.
+So the product of operands A [a, c] and B [b, c] is A @ B.T, and
+
+    fprop   X    [M, K]   times   W    [N, K]
+    dgrad   dY   [M, N]   times   W.T  [K, N]
+    wgrad   dY.T [N, M]   times   X.T  [K, M]
+
+A granularity counts its rows along `outer` and its columns along `contraction`. The two products that read
+a tensor sum over different extents of it, so each needs the tensor in a layout of its own.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Formats with a wide exponent (fp32, bf16) need no scale. Narrow ones do, and two choices describe
 every published recipe: the *granularity* (how many values share one scale) and the *rule* (whether
 the scale is taken from this tensor or from earlier ones).
+
+Rows and columns are those of an operand as a product sees it, [outer, contraction] (`roles`): a group of
+1x128 lies along the extent that is summed over, so its scale can be taken out of that part of the sum.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from deepseek_mp.precision.checks import find, shown
 
 @dataclass(frozen=True, kw_only=True)
 class Granularity:
-    """A block of `rows` x `columns` values shares one scale; None means the whole extent."""
+    """A block of `rows` (outer) x `columns` (contraction) values shares one scale; None: the whole extent."""
 
     name: str
     rows: int | None

@@ -3,7 +3,8 @@
 1. One forward in FP32 and one in a 16-bit region: which units are called, with what, and whether the
    loss is finite (`costs.units`).
 2. The units, each timed alone in every admissible format and memory format, within a few seconds
-   (`costs.layers`).
+   (`costs.layers`). Where the device multiplies FP8, linear layers in its recipe too: a candidate of
+   those layers in FP8 that gain by it joins the others.
 3. Whole steps, forward and backward, of the two best by layers and of FP32 (`costs.whole_step`);
    `costs.decide` says which comes next and which wins.
 
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek_mp.backends import Capabilities
+from deepseek_mp.backends import Capabilities, fp8_recipe
+from deepseek_mp.backends.low_precision import formats_of
 from deepseek_mp.costs.cache import CostCache
 from deepseek_mp.costs.decide import (
     PREFERENCE,
@@ -35,12 +37,13 @@ from deepseek_mp.costs.decide import (
     next_trial,
 )
 from deepseek_mp.costs.fingerprint import environment, first_inputs, model_digest
-from deepseek_mp.costs.layers import LayerTimes, measure_layers
+from deepseek_mp.costs.layers import PAYS, LayerTimes, measure_layers
 from deepseek_mp.costs.restore import preserved
 from deepseek_mp.costs.whole_step import Recording, Stage
 from deepseek_mp.errors import PlanError
-from deepseek_mp.nn import apply, current_plan, revert
-from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
+from deepseek_mp.nn import apply, current_plan, kernels_in_force, revert
+from deepseek_mp.nn.assign import products_of
+from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe
 
 TOTAL_S = 40.0
 COMPILED_TOTAL_S = 160.0
@@ -65,16 +68,17 @@ def choose_plan(
     compiled: bool,
     cache: CostCache,
     emulate: bool = False,
+    kernels: str | None = None,
     progress: Progress | None = None,
 ) -> PrecisionPlan:
     """The fastest plan for this model, these inputs and this device, never one that loses to FP32.
 
     `run` computes the scalar loss of a sample batch, with the model in train mode and without an
     autocast region of its own; it is called some tens of times. `pins` are put before all rules;
-    `emulate` allows them a format that the device lacks. `compiled` says that `run` calls compiled
-    code: whole steps are then timed compiled, since a compiler fuses what lies between the layers and
-    can turn the order of two formats around. `progress` is told what is being done and the share of
-    the work that lies behind.
+    `emulate` allows them a format that the device lacks, `kernels` names what runs their FP8. `compiled`
+    says that `run` calls compiled code: whole steps are then timed compiled, since a compiler fuses what
+    lies between the layers and can turn the order of two formats around. `progress` is told what is being
+    done and the share of the work that lies behind.
 
     The plan's decision for the whole model (layer '') holds the trials in milliseconds; each layer
     that was timed has one too. Errors of the model in FP32 propagate; `PlanError` if the model takes
@@ -92,13 +96,16 @@ def choose_plan(
             capabilities=capabilities,
             pins=pins,
             emulate=emulate,
+            kernels=kernels,
             snapshot=snapshot,
         )
         candidates, refused = stage.candidates(formats)
+        scaled = _scaled(candidates, capabilities)
         key = {
             **environment(device, capabilities),
-            "candidates": [candidate.key for candidate in candidates],
+            "candidates": [candidate.key for candidate in (*candidates, *scaled)],
             "pins": PrecisionPlan.of("fp32", pins).to_json()["rules"],
+            "kernels": kernels,
             "model": model_digest(model),
             "inputs": first_inputs(model, stage.run_eagerly),
             "compiled": compiled,
@@ -111,7 +118,7 @@ def choose_plan(
         if compiled:
             notes["compiled"] = "whole steps were timed compiled, layers alone were not"
         total_s = COMPILED_TOTAL_S if compiled else TOTAL_S
-        plan, lasting = _measure(stage, candidates, cache, report, notes, total_s=total_s)
+        plan, lasting = _measure(stage, candidates, scaled, cache, report, notes, total_s=total_s)
     if lasting:
         cache.put(key, plan.to_json())
     cache.save()
@@ -121,6 +128,7 @@ def choose_plan(
 def _measure(
     stage: Stage,
     candidates: list[Candidate],
+    scaled: Mapping[Candidate, Candidate],
     cache: CostCache,
     report: Progress,
     notes: Mapping[str, Any],
@@ -133,7 +141,7 @@ def _measure(
     recording = stage.record(candidates)
     layers = measure_layers(
         recording.calls,
-        [candidate for candidate in candidates if candidate.format not in recording.failed],
+        [candidate for candidate in (*candidates, *scaled) if candidate.format not in recording.failed],
         device=stage.device,
         budget_s=LAYERS_S.get(stage.device.type, LAYERS_DEFAULT_S),
         cache=cache,
@@ -142,6 +150,10 @@ def _measure(
         progress=lambda fraction: report("timing layers", 0.05 + 0.35 * fraction),
     )
     trials = {candidate: _first_trial(candidate, recording, layers) for candidate in candidates}
+    for candidate, plain in scaled.items():
+        mixed = layers.mixed(candidate, plain)
+        if mixed is not None:
+            trials[mixed] = Trial(candidate=mixed, layers_ms=layers.mixed_ms(mixed, plain))
     deadline = started + total_s
     stopped = _step_trials(stage, trials, layers.coverage, recording.finite, deadline, report)
     verdict = decide(trials.values(), plain=_plain(trials))
@@ -154,6 +166,17 @@ def _measure(
     report(f"chosen: {verdict.candidate.key}", 1.0)
     lasting = all(trial.failure in (None, Failure.ERROR) for trial in trials.values())
     return _as_plan(stage.plan(verdict.candidate), verdict, evidence, layers), lasting
+
+
+def _scaled(candidates: list[Candidate], capabilities: Capabilities) -> dict[Candidate, Candidate]:
+    """The device's FP8 recipe, if it multiplies in that, with the plain candidate it is compared with."""
+    recipe = fp8_recipe(capabilities)
+    plain = replace(candidates[0], format=recipe.region)
+    if plain not in candidates or RECIPES.get(recipe.name) != recipe:
+        return {}
+    if not formats_of(recipe) <= capabilities.matmul_formats or products_of(recipe, capabilities, None).is_emulated:
+        return {}
+    return {replace(plain, format=recipe.name): plain}
 
 
 def _step_trials(
@@ -221,7 +244,19 @@ def _as_plan(plan: PrecisionPlan, verdict: Verdict, evidence: Mapping[str, Any],
 
 
 def _layer_decision(name: str, ms: Mapping[str, float], verdict: Verdict) -> Decision:
-    """The layer follows the whole; where it alone would be faster in another format, the detail says so."""
+    """The layer follows the whole; where it alone would be faster in another format, the detail says so.
+
+    Under a scaled recipe a layer that is slower in it keeps the region's format, and says that.
+    """
+    if name in verdict.candidate.kept:
+        return Decision(
+            layer=name,
+            old="fp32",
+            new=RECIPES[verdict.candidate.format].region,
+            reason=Reason.MEASURED_SLOWER,
+            detail=f"{verdict.candidate.key} is not faster here by {100 * (PAYS - 1):.0f} %",
+            evidence={f"{key}_ms": round(value, 4) for key, value in ms.items()},
+        )
     own = ms.get(verdict.candidate.key)
     best = min(ms, key=ms.__getitem__)
     alone = own is not None and ms[best] < own
@@ -265,10 +300,14 @@ def _cached(cache: CostCache, key: Mapping[str, Any]) -> PrecisionPlan | None:
 @contextmanager
 def _unconverted(model: nn.Module) -> Iterator[None]:
     """Takes conversions back for the time being, and puts the same plans in force again afterwards."""
-    plans = [(module, plan) for module in model.modules() if (plan := current_plan(module)) is not None]
+    plans = [
+        (module, plan, kernels_in_force(module))
+        for module in model.modules()
+        if (plan := current_plan(module)) is not None
+    ]
     revert(model)
     try:
         yield
     finally:
-        for module, plan in plans:
-            apply(module, plan, emulate=True)  # it was in force, so what it emulates was agreed to
+        for module, plan, kernels in plans:
+            apply(module, plan, emulate=True, kernels=kernels)  # it was in force, so what it emulates was agreed to

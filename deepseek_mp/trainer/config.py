@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 
 from deepseek_mp.errors import ConfigError, explain, suggest
-from deepseek_mp.precision import PrecisionPlan, Recipe
+from deepseek_mp.nn.checks import check_kernels
+from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe
 
-MODES = ("auto", "fp32", "tf32", "hf32", "bf16", "fp16")
+MODES = ("auto", *(name for name in RECIPES if name != "fp64"))
+"""FP64 is for single layers; everything else that has a name can be the base of a run."""
 Compile = Literal[False, True, "regional"]
 
 
@@ -44,6 +46,7 @@ class TrainerConfig:
     ema_decay: float | None = None
     pin: Mapping[str, str | Recipe] | None = None
     emulate: bool = False
+    kernels: str | None = None
     compile: Compile = False
     seed: int | None = None
     max_skipped_steps: int = 25
@@ -52,6 +55,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self._check_mode()
+        check_kernels(self.kernels)
         if not _is_count(self.gradient_accumulation_steps):
             raise _refuse("gradient_accumulation_steps", self.gradient_accumulation_steps, "a whole number from 1")
         if self.max_grad_norm is not None and not _is_positive(self.max_grad_norm):

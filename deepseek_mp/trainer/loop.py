@@ -66,7 +66,7 @@ class MixedPrecisionTrainer:
     Args:
         model: any `nn.Module` with FP32 parameters. It is converted in place and moved to the device.
         precision_mode: 'auto' measures on the first batch and keeps the fastest that does not lose to
-            FP32; 'fp32', 'tf32', 'hf32', 'bf16', 'fp16' are obeyed; or a `PrecisionPlan`.
+            FP32; 'fp32', 'tf32', 'hf32', 'bf16', 'fp16', 'fp8' and its recipes are obeyed; or a `PrecisionPlan`.
         loss_scale_policy: 'dynamic', 'predictive', 'static', 'none', a number, or a `LossScalePolicy`.
             In force only where the plan has fp16; otherwise the scale is 1.
         loss_fn: (output, target) -> scalar loss, or (scalar, number of items it is the mean of).
@@ -78,6 +78,7 @@ class MixedPrecisionTrainer:
         ema_decay: keep an exponential average of the weights, used by `evaluate`.
         pin: name pattern -> recipe, rules before all others: {'*.norm*': 'fp32'}.
         emulate: allow formats that the device has no units for, where PyTorch can run them.
+        kernels: what runs FP8 ('reference', 'triton', 'native'), used or refused; None: the best there is.
         compile: True compiles the model, 'regional' its repeated blocks.
         device: where to train; None: where the model is if that is an accelerator, else the best here.
         seed: seeds Python's, NumPy's and PyTorch's generators.
@@ -106,6 +107,7 @@ class MixedPrecisionTrainer:
         ema_decay: float | None = None,
         pin: Mapping[str, str | Recipe] | None = None,
         emulate: bool = False,
+        kernels: str | None = None,
         compile: Compile = False,
         device: torch.device | str | None = None,
         seed: int | None = None,
@@ -125,6 +127,7 @@ class MixedPrecisionTrainer:
             ema_decay=ema_decay,
             pin=pin,
             emulate=emulate,
+            kernels=kernels,
             compile=compile,
             seed=seed,
             max_skipped_steps=max_skipped_steps,
@@ -177,7 +180,8 @@ class MixedPrecisionTrainer:
         return self._plan
 
     def _apply(self, plan: PrecisionPlan) -> PrecisionPlan:
-        return apply(self.model, plan, emulate=self.config.emulate, capabilities=self.capabilities)
+        emulate, kernels = self.config.emulate, self.config.kernels
+        return apply(self.model, plan, emulate=emulate, kernels=kernels, capabilities=self.capabilities)
 
     def _measure(self, batch: Any) -> PrecisionPlan:
         """Choose the plan by timing the first batch."""

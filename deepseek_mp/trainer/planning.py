@@ -14,12 +14,12 @@ from deepseek_mp.costs import CostCache
 from deepseek_mp.errors import PlanError
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn import memory_format_of
+from deepseek_mp.nn.convert import prepare
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.auto import choose_plan
 from deepseek_mp.trainer.compile import compiled_forward
 from deepseek_mp.trainer.config import TrainerConfig
-from deepseek_mp.trainer.setup import check_plan
 
 
 def requested_plan(model: nn.Module, config: TrainerConfig, capabilities: Capabilities) -> PrecisionPlan | None:
@@ -43,7 +43,13 @@ def _check_any(model: nn.Module, config: TrainerConfig, capabilities: Capabiliti
     errors: list[PlanError] = []
     for name in formats:
         try:
-            check_plan(model, PrecisionPlan.of(name, config.pin or {}), capabilities, emulate=config.emulate)
+            prepare(
+                model,
+                PrecisionPlan.of(name, config.pin or {}),
+                emulate=config.emulate,
+                kernels=config.kernels,
+                capabilities=capabilities,
+            )
         except PlanError as error:
             errors.append(error)
         else:
@@ -72,6 +78,7 @@ def measured_plan(
         pins=config.pin or {},
         compiled=bool(config.compile),
         emulate=config.emulate,
+        kernels=config.kernels,
         cache=CostCache(),
         progress=progress,
     )

@@ -129,8 +129,8 @@ class Recorder:
         )
 
     def _utilisation(self, window: Window, seconds: float) -> float | None:
-        """Model FLOPs over what the device could do in the plan's format; None where its peak is unknown."""
-        peak = self._trainer.capabilities.peak_tflops.get(self._trainer.plan.base.name)
+        """Model FLOPs over what the device could do in the base's forward format; None where its peak is unknown."""
+        peak = self._trainer.capabilities.peak_tflops.get(self._trainer.plan.base.fprop.left.format.name)
         flops = self._trainer.stepper.flops
         if peak is None or flops is None or not seconds:
             return None

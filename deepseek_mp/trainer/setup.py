@@ -18,8 +18,7 @@ from deepseek_mp.backends.detect import as_device
 from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale
 from deepseek_mp.controller.scaler import LossScaler, check_optimizer
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.nn import apply, checks, current_plan, revert
-from deepseek_mp.nn.survey import survey
+from deepseek_mp.nn import apply, current_plan, kernels_in_force, revert
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.precision.formats import FP16
 from deepseek_mp.trainer.rng import rng_state, set_rng_state
@@ -40,23 +39,10 @@ def check_arguments(model: object, loss_fn: object) -> None:
         raise ConfigError(explain(f"loss_fn={loss_fn!r}", allowed, "Pass a function or object, not a name or class"))
 
 
-def check_plan(
-    model: nn.Module, plan: PrecisionPlan, capabilities: backends.Capabilities, *, emulate: bool
-) -> PrecisionPlan:
-    """The plan, if applying it to the model would be taken; `PlanError` or `FormatError` otherwise."""
-    found = survey(model)
-    checks.check_model(model)
-    checks.check_rules(plan, found)
-    checks.check_parameters(model, plan, found)
-    checks.check_fp32_arithmetic(plan, found)
-    checks.check_devices(model, plan, capabilities, emulate=emulate)
-    return plan
-
-
 @contextmanager
 def unchanged_if_refused(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Whatever is raised inside, the model's classes and tensors and the random generators are as before."""
-    plan, random_state = current_plan(model), rng_state(device)
+    plan, kernels, random_state = current_plan(model), kernels_in_force(model), rng_state(device)
     parameters = [(p, p.data) for p in model.parameters()]
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]  # noqa: SLF001
     try:
@@ -68,7 +54,7 @@ def unchanged_if_refused(model: nn.Module, device: torch.device) -> Iterator[Non
             now.update(before)
         revert(model)
         if plan is not None:
-            apply(model, plan, emulate=True)  # it was in force, so what it emulates was agreed to
+            apply(model, plan, emulate=True, kernels=kernels)  # it was in force, so what it emulates was agreed to
         set_rng_state(*random_state, device)
         raise
 

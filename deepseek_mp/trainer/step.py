@@ -52,7 +52,7 @@ class Region:
     """The plan's arithmetic: fp32 flags for forward and backward, autocast for forward and loss."""
 
     def __init__(self, plan: PrecisionPlan, device: torch.device, *, search: bool) -> None:
-        self.format = plan.base.name
+        self.format = plan.base.region
         self.casts = self.format in NARROW_FORMATS
         """Whether autocast casts weights in this region."""
         self._device = device

@@ -14,7 +14,7 @@ from deepseek_mp.monitor import Fallback, PrecisionMonitor, Usage
 from deepseek_mp.nn import apply
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.precision.plan import Rule
-from deepseek_mp.precision.recipe import find_recipe
+from deepseek_mp.precision.recipes import find_recipe
 
 
 class Computes(nn.Module):

@@ -1,6 +1,6 @@
 """What the tests of `nn` share: a device that has every format, and one small module of each kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,14 @@ def everything() -> EveryFormat:
 @pytest.fixture
 def bf16_region() -> Callable[[], Any]:
     return lambda: autocast(torch.device("cpu"), "bf16")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before counts against a test's limit of recompilations, nor its own against the next's."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @register_unit

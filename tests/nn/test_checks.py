@@ -14,10 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from deepseek_mp.backends import Capabilities
-from deepseek_mp.errors import FormatError, PlanError
+from deepseek_mp.backends.base import FP8, SIXTEEN_BIT
+from deepseek_mp.backends.capabilities import Identity, resolve
+from deepseek_mp.errors import ConfigError, FormatError, PlanError
 from deepseek_mp.nn import apply, current_plan, units
 from deepseek_mp.precision import FORMATS, Granularity, PrecisionPlan, Recipe, ScaleRule
-from deepseek_mp.precision.recipe import RECIPES, OperandRecipe, RoleRecipe, uniform
+from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
+from deepseek_mp.precision.recipes import RECIPES, uniform
 
 
 def _model() -> nn.Sequential:
@@ -216,9 +219,10 @@ def test_a_format_the_device_lacks(plan: PrecisionPlan | str) -> None:
 
 
 def test_capabilities_are_those_of_the_models_device() -> None:
-    """No device multiplies fp8 through units yet, and no CPU has hf32 or tf32."""
-    with pytest.raises(FormatError, match="hf32"):
-        apply(_model(), "hf32")
+    """No CPU has fp8, hf32 or tf32."""
+    for name in ("hf32", "block"):
+        with pytest.raises(FormatError, match=name):
+            apply(_model(), name)
     apply(_model(), "fp32")
     apply(nn.Sequential(nn.ReLU()), "fp32")
 
@@ -231,3 +235,95 @@ def test_granularity_is_part_of_a_recipe(refused: Callable[..., None]) -> None:
         PrecisionPlan.of(Recipe(name="rows", fprop=product, dgrad=product, wgrad=product)),
         "recipe 'rows', which is not one unscaled format",
     )
+
+
+# -- FP8 -----------------------------------------------------------------------------------------------
+
+ROW = RECIPES["row"].wgrad.left
+
+
+def _device(row: str) -> Capabilities:
+    executes = SIXTEEN_BIT | FP8
+    return resolve(Identity(row=row, device_name="some chip"), vendor="some", backend="cuda", executes=executes)
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe", "match"),
+    [
+        ("x86_avx512_bf16", "block", r"recipe 'block' needs fp8_e4m3, which some chip \(x86_avx512_bf16\) does not "
+         r"multiply\. Allowed: recipes of .*bf16.*\. Use 'bf16', the nearest it has, or pass emulate=True"),
+        ("sm_80", "fp8", "recipe 'row' needs fp8_e4m3.*Use 'bf16'"),
+        ("sm_75", "mx", r"recipe 'mx' needs bf16.*Use 'fp16'"),
+        ("gfx942", "block", r"recipe 'block' needs fp8_e4m3.*Use 'block_fnuz', the nearest it has"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["base", "rule"])
+def test_a_device_without_fp8_names_the_nearest_recipe(row: str, recipe: str, match: str, place: str) -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    before = _state(model)
+    plan = PrecisionPlan.of(recipe) if place == "base" else PrecisionPlan.of("fp32", {"0": recipe})
+    with pytest.raises(FormatError, match=match):
+        apply(model, plan, capabilities=_device(row))
+    assert _state(model) == before
+
+
+def test_a_format_that_cannot_even_be_emulated_offers_no_emulation() -> None:
+    device = resolve(Identity(row="mps", device_name="M"), vendor="apple", backend="mps", executes=SIXTEEN_BIT)
+    with pytest.raises(FormatError, match=r"recipe 'row' needs fp8_e4m3.*the nearest it has\.$"):
+        apply(_model(), "row", emulate=True, capabilities=device)
+
+
+def test_delayed_scales_are_refused_with_what_to_use(refused: Callable[..., None]) -> None:
+    refused(_model(), "delayed", "recipe 'delayed', whose scales come from past steps.*Use 'tensor'")
+    refused(_model(), PrecisionPlan.of("bf16", {"0": "delayed"}), "rule 'current'")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"wgrad": RECIPES["fp32"].wgrad}, "recipe 'mine', which is not one unscaled format"),
+        ({"wgrad": RoleRecipe(left=ROW, right=RECIPES["bf16"].wgrad.left)}, "'mine', which is not"),
+        ({"wgrad": RoleRecipe(left=ROW, right=RECIPES["block"].wgrad.left)}, "row and 1x128, padded"),
+        (dict.fromkeys(("fprop", "dgrad"), RECIPES["bf16"].fprop) | {"wgrad": RECIPES["fp32"].wgrad}, "'mine', which"),
+    ],
+)
+def test_products_that_units_cannot_multiply(change: Any, match: str, refused: Callable[..., None]) -> None:
+    refused(_model(), PrecisionPlan.of(replace(RECIPES["row"], name="mine", **change)), match)
+
+
+def test_a_granularity_without_a_name_is_refused(refused: Callable[..., None]) -> None:
+    side = replace(RECIPES["row"].fprop.left, granularity=Granularity(name="1x128", rows=1, columns=64))
+    mine = replace(RECIPES["row"], name="mine", fprop=RoleRecipe(left=side, right=side))
+    refused(_model(), PrecisionPlan.of(mine), "recipe 'mine', which is not")
+
+
+def test_recipes_mixed_by_product_are_taken() -> None:
+    parts = {"fprop": RECIPES["block"].fprop, "dgrad": RECIPES["bf16"].dgrad, "wgrad": RECIPES["tensor"].wgrad}
+    mine = replace(RECIPES["row"], name="mine", **parts)
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    assert apply(model, mine, emulate=True).decisions[0].new == "mine"
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        model(torch.randn(3, 128)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["cutlass", "Triton", 3])
+def test_kernels_have_names(name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"kernels=.*Allowed: None, 'native', 'triton', 'reference'"):
+        apply(_model(), "bf16", kernels=name)
+
+
+@pytest.mark.parametrize("kernels", ["native", "triton"])
+def test_kernels_that_the_device_lacks_are_refused(kernels: str) -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    before = _state(model)
+    with pytest.raises(FormatError, match=f"kernels='{kernels}' for .*Allowed: reference"):
+        apply(model, "block", emulate=True, kernels=kernels)
+    assert _state(model) == before
+
+
+def test_frozen_bf16_weights_are_quantised_too() -> None:
+    model = nn.Sequential(nn.Linear(128, 128).bfloat16().requires_grad_(False), nn.Linear(128, 128))
+    apply(model, "block", emulate=True)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        model(torch.randn(3, 128)).sum().backward()
+    assert model[1].weight.grad is not None

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
 
 from deepseek_mp.backends import Capabilities, autocast
 from deepseek_mp.errors import PlanError
-from deepseek_mp.nn import apply, convert, current_plan, fp32_arithmetic, revert, units
+from deepseek_mp.nn import apply, convert, current_plan, fp32_arithmetic, kernels_in_force, revert, units
+from deepseek_mp.nn.convert import prepare
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 
 CPU = torch.device("cpu")
@@ -320,3 +323,116 @@ def test_an_unknown_name_is_refused() -> None:
 )
 def test_fp32_arithmetic_of_a_plan(base: str, pin: dict[str, str], mode: str) -> None:
     assert fp32_arithmetic(PrecisionPlan.of(base, pin)) == mode
+
+
+# -- FP8 -----------------------------------------------------------------------------------------------
+
+
+def _mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(128, 256), nn.ReLU(inplace=True), nn.LayerNorm(256), nn.Linear(256, 128), nn.Linear(128, 16)
+    )
+
+
+def _gradients(model: nn.Module, call: Any, x: Tensor) -> list[Tensor]:
+    with autocast(CPU, "bf16"):
+        output = call(x)
+    return [output, *torch.autograd.grad(output.float().square().sum(), list(model.parameters()))]
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+FP8_PLANS = ["fp8", "tensor", "row_gw_hp", "block", "mx", PrecisionPlan.of("fp32", {"0": "block", "4": "row"})]
+
+
+@pytest.mark.parametrize("plan", FP8_PLANS, ids=str)
+def test_an_fp8_plan_is_taken_back_exactly(plan: PrecisionPlan | str) -> None:
+    model, x = _mlp(), torch.randn(8, 128)
+    before, attributes, numbers = _picture(model), _attributes(model), _gradients(model, model, x)
+    apply(model, plan, emulate=True)
+    assert _picture(model) == before
+    assert not _same(_gradients(model, model, x), numbers)
+    revert(model)
+    assert (_picture(model), _attributes(model)) == (before, attributes)
+    assert _same(_gradients(model, model, x), numbers)
+
+
+def test_layers_in_fp8_and_fp32_beside_each_other() -> None:
+    model, x = _mlp(), torch.randn(8, 128)
+    apply(model, PrecisionPlan.of("block", {"3": "fp32"}), emulate=True)
+    seen: dict[str, Any] = {}
+    for name in ("0", "3", "4"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.update({name: (args[0].dtype, output.dtype)})
+        )
+    output = _gradients(model, model, x)[0]
+    assert seen["0"] == (torch.float32, torch.bfloat16)
+    assert seen["3"][1] == torch.float32
+    assert output.dtype == torch.bfloat16
+    plain = F.linear(model[2](model[1](model[0](x)).float()), model[3].weight, model[3].bias)
+    assert plain.dtype == torch.float32
+
+
+def test_an_fp8_layer_of_an_fp32_model_gives_fp32_back() -> None:
+    model = _mlp()
+    apply(model, PrecisionPlan.of("fp32", {"0": "block"}), emulate=True)
+    x = torch.randn(8, 128)
+    assert model[0](x).dtype == torch.float32
+    assert torch.equal(model[0](x), model[0](input=x))
+    model(x).sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_equal_precisions_are_one_object_also_after_copies_and_pickles() -> None:
+    model = _mlp()
+    apply(model, "block", emulate=True)
+    first = [layer.unit_precision for layer in model if hasattr(layer, "unit_precision")]
+    copied = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    apply(model, "bf16", emulate=True)
+    assert model[0].unit_precision is not first[0]
+    apply(model, "block", emulate=True)
+    for again in (model, *copied):
+        found = [layer.unit_precision for layer in again if hasattr(layer, "unit_precision")]
+        assert all(a is b for a, b in zip(found, first, strict=True))
+    other = _mlp()
+    apply(other, "block", emulate=True)
+    assert other[0].unit_precision is first[0]
+
+
+def test_copies_compute_the_same_in_fp8() -> None:
+    model, x = _mlp(), torch.randn(8, 128)
+    apply(model, "row", emulate=True)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert current_plan(again) == current_plan(model)
+        assert _same(_gradients(again, again, x), _gradients(model, model, x))
+
+
+def test_a_plan_that_ran_before_compiles_nothing_again(fresh_compiler: None) -> None:
+    model, x = _mlp(), torch.randn(8, 128)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for plan in ("block", "bf16", "block", "bf16", "block"):
+        apply(model, plan, emulate=True)
+        assert _same(_gradients(model, compiled, x), _gradients(model, model, x)), plan
+    assert counter.frame_count == 2
+
+
+def test_what_prepare_takes_apply_takes_and_prepare_changes_nothing() -> None:
+    model = _mlp()
+    before = _picture(model), _classes(model), _attributes(model)
+    prepared = prepare(model, PrecisionPlan.of("bf16", {"0": "fp8"}), emulate=True)
+    assert (_picture(model), _classes(model), _attributes(model)) == before
+    assert prepared.plan == apply(model, PrecisionPlan.of("bf16", {"0": "fp8"}), emulate=True)
+    assert prepared.plan.recipe_for("0").name == "row"
+
+
+def test_the_kernels_that_were_asked_for_are_remembered() -> None:
+    model = _mlp()
+    assert kernels_in_force(model) is None
+    apply(model, "block", emulate=True, kernels="reference")
+    assert kernels_in_force(model) == "reference"
+    apply(model, "block", emulate=True)
+    assert kernels_in_force(model) is None

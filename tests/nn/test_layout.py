@@ -6,8 +6,7 @@ from torch import nn
 
 from deepseek_mp.backends import Capabilities
 from deepseek_mp.nn import apply, memory_format_of, revert
-from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.precision.recipe import RECIPES
+from deepseek_mp.precision import RECIPES, PrecisionPlan
 
 CONTIGUOUS = PrecisionPlan(base=RECIPES["fp32"], memory_format="contiguous")
 CHANNELS_LAST = PrecisionPlan(base=RECIPES["fp32"], memory_format="channels_last")

@@ -224,7 +224,9 @@ def test_checkpointing_recomputes_in_the_units_precision(reentrant: bool, everyt
 
 
 @pytest.mark.parametrize("base", ["bf16", "fp32"])
-def test_a_compiled_model_computes_the_same_and_follows_a_switch(base: str, everything: Capabilities) -> None:
+def test_a_compiled_model_computes_the_same_and_follows_a_switch(
+    base: str, everything: Capabilities, fresh_compiler: None
+) -> None:
     torch.manual_seed(0)
     other = "fp32" if base == "bf16" else "bf16"
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16))

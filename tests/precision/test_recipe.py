@@ -1,4 +1,4 @@
-"""Recipes: what they expand to, how they are found, written and read."""
+"""Recipes as values: their parts, what they refuse, how they are written and read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deepseek_mp.errors import ConfigError, FormatError, PlanError
-from deepseek_mp.precision import FORMATS, OPERANDS, RECIPES, Operand, Recipe, Role, ScaleRule, find_recipe
+from deepseek_mp.precision import FORMATS, OPERANDS, RECIPES, Operand, Recipe, Role, ScaleRule
 from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
 from deepseek_mp.precision.scaling import BLOCK_1X128, BLOCK_128X128, ROW
 
@@ -22,15 +22,6 @@ MIXED = Recipe(
     dgrad=RoleRecipe(left=GRADIENT, right=WEIGHT),
     wgrad=RoleRecipe(left=GRADIENT, right=OperandRecipe(format=FORMATS["bf16"])),
 )
-
-
-@pytest.mark.parametrize("name", ["fp64", "fp32", "tf32", "hf32", "bf16", "fp16"])
-def test_plain_recipes_use_one_unscaled_format(name: str) -> None:
-    recipe = RECIPES[name]
-    assert (recipe.name, str(recipe), recipe.format) == (name, name, FORMATS[name])
-    for role, operands in OPERANDS.items():
-        for operand in operands:
-            assert recipe.operand(role, operand) == OperandRecipe(format=FORMATS[name])
 
 
 def test_operand_finds_the_side_that_the_product_reads() -> None:
@@ -96,21 +87,32 @@ def test_a_product_in_json_has_two_operands(product: object) -> None:
         Recipe.from_json({**MIXED.to_json(), "dgrad": product})
 
 
-def test_find_takes_a_name_or_a_recipe() -> None:
-    assert find_recipe("bf16") is RECIPES["bf16"]
-    assert find_recipe(MIXED) is MIXED
-
-
 @pytest.mark.parametrize(
-    ("recipe", "message"),
+    ("format", "change", "plain"),
     [
-        ("bf61", r"^unknown recipe 'bf61'\. Allowed: fp64, .*fp16\. Use one of these names\. Did you mean 'bf16'"),
-        ("fp8_e4m3", r"^unknown recipe 'fp8_e4m3'\."),
-        (None, r"^unknown recipe None\."),
-        (["bf16"], r"^unknown recipe \['bf16'\]\."),
-        (FORMATS["bf16"], r"^unknown recipe Format\("),
+        ("bf16", {}, True),
+        ("fp64", {}, True),
+        ("fp8_e4m3", {}, False),
+        ("int8", {}, False),
+        ("bf16", {"rule": ScaleRule.CURRENT}, False),
+        ("bf16", {"granularity": ROW}, False),
+        ("bf16", {"power_of_two": True}, False),
     ],
 )
-def test_find_refuses_other_values(recipe: Any, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        find_recipe(recipe)
+def test_a_plain_recipe_is_one_unscaled_wide_format(format: str, change: dict[str, Any], plain: bool) -> None:
+    side = OperandRecipe(format=FORMATS[format], **change)
+    product = RoleRecipe(left=side, right=side)
+    recipe = Recipe(name="mine", fprop=product, dgrad=product, wgrad=product)
+    assert recipe.is_plain == plain
+    assert recipe.region == (format if plain else "bf16")
+
+
+def test_one_other_operand_makes_a_recipe_not_plain() -> None:
+    mixed = replace(RECIPES["bf16"], wgrad=RECIPES["fp32"].wgrad)
+    assert not mixed.is_plain
+    assert not MIXED.is_plain
+
+
+def test_sides_are_the_six_operands() -> None:
+    assert list(MIXED.sides()) == [NARROW, WEIGHT, GRADIENT, WEIGHT, GRADIENT, OperandRecipe(format=FORMATS["bf16"])]
+    assert [side.is_scaled for side in MIXED.sides()] == [True] * 5 + [False]

@@ -34,6 +34,9 @@ class Device:
     formats: tuple[str, ...] = ("bf16", "fp32")
     backend: str = "cpu"
     device_name: str = "test"
+    id: str = "unknown"
+    vendor: str = "nobody"
+    matmul_formats: frozenset[str] = frozenset({"bf16", "fp32"})
 
     def admissible(self) -> tuple[str, ...]:
         return self.formats
@@ -68,6 +71,7 @@ def choose(
     pins: Mapping[str, str] | None = None,
     cache: CostCache | None = None,
     compiled: bool = False,
+    kernels: str | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> PrecisionPlan:
     capabilities: Any = device or Device()
@@ -80,6 +84,7 @@ def choose(
         pins=pins or {},
         compiled=compiled,
         cache=cache or CostCache(disk=False),
+        kernels=kernels,
         progress=progress,
     )
 
@@ -89,7 +94,7 @@ class Times:
     """Made-up milliseconds: of a step by candidate, and of every unit by format."""
 
     step: dict[str, float] = field(default_factory=dict)
-    unit: dict[str, float] = field(default_factory=dict)
+    unit: dict[str, float | Callable[[Any], float]] = field(default_factory=dict)
     stepped: list[str] = field(default_factory=list)
     model: nn.Module | None = None
 
@@ -113,7 +118,8 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Times:
         return timing(made.step[key])
 
     def unit(call: Any, format: str, layout: str, *_: Any) -> Timing:
-        return timing(made.unit[format])
+        ms = made.unit[format]
+        return timing(ms(call) if callable(ms) else ms)
 
     monkeypatch.setattr(whole_step, "time_call", step)
     monkeypatch.setattr(layers, "measure_unit", unit)
@@ -158,7 +164,10 @@ def generators() -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("make", [conv_net, mlp])
-def test_a_real_choice_restores_everything_and_has_evidence(make: Callable[[], nn.Module]) -> None:
+def test_a_real_choice_restores_everything_and_has_evidence(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "LAYERS_S", {"cpu": 600.0})  # all layers, however busy the machine is
     model = make()
     run = loss_of(model)
     run().backward()
@@ -259,6 +268,69 @@ def test_formats_of_later_releases_are_not_tried(times: Times) -> None:
     times.model, times.step, times.unit = mlp(), {"fp32": 2, "bf16": 1}, {"fp32": 1, "bf16": 1}
     choose(times.model, device=Device(formats=("fp8_e4m3", "bf16", "fp32")))
     assert sorted(times.stepped) == ["bf16", "fp32"]
+
+
+FP8 = {"fp8_e4m3", "fp8_e5m2", "bf16", "fp32"}
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 8))
+
+
+def choose_with_fp8(model: nn.Module, **options: Any) -> PrecisionPlan:
+    """As on a Hopper GPU, with the arithmetic of the reference."""
+    inputs = torch.randn(32, 128)
+    hopper = Device(id="sm_90", vendor="nvidia", matmul_formats=frozenset(FP8))
+    return choose(model, lambda: model(inputs).square().mean(), device=hopper, kernels="reference", **options)
+
+
+def test_fp8_is_a_candidate_for_the_layers_it_pays_in(times: Times) -> None:
+    model = times.model = wide()
+    times.step = {"fp32": 9, "bf16": 5, "block": 4}
+    times.unit = {"fp32": 3, "bf16": 2, "block": lambda call: 1.0 if call.names[0] == "0" else 1.95}
+    plan = choose_with_fp8(model)
+    assert plan.base.name == "block"
+    assert plan.recipe_for("0").name == "block"
+    assert plan.recipe_for("2").name == "bf16", "its gain is below the margin"
+    by_layer = {decision.layer: decision for decision in plan.decisions}
+    assert (by_layer["0"].new, by_layer["0"].reason) == ("block", Reason.MEASURED_FASTEST)
+    assert (by_layer["2"].new, by_layer["2"].reason) == ("bf16", Reason.MEASURED_SLOWER)
+    assert by_layer["2"].evidence == {"fp32_ms": 3.0, "bf16_ms": 2.0, "block_ms": 1.95}
+    assert whole(plan).evidence["block_layers_ms"] == 2 + 1 + 2
+    assert PrecisionPlan.from_json(plan.to_json()) == plan
+    resolved = apply(model, plan, kernels="reference", emulate=True)
+    assert {d.layer: d.new for d in resolved.decisions if d.layer} == {"0": "block", "2": "bf16", "4": "bf16"}
+
+
+def test_fp8_that_pays_in_no_layer_is_not_tried(times: Times) -> None:
+    model = times.model = wide()
+    times.step, times.unit = {"fp32": 9, "bf16": 5}, {"fp32": 3, "bf16": 2, "block": 2}
+    plan = choose_with_fp8(model)
+    assert plan.base.name == "bf16"
+    assert sorted(times.stepped) == ["bf16", "fp32"]
+
+
+def test_fp8_whose_whole_step_does_not_gain_is_refused_with_both_times(times: Times) -> None:
+    model = times.model = wide()
+    times.step, times.unit = {"fp32": 9, "bf16": 5, "block": 4.95}, {"fp32": 3, "bf16": 2, "block": 1}
+    plan = choose_with_fp8(model)
+    assert plan.base.name == "bf16"
+    assert (whole(plan).evidence["bf16_ms"], whole(plan).evidence["block_ms"]) == (5, 4.95)
+
+
+def test_fp8_that_would_be_emulated_is_no_candidate(times: Times) -> None:
+    model = times.model = wide()
+    times.step, times.unit = {"fp32": 9, "bf16": 5}, {"fp32": 3, "bf16": 2}
+    inputs = torch.randn(32, 128)
+    plan = choose(model, lambda: model(inputs).square().mean(), device=Device())
+    assert plan.base.name == "bf16"
+
+
+def test_pins_hold_beside_fp8(times: Times) -> None:
+    model = times.model = wide()
+    times.step, times.unit = {"fp32": 9, "bf16": 5, "block": 4}, {"fp32": 3, "bf16": 2, "block": 1}
+    plan = choose_with_fp8(model, pins={"0": "fp32"})
+    assert (plan.base.name, plan.recipe_for("0").name, plan.recipe_for("2").name) == ("block", "fp32", "block")
 
 
 def test_pins_come_first_and_pinned_layers_are_no_evidence(times: Times) -> None:

@@ -395,7 +395,8 @@ def lazy(model):
 
 REFUSED = {
     "mode": ({"mode": "bf61"}, ConfigError, "precision_mode='bf61'.*Did you mean 'bf16'"),
-    "fp8": ({"mode": "fp8"}, ConfigError, "precision_mode='fp8'"),
+    "fp8": ({"mode": "fp8", "emulate": False}, FormatError, "recipe 'row' needs fp8_e4m3.*the nearest it has"),
+    "kernels": ({"kernels": "cutlass"}, ConfigError, "kernels='cutlass'"),
     "format": ({"mode": "tf32"}, FormatError, "does not multiply tf32.*the nearest it has"),
     "layer": ({"mode": PrecisionPlan.of("fp32", {"head": "fp32"})}, PlanError, "'head' -> fp32 matches no layer"),
     "pin": ({"pin": {"4.wieght": "fp32"}}, PlanError, r"'4\.wieght' -> fp32 matches no layer"),

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from deepseek_mp import PrecisionPlan, backends
-from deepseek_mp.errors import PlanError
+from deepseek_mp.errors import FormatError, PlanError
+from deepseek_mp.nn import Unit
 from deepseek_mp.trainer.config import TrainerConfig
 from deepseek_mp.trainer.planning import measured_plan, requested_plan
 
@@ -32,6 +33,29 @@ def test_auto_names_no_plan_and_refuses_a_pin_that_fits_nothing():
     assert requested_plan(model(), TrainerConfig(), CPU) is None
     with pytest.raises(PlanError, match="matches no layer"):
         requested_plan(model(), TrainerConfig(pin={"nothing": "fp32"}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("made", "pin", "error", "message"),
+    [
+        (model(), {"head": "fp32"}, PlanError, "rule 'head' -> fp32 matches no layer"),
+        (model().half(), {}, PlanError, r"'0\.weight' is stored in fp16"),
+        (nn.Sequential(nn.LazyLinear(2)), {}, PlanError, "parameters without a shape yet"),
+        (model(), {"2": "fp9"}, PlanError, "unknown recipe 'fp9'"),
+        (model(), {"2": "block"}, FormatError, "recipe 'block' needs fp8_e4m3"),
+        (model(), {"2": "tf32"}, FormatError, "does not multiply tf32"),
+    ],
+)
+def test_auto_refuses_early_what_no_plan_would_take(made, pin, error, message):
+    with pytest.raises(error, match=message):
+        requested_plan(made, TrainerConfig(pin=pin), CPU)
+    assert not any(isinstance(module, Unit) for module in made.modules())
+
+
+@pytest.mark.parametrize("mode", ["fp8", "block"])
+def test_a_recipe_is_a_mode(mode):
+    plan = requested_plan(model(), TrainerConfig(precision_mode=mode, pin={"2": "fp8"}), CPU)
+    assert (plan.base.name, plan.rules[0].recipe.name) == (mode, "fp8")
 
 
 def test_measuring_takes_the_batch_and_tells_how_far_it_is(monkeypatch):

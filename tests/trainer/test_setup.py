@@ -13,12 +13,11 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from deepseek_mp import PrecisionPlan, backends, convert
 from deepseek_mp.controller import DynamicLossScale
-from deepseek_mp.errors import ConfigError, FormatError, PlanError
-from deepseek_mp.nn import current_plan
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.nn import current_plan, kernels_in_force
 from deepseek_mp.trainer.setup import (
     align_optimizer,
     check_arguments,
-    check_plan,
     choose_device,
     make_optimizer,
     make_scaler,
@@ -62,27 +61,6 @@ def test_other_models_and_losses_are_refused(given, loss_fn, message):
         check_arguments(given, loss_fn)
 
 
-def test_a_plan_that_fits_is_returned_and_not_applied():
-    made, plan = model(), PrecisionPlan.of("fp32", {"2": "fp32"})
-    assert check_plan(made, plan, backends.capabilities("cpu"), emulate=False) is plan
-    assert type(made[2]) is nn.Linear
-
-
-@pytest.mark.parametrize(
-    ("made", "pin", "error", "message"),
-    [
-        (model(), {"head": "fp32"}, PlanError, "rule 'head' -> fp32 matches no layer"),
-        (model().half(), {}, PlanError, r"'0\.weight' is stored in fp16"),
-        (nn.Sequential(nn.LazyLinear(2)), {}, PlanError, "parameters without a shape yet"),
-        (model(), {"2": "tf32"}, PlanError, "tf32 beside fp32"),
-        (model(), {"2": "fp8"}, PlanError, "unknown recipe 'fp8'"),
-    ],
-)
-def test_a_plan_that_does_not_fit_is_refused(made, pin, error, message):
-    with pytest.raises(error, match=message):
-        check_plan(made, PrecisionPlan.of("fp32", pin), backends.capabilities("cpu"), emulate=True)
-
-
 # -- a refused construction ----------------------------------------------------------------------------
 
 
@@ -122,6 +100,19 @@ def test_a_plan_that_was_in_force_is_so_again():
         refused()
     assert current_plan(made) == before
     assert made[2].unit_precision.region == "fp32"
+
+
+def test_the_kernels_of_a_plan_that_was_in_force_are_so_again():
+    made = model()
+    convert(made, "fp32", kernels="reference")
+
+    def refused():
+        convert(made, "fp32")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"), unchanged_if_refused(made, CPU):
+        refused()
+    assert kernels_in_force(made) == "reference"
 
 
 def test_what_is_not_refused_stays():
@@ -280,11 +271,6 @@ def test_a_seed_beyond_numpys_range_is_taken():
     first = drawn()
     seed_everything(2**64 - 1)
     assert drawn() == first
-
-
-def test_format_errors_of_pins_come_through():
-    with pytest.raises(FormatError, match="does not multiply tf32"):
-        check_plan(model(), PrecisionPlan.of("tf32"), backends.capabilities("cpu"), emulate=True)
 
 
 @pytest.mark.parametrize(("smallest", "floor"), [(2.0**-24, 2.0**-14), (2.0**-14, 2.0**-4)])

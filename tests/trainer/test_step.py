@@ -322,7 +322,9 @@ def test_a_loss_that_cannot_be_trained_on_is_refused_without_a_trace(monkeypatch
 # -- regions and samples ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("base", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("base", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("block", torch.bfloat16)]
+)
 def test_a_region_is_the_plans_base(base, dtype):
     region = Region(PrecisionPlan.of(base), CPU, search=False)
     with region.flags(), region.autocast(cache=True):

@@ -1,0 +1,234 @@
+"""A linear layer in FP8: its three products, what each reads, and what is kept between them.
+
+**The products.** With input X [M, K], weight W [N, K] and output gradient dY [M, N]:
+
+    fprop   Y  = X @ W.T      operands  X    [M, K]   W   [N, K]
+    dgrad   dX = dY @ W       operands  dY   [M, N]   W.T [K, N]
+    wgrad   dW = dY.T @ X     operands  dY.T [N, M]   X.T [K, M]
+
+FP8 matrix units read both operands with the extent that is summed over last and contiguous ("NT"). That
+extent differs between the two products that read a tensor, so each of the three tensors is needed in two
+layouts, as it is and transposed. A transpose of its own would read and write every value once more, so
+`ops.schema.quantise` writes both layouts in one pass over the tensor, and scales each along its own sum.
+Scales leave the sum inside the product; nothing here ever holds a dequantised operand.
+
+**Formats.** Each operand of each product has its own in the recipe. Where both products want the same of a
+tensor there is one `quantise` call for the two, where they differ there are two. A product of the recipe in
+BF16 is an ordinary matmul. Sums are FP32 in every implementation. Y is BF16, the format of the region around
+the layer; dX has the type of X; dW and db have the type of their parameter, FP32, and are not rounded on
+the way (dW is, to BF16, where wgrad is a product in BF16).
+
+**What is kept.** For wgrad only the quantised X.T with its scales: one byte per element where BF16 keeps
+two. X itself is not kept. For dgrad the quantised W.T, made in the forward by the call that makes W; and
+neither if the backward will not need it. Without gradients only the layouts of fprop are made.
+
+**Rows.** M is rounded up to what the recipe's blocks need and the added rows are zeros, which add nothing
+to any sum; Y is cut back. N and K must fit, which is checked when a plan is applied. M = 0 is an empty Y and
+zero gradients.
+
+**The alternative** was a tensor subclass that carries values and scales through the model, so that the
+layer before can hand over FP8. Every operation in between must then know the subclass, and every eager call
+pays for its dispatch; a function between plain tensors needs neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from deepseek_mp.ops.schema import product, quantise
+from deepseek_mp.precision import Recipe, Role
+from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
+
+Layout = tuple[Tensor, ...]
+"""An operand [outer, contraction]: quantised values and their scales, or alone and not quantised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """How a tensor is quantised for one product, in the words of `ops.schema.quantise`."""
+
+    format: str
+    granularity: str
+    power_of_two: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """How both operands of one product are quantised."""
+
+    left: Cast
+    right: Cast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Products:
+    """A recipe with the implementations that run it, laid out for the forward to read.
+
+    The last three fields follow from the recipe; None is a product in BF16.
+    """
+
+    recipe: Recipe
+    quantise: str
+    product: str
+    fprop: Pair | None = field(init=False, compare=False)
+    dgrad: Pair | None = field(init=False, compare=False)
+    wgrad: Pair | None = field(init=False, compare=False)
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether no unit of the device multiplies in these formats."""
+        return self.product == "reference"
+
+    def __post_init__(self) -> None:
+        for role in Role:
+            object.__setattr__(self, role.value, _pair(self.recipe.role(role)))
+
+
+def _pair(role: RoleRecipe) -> Pair | None:
+    return Pair(_cast(role.left), _cast(role.right)) if role.left.is_scaled else None
+
+
+def _cast(side: OperandRecipe) -> Cast:
+    return Cast(side.format.name, side.granularity.name, side.power_of_two)
+
+
+def low_precision_linear(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
+    """`torch.nn.functional.linear` with its three products in the formats of `products`.
+
+    Args:
+        x: [..., K] in fp32, bf16 or fp16, with any number of rows, also none.
+        weight: [N, K]; N and K are multiples of what the recipe's granularities need.
+        bias: [N] or None.
+        products: the recipe, and what runs it.
+
+    Returns:
+        [..., N] in bf16. Gradients have the types of x, weight and bias, and cannot be differentiated again.
+    """
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        y: Tensor = _Linear.apply(x, weight, bias, products)  # type: ignore[no-untyped-call]
+    else:
+        y, _ = _forward(x, weight, bias, products, for_dgrad=False, for_wgrad=False)
+    # Views are taken out here, where autograd sees them: an in-place activation may follow.
+    rows = math.prod(x.shape[:-1])
+    if y.shape[0] != rows:
+        y = y[:rows]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Linear(Function):
+    """[..., K] to [P, N], where P is the number of rows, padded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
+        for_dgrad, for_wgrad = ctx.needs_input_grad[:2]
+        y, kept = _forward(x, weight, bias, products, for_dgrad=for_dgrad, for_wgrad=for_wgrad)
+        ctx.save_for_backward(*kept)
+        ctx.products, ctx.shape = products, x.shape
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, padded: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        for_dgrad, for_wgrad, for_bias = ctx.needs_input_grad[:3]
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        products: Products = ctx.products
+        dgrad = products.dgrad if for_dgrad else None
+        wgrad = products.wgrad if for_wgrad else None
+        kept = list(ctx.saved_tensors)
+        count = math.prod(ctx.shape[:-1])
+        gradient = padded[:count].contiguous()
+        rows, columns = _layouts(gradient, _left(dgrad), _left(wgrad), products.quantise)
+        dx = dw = db = None
+        if for_dgrad:
+            weight, kept = _split(kept, dgrad)
+            dx = _multiply(rows, weight, None, dgrad, products.product, x_dtype)[:count].view(ctx.shape)
+        if for_wgrad:
+            dw = _multiply(columns, tuple(kept), None, wgrad, products.product, weight_dtype)
+        if for_bias:
+            db = gradient.sum(0, dtype=torch.float32).to(bias_dtype)
+        return dx, dw, db, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, *, for_dgrad: bool, for_wgrad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Y [P, N], and what the backward needs: the operands W.T of dgrad and X.T of wgrad."""
+    fprop = products.fprop
+    dgrad = products.dgrad if for_dgrad else None
+    wgrad = products.wgrad if for_wgrad else None
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    x_rows, x_columns = _layouts(flat, _left(fprop), _right(wgrad), products.quantise)
+    w_rows, w_columns = _layouts(weight.contiguous(), _right(fprop), _right(dgrad), products.quantise)
+    y = _multiply(x_rows, w_rows, bias, fprop, products.product, torch.bfloat16)
+    kept: list[Tensor] = []
+    if for_dgrad:
+        kept += w_columns if dgrad is not None else [w_columns[0].bfloat16()]
+    if for_wgrad:
+        kept += x_columns if wgrad is not None else [x_columns[0].bfloat16()]
+    return y, kept
+
+
+def _left(pair: Pair | None) -> Cast | None:
+    return None if pair is None else pair.left
+
+
+def _right(pair: Pair | None) -> Cast | None:
+    return None if pair is None else pair.right
+
+
+def _layouts(x: Tensor, rows: Cast | None, columns: Cast | None, implementation: str) -> tuple[Layout, Layout]:
+    """The matrix as it is and transposed, each quantised as its product wants it (None: not at all)."""
+    if rows is not None and rows == columns:
+        q, s, qt, st = quantise(x, rows.format, rows.granularity, rows.power_of_two, True, True, implementation)
+        return (q, s), (qt, st)
+    as_it_is: Layout = (x,)
+    transposed: Layout = (x.t(),)
+    if rows is not None:
+        q, s, _, _ = quantise(x, rows.format, rows.granularity, rows.power_of_two, True, False, implementation)
+        as_it_is = q, s
+    if columns is not None:
+        _, _, qt, st = quantise(
+            x, columns.format, columns.granularity, columns.power_of_two, False, True, implementation
+        )
+        transposed = qt, st
+    return as_it_is, transposed
+
+
+def _split(kept: list[Tensor], pair: Pair | None) -> tuple[Layout, list[Tensor]]:
+    """The first operand of those kept, and the rest."""
+    size = 1 if pair is None else 2
+    return tuple(kept[:size]), kept[size:]
+
+
+def _multiply(
+    left: Layout, right: Layout, bias: Tensor | None, pair: Pair | None, implementation: str, dtype: torch.dtype
+) -> Tensor:
+    """Left [A, C] times right [B, C] transposed, plus bias [B]: [A, B] in `dtype`."""
+    if bias is not None:
+        bias = bias.bfloat16()  # as autocast does, and what the libraries take beside a bf16 result
+    if pair is not None:
+        (a, a_scale), (b, b_scale) = left, right
+        kinds = pair.left.granularity, pair.right.granularity
+        return product(a, a_scale, b, b_scale, kinds, bias, dtype, implementation=implementation)
+    # A region of the caller's may have another format, and there is none in the backward.
+    with torch.autocast(left[0].device.type, enabled=False):
+        return F.linear(left[0].bfloat16(), right[0].bfloat16(), bias).to(dtype)
+
+
+@register_flop_formula(torch.ops.deepseek_mp.product)
+def _flops(left: Sequence[int], left_scale: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of a product of operands of these shapes, counted as PyTorch counts those of `mm`."""
+    del left_scale
+    return 2 * left[0] * left[1] * right[0]

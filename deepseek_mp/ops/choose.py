@@ -1,0 +1,140 @@
+"""Which implementation of an op a device runs, chosen once when a plan is applied.
+
+The order is native, triton, reference. The reference runs everywhere; where it is all there is, a
+product is emulated. A device without FP8 units emulates too, although some libraries (CPU, XPU) have
+scaled products there. A user may name the implementation; then it is that one or an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.backends.capabilities import UNKNOWN, Capabilities, table
+from deepseek_mp.errors import ConfigError, FormatError, explain
+from deepseek_mp.ops.native import product as native_product
+from deepseek_mp.ops.reference import product as reference_product
+from deepseek_mp.ops.reference import quantise as reference_quantise
+
+IMPLEMENTATIONS = {"quantise": ("triton", "reference"), "product": ("native", "triton", "reference")}
+"""By op, the preferred first."""
+_NATIVE_NAMES = {
+    ("tensor", "tensor"): "tensorwise",
+    ("row", "row"): "rowwise",
+    ("1x128", "128x128"): "1x128@128x128",
+    ("1x128", "1x128"): "1x128@1x128",
+}
+"""What the capability table calls a pair of granularities."""
+_BLOCKS_SINCE_CUDA = (12, 9)
+_TRITON_GRANULARITIES = frozenset({"tensor", "row", "1x128", "128x128"})
+
+Quantise = Callable[[Tensor, str, str, bool, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[str, str], Tensor | None, torch.dtype], Tensor]
+Granularities = Sequence[str] | Sequence[tuple[str, str]]
+"""Names for quantise, pairs (left, right) for product."""
+
+
+def choose(op: str, granularities: Granularities, device: Capabilities, kernels: str | None = None) -> str:
+    """The implementation of `op` for all these granularities on this device.
+
+    Args:
+        op: 'quantise' or 'product'.
+        granularities: names for quantise, pairs (left, right) for product.
+        device: what the device can do.
+        kernels: the implementation the user asks for, or None.
+
+    Raises:
+        ConfigError: there is no implementation of that name.
+        FormatError: the device does not run the one asked for; the message says why.
+    """
+    known = IMPLEMENTATIONS[op]
+    if kernels is None:
+        if not _has_units(device):
+            return "reference"
+        return next(name for name in known if why_not(name, granularities, device) is None)
+    if kernels not in known:
+        raise ConfigError(explain(f"kernels={kernels!r} for {op}", ", ".join(known), "Use one of these, or None"))
+    reason = why_not(kernels, granularities, device)
+    if reason is None:
+        return kernels
+    possible = [name for name in known if why_not(name, granularities, device) is None]
+    raise FormatError(explain(f"kernels={kernels!r} for {op}: {reason}", ", ".join(possible), "Use one of these"))
+
+
+def why_not(name: str, granularities: Granularities, device: Capabilities) -> str | None:
+    """Why the device does not run this implementation; None if it does."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        return _why_not_triton(granularities, device)
+    for pair in granularities:
+        if isinstance(pair, str) or _NATIVE_NAMES.get(pair, "") not in _native(device):
+            return f"the libraries of {device.device_name} have no product of {' with '.join(pair)} scales"
+    return None
+
+
+def _native(device: Capabilities) -> frozenset[str]:
+    """Names of the scaled products that the device's libraries have in this build of PyTorch."""
+    if device.id == UNKNOWN:
+        return frozenset()
+    found = frozenset(table()[device.id].get("scaled_mm", ()))
+    version = torch.version.cuda
+    if device.vendor == "nvidia" and version is not None:
+        major, minor = map(int, version.split(".")[:2])
+        if (major, minor) < _BLOCKS_SINCE_CUDA:
+            found = frozenset(name for name in found if "128" not in name)
+    return found
+
+
+def _has_units(device: Capabilities) -> bool:
+    """Whether the device multiplies some kind of FP8 itself."""
+    return any(name.startswith("fp8") for name in device.matmul_formats)
+
+
+def _why_not_triton(granularities: Granularities, device: Capabilities) -> str | None:
+    if device.backend not in ("cuda", "rocm"):
+        return f"Triton has no code for {device.device_name}"
+    if not _has_units(device):
+        return f"{device.device_name} has no FP8 units"
+    named = {name for entry in granularities for name in ((entry,) if isinstance(entry, str) else entry)}
+    if not named <= _TRITON_GRANULARITIES:
+        return f"there is no kernel for {', '.join(sorted(named - _TRITON_GRANULARITIES))} scales"
+    return None if _has_triton() else "the package triton is not installed"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def quantise_of(name: str) -> Quantise:
+    """The function behind an implementation's name; Triton is imported when it is first needed."""
+    if name == "triton":
+        from deepseek_mp.ops.triton import quantise as triton_quantise
+
+        return triton_quantise.quantise
+    if name == "reference":
+        return reference_quantise.quantise
+    raise _unknown("quantise", name)
+
+
+@cache
+def product_of(name: str) -> Product:
+    """The function behind an implementation's name; Triton is imported when it is first needed."""
+    if name == "triton":
+        from deepseek_mp.ops.triton import product as triton_product
+
+        return triton_product.product
+    functions: dict[str, Product] = {"native": native_product.product, "reference": reference_product.product}
+    if name not in functions:
+        raise _unknown("product", name)
+    return functions[name]
+
+
+def _unknown(op: str, name: str) -> ConfigError:
+    return ConfigError(explain(f"implementation {name!r} of {op}", ", ".join(IMPLEMENTATIONS[op]), "Use one of these"))

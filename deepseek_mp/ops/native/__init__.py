@@ -1,0 +1,1 @@
+"""The low-precision ops as PyTorch's own libraries have them."""

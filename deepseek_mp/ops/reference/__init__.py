@@ -1,0 +1,1 @@
+"""The low-precision ops in plain PyTorch, for any device: what every other implementation is compared with."""

@@ -1,0 +1,195 @@
+"""The two ops of low-precision products, declared once: `quantise` and `product`.
+
+Each is one opaque op of the library `deepseek_mp`, the same in eager and in compiled code. The name of
+the implementation is an argument: it is chosen once, when a plan is applied (`ops.choose`), is visible
+in every graph, and nothing at run time replaces it by another.
+
+    implementation   quantise   product   where
+    reference        yes        yes       any device; exact to the last bit, slow: the emulation
+    triton           yes        yes       GPUs of NVIDIA and AMD with FP8
+    native           -          yes       `torch._scaled_mm`, as far as the device's libraries go
+
+The ops have no gradient of their own. `nn.functional` calls them inside an autograd function, whose
+forward is not recorded. Elsewhere, on tensors that require a gradient, they give results that seem to
+require one; going backward through them warns, and no gradient arrives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.errors import FormatError, ShapeError, explain
+from deepseek_mp.ops.cast import FP8
+from deepseek_mp.ops.choose import product_of, quantise_of
+from deepseek_mp.ops.dtypes import torch_dtype
+from deepseek_mp.ops.layouts import alignment, check_width, padded_rows, scale_shape
+
+__all__ = ["alignment", "padded_rows", "product", "quantise"]
+
+_library = torch.library.Library("deepseek_mp", "DEF")
+_library.define(
+    "quantise(Tensor x, str format, str granularity, bool power_of_two, bool rows, bool columns, str implementation)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "product(Tensor left, Tensor left_scale, Tensor right, Tensor right_scale, *, str left_granularity,"
+    " str right_granularity, Tensor? bias, ScalarType dtype, str implementation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def quantise(
+    x: Tensor,
+    format: str,
+    granularity: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A matrix in FP8, as it is and transposed, with the scales of each (`ops.layouts`).
+
+    The scale of a group follows from the largest magnitude in it: with top = max(amax, fmax * 2**-126),
+
+        scale = top * (1 / fmax), rounded up to a power of two on request;    inverse = fmax * (1 / top)
+        q = the FP8 value nearest to x * inverse, ties to even
+
+    in fp32. So a group of zeros gives zeros, and the inverse of a finite scale is finite. Infinities and NaN become
+    NaN and are never clipped. In a group that spans rows (tensor, 128x128) they take no part in the scale, so other
+    values stay as they are. A group of one row (row, 1x128, 1x32) becomes NaN as a whole, its scale too: a product
+    adds up the row, so no result differs.
+
+    Args:
+        x: [M, K] in fp32, bf16 or fp16, contiguous. K is a multiple of `alignment(granularity)`.
+        format: the FP8 format, by its name in `precision.FORMATS`.
+        granularity: which values share a scale: tensor, row, 1x32, 1x128 or 128x128.
+        power_of_two: scales are powers of two.
+        rows: make q [P, K]; P is M rounded up to the alignment, and the added rows are zeros.
+        columns: make the transposed one [K, P], with scales of its own groups.
+        implementation: reference or triton.
+
+    Returns:
+        q, its scales, the transposed q, its scales; empty tensors [0] for what was not asked for.
+
+    Raises:
+        ShapeError: K does not consist of whole groups, or x is no contiguous matrix.
+        FormatError: the format is not one of FP8.
+    """
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.deepseek_mp.quantise(
+        x, format, granularity, power_of_two, rows, columns, implementation
+    )
+    return made
+
+
+def product(
+    left: Tensor,
+    left_scale: Tensor,
+    right: Tensor,
+    right_scale: Tensor,
+    pair: tuple[str, str],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    implementation: str,
+) -> Tensor:
+    """The product of two quantised operands: out[a, b] = sum over c of (left * scale)[a, c] * (right * scale)[b, c].
+
+    Sums are fp32. Limited-precision accumulation ("fast accumulation") is never used: on 16384 positive
+    numbers it loses a quarter of the sum on an H200.
+
+    Args:
+        left: [A, C] in FP8, right: [B, C] in FP8, with their scales as `quantise` stores them.
+        pair: the granularities of the left and the right scales.
+        bias: [B], added to every row, or None.
+        dtype: of the result: bf16, fp16 or fp32.
+        implementation: reference, triton or native.
+
+    Returns:
+        [A, B]; zeros (plus bias) where C = 0.
+    """
+    out: Tensor = torch.ops.deepseek_mp.product(
+        left, left_scale, right, right_scale,
+        left_granularity=pair[0], right_granularity=pair[1], bias=bias, dtype=dtype, implementation=implementation,
+    )  # fmt: skip
+    return out
+
+
+def _quantise(
+    x: Tensor,
+    format: str,
+    granularity: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, format)
+    check_width(x.shape[1], granularity)
+    return quantise_of(implementation)(x, format, granularity, power_of_two, rows, columns)
+
+
+def _check(x: Tensor, format: str) -> None:
+    """Kernels go by the addresses of a contiguous matrix, and would read another one wrongly without a word."""
+    if x.dim() != 2 or not x.is_contiguous():
+        passed = f"a tensor of shape {list(x.shape)} and strides {list(x.stride())} to quantise"
+        raise ShapeError(explain(passed, "contiguous matrices [M, K]", "Flatten it to rows and call contiguous()"))
+    if format not in FP8:
+        raise FormatError(explain(f"format {format!r} to quantise to", ", ".join(FP8), "Use one of these"))
+
+
+def _product(
+    left: Tensor,
+    left_scale: Tensor,
+    right: Tensor,
+    right_scale: Tensor,
+    *,
+    left_granularity: str,
+    right_granularity: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    implementation: str,
+) -> Tensor:
+    run = product_of(implementation)
+    return run(left, left_scale, right, right_scale, (left_granularity, right_granularity), bias, dtype)
+
+
+def _quantise_shapes(
+    x: Tensor,
+    format: str,
+    granularity: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, width = x.shape
+    check_width(width, granularity)
+    padded, dtype = padded_rows(count, granularity), torch_dtype(format)
+
+    def operand(wanted: bool, outer: int, contraction: int) -> tuple[Tensor, Tensor]:
+        sizes = ((outer, contraction), scale_shape(granularity, outer, contraction)) if wanted else ((0,), (0,))
+        return x.new_empty(sizes[0], dtype=dtype), x.new_empty(sizes[1], dtype=torch.float32)
+
+    return *operand(rows, padded, width), *operand(columns, width, padded)
+
+
+def _product_shapes(
+    left: Tensor,
+    left_scale: Tensor,
+    right: Tensor,
+    right_scale: Tensor,
+    *,
+    left_granularity: str,
+    right_granularity: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    implementation: str,
+) -> Tensor:
+    return left.new_empty((left.shape[0], right.shape[0]), dtype=dtype)
+
+
+for _name, _run, _shapes in (("quantise", _quantise, _quantise_shapes), ("product", _product, _product_shapes)):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"deepseek_mp::{_name}", _shapes, lib=_library)

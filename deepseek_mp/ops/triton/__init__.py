@@ -1,0 +1,1 @@
+"""The low-precision ops as Triton kernels, for NVIDIA and AMD GPUs with FP8."""

@@ -1,0 +1,167 @@
+"""The kernel that casts a matrix to FP8 in one pass: scales, values, and the transposed values.
+
+A program owns a tile of 128 x 128 values. FP8 values are one byte, and moving single bytes across
+threads is what makes a transposing cast slow. So the tile is read as four sub-tiles, the j-th holding
+the rows 4i + j: the four bytes that stand one below the other in a column are then in one thread, are
+packed into a 32-bit word, and the transposed tile is written in words.
+
+The kernel is limited by instructions before it is limited by memory: no value is clamped, since none is
+larger than what its scale was taken from, and in groups of one row NaN travels through the scale. On NVIDIA
+the cast is written in PTX: compiled by Triton 3.6, bytes that are both stored and packed came out wrong in
+one of the two places.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TILE = 128
+
+
+@triton.jit
+def larger(a, b):
+    """The larger number; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finite_magnitude(value):
+    """Magnitudes, with zero in the place of infinities and NaN: those must not become a scale."""
+    size = tl.abs(value)
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
+def _scales(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PTX: tl.constexpr):
+    """The dequantisation scale of a group and its inverse; see `ops.schema.quantise`. Both NaN for infinity and NaN."""
+    SMALLEST: tl.constexpr = LARGEST * 1.1754943508222875e-38
+    INVERSE: tl.constexpr = 1.0 / LARGEST
+    top = tl.where(amax < float("inf"), tl.maximum(amax, SMALLEST), float("nan"))
+    scale = top * INVERSE
+    if POWER_OF_TWO:
+        # Round up: add all mantissa bits, then keep the exponent. The inverse has the mirrored exponent.
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = tl.where(scale == scale, bits.to(tl.float32, bitcast=True), scale)
+        return scale, tl.where(scale == scale, (0x7F000000 - bits).to(tl.float32, bitcast=True), scale)
+    if PTX:  # the correctly rounded reciprocal has an instruction sequence shorter than that of a division
+        inverse = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=r,r", [top], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        inverse = tl.math.div_rn(1.0, top)
+    return scale, inverse * LARGEST
+
+
+@triton.jit
+def _bytes(scaled, FORMAT: tl.constexpr, PTX: tl.constexpr):
+    """The values in FP8, as bytes; FORMAT is Triton's name of the type."""
+    if PTX and FORMAT == "fp8e4nv":
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;"
+            " mov.b32 $0, {a, b};}",
+            "=r,r,r,r,r", [scaled], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    if PTX and FORMAT == "fp8e5":
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 a, b; cvt.rn.satfinite.e5m2x2.f32 a, $2, $1; cvt.rn.satfinite.e5m2x2.f32 b, $4, $3;"
+            " mov.b32 $0, {a, b};}",
+            "=r,r,r,r,r", [scaled], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return scaled.to(tl.dtype(FORMAT)).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _words(a, b, c, d, PTX: tl.constexpr):
+    """Four bytes of equal place in four tensors as one word, `a` lowest."""
+    if PTX:
+        # A transposition of 4 x 4 bytes: eight byte permutations for sixteen values.
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 p, q, r, s; prmt.b32 p, $4, $5, 0x5140; prmt.b32 q, $4, $5, 0x7362;"
+            " prmt.b32 r, $6, $7, 0x5140; prmt.b32 s, $6, $7, 0x7362;"
+            " prmt.b32 $0, p, r, 0x5410; prmt.b32 $1, p, r, 0x7632;"
+            " prmt.b32 $2, q, s, 0x5410; prmt.b32 $3, q, s, 0x7632;}",
+            "=&r,=&r,=&r,=&r,r,r,r,r", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=4,
+        )  # fmt: skip
+    low = a.to(tl.uint32) | (b.to(tl.uint32) << 8)
+    return low | (c.to(tl.uint32) << 16) | (d.to(tl.uint32) << 24)
+
+
+@triton.jit
+def cast_kernel(
+    x, amax, column_amax, q, s, qt, st, M, K, P,
+    FORMAT: tl.constexpr, LARGEST: tl.constexpr, GRANULARITY: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """One tile of [M, K] to bytes q [P, K] and words qt [K, P / 4]; see `quantise.py` for the scales' layouts."""
+    tile_k = tl.program_id(0)
+    tile_m = tl.program_id(1)
+    k = tile_k * 128 + tl.arange(0, 128)
+    quarter = tile_m * 128 + 4 * tl.arange(0, 32)
+    inside_k = k < K
+
+    values = ()
+    for j in tl.static_range(4):
+        m = quarter + j
+        place = m[:, None].to(tl.int64) * K + k[None, :]
+        loaded = tl.load(x + place, mask=(m < M)[:, None] & inside_k[None, :], other=0.0)
+        values = values + (loaded.to(tl.float32),)
+
+    if GRANULARITY == "1x128":
+        # The four sub-tiles value by value first: that costs no exchange between threads.
+        size = larger(larger(tl.abs(values[0]), tl.abs(values[1])), larger(tl.abs(values[2]), tl.abs(values[3])))
+        column_scale, column_inverse = _scales(tl.reduce(size, 0, larger), LARGEST, POWER_OF_TWO, PTX)
+        if COLUMNS:
+            tl.store(st + tile_m.to(tl.int64) * K + k, column_scale, mask=inside_k)
+    elif GRANULARITY == "128x128":
+        low = tl.maximum(finite_magnitude(values[0]), finite_magnitude(values[1]))
+        high = tl.maximum(finite_magnitude(values[2]), finite_magnitude(values[3]))
+        whole_scale, whole_inverse = _scales(tl.max(tl.maximum(low, high)), LARGEST, POWER_OF_TWO, PTX)
+        if ROWS:
+            tl.store(s + tile_m * tl.num_programs(0) + tile_k, whole_scale)
+        if COLUMNS:
+            tl.store(st + tile_k * tl.num_programs(1) + tile_m, whole_scale)
+    elif GRANULARITY == "tensor":
+        whole_scale, whole_inverse = _scales(tl.load(amax), LARGEST, POWER_OF_TWO, PTX)
+        if (tile_m == 0) & (tile_k == 0):
+            if ROWS:
+                tl.store(s, whole_scale)
+            if COLUMNS:
+                tl.store(st, whole_scale)
+    else:
+        given = tl.load(column_amax + k, mask=inside_k, other=0.0)
+        column_scale, column_inverse = _scales(given, LARGEST, POWER_OF_TWO, PTX)
+        if COLUMNS and tile_m == 0:
+            tl.store(st + k, column_scale, mask=inside_k)
+
+    column_bytes = ()
+    for j in tl.static_range(4):
+        m = quarter + j
+        inside_m = m < P
+        value = values[j]
+        if GRANULARITY == "1x128" or GRANULARITY == "row":
+            if ROWS:
+                if GRANULARITY == "1x128":
+                    row_top = tl.reduce(tl.abs(value), 1, larger)
+                else:
+                    row_top = tl.load(amax + m, mask=inside_m, other=0.0)
+                row_scale, row_inverse = _scales(row_top, LARGEST, POWER_OF_TWO, PTX)
+                if GRANULARITY == "1x128":
+                    tl.store(s + tile_k.to(tl.int64) * P + m, row_scale, mask=inside_m)
+                elif tile_k == 0:
+                    tl.store(s + m, row_scale, mask=inside_m)
+                row_byte = _bytes(value * row_inverse[:, None], FORMAT, PTX)
+            if COLUMNS:
+                column_bytes = column_bytes + (_bytes(value * column_inverse[None, :], FORMAT, PTX),)
+        else:
+            # One scale for many rows: only what is not finite itself may become NaN. The second product is
+            # zero for all finite values.
+            row_byte = _bytes(value * whole_inverse + value * 0.0, FORMAT, PTX)
+            column_bytes = column_bytes + (row_byte,)
+        if ROWS:
+            place = m[:, None].to(tl.int64) * K + k[None, :]
+            tl.store(q + place, row_byte, mask=inside_m[:, None] & inside_k[None, :])
+
+    if COLUMNS:
+        words = _words(column_bytes[0], column_bytes[1], column_bytes[2], column_bytes[3], PTX)
+        i = tile_m * 32 + tl.arange(0, 32)
+        place = k[:, None].to(tl.int64) * (P // 4) + i[None, :]
+        tl.store(qt + place, tl.trans(words), mask=inside_k[:, None] & (i < P // 4)[None, :])

@@ -1,0 +1,72 @@
+"""The library's product against the reference, as far as a CPU has it."""
+
+import pytest
+import torch
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.ops.native import product as module
+from deepseek_mp.ops.native.product import PAIRS, product
+from deepseek_mp.ops.reference.product import product as reference
+from deepseek_mp.ops.reference.quantise import quantise
+
+ON_CPU = [("tensor", "tensor"), ("row", "row")]
+
+
+def operands(pair, outer=48, contraction=256, inner=64):
+    left = quantise(torch.randn(outer, contraction), "fp8_e4m3", pair[0], False, True, False)[:2]
+    return *left, *quantise(torch.randn(inner, contraction), "fp8_e4m3", pair[1], False, True, False)[:2]
+
+
+@pytest.mark.parametrize("pair", ON_CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_it_agrees_with_the_reference(pair, dtype, biased):
+    quantised = operands(pair)
+    bias = torch.randn(64, dtype=dtype) if biased else None
+    made = product(*quantised, pair, bias, dtype)
+    assert made.dtype is dtype
+    rounding = 2**-7 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(made, reference(*quantised, pair, bias, dtype), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_nothing_times_something_is_nothing(pair):
+    _, _, right, rs = operands(pair, contraction=128, inner=128)
+    left, ls = quantise(torch.empty(0, 128), "fp8_e4m3", pair[0], False, True, False)[:2]
+    assert product(left, ls, right, rs, pair, None, torch.bfloat16).shape == (0, 128)
+
+
+def test_other_pairs_are_refused():
+    quantised = operands(("row", "tensor"))
+    with pytest.raises(ConfigError, match="a native product of row with tensor scales"):
+        product(*quantised, ("row", "tensor"), None, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_scaled_after_the_product_agree_too(monkeypatch, dtype, biased):
+    """What runs where the library's row scales give bf16 only; rows differ by decades."""
+    monkeypatch.setattr(module, "_rows_in_any_type", lambda device: False)
+    left = torch.randn(48, 256) * 10.0 ** torch.linspace(-3, 0, 48)[:, None]
+    right = torch.randn(64, 256) * 10.0 ** torch.linspace(-1, 0, 64)[:, None]
+    quantised = [t for x in (left, right) for t in quantise(x, "fp8_e4m3", "row", False, True, False)[:2]]
+    bias = torch.randn(64) if biased else None
+    made = product(*quantised, ("row", "row"), bias, dtype)
+    expected = reference(*quantised, ("row", "row"), bias, torch.float32)
+    assert made.dtype is dtype
+    rounding = 2**-10 if dtype is torch.float16 else 1e-6
+    # Sums are as accurate as their largest terms, which differ by row and column.
+    terms = left.abs().amax(1, keepdim=True) * right.abs().amax(1)
+    assert ((made.float() - expected).abs() <= rounding * expected.abs() + 1e-5 * terms + 2**-25).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "expected"),
+    [((9, 0), "12.9", True), ((9, 0), "13.0", True), ((9, 0), "12.8", False), ((8, 9), "13.0", False),
+     ((10, 0), "13.0", False), ((9, 4), None, False)],
+)  # fmt: skip
+def test_row_scales_give_other_types_than_bf16_on_hopper_since_cuda_12_9(monkeypatch, capability, cuda, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert module._rows_in_any_type.__wrapped__(torch.device("cuda", 0)) is expected
+    assert module._rows_in_any_type.__wrapped__(torch.device("cpu"))

@@ -1,0 +1,72 @@
+"""The cast kernels on a GPU, against the reference and against float64."""
+
+import pytest
+import torch
+
+from deepseek_mp.ops.reference.product import dequantise
+from deepseek_mp.ops.schema import quantise
+from deepseek_mp.precision import find_format
+
+pytestmark = pytest.mark.gpu
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")
+GRANULARITIES = ["tensor", "row", "1x128", "128x128"]
+
+
+def hard_matrix(rows, columns, dtype, seed):
+    """Rows over seven decades, a row of zeros, an infinity and a NaN."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(rows, columns, device="cuda", generator=generator)
+    x *= 10 ** (torch.rand(rows, 1, device="cuda", generator=generator) * 7 - 5)
+    x[rows // 2] = 0
+    x[rows // 3, columns // 2] = float("inf")
+    x[rows // 4, columns // 3] = float("nan")
+    return x.to(dtype)
+
+
+def assert_equal(ours, expected):
+    assert ours.shape == expected.shape
+    ours, expected = ours.float(), expected.float()
+    same = (ours == expected) | (ours.isnan() & expected.isnan())
+    assert bool(same.all()), f"{int((~same).sum())} of {same.numel()} differ"
+
+
+@hopper
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(256, 384), (1000, 512), (77, 128), (1, 128)])
+def test_the_cast_kernel_gives_the_reference_bit_for_bit(granularity, format, dtype, shape):
+    x = hard_matrix(*shape, dtype, seed=shape[0])
+    for power_of_two in (False, True):
+        ours = quantise(x, format, granularity, power_of_two, True, True, "triton")
+        expected = quantise(x, format, granularity, power_of_two, True, True, "reference")
+        for made, wanted in zip(ours, expected, strict=True):
+            assert_equal(made, wanted)
+
+
+@hopper
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_one_layout_is_that_of_both(granularity):
+    x = hard_matrix(640, 256, torch.bfloat16, seed=5)
+    both = quantise(x, "fp8_e4m3", granularity, False, True, True, "triton")
+    rows = quantise(x, "fp8_e4m3", granularity, False, True, False, "triton")
+    columns = quantise(x, "fp8_e4m3", granularity, False, False, True, "triton")
+    assert_equal(rows[0], both[0])
+    assert_equal(rows[1], both[1])
+    assert_equal(columns[2], both[2])
+    assert_equal(columns[3], both[3])
+    assert rows[2].numel() == columns[0].numel() == 0
+
+
+def relative_error(ours, expected):
+    return float((ours.double() - expected).norm() / expected.norm())
+
+
+@hopper
+def test_values_come_back_within_the_format():
+    x = torch.randn(512, 512, device="cuda")
+    q, s, _, _ = quantise(x, "fp8_e4m3", "1x128", False, True, False, "triton")
+    back = dequantise(q, s, "1x128")
+    assert relative_error(back, x.double()) < 1.1 * 0.0265
+    assert float(q.float().abs().max()) == find_format("fp8_e4m3").max

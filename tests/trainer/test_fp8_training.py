@@ -1,0 +1,213 @@
+"""Training in FP8, emulated: it learns as BF16 does, and everything around a step goes on working."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_mp import Callback, MixedPrecisionTrainer, PrecisionPlan
+from deepseek_mp.nn import revert
+from deepseek_mp.precision import RECIPES, as_fnuz
+from deepseek_mp.records import read_run
+from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
+
+RECIPES_THAT_RUN = ["tensor", "row", "row_gw_hp", "block", "mx", as_fnuz(RECIPES["block"])]
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 128), nn.Linear(128, 4))
+
+
+def mlp_batches(count, size=32):
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(128, 4, generator=generator)
+    for _ in range(count):
+        x = torch.randn(size, 128, generator=generator)
+        yield x, (x @ direction).argmax(1)
+
+
+def gpt():
+    return byte_gpt(GPTConfig(width=128, heads=2, layers=1, context=16), seed=0)
+
+
+def gpt_batches(count):
+    """A text of short words in random order."""
+    generator = torch.Generator().manual_seed(1)
+    words = ["alpha ", "beta ", "gamma ", "delta "]
+    picks = torch.randint(0, 4, (4000,), generator=generator).tolist()
+    text = torch.tensor(list("".join(words[i] for i in picks).encode()))
+    for _ in range(count):
+        starts = torch.randint(0, len(text) - 17, (8,), generator=generator).tolist()
+        rows = torch.stack([text[start : start + 17] for start in starts])
+        yield rows[:, :-1], rows[:, 1:]
+
+
+MODELS = {"mlp": (mlp, mlp_batches, F.cross_entropy), "gpt": (gpt, gpt_batches, next_byte_loss)}
+
+
+def make(model, mode, loss_fn=F.cross_entropy, **options):
+    options = {"emulate": True, "device": "cpu", "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)} | options
+    return MixedPrecisionTrainer(model, mode, loss_fn=loss_fn, **options)
+
+
+_losses = {}
+
+
+def losses(name, mode):
+    model, batches, loss_fn = MODELS[name]
+    if (name, str(mode)) not in _losses:
+        trainer = make(model(), mode, loss_fn)
+        _losses[name, str(mode)] = [trainer.step(batch).loss for batch in batches(STEPS)]
+    return _losses[name, str(mode)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES_THAT_RUN, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_recipe_learns_as_bf16_does(name, recipe):
+    ours, theirs = losses(name, PrecisionPlan.of(recipe)), losses(name, "bf16")
+    assert theirs[-1] < 0.95 * theirs[0]
+    assert ours != theirs
+    assert all(abs(a - b) < 0.01 * b for a, b in zip(ours, theirs, strict=True))
+
+
+def test_fp8_is_a_mode_a_pin_and_the_base_of_a_run():
+    trainer = make(gpt(), "fp8", next_byte_loss)
+    assert trainer.plan.base.name == "row"
+    news = {decision.layer: decision.new for decision in trainer.plan.decisions}
+    assert news["blocks.0.up"] == "row"
+    assert news["head"] == news["norm"] == "bf16"
+    assert trainer.scaler.get_scale() == 1.0
+    pinned = make(gpt(), "bf16", next_byte_loss, pin={"blocks.*.up": "fp8", "head": "block"})
+    news = {decision.layer: decision.new for decision in pinned.plan.decisions}
+    assert (news["blocks.0.up"], news["blocks.0.down"], news["head"]) == ("row", "bf16", "block")
+    assert all(math.isfinite(pinned.step(batch).loss) for batch in gpt_batches(2))
+
+
+def test_auto_keeps_a_layer_that_is_pinned_to_fp8():
+    trainer = make(mlp(), "auto", pin={"0": "block"}, kernels="reference")
+    trainer.step(next(mlp_batches(1)))
+    said = {decision.layer: decision for decision in trainer.plan.decisions}
+    assert (said["0"].new, said["0"].reason.value) == ("block", "emulated")
+    assert said["0"].evidence == {"quantise": "reference", "product": "reference"}
+
+
+@pytest.mark.parametrize("recipe", ["row", "block"])
+def test_micro_batches_add_up_to_the_gradients_of_each(recipe):
+    """Exactly: a window's gradient is the weighted sum of those its micro-batches have alone."""
+    parts = list(mlp_batches(2))
+    seen = []
+    trainer = make(mlp(), recipe, gradient_accumulation_steps=2, callbacks=[Gradients(seen)])
+    for part in parts:
+        trainer.step(part)
+    trainer.settle()
+    sums = None
+    for part in parts:
+        alone = []
+        make(mlp(), recipe, callbacks=[Gradients(alone)]).step(part).loss  # noqa: B018 - waits
+        sums = alone[0] if sums is None else [a + b for a, b in zip(sums, alone[0], strict=True)]
+    for got, want in zip(seen[0], sums, strict=True):
+        torch.testing.assert_close(got, want / 2, rtol=1e-5, atol=1e-7)
+
+
+class Gradients(Callback):
+    """Keeps copies of the gradients of every step."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_gradients(self, trainer):
+        self.seen.append([parameter.grad.clone() for parameter in trainer.model.parameters()])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, body, reentrant):
+        super().__init__()
+        self.body, self.reentrant, self.dropout = body, reentrant, nn.Dropout(0.2)
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.inner(x)
+        return checkpoint(self.inner, x.requires_grad_(), use_reentrant=self.reentrant)
+
+    def inner(self, x):
+        return self.body(self.dropout(x))
+
+
+@pytest.mark.parametrize("recipe", ["row_gw_hp", "block"])
+def test_checkpointing_trains_to_the_same_weights(recipe):
+    weights = []
+    for reentrant in (None, True, False):
+        trainer = make(Checkpointed(mlp(), reentrant), recipe, seed=3)
+        for batch in mlp_batches(3):
+            trainer.step(batch)
+        trainer.settle()
+        weights.append(trainer.model.state_dict())
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+
+
+def test_a_resumed_run_goes_on_bit_by_bit(tmp_path):
+    batches = list(mlp_batches(4))
+    straight = make(mlp(), "block")
+    wanted = [straight.step(batch).loss for batch in batches]
+    first = make(mlp(), "block", run_dir=tmp_path)
+    for batch in batches[:2]:
+        first.step(batch)
+    first.save(tmp_path)
+    first.close()
+    again = make(mlp(), "block", run_dir=tmp_path)
+    again.load(tmp_path)
+    assert [again.step(batch).loss for batch in batches[2:]] == wanted[2:]
+    again.close()
+    assert again.plan.digest == straight.plan.digest
+
+
+def test_records_name_the_recipe_and_the_peak_is_that_of_its_products(tmp_path):
+    trainer = make(mlp(), "block", run_dir=tmp_path, monitor_every=1)
+    object.__setattr__(trainer, "capabilities", Peak(trainer.capabilities))
+    trainer.fit(list(mlp_batches(2, size=128)))  # no rows are added, whose products would count
+    run = read_run(tmp_path)
+    line = next(line for line in run.metrics if "flop_utilisation" in line)
+    layers = 128 * 128 * 2 + 128 * 4
+    work = 2 * 128 * (3 * layers - 128 * 128)  # three products of each layer, less the first input's gradient
+    assert line["flop_utilisation"] == pytest.approx(work / (line["seconds"] * 1e12))
+
+
+class Peak:
+    """Capabilities with a peak of one TFLOP/s in E4M3 alone."""
+
+    def __init__(self, found):
+        self.found, self.peak_tflops = found, {"fp8_e4m3": 1.0}
+
+    def __getattr__(self, name):
+        return getattr(self.found, name)
+
+
+def test_a_trained_model_goes_back_to_fp32_weights_and_classes():
+    trainer = make(mlp(), "block")
+    x, target = next(mlp_batches(1))
+    trainer.step((x, target))
+    scores = trainer.evaluate([(x, target)])
+    output = trainer.predict(x)
+    model = trainer.model
+    revert(model)
+    assert {type(module) for module in model} == {nn.Linear, nn.GELU, nn.LayerNorm}
+    plain = model(x).detach()
+    assert output.dtype == torch.bfloat16
+    assert 0 < float((plain - output).norm() / plain.norm()) < 0.1
+    assert scores["loss"] == pytest.approx(float(F.cross_entropy(plain, target)), rel=0.05)
