@@ -51,6 +51,8 @@ from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
 
 Layout = tuple[Tensor, ...]
 """An operand [outer, contraction]: quantised values and their scales, or alone and not quantised."""
+Operands = tuple[Layout, Layout]
+"""A tensor as it is and transposed, each as its product reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,9 @@ def _cast(side: OperandRecipe) -> Cast:
     return Cast(side.format.name, side.granularity.name, side.power_of_two)
 
 
-def low_precision_linear(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
+def low_precision_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, held: Operands | None = None
+) -> Tensor:
     """`torch.nn.functional.linear` with its three products in the formats of `products`.
 
     Args:
@@ -110,15 +114,16 @@ def low_precision_linear(x: Tensor, weight: Tensor, bias: Tensor | None, product
         weight: [N, K]; N and K are multiples of what the recipe's granularities need.
         bias: [N] or None.
         products: the recipe, and what runs it.
+        held: what `quantised_weight` gave for this weight, to be used instead of quantising it now.
 
     Returns:
         [..., N] in bf16. Gradients have the types of x, weight and bias, and cannot be differentiated again.
     """
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        y: Tensor = _Linear.apply(x, weight, bias, products)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(x, weight, bias, products, held)  # type: ignore[no-untyped-call]
     else:
-        y, _ = _forward(x, weight, bias, products, for_dgrad=False, for_wgrad=False)
+        y, _ = _forward(x, weight, bias, products, held, for_dgrad=False, for_wgrad=False)
     # Views are taken out here, where autograd sees them: an in-place activation may follow.
     rows = math.prod(x.shape[:-1])
     if y.shape[0] != rows:
@@ -130,9 +135,11 @@ class _Linear(Function):
     """[..., K] to [P, N], where P is the number of rows, padded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, held: Operands | None
+    ) -> Tensor:
         for_dgrad, for_wgrad = ctx.needs_input_grad[:2]
-        y, kept = _forward(x, weight, bias, products, for_dgrad=for_dgrad, for_wgrad=for_wgrad)
+        y, kept = _forward(x, weight, bias, products, held, for_dgrad=for_dgrad, for_wgrad=for_wgrad)
         ctx.save_for_backward(*kept)
         ctx.products, ctx.shape = products, x.shape
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -140,7 +147,7 @@ class _Linear(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, padded: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, padded: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         for_dgrad, for_wgrad, for_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         products: Products = ctx.products
@@ -158,11 +165,23 @@ class _Linear(Function):
             dw = _multiply(columns, tuple(kept), None, wgrad, products.product, weight_dtype)
         if for_bias:
             db = gradient.sum(0, dtype=torch.float32).to(bias_dtype)
-        return dx, dw, db, None
+        return dx, dw, db, None, None
+
+
+def quantised_weight(weight: Tensor, products: Products) -> Operands:
+    """The weight [N, K] as the operand of fprop and, transposed, as that of dgrad."""
+    return _layouts(weight.contiguous(), _right(products.fprop), _right(products.dgrad), products.quantise)
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, *, for_dgrad: bool, for_wgrad: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    products: Products,
+    held: Operands | None,
+    *,
+    for_dgrad: bool,
+    for_wgrad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Y [P, N], and what the backward needs: the operands W.T of dgrad and X.T of wgrad."""
     fprop = products.fprop
@@ -170,7 +189,7 @@ def _forward(
     wgrad = products.wgrad if for_wgrad else None
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     x_rows, x_columns = _layouts(flat, _left(fprop), _right(wgrad), products.quantise)
-    w_rows, w_columns = _layouts(weight.contiguous(), _right(fprop), _right(dgrad), products.quantise)
+    w_rows, w_columns = held or _layouts(weight.contiguous(), _right(fprop), _right(dgrad), products.quantise)
     y = _multiply(x_rows, w_rows, bias, fprop, products.product, torch.bfloat16)
     kept: list[Tensor] = []
     if for_dgrad:

@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.nn.functional import Products, low_precision_linear
+from deepseek_mp.nn.functional import Operands, Products, low_precision_linear
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.precision import Recipe
@@ -132,6 +132,8 @@ class Unit(nn.Module):
 
     original_class: ClassVar[type[nn.Module]]
     unit_precision: UnitPrecision
+    held_weight: Operands | None = None
+    """The weight, quantised already; `nn.held` lends it for the time of a forward and backward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         precision = self.unit_precision
@@ -146,7 +148,7 @@ class Unit(nn.Module):
         if precision.inputs is not None:
             input = input.to(precision.inputs)
         weight, bias = self.weight, self.bias
-        output = low_precision_linear(input, weight, bias, products)  # type: ignore[arg-type]
+        output = low_precision_linear(input, weight, bias, products, self.held_weight)  # type: ignore[arg-type]
         return output if precision.outputs is None else output.to(precision.outputs)
 
     def _forward_in_region(

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # so that its settings can be read before anything was compiled
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.trainer.config import Compile
 
 LISTS = (nn.ModuleList, nn.Sequential)
+PLANS = 64
+"""Combinations of recipes that a compiled block may run in before it is left to eager code."""
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -52,8 +55,23 @@ def check_compile(model: nn.Module, how: Compile) -> None:
 def compiled_forward(model: nn.Module, how: Compile) -> Callable[..., Any]:
     """What to call instead of the model. 'regional' compiles the blocks in place."""
     if how is True:
-        return torch.compile(model)
+        return _with_many_plans(torch.compile(model))
     if how == "regional":
         for block in repeated_blocks(model):
             block.compile()
+        return _with_many_plans(model)
     return model
+
+
+def _with_many_plans(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward with room for compiled code of many plans.
+
+    A block gets compiled code for every combination of its layers' recipes that it has run in. Beyond
+    its limit of 8, dynamo would run the block eagerly from then on, with no more than a warning.
+    """
+
+    def patient(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=PLANS):  # noqa: SLF001 - it has no public name
+            return forward(*args, **kwargs)
+
+    return patient

@@ -17,7 +17,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ from deepseek_mp.controller.scaler import LossScaler, Verdict
 from deepseek_mp.errors import NonFiniteError
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import call as calls
-from deepseek_mp.nn.convert import fp32_arithmetic
+from deepseek_mp.nn.convert import current_plan, fp32_arithmetic
+from deepseek_mp.nn.held import HeldWeights
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.nn.unit import NARROW_FORMATS
 from deepseek_mp.precision import PrecisionPlan
@@ -129,6 +130,7 @@ class Stepper:
         self._parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
+        self._weights = HeldWeights(model)
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = compiled
         self._weights_move = False
@@ -203,7 +205,7 @@ class Stepper:
         """Forward, loss and backward of one micro-batch; returns its loss, None if it has no items."""
         self.window.entries.append(MicroBatch(index=index, batch=batch, rng=get_rng(self.device)))
         moved = calls.move(call, self.device)
-        with self._sampled(), self.region.flags():
+        with self._sampled(), self.region.flags(), self._same_weights():
             loss, items = self._forward(moved)
             if isinstance(items, int) and items == 0:
                 return None  # every label is masked: a mean over nothing
@@ -238,6 +240,12 @@ class Stepper:
         self._looked = True
         return result.loss, result.items
 
+    def _same_weights(self) -> AbstractContextManager[None]:
+        """Context in which low-precision layers use weights quantised once for all micro-batches of a window."""
+        if self.accumulation == 1 or not self._looked or self._weights_move:
+            return nullcontext()
+        return self._weights.lent((_marks(self._parameters), current_plan(self.model)))
+
     def _versions(self) -> int:
         """Grows with every change in place of any parameter, but for those that fused kernels make."""
         if not self.region.casts:
@@ -258,6 +266,7 @@ class Stepper:
     def close(self) -> StepResult:
         """Close the window as it is: settle the step before it, then apply or skip it."""
         self.closing = True
+        self._weights.drop()
         try:
             return self._close()
         finally:
@@ -387,4 +396,5 @@ class Stepper:
             if self.window.entries:
                 set_rng(self.window.entries[0].rng, self.device)
         self.window = Window(largest=self.window.largest)
+        self._weights.drop()
         self._clear_gradients()

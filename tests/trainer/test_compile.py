@@ -9,6 +9,8 @@ from torch._dynamo.utils import counters
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.nn import apply, revert
+from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.compile import check_compile, compiled_forward, repeated_blocks
 
 
@@ -180,3 +182,28 @@ def test_a_model_compiled_by_inductor_trains_like_the_plain_one():
         torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
     assert compiled.steps_applied == 3
     torch._dynamo.reset()
+
+
+def test_a_block_keeps_compiled_code_for_many_plans(monkeypatch):
+    """Alternating through more combinations than dynamo's own limit compiles each of them once."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend=backend))
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    forward = compiled_forward(model, True)
+    x = torch.randn(2, 4)
+    plans = [PrecisionPlan.of("fp32", {str(i): "bf16" for i in range(4) if code >> i & 1}) for code in range(1, 13)]
+    for _ in range(2):
+        for plan in plans:
+            apply(model, plan)
+            forward(x)
+    assert len(compiled) == len(plans)
+    revert(model)
+
+
+original = torch.compile

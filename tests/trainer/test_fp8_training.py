@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import Callback, MixedPrecisionTrainer, PrecisionPlan
-from deepseek_mp.nn import revert
+from deepseek_mp.nn import functional, revert
 from deepseek_mp.precision import RECIPES, as_fnuz
 from deepseek_mp.records import read_run
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
@@ -148,7 +148,27 @@ class Checkpointed(nn.Module):
         return self.body(self.dropout(x))
 
 
-@pytest.mark.parametrize("recipe", ["row_gw_hp", "block"])
+def test_a_weight_is_quantised_once_for_the_micro_batches_of_a_step(monkeypatch):
+    seen = []
+    original = functional.quantise
+
+    def watched(x, *args):
+        seen.append(tuple(x.shape))
+        return original(x, *args)
+
+    trainer = make(mlp(), "block", gradient_accumulation_steps=4)
+    data = list(mlp_batches(8))
+    for batch in data[:4]:
+        trainer.step(batch)
+    monkeypatch.setattr(functional, "quantise", watched)
+    for batch in data[4:]:
+        trainer.step(batch)
+    trainer.settle()
+    weights = [tuple(m.weight.shape) for m in trainer.model if isinstance(m, torch.nn.Linear)][:-1]  # not the output
+    assert weights
+    assert all(seen.count(shape) == weights.count(shape) for shape in weights)
+
+
 def test_checkpointing_trains_to_the_same_weights(recipe):
     weights = []
     for reentrant in (None, True, False):
