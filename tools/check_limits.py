@@ -69,7 +69,7 @@ def measure(node: ast.FunctionDef | ast.AsyncFunctionDef, *, method: bool) -> Fu
     if node.returns is None:
         unannotated.append("return")
     lines = (node.end_lineno or node.lineno) - node.lineno + 1
-    kernel = any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+    kernel = any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
     return Function(node, lines, len(positional), tuple(unannotated), kernel)
 
 

@@ -46,7 +46,8 @@ def _print_device(console: Console, device: dict[str, Any]) -> None:
         console.print(f"  subnormals read as zero in: {', '.join(device['flushes_subnormals'])}")
     if device["rates"]:
         console.print(_rates(device))
-    for text in (device["advice"], *device["warnings"], *device["notes"]):
+    fp8 = device["fp8"]["summary"] if device["fp8"] else ""
+    for text in (device["advice"], fp8, *device["warnings"], *device["notes"]):
         if text:
             console.print(f"  - {text}")
     for name, value in device["settings"].items():

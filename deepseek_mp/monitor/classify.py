@@ -4,10 +4,12 @@ The rule, for an operation that PyTorch dispatches on a sampled step:
 
 - what computes nothing is not counted: views, changes of shape or storage, allocations, and the
   reading of one value by the host;
-- a conversion between formats is `cast`, with the format `to<-from`;
+- a conversion between formats is `cast`, with the format `to<-from`; so is quantising, whose scales
+  and second layout are parts of it;
 - a matrix product, convolution, attention or recurrent layer has the format of its operands, the
-  narrowest floating type among its inputs (scales and statistics beside them are wider). With FP32
-  operands it is what the FP32 flags of the device make of it: fp32, tf32, hf32 or bf16;
+  narrowest floating type among its inputs (scales and statistics beside them are wider; of two kinds
+  of FP8 it is the left operand's). With FP32 operands it is what the FP32 flags of the device make of
+  it: fp32, tf32, hf32 or bf16;
 - anything else has the type of its floating inputs. Tensors without dimensions count only if there
   are no others, as in PyTorch's type promotion. If the inputs differ in type, or the result is
   wider than they are (`sum(x, dtype=...)`), it is the type of the first floating result;
@@ -45,12 +47,15 @@ _WRITES_ONLY = frozenset({
     "geometric_", "ones_like", "zeros_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_ones", "new_zeros", "new_full",
 })  # fmt: skip
-_CASTS = frozenset({"_to_copy", "copy_", "to", "copy", "_foreach_copy_"})
+_FRESH_CASTS = frozenset({"_to_copy", "to", "deepseek_mp::quantise"})
+"""Their result is a new tensor; the others write into their first input."""
+_CASTS = _FRESH_CASTS | {"copy_", "copy", "_foreach_copy_"}
 _PRODUCTS: dict[str, Product] = {
     **dict.fromkeys(
         ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "matmul", "linear", "einsum",
          "linear_backward", "matmul_backward", "_addmm_activation", "addmm_", "baddbmm_", "bilinear", "tensordot",
-         "_scaled_mm", "_scaled_mm_v2", "_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2"),
+         "_scaled_mm", "_scaled_mm_v2", "_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2",
+         "deepseek_mp::product"),
         "matmul",
     ),
     **dict.fromkeys(
@@ -77,7 +82,7 @@ class Ran:
     format: str
     device: torch.device | None
     reads: bool
-    """It computes with the values of floating inputs: not a cast, and more than a fill."""
+    """It computes with the values of floating inputs, or its backward may: not a cast, and more than a fill."""
     complex: bool = False
 
     @property
@@ -137,12 +142,14 @@ def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if kind in ("matmul", "conv", "rnn") and format == "fp32" and device is not None and not is_complex:
         mode = fp32_mode(device, kind)
         format = format if mode == "ieee" else mode
-    return Ran(op, format, device, reads=bool(floats) and op not in _WRITES_ONLY, complex=is_complex)
+    # A view computes only in its backward; without gradients, as inside an autograd function, it has none.
+    reads = bool(floats) and op not in _WRITES_ONLY and (computes(func) or torch.is_grad_enabled())
+    return Ran(op, format, device, reads=reads, complex=is_complex)
 
 
 def _ends_of_cast(op: str, inputs: list[Tensor], results: list[Tensor]) -> tuple[str, str]:
     """Formats of the source and of the target; equal where nothing is converted."""
-    into = op not in ("_to_copy", "to")
+    into = op not in _FRESH_CASTS
     source = inputs[len(inputs) // 2 if into else 0]
     target = inputs[0] if into else results[0]
     return format_name(source.dtype), format_name(target.dtype)

@@ -11,6 +11,7 @@ import torch
 from deepseek_mp.backends import capabilities, default_device
 from deepseek_mp.backends.detect import as_device
 from deepseek_mp.precision import FORMATS
+from deepseek_mp.workloads.fp8_pays import fp8_pays
 from deepseek_mp.workloads.machine import describe_machine
 from deepseek_mp.workloads.rates import Rate, matmul_rates
 
@@ -36,7 +37,8 @@ def examine(device: torch.device | str | None = None, *, measure: bool = True) -
     Args:
         device: the one to examine; None: every device of this machine, the one that training would
             use first.
-        measure: measure matrix products, a few seconds per device.
+        measure: measure matrix products, and a linear layer in FP8 where the device has that; a few
+            seconds per device.
     """
     places = all_devices() if device is None else [as_device(device)]
     return {
@@ -55,7 +57,7 @@ def all_devices() -> list[torch.device]:
 
 
 def examine_device(device: torch.device, *, measure: bool) -> dict[str, Any]:
-    """One device: capabilities, settings as found and, if asked for, rates."""
+    """One device: capabilities, settings as found and, if asked for, rates and where FP8 pays."""
     found = capabilities(device)
     settings = settings_of(device)
     rates = matmul_rates(device) if measure else []
@@ -66,6 +68,7 @@ def examine_device(device: torch.device, *, measure: bool) -> dict[str, Any]:
         "settings": settings,
         "warnings": warnings_of(settings),
         "rates": [asdict(rate) for rate in rates],
+        "fp8": fp8_pays(device).to_json() if measure else None,
         "advice": advice(rates, found.recommended.compute),
     }
 

@@ -12,6 +12,7 @@ from deepseek_mp.cli import doctor as doctor_command
 from deepseek_mp.cli.app import main
 from deepseek_mp.version import __version__
 from deepseek_mp.workloads import doctor as facts_module
+from deepseek_mp.workloads.fp8_pays import Fp8Pays, WidthTimes
 from deepseek_mp.workloads.rates import Rate
 
 RATES = [
@@ -57,6 +58,21 @@ def test_nothing_is_measured_when_not_asked_for(
     monkeypatch.setattr(facts_module, "matmul_rates", refuse)
     assert main(["doctor", "--no-measure", "--device", "cpu"]) == 0
     assert "GFLOP/s" not in capsys.readouterr().out
+
+
+def test_it_says_where_fp8_pays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = Fp8Pays(recipe="block", rows=8192, times=(WidthTimes(width=1024, bf16_ms=1.5, fp8_ms=1.25),))
+    monkeypatch.setattr(facts_module, "matmul_rates", lambda device: [])
+    monkeypatch.setattr(facts_module, "fp8_pays", lambda device: found)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert f"  - {found.summary}" in capsys.readouterr().out.splitlines()
+    assert "1.25 against 1.5 ms at width 1024" in found.summary
+    assert main(["doctor", "--device", "cpu", "--json"]) == 0
+    fp8 = json.loads(capsys.readouterr().out)["devices"][0]["fp8"]
+    assert (fp8["pays_from"], fp8["times"]) == (1024, [{"width": 1024, "bf16_ms": 1.5, "fp8_ms": 1.25}])
+    monkeypatch.setattr(facts_module, "fp8_pays", lambda device: Fp8Pays(recipe="", rows=8192, times=(), why="none"))
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert "  - FP8: none" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("peaks", "shown"), [({"bf16": 204.93824}, "50 %"), ({}, "unknown")])

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_mp.backends import math_mode
 from deepseek_mp.monitor.classify import Ran, classify, computes, format_name, op_name
+from deepseek_mp.monitor.classify import product as product_kind
+from deepseek_mp.ops.schema import product, quantise
 
 
 class Classified(TorchDispatchMode):
@@ -126,10 +128,57 @@ def test_scaled_products_have_the_format_of_their_operands() -> None:
     assert out == [("_scaled_mm", "fp8_e4m3")]
 
 
+@pytest.mark.parametrize(
+    ("format", "x", "cast"),
+    [
+        ("fp8_e4m3", X16, "fp8_e4m3<-bf16"),
+        ("fp8_e4m3", X32, "fp8_e4m3<-fp32"),
+        ("fp8_e5m2", XH, "fp8_e5m2<-fp16"),
+        ("fp8_e4m3fnuz", X16, "fp8_e4m3fnuz<-bf16"),
+    ],
+)
+@pytest.mark.parametrize(("rows", "columns"), [(True, True), (True, False), (False, True)])
+def test_quantising_is_a_cast(format: str, x: torch.Tensor, cast: str, rows: bool, columns: bool) -> None:
+    matrix = x.repeat(4, 4)
+    (one,) = ran(lambda: quantise(matrix, format, "tensor", False, rows, columns, "reference"))
+    assert (one.op, one.format, one.reads, one.wide) == ("cast", cast, False, False)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize(
+    ("left", "right", "format"),
+    [
+        ("fp8_e4m3", "fp8_e4m3", "fp8_e4m3"),
+        ("fp8_e5m2", "fp8_e4m3", "fp8_e5m2"),
+        ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3"),
+        ("fp8_e4m3fnuz", "fp8_e4m3fnuz", "fp8_e4m3fnuz"),
+    ],
+)
+@pytest.mark.parametrize("bias", [None, torch.ones(16, dtype=torch.bfloat16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_of_ours_have_the_format_of_their_operands(
+    granularity: str, left: str, right: str, format: str, bias: torch.Tensor | None, dtype: torch.dtype
+) -> None:
+    a, a_scale, _, _ = quantise(X32.repeat(4, 4), left, granularity, False, True, False, "reference")
+    b, b_scale, _, _ = quantise(X32.repeat(4, 4), right, granularity, False, True, False, "reference")
+    pair = granularity, granularity
+    (one,) = ran(lambda: product(a, a_scale, b, b_scale, pair, bias, dtype, implementation="reference"))
+    assert (one.op, one.format, one.wide) == ("deepseek_mp::product", format, False)
+    assert product_kind(one.op) == "matmul"
+
+
 def test_what_reads_the_values_of_floating_tensors() -> None:
     assert [one.reads for one in ran(lambda: X32.exp())] == [True]
     assert not any(one.reads for one in ran(lambda: torch.zeros_like(X32).fill_(1).bernoulli_(0.5)))
     assert not any(one.reads for one in ran(lambda: X32.to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_view_reads_only_where_it_has_a_backward(gradients: bool) -> None:
+    view = torch.ops.aten.view.default
+    with torch.set_grad_enabled(gradients):
+        assert classify(view, (X32, [16]), {}, X32.view(16)).reads is gradients
+        assert classify(torch.ops.aten.exp.default, (X32,), {}, X32).reads
 
 
 def test_wide_is_more_than_16_bits_in_memory() -> None:

@@ -14,8 +14,12 @@ from torch.nn import functional as F
 from torch.nn.modules import module as global_hooks
 from torch.optim import optimizer as optimizers
 
+from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.monitor import PrecisionMonitor
+from deepseek_mp.monitor.counts import Count
+from deepseek_mp.nn import apply
+from deepseek_mp.precision import PrecisionPlan, Reason
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +93,67 @@ def test_an_example_of_a_users_loop(caplog: pytest.LogCaptureFixture) -> None:
         assert "3 of 7 steps sampled" in caplog.messages[epoch]
         json.dumps(usage.to_json())
     monitor.close()
+
+
+def fp8_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+@pytest.mark.parametrize("shape", [(256, 128), (3, 33, 128)])
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+def test_fp8_products_are_counted_in_fp8_and_are_no_fallbacks(shape: tuple[int, ...], input_dtype: torch.dtype) -> None:
+    model = fp8_model()
+    plan = apply(model, "block", emulate=True)
+    inputs = torch.randn(shape, dtype=input_dtype, requires_grad=True)
+    with PrecisionMonitor(model) as monitor:
+        with autocast(torch.device("cpu"), plan.base.region):
+            output = model(inputs)
+        output.float().pow(2).mean().backward()
+        usage = monitor.log_precision_usage()
+    assert usage.ops["deepseek_mp::product"] == {"fp8_e4m3": Count(2, 4)}
+    assert "deepseek_mp::quantise" not in usage.ops
+    casts = usage.ops["cast"]
+    first = "fp32" if input_dtype is torch.float32 else "bf16"
+    # Weights are fp32. In the forward each tensor is quantised in one call or in two, as the recipe wants it.
+    assert casts["fp8_e4m3<-fp32"].forward == 2 + (first == "fp32")
+    assert casts["fp8_e4m3<-bf16"] == Count(2 - (first == "fp32"), 2)
+    for layer in ("0", "2"):
+        assert usage.layers[layer]["deepseek_mp::product"] == {"fp8_e4m3": Count(1, 2)}
+    assert usage.layers["4"]["addmm"] == {"bf16": Count(1, 0)}
+    assert usage.formats["fp8_e4m3"] == Count(2, 4)
+    inside = [fallback for fallback in usage.fallbacks if fallback.layer]
+    assert inside == []
+    assert "deepseek_mp::product" in str(usage)
+    assert "fp8_e4m3" in str(usage)
+
+
+def test_bf16_products_of_an_fp8_recipe_are_counted_in_bf16() -> None:
+    model = fp8_model()
+    plan = apply(model, "row_gw_hp", emulate=True)
+    with PrecisionMonitor(model) as monitor:
+        with autocast(torch.device("cpu"), plan.base.region):
+            output = model(torch.randn(64, 128))
+        output.float().sum().backward()
+        usage = monitor.log_precision_usage()
+    assert usage.layers["2"]["deepseek_mp::product"] == {"fp8_e4m3": Count(1, 1)}
+    assert usage.layers["2"]["mm"] == {"bf16": Count(0, 1)}
+    assert not [fallback for fallback in usage.fallbacks if fallback.layer]
+
+
+def test_beside_fp8_what_ran_wide_is_still_a_fallback() -> None:
+    model = fp8_model()
+    plan = apply(model, PrecisionPlan.of("block", pin={"2": "fp32"}), emulate=True)
+    with PrecisionMonitor(model) as monitor:
+        with autocast(torch.device("cpu"), plan.base.region):
+            output = model(torch.randn(128, 128))
+        output.float().sum().backward()
+        usage = monitor.log_precision_usage()
+    assert {(one.layer, one.op, one.reason) for one in usage.fallbacks if one.layer in ("0", "2")} == {
+        ("2", "addmm", Reason.PINNED),
+        ("2", "mm", Reason.PINNED),
+        ("2", "sum", Reason.PINNED),
+    }
+    assert usage.layers["0"]["deepseek_mp::product"] == {"fp8_e4m3": Count(1, 1)}
 
 
 def test_each_report_starts_again_with_a_sampled_step() -> None:

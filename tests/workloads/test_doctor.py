@@ -28,6 +28,15 @@ def test_the_facts_of_the_cpu_are_those_of_the_table_and_json() -> None:
     assert facts["machine"]["torch"] == torch.__version__
 
 
+def test_where_fp8_pays_is_a_fact_only_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "matmul_rates", lambda device: [])
+    fp8 = examine("cpu")["devices"][0]["fp8"]
+    assert (fp8["times"], fp8["pays_from"]) == ([], None)
+    assert "does not multiply" in fp8["why"]
+    monkeypatch.setattr(doctor, "fp8_pays", lambda device: pytest.fail("measured"))
+    assert examine("cpu", measure=False)["devices"][0]["fp8"] is None
+
+
 def test_every_format_is_native_emulated_or_absent() -> None:
     found = formats_of({"matmul_formats": ["fp32", "bf16"], "emulated_formats": ["fp16"]})
     assert (found["bf16"], found["fp16"], found["tf32"]) == ("native", "emulated", "absent")

@@ -17,7 +17,7 @@ def tensor_amax_kernel(x, amax, count, BLOCK: tl.constexpr):
     tl.atomic_max(amax.to(tl.pointer_type(tl.int32)), tl.max(size).to(tl.int32, bitcast=True), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matrix_amax_kernel(
     x, row_amax, column_amax, M, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -85,7 +85,7 @@ def _words(a, b, c, d, PTX: tl.constexpr):
     return low | (c.to(tl.uint32) << 16) | (d.to(tl.uint32) << 24)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # a matrix of one row would get code of its own, which was seen to be wrong
 def cast_kernel(
     x, amax, column_amax, q, s, qt, st, M, K, P,
     FORMAT: tl.constexpr, LARGEST: tl.constexpr, GRANULARITY: tl.constexpr, POWER_OF_TWO: tl.constexpr,
