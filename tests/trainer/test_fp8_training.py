@@ -169,6 +169,7 @@ def test_a_weight_is_quantised_once_for_the_micro_batches_of_a_step(monkeypatch)
     assert all(seen.count(shape) == weights.count(shape) for shape in weights)
 
 
+@pytest.mark.parametrize("recipe", ["row_gw_hp", "block"])
 def test_checkpointing_trains_to_the_same_weights(recipe):
     weights = []
     for reentrant in (None, True, False):
