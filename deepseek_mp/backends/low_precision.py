@@ -5,9 +5,10 @@ from __future__ import annotations
 from deepseek_mp.backends.capabilities import Capabilities
 from deepseek_mp.precision import RECIPES, Recipe, as_fnuz
 
-BEST_FP8 = {"sm_90": "block", "sm_100": "mx", "sm_103": "mx"}
-"""By row of the capability table. Block scales are the finest that Hopper's products keep at full rate;
-data-centre Blackwell applies 1x32 scales in hardware. Other FP8 units take a scale per row."""
+BEST_FP8 = {"sm_90": "block"}
+"""By row of the capability table. Block scales are the finest that Hopper's products keep at full rate. Other
+FP8 units take a scale per row; data-centre Blackwell could apply 1x32 scales in hardware, but `mx` has no kernel
+in this release."""
 FP8_ELSEWHERE = "row"
 
 

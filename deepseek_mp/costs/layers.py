@@ -53,25 +53,26 @@ class LayerTimes:
             return None
         return sum(row.times[candidate].median_ms * len(row.call.names) for row in self.rows)
 
-    def mixed(self, scaled: Candidate, plain: Candidate) -> Candidate | None:
-        """The scaled candidate for the layers it pays in; None if there is none."""
-        takers = [row for row in self.rows if scaled in row.times and plain in row.times]
-        paying = [row for row in takers if row.times[scaled].median_ms * PAYS < row.times[plain].median_ms]
-        if not paying:
-            return None
-        pays = {name for row in paying for name in row.call.names}
-        return replace(scaled, kept=frozenset(name for row in takers for name in row.call.names if name not in pays))
+    def mixed(self, scaled: Candidate, plain: Candidate, *, output: str | None) -> tuple[Candidate, float] | None:
+        """The scaled candidate for the layers it pays in, and the sum over all calls; None if there is none.
 
-    def mixed_ms(self, scaled: Candidate, plain: Candidate) -> float | None:
-        """The sum over all calls where the layers that `mixed` found run scaled and all others plain."""
+        `output` is the layer that a plan keeps out of a scaled recipe anyway.
+        """
         total = self.total_ms(plain)
         if total is None:
             return None
-        first = replace(scaled, kept=frozenset())
+        paying, kept = set(), set()
         for row in self.rows:
-            gain = row.times[plain].median_ms - row.times[first].median_ms if first in row.times else 0.0
-            total -= gain * sum(name not in scaled.kept for name in row.call.names)
-        return total
+            if scaled not in row.times:
+                continue
+            gain = row.times[plain].median_ms - row.times[scaled].median_ms
+            names = [name for name in row.call.names if name != output]
+            if row.times[scaled].median_ms * PAYS < row.times[plain].median_ms:
+                paying.update(names)
+                total -= gain * len(names)
+            else:
+                kept.update(names)
+        return (replace(scaled, kept=frozenset(kept)), total) if paying else None
 
     def of_layers(self) -> dict[str, dict[str, float]]:
         """Milliseconds by layer and candidate, over all calls of that layer in one step."""
@@ -92,6 +93,7 @@ def measure_layers(
     budget_s: float,
     cache: CostCache,
     environment: Mapping[str, Any],
+    kernels: str | None = None,
     exclude: Callable[[str], bool] = lambda name: False,
     progress: Callable[[float], None] = lambda fraction: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -101,7 +103,7 @@ def measure_layers(
     `exclude` names layers that no candidate changes (pinned ones): they count as not covered. An
     error in the first candidate leaves the row out; any other candidate it rules out.
     """
-    table = _Table(device=device, cache=cache, environment=environment)
+    table = _Table(device=device, cache=cache, environment={**environment, "kernels": kernels})
     total = sum(call.total_macs for call in calls)
     started = clock()
     for done, call in enumerate(sorted(calls, key=lambda call: -call.total_macs)):
@@ -171,7 +173,8 @@ class _Table:
             except (KeyError, TypeError, ValueError):
                 self._cache.discard(key)
         layout = candidate.memory_format if call.has_layout else "contiguous"
-        timing = measure_unit(call, candidate.format, layout, self._device, MEASURE_S)
+        kernels = self._environment["kernels"]
+        timing = measure_unit(call, candidate.format, layout, self._device, MEASURE_S, kernels=kernels)
         if timing is not None:
             self._cache.put(key, timing.to_json())
         return timing

@@ -111,16 +111,23 @@ def record_units(model: nn.Module, run: Callable[[], object]) -> tuple[UnitCall,
 
 
 def measure_unit(
-    call: UnitCall, format: str, memory_format: MemoryFormat, device: torch.device, budget_s: float
+    call: UnitCall,
+    format: str,
+    memory_format: MemoryFormat,
+    device: torch.device,
+    budget_s: float,
+    *,
+    kernels: str | None = None,
 ) -> Timing | None:
     """The time of one call, forward and backward, in `format` or a scaled recipe; None if memory is short.
 
-    A linear layer in a scaled recipe is timed with the ops that a plan gives it, its casts included.
+    A linear layer in a scaled recipe is timed with the ops that a plan gives it (`kernels` names them, where
+    the user does), its casts included.
     Algorithms are taken by the library's heuristics, without a search. Errors of the unit's own
     kernels in this format propagate.
     """
     try:
-        step = _forward_backward(call, format, memory_format, device)
+        step = _forward_backward(call, format, memory_format, device, kernels)
         with math_mode(device, fp32=_fp32_mode(format), search=False):
             return time_call(step, device, budget_s=budget_s)
     except (RuntimeError, MemoryError) as error:
@@ -188,7 +195,7 @@ def _positions(module: nn.Module, given: Tensor, made: Tensor) -> int:
 
 
 def _forward_backward(
-    call: UnitCall, format: str, memory_format: MemoryFormat, device: torch.device
+    call: UnitCall, format: str, memory_format: MemoryFormat, device: torch.device, kernels: str | None
 ) -> Callable[[], None]:
     """One forward of a fresh copy of the unit and the gradients that training would compute."""
     generator = torch.Generator(device=device).manual_seed(0)
@@ -204,7 +211,7 @@ def _forward_backward(
     wanted = [tensor for tensor in (*inputs, *unit.parameters()) if tensor.requires_grad]
     run: Callable[..., Any] = unit
     if not recipe.is_plain:
-        products = products_of(recipe, capabilities(device), None)
+        products = products_of(recipe, capabilities(device), kernels)
         run = partial(low_precision_linear, weight=unit.weight, bias=unit.bias, products=products)  # type: ignore[arg-type]
 
     def forward() -> Tensor:

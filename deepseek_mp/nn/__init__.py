@@ -1,11 +1,13 @@
 """Modules: which of a model's layers are units, and how a plan is put in force on them."""
 
 from deepseek_mp.nn.convert import apply, convert, current_plan, fp32_arithmetic, kernels_in_force, revert
+from deepseek_mp.nn.delayed import Saturated, saturated_tensors, update_scales
 from deepseek_mp.nn.layout import memory_format_of
 from deepseek_mp.nn.survey import uncontrollable, units
 from deepseek_mp.nn.unit import Unit, UnitPrecision, register_unit
 
 __all__ = [
+    "Saturated",
     "Unit",
     "UnitPrecision",
     "apply",
@@ -16,6 +18,8 @@ __all__ = [
     "memory_format_of",
     "register_unit",
     "revert",
+    "saturated_tensors",
     "uncontrollable",
     "units",
+    "update_scales",
 ]

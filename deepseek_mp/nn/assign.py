@@ -18,7 +18,7 @@ from deepseek_mp.backends import Capabilities, default_device, fp8_recipe
 from deepseek_mp.backends import capabilities as device_capabilities
 from deepseek_mp.nn.functional import Products
 from deepseek_mp.nn.survey import Survey
-from deepseek_mp.nn.unit import original_class
+from deepseek_mp.nn.unit import multiplies, original_class
 from deepseek_mp.ops.choose import choose
 from deepseek_mp.ops.layouts import alignment
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Reason, Recipe, Role
@@ -89,13 +89,16 @@ def around(recipe: Recipe) -> Recipe:
 
 
 def output_layer(model: nn.Module, found: Survey) -> str | None:
-    """The model's last linear layer in its order, unless it is one of many blocks (a model without a head)."""
-    linear = [name for name, module in found.units.items() if original_class(module) is nn.Linear]
-    if not linear:
+    """The last unit in the model's order that multiplies, if that is a linear layer and not one of many blocks.
+
+    The order is a guess at the order of calls: a head defined before the blocks is not found.
+    """
+    multiplying = [name for name, module in found.units.items() if multiplies(original_class(module))]
+    if not multiplying or original_class(found.units[multiplying[-1]]) is not nn.Linear:
         return None
-    parts = linear[-1].split(".")
+    parts = multiplying[-1].split(".")
     enclosing = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
-    return None if any(isinstance(module, nn.ModuleList) for module in enclosing) else linear[-1]
+    return None if any(isinstance(module, nn.ModuleList) for module in enclosing) else multiplying[-1]
 
 
 def why_not(recipe: Recipe, module: nn.Module, *, is_output: bool) -> tuple[Reason, str] | None:

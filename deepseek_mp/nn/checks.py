@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from deepseek_mp.backends import Capabilities, formats_of, nearest_recipe
 from deepseek_mp.errors import ConfigError, FormatError, PlanError, explain, suggest
+from deepseek_mp.nn.assign import products_of
 from deepseek_mp.nn.survey import Survey
 from deepseek_mp.nn.unit import UNIT_FORMATS, multiplies, original_class
 from deepseek_mp.ops.cast import FP8
@@ -18,6 +19,7 @@ from deepseek_mp.ops.dtypes import format_of, torch_dtype
 from deepseek_mp.ops.layouts import alignment
 from deepseek_mp.precision import FORMATS, GRANULARITIES, RECIPES, PrecisionPlan, Recipe, Role, ScaleRule, find_format
 from deepseek_mp.precision.recipe import DEFAULT_REGION, OperandRecipe, RoleRecipe
+from deepseek_mp.precision.scaling import TENSOR
 
 KERNELS = IMPLEMENTATIONS["product"]
 """Names that `kernels=` takes."""
@@ -52,14 +54,21 @@ def check_model(model: nn.Module) -> None:
 def check_recipes(plan: PrecisionPlan) -> None:
     """`PlanError` for a recipe that no unit can run: neither plain nor made of scaled FP8 products."""
     for recipe in _recipes(plan):
+        if RECIPES.get(recipe.name, recipe) != recipe:
+            raise _refuse(
+                f"a recipe called {recipe.name!r} that is not the known one of this name",
+                "a name of its own for every recipe: reports and decisions speak of recipes by name",
+                f"Rename it, dataclasses.replace(recipe, name='my_{recipe.name}')",
+            )
         if recipe.is_plain:
             continue
         roles = [recipe.role(role) for role in Role]
-        if any(side.rule == ScaleRule.DELAYED for side in recipe.sides()):
+        finer = {side.granularity.name for side in recipe.sides() if _is_delayed(side)} - {TENSOR.name}
+        if finer:
             raise _refuse(
-                f"recipe {recipe.name!r}, whose scales come from past steps",
-                "in this release units scale by the tensor itself (rule 'current')",
-                "Use 'tensor', which has the same formats",
+                f"recipe {recipe.name!r}, whose {' and '.join(sorted(finer))} scales come from past steps",
+                "delayed scales of whole tensors: other groups have a scale of their own in every step",
+                "Use granularity 'tensor', or rule 'current'",
             )
         if not (all(map(_is_product, roles)) and any(role.left.is_scaled for role in roles)):
             raise _refuse(
@@ -76,6 +85,10 @@ def check_recipes(plan: PrecisionPlan) -> None:
                 "two operands of wgrad that are padded alike",
                 "Give both operands of wgrad one granularity",
             )
+
+
+def _is_delayed(side: OperandRecipe) -> bool:
+    return side.rule == ScaleRule.DELAYED
 
 
 def _is_product(role: RoleRecipe) -> bool:
@@ -192,15 +205,36 @@ def check_fp32_arithmetic(plan: PrecisionPlan, found: Survey) -> None:
         )
 
 
-def check_devices(plan: PrecisionPlan, devices: Sequence[Capabilities], *, emulate: bool) -> frozenset[str]:
-    """Names of the recipes that will be emulated; `FormatError` if a device lacks a format and may not emulate."""
+def check_devices(
+    plan: PrecisionPlan, devices: Sequence[Capabilities], *, emulate: bool, kernels: str | None
+) -> frozenset[str]:
+    """Names of the recipes that will be emulated; `FormatError` if a device cannot run one and may not emulate."""
     emulated = set()
     for recipe in dict.fromkeys(_recipes(plan)):
         for device in devices:
             native = [_require(recipe, format, device, emulate=emulate) for format in sorted(formats_of(recipe))]
-            if not all(native):
+            if not all(native) or not _has_product(recipe, device, emulate=emulate, kernels=kernels):
                 emulated.add(recipe.name)
     return frozenset(emulated)
+
+
+def _has_product(recipe: Recipe, device: Capabilities, *, emulate: bool, kernels: str | None) -> bool:
+    """Whether the device multiplies with the scales of the recipe, or the user chose what else does it."""
+    if recipe.is_plain or kernels is not None or not products_of(recipe, device, None).is_emulated:
+        return True
+    if emulate:
+        return False
+    others = [
+        name for name, other in RECIPES.items() if not other.is_plain and formats_of(other) <= device.matmul_formats
+    ]
+    possible = [name for name in others if not products_of(RECIPES[name], device, None).is_emulated]
+    raise FormatError(
+        explain(
+            f"recipe {recipe.name!r} has no kernel for its scales on {device.device_name} ({device.id})",
+            f"recipes that have one: {', '.join(possible) or 'none'}",
+            "Use one of these, or pass emulate=True to run it slowly in plain PyTorch",
+        )
+    )
 
 
 def _require(recipe: Recipe, format: str, device: Capabilities, *, emulate: bool) -> bool:

@@ -18,6 +18,7 @@ from deepseek_mp.errors import PlanError, explain
 from deepseek_mp.nn import checks
 from deepseek_mp.nn.assign import Assigned, around, assign, devices_of, for_device
 from deepseek_mp.nn.decisions import decisions
+from deepseek_mp.nn.delayed import drop_scales, place_scales
 from deepseek_mp.nn.layout import laid_out, memory_format_of, original_strides, restored
 from deepseek_mp.nn.survey import Survey, survey, uncontrollable, units
 from deepseek_mp.nn.unit import Unit, UnitPrecision, original_class, unit_class
@@ -69,7 +70,7 @@ def prepare(
     checks.check_rules(plan, found)
     checks.check_parameters(model, plan, found)
     checks.check_fp32_arithmetic(plan, found)
-    emulated = checks.check_devices(plan, devices, emulate=emulate)
+    emulated = checks.check_devices(plan, devices, emulate=emulate, kernels=kernels)
     assigned = assign(model, plan, found, device=devices[0], emulated=emulated, kernels=kernels)
     decided = decisions(model, plan, found, assigned, before=current_plan(model), emulated=emulated)
     return Prepared(plan=replace(plan, decisions=tuple(decided)), found=found, assigned=assigned)
@@ -117,6 +118,7 @@ def apply(
         weight.data = data
     _forget_plans(model)
     model.__dict__.update({_PLAN: resolved, _KERNELS: kernels})
+    place_scales(model)
     return resolved
 
 
@@ -146,6 +148,7 @@ def revert(model: nn.Module) -> None:
             )
     layouts = restored(converted.values())
 
+    drop_scales(model)
     for weight, data in layouts:
         weight.data = data
     for unit in converted.values():

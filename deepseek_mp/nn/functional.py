@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,14 +45,29 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from deepseek_mp.ops.schema import product, quantise
-from deepseek_mp.precision import Recipe, Role
+from deepseek_mp.ops.schema import product, quantise, quantise_delayed
+from deepseek_mp.precision import Recipe, Role, ScaleRule
 from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
 
 Layout = tuple[Tensor, ...]
 """An operand [outer, contraction]: quantised values and their scales, or alone and not quantised."""
 Operands = tuple[Layout, Layout]
 """A tensor as it is and transposed, each as its product reads it."""
+
+
+class Scaling(NamedTuple):
+    """What delayed scaling keeps of a tensor: two scalars, as `ops.schema.quantise_delayed` takes them."""
+
+    top: Tensor
+    amax: Tensor
+
+
+class UnitScaling(NamedTuple):
+    """That of the three tensors of a layer."""
+
+    input: Scaling
+    weight: Scaling
+    grad_output: Scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,8 @@ class Cast:
     format: str
     granularity: str
     power_of_two: bool
+    delayed: bool = False
+    """By a maximum of past steps, where the layer has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +108,11 @@ class Products:
         """Whether no unit of the device multiplies in these formats."""
         return self.product == "reference"
 
+    @property
+    def is_delayed(self) -> bool:
+        """Whether a scale comes from past steps."""
+        return any(side.rule == ScaleRule.DELAYED for side in self.recipe.sides())
+
     def __post_init__(self) -> None:
         for role in Role:
             object.__setattr__(self, role.value, _pair(self.recipe.role(role)))
@@ -101,11 +123,16 @@ def _pair(role: RoleRecipe) -> Pair | None:
 
 
 def _cast(side: OperandRecipe) -> Cast:
-    return Cast(side.format.name, side.granularity.name, side.power_of_two)
+    return Cast(side.format.name, side.granularity.name, side.power_of_two, side.rule == ScaleRule.DELAYED)
 
 
 def low_precision_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, held: Operands | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    products: Products,
+    held: Operands | None = None,
+    scaling: UnitScaling | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` with its three products in the formats of `products`.
 
@@ -115,15 +142,16 @@ def low_precision_linear(
         bias: [N] or None.
         products: the recipe, and what runs it.
         held: what `quantised_weight` gave for this weight, to be used instead of quantising it now.
+        scaling: what delayed scaling keeps of the layer; without it tensors are scaled by their own maxima.
 
     Returns:
         [..., N] in bf16. Gradients have the types of x, weight and bias, and cannot be differentiated again.
     """
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        y: Tensor = _Linear.apply(x, weight, bias, products, held)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(x, weight, bias, products, held, scaling)  # type: ignore[no-untyped-call]
     else:
-        y, _ = _forward(x, weight, bias, products, held, for_dgrad=False, for_wgrad=False)
+        y, _ = _forward(x, weight, bias, products, held, scaling, for_dgrad=False, for_wgrad=False)
     # Views are taken out here, where autograd sees them: an in-place activation may follow.
     rows = math.prod(x.shape[:-1])
     if y.shape[0] != rows:
@@ -136,18 +164,25 @@ class _Linear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, held: Operands | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        products: Products,
+        held: Operands | None,
+        scaling: UnitScaling | None,
     ) -> Tensor:
         for_dgrad, for_wgrad = ctx.needs_input_grad[:2]
-        y, kept = _forward(x, weight, bias, products, held, for_dgrad=for_dgrad, for_wgrad=for_wgrad)
+        y, kept = _forward(x, weight, bias, products, held, scaling, for_dgrad=for_dgrad, for_wgrad=for_wgrad)
         ctx.save_for_backward(*kept)
         ctx.products, ctx.shape = products, x.shape
+        ctx.scaling = None if scaling is None else scaling.grad_output
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, padded: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, padded: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         for_dgrad, for_wgrad, for_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         products: Products = ctx.products
@@ -156,7 +191,7 @@ class _Linear(Function):
         kept = list(ctx.saved_tensors)
         count = math.prod(ctx.shape[:-1])
         gradient = padded[:count].contiguous()
-        rows, columns = _layouts(gradient, _left(dgrad), _left(wgrad), products.quantise)
+        rows, columns = _layouts(gradient, _left(dgrad), _left(wgrad), products.quantise, ctx.scaling)
         dx = dw = db = None
         if for_dgrad:
             weight, kept = _split(kept, dgrad)
@@ -165,12 +200,13 @@ class _Linear(Function):
             dw = _multiply(columns, tuple(kept), None, wgrad, products.product, weight_dtype)
         if for_bias:
             db = gradient.sum(0, dtype=torch.float32).to(bias_dtype)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
-def quantised_weight(weight: Tensor, products: Products) -> Operands:
+def quantised_weight(weight: Tensor, products: Products, scaling: UnitScaling | None = None) -> Operands:
     """The weight [N, K] as the operand of fprop and, transposed, as that of dgrad."""
-    return _layouts(weight.contiguous(), _right(products.fprop), _right(products.dgrad), products.quantise)
+    own = None if scaling is None else scaling.weight
+    return _layouts(weight.contiguous(), _right(products.fprop), _right(products.dgrad), products.quantise, own)
 
 
 def _forward(
@@ -179,6 +215,7 @@ def _forward(
     bias: Tensor | None,
     products: Products,
     held: Operands | None,
+    scaling: UnitScaling | None,
     *,
     for_dgrad: bool,
     for_wgrad: bool,
@@ -188,8 +225,11 @@ def _forward(
     dgrad = products.dgrad if for_dgrad else None
     wgrad = products.wgrad if for_wgrad else None
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    x_rows, x_columns = _layouts(flat, _left(fprop), _right(wgrad), products.quantise)
-    w_rows, w_columns = held or _layouts(weight.contiguous(), _right(fprop), _right(dgrad), products.quantise)
+    of_x, of_weight = (None, None) if scaling is None else scaling[:2]
+    x_rows, x_columns = _layouts(flat, _left(fprop), _right(wgrad), products.quantise, of_x)
+    w_rows, w_columns = held or _layouts(
+        weight.contiguous(), _right(fprop), _right(dgrad), products.quantise, of_weight
+    )
     y = _multiply(x_rows, w_rows, bias, fprop, products.product, torch.bfloat16)
     kept: list[Tensor] = []
     if for_dgrad:
@@ -207,22 +247,31 @@ def _right(pair: Pair | None) -> Cast | None:
     return None if pair is None else pair.right
 
 
-def _layouts(x: Tensor, rows: Cast | None, columns: Cast | None, implementation: str) -> tuple[Layout, Layout]:
+def _layouts(
+    x: Tensor, rows: Cast | None, columns: Cast | None, implementation: str, scaling: Scaling | None
+) -> tuple[Layout, Layout]:
     """The matrix as it is and transposed, each quantised as its product wants it (None: not at all)."""
     if rows is not None and rows == columns:
-        q, s, qt, st = quantise(x, rows.format, rows.granularity, rows.power_of_two, True, True, implementation)
+        q, s, qt, st = _quantised(x, rows, (True, True), implementation, scaling)
         return (q, s), (qt, st)
     as_it_is: Layout = (x,)
     transposed: Layout = (x.t(),)
     if rows is not None:
-        q, s, _, _ = quantise(x, rows.format, rows.granularity, rows.power_of_two, True, False, implementation)
+        q, s, _, _ = _quantised(x, rows, (True, False), implementation, scaling)
         as_it_is = q, s
     if columns is not None:
-        _, _, qt, st = quantise(
-            x, columns.format, columns.granularity, columns.power_of_two, False, True, implementation
-        )
+        _, _, qt, st = _quantised(x, columns, (False, True), implementation, scaling)
         transposed = qt, st
     return as_it_is, transposed
+
+
+def _quantised(
+    x: Tensor, how: Cast, layouts: tuple[bool, bool], implementation: str, scaling: Scaling | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    format, power_of_two = how.format, how.power_of_two
+    if how.delayed and scaling is not None:
+        return quantise_delayed(x, *scaling, format, power_of_two, *layouts, implementation=implementation)
+    return quantise(x, format, how.granularity, power_of_two, *layouts, implementation)
 
 
 def _split(kept: list[Tensor], pair: Pair | None) -> tuple[Layout, list[Tensor]]:

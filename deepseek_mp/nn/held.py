@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.nn.functional import Operands, Products, quantised_weight
-from deepseek_mp.nn.unit import Unit
+from deepseek_mp.nn.unit import Unit, scaling_now
 
 
 class HeldWeights:
@@ -32,7 +32,9 @@ class HeldWeights:
         if self._mark != mark or not self._operands:
             self.drop()
             with torch.no_grad():
-                self._operands = {unit: quantised_weight(weight, how) for unit, weight, how in _layers(self._model)}
+                self._operands = {
+                    unit: quantised_weight(weight, how, scaling_now(unit)) for unit, weight, how in _layers(self._model)
+                }
             self._mark = mark
         for unit, operands in self._operands.items():
             unit.held_weight = operands

@@ -38,12 +38,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.nn.functional import Operands, Products, low_precision_linear
+from deepseek_mp.nn.functional import Operands, Products, UnitScaling, low_precision_linear
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.precision import Recipe
 
 NARROW_FORMATS = ("bf16", "fp16")
+_LENT = ("held_weight", "delayed_scaling")
 UNIT_FORMATS = ("fp64", "fp32", "tf32", "hf32", *NARROW_FORMATS)
 
 CONVOLUTIONS: frozenset[type[nn.Module]] = frozenset(
@@ -134,6 +135,8 @@ class Unit(nn.Module):
     unit_precision: UnitPrecision
     held_weight: Operands | None = None
     """The weight, quantised already; `nn.held` lends it for the time of a forward and backward."""
+    delayed_scaling: UnitScaling | None = None
+    """What delayed scaling keeps of the layer; `nn.delayed` lends it as long as the plan is in force."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         precision = self.unit_precision
@@ -148,7 +151,8 @@ class Unit(nn.Module):
         if precision.inputs is not None:
             input = input.to(precision.inputs)
         weight, bias = self.weight, self.bias
-        output = low_precision_linear(input, weight, bias, products, self.held_weight)  # type: ignore[arg-type]
+        held, scaling = self.held_weight, scaling_now(self)
+        output = low_precision_linear(input, weight, bias, products, held, scaling)  # type: ignore[arg-type]
         return output if precision.outputs is None else output.to(precision.outputs)
 
     def _forward_in_region(
@@ -165,12 +169,21 @@ class Unit(nn.Module):
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """As the original class would be pickled and copied, but rebuilt through `new_unit`.
 
-        A generated class cannot be imported by name, which is how pickle stores classes.
+        A generated class cannot be imported by name, which is how pickle stores classes. What is only lent is
+        left out.
         """
         reduced = super().__reduce_ex__(max(2, protocol.__index__()))
         if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
-        return (new_unit, (self.original_class, *reduced[1][1:]), *reduced[2:])
+        state = reduced[2]
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name not in _LENT}
+        return (new_unit, (self.original_class, *reduced[1][1:]), state, *reduced[3:])
+
+
+def scaling_now(unit: Unit) -> UnitScaling | None:
+    """Delayed scaling is for training: in eval mode tensors are scaled by their own maxima and leave no trace."""
+    return unit.delayed_scaling if unit.training else None
 
 
 def _region(device: torch.device, format: str) -> AbstractContextManager[Any]:

@@ -33,6 +33,7 @@ _BLOCKS_SINCE_CUDA = (12, 9)
 _TRITON_GRANULARITIES = frozenset({"tensor", "row", "1x128", "128x128"})
 
 Quantise = Callable[[Tensor, str, str, bool, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
+QuantiseDelayed = Callable[[Tensor, Tensor, Tensor, str, bool, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[str, str], Tensor | None, torch.dtype], Tensor]
 Granularities = Sequence[str] | Sequence[tuple[str, str]]
 """Names for quantise, pairs (left, right) for product."""
@@ -120,6 +121,18 @@ def quantise_of(name: str) -> Quantise:
         return triton_quantise.quantise
     if name == "reference":
         return reference_quantise.quantise
+    raise _unknown("quantise", name)
+
+
+@cache
+def quantise_delayed_of(name: str) -> QuantiseDelayed:
+    """The function behind an implementation's name; what runs `quantise` runs this op too."""
+    if name == "triton":
+        from deepseek_mp.ops.triton import quantise as triton_quantise
+
+        return triton_quantise.quantise_delayed
+    if name == "reference":
+        return reference_quantise.quantise_delayed
     raise _unknown("quantise", name)
 
 

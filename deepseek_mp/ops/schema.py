@@ -1,13 +1,13 @@
-"""The two ops of low-precision products, declared once: `quantise` and `product`.
+"""The ops of low-precision products, declared once: `quantise`, `quantise_delayed` and `product`.
 
 Each is one opaque op of the library `deepseek_mp`, the same in eager and in compiled code. The name of
 the implementation is an argument: it is chosen once, when a plan is applied (`ops.choose`), is visible
 in every graph, and nothing at run time replaces it by another.
 
-    implementation   quantise   product   where
-    reference        yes        yes       any device; exact to the last bit, slow: the emulation
-    triton           yes        yes       GPUs of NVIDIA and AMD with FP8
-    native           -          yes       `torch._scaled_mm`, as far as the device's libraries go
+    implementation   quantise, quantise_delayed   product   where
+    reference        yes                          yes       any device; exact to the last bit, slow: the emulation
+    triton           yes                          yes       GPUs of NVIDIA and AMD with FP8
+    native           -                            yes       `torch._scaled_mm`, as far as the device's libraries go
 
 The ops have no gradient of their own. `nn.functional` calls them inside an autograd function, whose
 forward is not recorded. Elsewhere, on tensors that require a gradient, they give results that seem to
@@ -21,16 +21,21 @@ from torch import Tensor
 
 from deepseek_mp.errors import FormatError, ShapeError, explain
 from deepseek_mp.ops.cast import FP8
-from deepseek_mp.ops.choose import product_of, quantise_of
+from deepseek_mp.ops.choose import product_of, quantise_delayed_of, quantise_of
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.layouts import alignment, check_width, padded_rows, scale_shape
 
-__all__ = ["alignment", "padded_rows", "product", "quantise"]
+__all__ = ["alignment", "padded_rows", "product", "quantise", "quantise_delayed"]
 
 _library = torch.library.Library("deepseek_mp", "DEF")
 _library.define(
     "quantise(Tensor x, str format, str granularity, bool power_of_two, bool rows, bool columns, str implementation)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "quantise_delayed(Tensor x, Tensor top, Tensor(a!) amax, str format, bool power_of_two, bool rows, bool columns, *,"
+    " str implementation) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -83,6 +88,43 @@ def quantise(
     return made
 
 
+def quantise_delayed(
+    x: Tensor,
+    top: Tensor,
+    amax: Tensor,
+    format: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    *,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantise` with one scale for the tensor, taken from a magnitude that is known beforehand.
+
+    So one pass over x is enough. The scale follows from `top` as that of `quantise` follows from the largest
+    magnitude of x: where the two are equal, so are the results, bit for bit. Values beyond `top` become the largest
+    value of the format, or the next ones below; infinities and NaN become NaN.
+
+    Args:
+        x: as for `quantise`, with a width that is a multiple of 16.
+        top: fp32 [], the magnitude that the scale has to hold; 0: not known, then it is that of x.
+        amax: fp32 [], raised to the largest finite magnitude of x if it is below.
+        format, power_of_two, rows, columns: as for `quantise`.
+        implementation: reference or triton.
+
+    Returns:
+        What `quantise` returns.
+
+    Raises:
+        ShapeError: x is no contiguous matrix of such a width, or `top` or `amax` no fp32 scalar on its device.
+        FormatError: the format is not one of FP8.
+    """
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.deepseek_mp.quantise_delayed(
+        x, top, amax, format, power_of_two, rows, columns, implementation=implementation
+    )
+    return made
+
+
 def product(
     left: Tensor,
     left_scale: Tensor,
@@ -130,6 +172,27 @@ def _quantise(
     return quantise_of(implementation)(x, format, granularity, power_of_two, rows, columns)
 
 
+def _quantise_delayed(
+    x: Tensor,
+    top: Tensor,
+    amax: Tensor,
+    format: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    *,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, format)
+    check_width(x.shape[1], "tensor")
+    for name, number in (("top", top), ("amax", amax)):
+        if number.shape or number.dtype != torch.float32 or number.device != x.device:
+            passed = f"{name} of shape {list(number.shape)} and type {number.dtype} on {number.device}"
+            change = "Apply the plan again if the model was moved to another device since"
+            raise ShapeError(explain(passed, f"fp32 of shape [] on {x.device}, where the tensor is", change))
+    return quantise_delayed_of(implementation)(x, top, amax, format, power_of_two, rows, columns)
+
+
 def _check(x: Tensor, format: str) -> None:
     """Kernels go by the addresses of a contiguous matrix, and would read another one wrongly without a word."""
     if x.dim() != 2 or not x.is_contiguous():
@@ -175,6 +238,20 @@ def _quantise_shapes(
     return *operand(rows, padded, width), *operand(columns, width, padded)
 
 
+def _quantise_delayed_shapes(
+    x: Tensor,
+    top: Tensor,
+    amax: Tensor,
+    format: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    *,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _quantise_shapes(x, format, "tensor", power_of_two, rows, columns, implementation)
+
+
 def _product_shapes(
     left: Tensor,
     left_scale: Tensor,
@@ -190,6 +267,10 @@ def _product_shapes(
     return left.new_empty((left.shape[0], right.shape[0]), dtype=dtype)
 
 
-for _name, _run, _shapes in (("quantise", _quantise, _quantise_shapes), ("product", _product, _product_shapes)):
+for _name, _run, _shapes in (
+    ("quantise", _quantise, _quantise_shapes),
+    ("quantise_delayed", _quantise_delayed, _quantise_delayed_shapes),
+    ("product", _product, _product_shapes),
+):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deepseek_mp::{_name}", _shapes, lib=_library)

@@ -45,6 +45,8 @@ class Reason(StrEnum):
     """The model's last product: published FP8 recipes keep it higher."""
     NOT_CONTROLLABLE = "not_controllable"
     """The module's own forward is not what computes with its parameters."""
+    SATURATED = "saturated"
+    """Values of a tensor were cut: it grew faster than the past that its scale comes from."""
     RESUMED = "resumed"
     """Taken from the plan stored with a checkpoint."""
 

@@ -9,6 +9,9 @@
     mx         E4M3 1x32      E4M3 1x32        E4M3 1x32      scales are powers of two
     fp8        stands for the best of these on a device
 
+Each but `fp8` and `mx` also with scales that are powers of two (`block_pow2`), and each but `fp8` in the FP8 kind
+of AMD's gfx942 (`row_fnuz`).
+
 `fp8` is a name for a plan that does not know its device yet. It reads as `row`, which every FP8 device
 can run, and is replaced when a plan is applied (`backends.fp8_recipe`); the applied plan says by what.
 
@@ -100,6 +103,11 @@ def _fp8() -> list[Recipe]:
     ]
 
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {recipe.name: recipe for recipe in (*(uniform(FORMATS[name]) for name in PLAIN), *_fp8())}
-)
+def _named() -> list[Recipe]:
+    scaled = _fp8()
+    own = [recipe for recipe in scaled if recipe.name != "fp8"]
+    rounded = [with_power_of_two(recipe) for recipe in own if recipe.name != "mx"]
+    return [*(uniform(FORMATS[name]) for name in PLAIN), *scaled, *rounded, *map(as_fnuz, own)]
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _named()})

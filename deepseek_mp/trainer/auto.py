@@ -42,7 +42,8 @@ from deepseek_mp.costs.restore import preserved
 from deepseek_mp.costs.whole_step import Recording, Stage
 from deepseek_mp.errors import PlanError
 from deepseek_mp.nn import apply, current_plan, kernels_in_force, revert
-from deepseek_mp.nn.assign import products_of
+from deepseek_mp.nn.assign import output_layer, products_of
+from deepseek_mp.nn.survey import survey
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe
 
 TOTAL_S = 40.0
@@ -100,7 +101,7 @@ def choose_plan(
             snapshot=snapshot,
         )
         candidates, refused = stage.candidates(formats)
-        scaled = _scaled(candidates, capabilities)
+        scaled = _scaled(candidates, capabilities, kernels)
         key = {
             **environment(device, capabilities),
             "candidates": [candidate.key for candidate in (*candidates, *scaled)],
@@ -146,14 +147,16 @@ def _measure(
         budget_s=LAYERS_S.get(stage.device.type, LAYERS_DEFAULT_S),
         cache=cache,
         environment=environment(stage.device, stage.capabilities),
+        kernels=stage.kernels,
         exclude=lambda name: PrecisionPlan.of("fp32", stage.pins).rule_for(name) is not None,
         progress=lambda fraction: report("timing layers", 0.05 + 0.35 * fraction),
     )
     trials = {candidate: _first_trial(candidate, recording, layers) for candidate in candidates}
+    output = output_layer(stage.model, survey(stage.model))
     for candidate, plain in scaled.items():
-        mixed = layers.mixed(candidate, plain)
+        mixed = layers.mixed(candidate, plain, output=output)
         if mixed is not None:
-            trials[mixed] = Trial(candidate=mixed, layers_ms=layers.mixed_ms(mixed, plain))
+            trials[mixed[0]] = Trial(candidate=mixed[0], layers_ms=mixed[1])
     deadline = started + total_s
     stopped = _step_trials(stage, trials, layers.coverage, recording.finite, deadline, report)
     verdict = decide(trials.values(), plain=_plain(trials))
@@ -168,13 +171,15 @@ def _measure(
     return _as_plan(stage.plan(verdict.candidate), verdict, evidence, layers), lasting
 
 
-def _scaled(candidates: list[Candidate], capabilities: Capabilities) -> dict[Candidate, Candidate]:
+def _scaled(candidates: list[Candidate], capabilities: Capabilities, kernels: str | None) -> dict[Candidate, Candidate]:
     """The device's FP8 recipe, if it multiplies in that, with the plain candidate it is compared with."""
     recipe = fp8_recipe(capabilities)
     plain = replace(candidates[0], format=recipe.region)
     if plain not in candidates or RECIPES.get(recipe.name) != recipe:
         return {}
-    if not formats_of(recipe) <= capabilities.matmul_formats or products_of(recipe, capabilities, None).is_emulated:
+    if not formats_of(recipe) <= capabilities.matmul_formats:
+        return {}
+    if kernels is None and products_of(recipe, capabilities, None).is_emulated:
         return {}
     return {replace(plain, format=recipe.name): plain}
 

@@ -76,10 +76,10 @@ class TrainerConfig:
 
     def _check_mode(self) -> None:
         mode = self.precision_mode
-        if isinstance(mode, PrecisionPlan) or mode in MODES:
+        if isinstance(mode, PrecisionPlan | Recipe) or mode in MODES:
             return
         hint = suggest(mode, MODES) if isinstance(mode, str) else ""
-        allowed = f"{', '.join(map(repr, MODES))} or a PrecisionPlan"
+        allowed = f"{', '.join(map(repr, MODES))}, a Recipe or a PrecisionPlan"
         raise _refuse("precision_mode", mode, allowed, f"Use one of these.{hint}")
 
 

@@ -15,7 +15,9 @@ import torch
 
 from deepseek_mp import backends
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.nn import Saturated
+from deepseek_mp.nn.delayed import HISTORY
+from deepseek_mp.precision import OPERANDS, Decision, PrecisionPlan, Reason
 from deepseek_mp.records import RunWriter
 from deepseek_mp.records.runfile import CHECKPOINTS, RUN_FILE, load_attempts
 from deepseek_mp.trainer.result import StepFacts
@@ -110,6 +112,9 @@ class Recorder:
         self.sums["samples"] += window.samples
         self.sums["seconds"] += seconds
         out = self._out(done=self._trainer.steps_attempted - 1)
+        for decision in map(self._saturated, facts.saturated):
+            if out is not None:
+                out.decision({"step": self._trainer.steps_attempted, **decision.to_json()})
         if out is None:
             return
         out.metrics(
@@ -126,6 +131,22 @@ class Recorder:
             flop_utilisation=self._utilisation(window, seconds),
             **({"reason": facts.reason, "first_bad_module": facts.first_bad_module} if not applied else {}),
             **self._counters(),
+        )
+
+    def _saturated(self, found: Saturated) -> Decision:
+        """What became of a tensor that outgrew its scale; it is said once aloud."""
+        recipe = self._trainer.plan.recipe_for(found.layer).name
+        detail = f"its {found.operand} outgrew its past; scaled by its own maximum for {HISTORY} steps"
+        if found.steps == 1:
+            log.warning("%s: %s", found.layer, detail)
+        return Decision(
+            layer=found.layer,
+            role=next(role for role, operands in OPERANDS.items() if found.operand in operands),
+            old=recipe,
+            new=recipe,
+            reason=Reason.SATURATED,
+            detail=detail,
+            evidence={"operand": found.operand.value, "steps_saturated": found.steps},
         )
 
     def _utilisation(self, window: Window, seconds: float) -> float | None:

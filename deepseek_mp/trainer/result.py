@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepseek_mp.nn import Saturated
 from deepseek_mp.precision import PrecisionPlan
 
 Status = Literal["applied", "accumulated", "skipped", "no_grads"]
@@ -36,6 +37,8 @@ class StepFacts:
     """L2 norm of the unscaled gradients before clipping; None when there was no step."""
     first_bad_module: str | None = None
     """For a skipped step, the first module that produced a non-finite value when it was replayed."""
+    saturated: tuple[Saturated, ...] = ()
+    """Tensors with delayed scales that outgrew them in this step, so that values were cut."""
 
 
 class StepResult:

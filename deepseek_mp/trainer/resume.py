@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from deepseek_mp.errors import CheckpointError, explain
+from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
 from deepseek_mp.trainer import state
 from deepseek_mp.trainer.checkpoint import Snapshot, newest_checkpoint, read_checkpoint, write_checkpoint
@@ -69,6 +70,9 @@ def save(trainer: MixedPrecisionTrainer, path: Path) -> Path:
         "rng": random_tensors,
         "state": inside,
     }
+    scales = {name: tensor for one in scales_of(trainer.model) for name, tensor in one.tensors().items()}
+    if scales:
+        tensors["scales"] = scales
     return write_checkpoint(
         checkpoint_root(path), Snapshot(step=trainer.steps_attempted, tensors=tensors, state=values)
     )
@@ -102,6 +106,8 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     state.load_model(trainer.model, tensors["model"], tensors["buffers"])
     state.load_optimizer(trainer.model, trainer.optimizer, tensors["optimizer"], saved["optimizer"])
     state.load_tensors(state.outside_parameters(trainer.model, trainer.optimizer), tensors["outside"])
+    for scales in scales_of(trainer.model):
+        scales.load(tensors.get("scales", {}))
     if trainer.scheduler is not None:
         trainer.scheduler.load_state_dict(saved["scheduler"]["state"])
     if trainer.ema is not None:

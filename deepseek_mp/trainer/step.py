@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from deepseek_mp.errors import NonFiniteError
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.convert import current_plan, fp32_arithmetic
+from deepseek_mp.nn.delayed import Saturated, place_scales, scales_of
 from deepseek_mp.nn.held import HeldWeights
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.nn.unit import NARROW_FORMATS
@@ -47,6 +48,8 @@ log = logging.getLogger("deepseek_mp")
 
 NO_ITEMS = "no batch of the window has items"
 NO_GRADIENTS = "no parameter of the optimizer received a gradient"
+_FACTS = 5
+"""Numbers of a step that are copied to the host, before those about delayed scales."""
 
 
 class Region:
@@ -131,6 +134,7 @@ class Stepper:
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
         self._weights = HeldWeights(model)
+        place_scales(model)  # the model may have moved to its device after the plan was applied
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = compiled
         self._weights_move = False
@@ -278,6 +282,7 @@ class Stepper:
         window = self.window
         if window.loss is None:
             self._buffers.restore()
+            self._discard_maxima()
             self.window = Window(largest=window.largest)
             facts = StepFacts(status="no_grads", reason=NO_ITEMS)
             self.finished(facts, window)
@@ -299,13 +304,28 @@ class Stepper:
         elif verdict.status != "applied":
             self._buffers.restore()
         self._clear_gradients()
-        copy = HostCopy(
-            [window.mean_loss(divisor), verdict.nonfinite, verdict.skipped, verdict.grad_norm, verdict.scale]
-        )
+        copy = HostCopy([
+            window.mean_loss(divisor), verdict.nonfinite, verdict.skipped, verdict.grad_norm, verdict.scale,
+            *self._update_scales(),
+        ])  # fmt: skip
         pending = self._pending = Pending(window=window, verdict=verdict, copy=copy)
         if verdict.status is not None:
             self.settle()
         return StepResult(lambda: self._facts_of(pending))
+
+    def _update_scales(self) -> list[Tensor]:
+        """Delayed scales for the next window, and how many tensors outgrew theirs in this one: one number per device.
+
+        A skipped window counts too: what was too large in it is what the next one must be able to hold.
+        """
+        found = scales_of(self.model)
+        for scales in found:
+            scales.update()
+        return [scales.grown.sum() for scales in found]
+
+    def _discard_maxima(self) -> None:
+        for scales in scales_of(self.model):
+            scales.discard()
 
     def _facts_of(self, pending: Pending) -> StepFacts:
         if pending.facts is None:
@@ -318,7 +338,7 @@ class Stepper:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        facts = pending.facts = self._read(pending)
+        facts = pending.facts = replace(self._read(pending), saturated=self._saturated(pending))
         if facts.status == "applied":
             self.skipped_in_row = 0
         elif facts.status == "skipped":
@@ -330,7 +350,7 @@ class Stepper:
             raise self._too_many_skips(facts)
 
     def _read(self, pending: Pending) -> StepFacts:
-        loss, nonfinite, skipped, norm, scale = pending.copy.read()
+        loss, nonfinite, skipped, norm, scale = pending.copy.read()[:_FACTS]
         if not skipped:
             return StepFacts(status="applied", loss=loss, scale=scale, grad_norm=norm)
         if pending.verdict.status == "no_grads":
@@ -346,6 +366,12 @@ class Stepper:
             status="skipped", reason=reason, loss=loss, scale=scale, grad_norm=norm, first_bad_module=culprit
         )
 
+    def _saturated(self, pending: Pending) -> tuple[Saturated, ...]:
+        """The tensors that outgrew their scales; the device is asked only if there are any."""
+        if not any(pending.copy.read()[_FACTS:]):
+            return ()
+        return tuple(found for scales in scales_of(self.model) for found in scales.just_grown())
+
     def _replay(self, window: Window, scale: float) -> str | None:
         """The first module to produce a non-finite value when the window is run again."""
 
@@ -359,7 +385,7 @@ class Stepper:
             return loss
 
         guard = BufferGuard(self.model)
-        guard.keep(self._buffers.more)
+        guard.keep([*self._buffers.more, *(amax for scales in scales_of(self.model) for amax in scales.amax)])
         guard.snapshot()
         try:
             trained = [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -393,6 +419,7 @@ class Stepper:
         """Give up the open window: gradients cleared, buffers and random state as when it opened."""
         if self.window.micro_batches:
             self._buffers.restore()
+            self._discard_maxima()
             if self.window.entries:
                 set_rng(self.window.entries[0].rng, self.device)
         self.window = Window(largest=self.window.largest)

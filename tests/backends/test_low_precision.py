@@ -17,8 +17,8 @@ def device(row: str | None) -> Capabilities:
     [
         ("sm_89", "row"),
         ("sm_90", "block"),
-        ("sm_100", "mx"),
-        ("sm_103", "mx"),
+        ("sm_100", "row"),
+        ("sm_103", "row"),
         ("sm_120", "row"),
         ("gfx942", "row_fnuz"),
         ("gfx950", "row"),

@@ -31,7 +31,7 @@ class FakeMeasure:
     made: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __call__(
-        self, call: UnitCall, format: str, layout: str, device: torch.device, budget_s: float
+        self, call: UnitCall, format: str, layout: str, device: torch.device, budget_s: float, *, kernels: str | None
     ) -> Timing | None:
         self.now += 1.0
         self.made.append((call.names[0], format, layout))
@@ -117,7 +117,7 @@ def test_a_cached_value_that_is_no_timing_is_measured_again(calls: tuple[UnitCal
     cache = CostCache(disk=False)
     first = measure(calls, fake, cache=cache)
     key = {"device": "test", "unit": calls[0].signature, "format": "fp32", "memory_format": "contiguous"}
-    cache.put({**key, "search": False}, {"median_ms": "?"})
+    cache.put({**key, "search": False, "kernels": None}, {"median_ms": "?"})
     fake.made.clear()
     with pytest.warns(UserWarning, match="measured again"):
         assert measure(calls, fake, cache=cache) == first

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.backends import capabilities
-from deepseek_mp.nn import apply, revert
+from deepseek_mp.nn import apply, revert, saturated_tensors
 from deepseek_mp.nn.assign import products_of
+from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.nn.functional import low_precision_linear
 from deepseek_mp.precision import RECIPES, PrecisionPlan
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.gpu
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")
 DEVICE = torch.device("cuda")
-NAMES = ["block", "tensor", "row", "row_gw_hp"]
+NAMES = ["block", "tensor", "delayed", "row", "row_gw_hp"]
 
 
 class Block(nn.Module):
@@ -104,7 +105,7 @@ def test_kernels_train_as_the_emulation_does(name):
 
 @hopper
 @pytest.mark.parametrize("how", [True, "regional"])
-@pytest.mark.parametrize("name", ["block", "tensor"])
+@pytest.mark.parametrize("name", ["block", "tensor", "delayed"])
 def test_compiled_code_trains_as_eager_code_does(name, how):
     torch._dynamo.reset()
     data = batches(6)
@@ -164,9 +165,20 @@ def test_a_layer_can_be_captured_in_a_graph(name):
 
 
 @hopper
-def test_checkpointing_gives_the_same_losses():
+@pytest.mark.parametrize("name", ["block", "delayed"])
+def test_checkpointing_gives_the_same_losses(name):
     data = batches(6)
-    assert losses(trainer("block", Model(checkpointed=True)), data) == losses(trainer("block"), data)
+    assert losses(trainer(name, Model(checkpointed=True)), data) == losses(trainer(name), data)
+
+
+@hopper
+def test_delayed_scales_are_where_the_trained_model_is():
+    made = trainer("delayed")
+    losses(made, batches(4))
+    (scales,) = scales_of(made.model)
+    assert scales.top.is_cuda
+    assert (scales.top > 0).all()
+    assert not saturated_tensors(made.model)
 
 
 @hopper

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepseek_mp.backends import math_mode
 from deepseek_mp.monitor.classify import Ran, classify, computes, format_name, op_name
 from deepseek_mp.monitor.classify import product as product_kind
-from deepseek_mp.ops.schema import product, quantise
+from deepseek_mp.ops.schema import product, quantise, quantise_delayed
 
 
 class Classified(TorchDispatchMode):
@@ -141,6 +141,9 @@ def test_scaled_products_have_the_format_of_their_operands() -> None:
 def test_quantising_is_a_cast(format: str, x: torch.Tensor, cast: str, rows: bool, columns: bool) -> None:
     matrix = x.repeat(4, 4)
     (one,) = ran(lambda: quantise(matrix, format, "tensor", False, rows, columns, "reference"))
+    assert (one.op, one.format, one.reads, one.wide) == ("cast", cast, False, False)
+    rest = (torch.ones(()), torch.zeros(()), format, False, rows, columns)
+    (one,) = ran(lambda: quantise_delayed(matrix, *rest, implementation="reference"))
     assert (one.op, one.format, one.reads, one.wide) == ("cast", cast, False, False)
 
 

@@ -18,7 +18,7 @@ from deepseek_mp.backends.base import FP8, SIXTEEN_BIT
 from deepseek_mp.backends.capabilities import Identity, resolve
 from deepseek_mp.errors import ConfigError, FormatError, PlanError
 from deepseek_mp.nn import apply, current_plan, units
-from deepseek_mp.precision import FORMATS, Granularity, PrecisionPlan, Recipe, ScaleRule
+from deepseek_mp.precision import FORMATS, Granularity, PrecisionPlan, Reason, Recipe, ScaleRule
 from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
 from deepseek_mp.precision.recipes import RECIPES, uniform
 
@@ -72,8 +72,8 @@ def test_recipes_that_units_cannot_run_yet(recipe: Recipe, place: str, refused: 
 def test_a_scaled_recipe_is_not_a_plain_format(refused: Callable[..., None]) -> None:
     side = OperandRecipe(format=FORMATS["bf16"], rule=ScaleRule.CURRENT)
     product = RoleRecipe(left=side, right=side)
-    scaled = Recipe(name="bf16", fprop=product, dgrad=product, wgrad=product)
-    refused(_model(), PrecisionPlan.of(scaled), "recipe 'bf16', which is not one unscaled format")
+    scaled = Recipe(name="scaled bf16", fprop=product, dgrad=product, wgrad=product)
+    refused(_model(), PrecisionPlan.of(scaled), "recipe 'scaled bf16', which is not one unscaled format")
 
 
 def test_a_plain_format_under_another_name_is_accepted(everything: Capabilities) -> None:
@@ -273,9 +273,12 @@ def test_a_format_that_cannot_even_be_emulated_offers_no_emulation() -> None:
         apply(_model(), "row", emulate=True, capabilities=device)
 
 
-def test_delayed_scales_are_refused_with_what_to_use(refused: Callable[..., None]) -> None:
-    refused(_model(), "delayed", "recipe 'delayed', whose scales come from past steps.*Use 'tensor'")
-    refused(_model(), PrecisionPlan.of("bf16", {"0": "delayed"}), "rule 'current'")
+def test_delayed_scales_are_those_of_whole_tensors(refused: Callable[..., None]) -> None:
+    side = replace(ROW, rule=ScaleRule.DELAYED)
+    mine = replace(RECIPES["row"], name="mine", fprop=RoleRecipe(left=side, right=side))
+    refused(
+        _model(), PrecisionPlan.of(mine), "recipe 'mine', whose row scales come from past.*Use granularity 'tensor'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -327,3 +330,18 @@ def test_frozen_bf16_weights_are_quantised_too() -> None:
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         model(torch.randn(3, 128)).sum().backward()
     assert model[1].weight.grad is not None
+
+
+def test_recipes_of_equal_name_are_equal() -> None:
+    other = replace(RECIPES["block"], wgrad=RECIPES["row"].wgrad)
+    with pytest.raises(PlanError, match=r"a recipe called 'block' that is not the known one.*Rename it"):
+        apply(_model(), PrecisionPlan.of(other), emulate=True)
+
+
+@pytest.mark.parametrize("row", ["sm_90", "sm_100"])
+def test_scales_without_a_kernel_are_refused_or_labelled(row: str) -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    with pytest.raises(FormatError, match=r"recipe 'mx' has no kernel for its scales.*'?row"):
+        apply(model, "mx", capabilities=_device(row))
+    plan = apply(model, "mx", capabilities=_device(row), emulate=True)
+    assert [decision.reason for decision in plan.decisions] == [Reason.EMULATED, Reason.OUTPUT_LAYER]

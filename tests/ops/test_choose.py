@@ -5,7 +5,7 @@ import pytest
 from deepseek_mp.backends.capabilities import Identity, resolve, table
 from deepseek_mp.errors import ConfigError, FormatError
 from deepseek_mp.ops import choose as module
-from deepseek_mp.ops.choose import choose, product_of, quantise_of
+from deepseek_mp.ops.choose import choose, product_of, quantise_delayed_of, quantise_of
 
 BLOCKS = [("1x128", "128x128"), ("1x128", "1x128")]
 
@@ -89,6 +89,9 @@ def test_names_lead_to_functions():
     assert product_of("native") is not product_of("reference")
     with pytest.raises(ConfigError, match="implementation 'native' of quantise"):
         quantise_of("native")
+    assert quantise_delayed_of("reference") is not quantise_of("reference")
+    with pytest.raises(ConfigError, match="implementation 'native' of quantise"):
+        quantise_delayed_of("native")
 
 
 @pytest.mark.parametrize("row", ["x86_amx", "aarch64", "xpu_pvc"])

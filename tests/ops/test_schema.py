@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepseek_mp.errors import ConfigError, FormatError, ShapeError
 from deepseek_mp.ops.layouts import ALIGNMENT
-from deepseek_mp.ops.schema import product, quantise
+from deepseek_mp.ops.schema import product, quantise, quantise_delayed
 
 PAIRS = [("tensor", "tensor"), ("row", "row"), ("1x128", "128x128"), ("1x128", "1x128"), ("1x32", "1x32")]
 # torch's own schema check multiplies the inputs by a number, which FP8 tensors do not have.
@@ -20,6 +20,16 @@ def test_quantise_is_a_well_formed_op(granularity, count):
     for rows, columns in ((True, True), (True, False), (False, True)):
         arguments = (x, "fp8_e4m3", granularity, False, rows, columns, "reference")
         torch.library.opcheck(torch.ops.deepseek_mp.quantise.default, arguments)
+
+
+@pytest.mark.parametrize("count", [0, 5, 128])
+@pytest.mark.parametrize("top", [0.0, 2.0])
+def test_quantise_delayed_is_a_well_formed_op(count, top):
+    x = torch.randn(count, 256)
+    for rows, columns in ((True, True), (True, False), (False, True)):
+        arguments = (x, torch.tensor(top), torch.zeros(()), "fp8_e4m3", False, rows, columns)
+        options = {"implementation": "reference"}
+        torch.library.opcheck(torch.ops.deepseek_mp.quantise_delayed.default, arguments, options)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -43,6 +53,19 @@ def test_shapes_without_data_are_those_of_the_data(granularity, count):
         assert (made.shape, made.dtype, made.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
+@pytest.mark.parametrize("count", [0, 1, 100, 256])
+def test_shapes_under_a_delayed_scale_are_those_of_tensor(count):
+    x = torch.randn(count, 256)
+    delayed = (torch.ones(()), torch.zeros(()), "fp8_e5m2", False, True, True)
+    real = quantise(x, "fp8_e5m2", "tensor", False, True, True, "reference")
+    made = quantise_delayed(x, *delayed, implementation="reference")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = quantise_delayed(torch.empty(count, 256), *delayed, implementation="reference")
+    for expected, *others in zip(real, made, fake, strict=True):
+        for other in others:
+            assert (other.shape, other.dtype, other.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
 @pytest.mark.parametrize("granularity", ALIGNMENT)
 def test_widths_that_are_no_whole_groups_are_refused(granularity):
     with pytest.raises(ShapeError, match=f"multiples of {ALIGNMENT[granularity]}"):
@@ -58,6 +81,23 @@ def test_unknown_names_are_refused():
     q, s, _, _ = quantise(x, "fp8_e4m3", "row", False, True, False, "reference")
     with pytest.raises(ConfigError, match="implementation 'fast' of product"):
         product(q, s, q, s, ("row", "row"), None, torch.bfloat16, implementation="fast")
+
+
+def test_what_a_delayed_scale_does_not_fit_is_refused():
+    x, one, zero = torch.randn(16, 128), torch.ones(()), torch.zeros(())
+    rest = ("fp8_e4m3", False, True, False)
+    with pytest.raises(ConfigError, match="implementation 'fast' of quantise"):
+        quantise_delayed(x, one, zero, *rest, implementation="fast")
+    with pytest.raises(ShapeError, match="multiples of 16"):
+        quantise_delayed(x[:, :17].contiguous(), one, zero, *rest, implementation="reference")
+    with pytest.raises(ShapeError, match="contiguous matrices"):
+        quantise_delayed(x.t(), one, zero, *rest, implementation="reference")
+    with pytest.raises(FormatError, match="format 'bf16' to quantise to"):
+        quantise_delayed(x, one, zero, "bf16", *rest[1:], implementation="reference")
+    with pytest.raises(ShapeError, match=r"top of shape \[1\].*Allowed: fp32 of shape \[\] on cpu"):
+        quantise_delayed(x, one.view(1), zero, *rest, implementation="reference")
+    with pytest.raises(ShapeError, match=r"amax of shape.*float64"):
+        quantise_delayed(x, one, zero.double(), *rest, implementation="reference")
 
 
 def test_the_implementation_stands_in_the_graph():

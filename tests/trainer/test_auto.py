@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from deepseek_mp.backends import Capabilities, autocast
 from deepseek_mp.costs import CostCache, Timing, layers, whole_step
+from deepseek_mp.costs.decide import decide
 from deepseek_mp.errors import PlanError
 from deepseek_mp.nn import apply, current_plan, register_unit
 from deepseek_mp.precision import PrecisionPlan, Reason
@@ -117,7 +118,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Times:
         fn()
         return timing(made.step[key])
 
-    def unit(call: Any, format: str, layout: str, *_: Any) -> Timing:
+    def unit(call: Any, format: str, layout: str, *_: Any, **__: Any) -> Timing:
         ms = made.unit[format]
         return timing(ms(call) if callable(ms) else ms)
 
@@ -167,7 +168,9 @@ def generators() -> tuple[float, float, float]:
 def test_a_real_choice_restores_everything_and_has_evidence(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto, "LAYERS_S", {"cpu": 600.0})  # all layers, however busy the machine is
+    monkeypatch.setattr(auto, "LAYERS_S", {"cpu": 600.0})  # all layers and FP32, however busy the machine is
+    monkeypatch.setitem(decide.__globals__, "CHEAP_S", 600.0)
+    monkeypatch.setattr(auto, "TOTAL_S", 600.0)
     model = make()
     run = loss_of(model)
     run().backward()

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import Callback, MixedPrecisionTrainer, PrecisionPlan
-from deepseek_mp.nn import functional, revert
+from deepseek_mp.nn import convert, functional, revert, saturated_tensors, update_scales
+from deepseek_mp.nn.delayed import HEADROOM, HISTORY, scales_of
 from deepseek_mp.precision import RECIPES, as_fnuz
 from deepseek_mp.records import read_run
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
 
-RECIPES_THAT_RUN = ["tensor", "row", "row_gw_hp", "block", "mx", as_fnuz(RECIPES["block"])]
+RECIPES_THAT_RUN = ["tensor", "delayed", "row", "row_gw_hp", "block", "mx", as_fnuz(RECIPES["block"])]
 STEPS = 12
 
 
@@ -106,7 +107,7 @@ def test_auto_keeps_a_layer_that_is_pinned_to_fp8():
     assert said["0"].evidence == {"quantise": "reference", "product": "reference"}
 
 
-@pytest.mark.parametrize("recipe", ["row", "block"])
+@pytest.mark.parametrize("recipe", ["row", "block", "delayed"])
 def test_micro_batches_add_up_to_the_gradients_of_each(recipe):
     """Exactly: a window's gradient is the weighted sum of those its micro-batches have alone."""
     parts = list(mlp_batches(2))
@@ -169,7 +170,7 @@ def test_a_weight_is_quantised_once_for_the_micro_batches_of_a_step(monkeypatch)
     assert all(seen.count(shape) == weights.count(shape) for shape in weights)
 
 
-@pytest.mark.parametrize("recipe", ["row_gw_hp", "block"])
+@pytest.mark.parametrize("recipe", ["row_gw_hp", "block", "delayed"])
 def test_checkpointing_trains_to_the_same_weights(recipe):
     weights = []
     for reentrant in (None, True, False):
@@ -182,20 +183,121 @@ def test_checkpointing_trains_to_the_same_weights(recipe):
         assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
 
 
-def test_a_resumed_run_goes_on_bit_by_bit(tmp_path):
-    batches = list(mlp_batches(4))
-    straight = make(mlp(), "block")
+@pytest.mark.parametrize("recipe", ["block", "delayed"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_goes_on_bit_by_bit(tmp_path, recipe, accumulation):
+    batches = list(mlp_batches(6))
+    options = {"gradient_accumulation_steps": accumulation}
+    straight = make(mlp(), recipe, **options)
     wanted = [straight.step(batch).loss for batch in batches]
-    first = make(mlp(), "block", run_dir=tmp_path)
-    for batch in batches[:2]:
+    first = make(mlp(), recipe, run_dir=tmp_path, **options)
+    for batch in batches[:3]:  # in a window of two this is within one
         first.step(batch)
     first.save(tmp_path)
     first.close()
-    again = make(mlp(), "block", run_dir=tmp_path)
+    again = make(mlp(), recipe, run_dir=tmp_path, **options)
     again.load(tmp_path)
-    assert [again.step(batch).loss for batch in batches[2:]] == wanted[2:]
+    assert [again.step(batch).loss for batch in batches[3:]] == wanted[3:]
     again.close()
     assert again.plan.digest == straight.plan.digest
+    for ours, theirs in zip(scales_of(again.model), scales_of(straight.model), strict=True):
+        ours, theirs = ours.tensors(), theirs.tensors()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        assert ours["0/top"].all()
+
+
+# -- delayed scaling -------------------------------------------------------------------------------------
+
+
+def scales(trainer):
+    (found,) = scales_of(trainer.model)
+    return found
+
+
+def test_a_loop_of_your_own_gets_the_same_weights_with_one_more_line():
+    batches = list(mlp_batches(6))
+    trainer = make(mlp(), "delayed", gradient_accumulation_steps=2)
+    for batch in batches:
+        trainer.step(batch)
+    trainer.settle()
+    model = mlp()
+    convert(model, "delayed", emulate=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for index, (x, target) in enumerate(batches):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        if index % 2:
+            for parameter in model.parameters():
+                parameter.grad /= 2
+            optimizer.step()
+            optimizer.zero_grad()
+            update_scales(model)
+    assert torch.equal(scales_of(model)[0].history, scales(trainer).history)
+    assert scales(trainer).history[:3].all()
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_skipped_step_counts_once_and_neither_its_replay_nor_an_evaluation_counts():
+    trainer = make(mlp(), "delayed")
+    data = list(mlp_batches(3))
+    trainer.step(data[0]).loss  # noqa: B018 - waits
+    bad = data[1][0].clone()
+    bad[0, 0] = math.inf
+    assert trainer.step((bad, data[1][1])).status == "skipped"
+    finite = float(bad[bad.isfinite()].abs().max())
+    largest = [finite, float(data[0][0].abs().max())]
+    assert scales(trainer).history[:3, 0].tolist() == [*largest, 0.0]
+    assert not torch.stack(scales(trainer).amax).any()
+    trainer.evaluate([(1000 * data[2][0], data[2][1])])
+    trainer.predict(1000 * data[2][0])
+    trainer.step(data[2]).loss  # noqa: B018 - waits
+    assert scales(trainer).history[0, 0] == data[2][0].abs().max()
+    assert scales(trainer).top[0] == HEADROOM * max(*largest, float(data[2][0].abs().max()))
+    assert not saturated_tensors(trainer.model)
+
+
+def test_what_fails_within_a_window_is_forgotten():
+    trainer = make(mlp(), "delayed", gradient_accumulation_steps=2)
+    data = list(mlp_batches(2))
+    trainer.step((1000 * data[0][0], data[0][1]))
+    with pytest.raises(ValueError, match="batch"):
+        trainer.step((data[0][0], data[0][1][:3]))
+    assert not torch.stack(scales(trainer).amax).any()
+    for batch in data:
+        trainer.step(batch)
+    trainer.settle()
+    assert scales(trainer).history[0, 0] == max(float(x.abs().max()) for x, _ in data)
+
+
+def test_a_tensor_that_outgrows_its_scale_is_recorded_and_warned_of_once(tmp_path, caplog):
+    trainer = make(mlp(), "delayed", run_dir=tmp_path)
+    data = list(mlp_batches(HISTORY + 4))
+    with caplog.at_level("WARNING", logger="deepseek_mp"):
+        for index, (x, target) in enumerate(data):
+            result = trainer.step((x * (100 if index == 2 else 10_000 if index == HISTORY + 3 else 1), target))
+            found = [one for one in result.facts.saturated if one[:2] == ("0", "input")]
+            assert len(found) == (index in (2, HISTORY + 3))
+    trainer.close()
+    lines = [line for line in read_run(tmp_path).decisions if line["reason"] == "saturated" and line["layer"] == "0"]
+    lines = [line for line in lines if line["evidence"]["operand"] == "input"]
+    assert [line["step"] for line in lines] == [3, HISTORY + 4]
+    assert [line["evidence"]["steps_saturated"] for line in lines] == [1, 2]
+    assert (lines[0]["old"], lines[0]["new"], lines[0]["role"]) == ("delayed", "delayed", "fprop")
+    said = [record.message for record in caplog.records if record.message.startswith("0: its input")]
+    assert said == [f"0: its input outgrew its past; scaled by its own maximum for {HISTORY} steps"]
+
+
+def test_a_compiled_trainer_has_the_numbers_of_an_eager_one(monkeypatch):
+    losses = []
+    for compiled in (False, True):
+        trainer = make(mlp(), "delayed", compile=compiled, gradient_accumulation_steps=2)
+        if compiled:
+            monkeypatch.setattr(trainer.stepper, "forward", torch.compile(trainer.model, backend="aot_eager"))
+        losses.append([trainer.step(batch).loss for batch in mlp_batches(8)])
+        assert scales(trainer).top.all()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_records_name_the_recipe_and_the_peak_is_that_of_its_products(tmp_path):

@@ -1,4 +1,4 @@
-"""`quantise` in plain PyTorch."""
+"""`quantise` and `quantise_delayed` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,40 @@ def quantise(
     x: Tensor, format: str, granularity: str, power_of_two: bool, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.schema.quantise`."""
-    target = FORMATS[format]
+    return _both(x, FORMATS[format], granularity, power_of_two, rows, columns, None)
+
+
+@torch.no_grad()
+def quantise_delayed(
+    x: Tensor, top: Tensor, amax: Tensor, format: str, power_of_two: bool, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `ops.schema.quantise_delayed`."""
+    own = torch.zeros_like(amax)
+    if x.numel():
+        size = x.float().abs()
+        own = torch.where(size < float("inf"), size, 0.0).amax()
+    amax.copy_(torch.maximum(amax, own))
+    return _both(x, FORMATS[format], "tensor", power_of_two, rows, columns, torch.where(top == 0, own, top))
+
+
+def _both(
+    x: Tensor, target: Format, granularity: str, power_of_two: bool, rows: bool, columns: bool, top: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both layouts, as far as they are asked for; scales hold `top` where it is given."""
     count, width = x.shape
     padded = x.new_zeros((padded_rows(count, granularity), width), dtype=torch.float32)
     padded[:count] = x
-    nothing = x.new_empty(0, dtype=torch_dtype(format)), x.new_empty(0, dtype=torch.float32)
-    q, s = _operand(padded, target, granularity, power_of_two) if rows else nothing
+    nothing = x.new_empty(0, dtype=torch_dtype(target.name)), x.new_empty(0, dtype=torch.float32)
+    q, s = _operand(padded, target, granularity, power_of_two, top) if rows else nothing
     qt, st = nothing[0].clone(), nothing[1].clone()  # an op's results may not be one tensor
     if columns:
-        qt, st = _operand(padded.t().contiguous(), target, granularity, power_of_two)
+        qt, st = _operand(padded.t().contiguous(), target, granularity, power_of_two, top)
     return q, s, qt, st
 
 
-def _operand(x: Tensor, target: Format, granularity: str, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def _operand(
+    x: Tensor, target: Format, granularity: str, power_of_two: bool, top: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """An operand [outer, contraction] in fp32 as FP8 values and their scales."""
     outer, contraction = x.shape
     dtype, stored = torch_dtype(target.name), scale_shape(granularity, outer, contraction)
@@ -41,8 +62,10 @@ def _operand(x: Tensor, target: Format, granularity: str, power_of_two: bool) ->
     size = groups.abs()
     finite = size < float("inf")
     considered = size if height == 1 else torch.where(finite, size, 0.0)
-    scale, inverse = scales_of(considered.amax((1, 3), keepdim=True), target, power_of_two=power_of_two)
-    # Rounding may exceed the largest value by a hair, which some versions of PyTorch cast to NaN.
+    amax = considered.amax((1, 3), keepdim=True) if top is None else top.view(1, 1, 1, 1)
+    scale, inverse = scales_of(amax, target, power_of_two=power_of_two)
+    # Rounding may exceed the largest value by a hair, which some versions of PyTorch cast to NaN. A value beyond a
+    # given `top` exceeds it by more.
     scaled = (groups * inverse).clamp(-target.max, target.max)
     values = torch.where(finite, scaled, float("nan")).view(outer, contraction).to(dtype)
     scale = scale[:, 0, :, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deepseek_mp.ops.triton.cast_kernel import finite_magnitude, larger
+from deepseek_mp.ops.triton.cast_kernel import finite_magnitude, larger, raise_to
 
 
 @triton.jit
@@ -13,8 +13,14 @@ def tensor_amax_kernel(x, amax, count, BLOCK: tl.constexpr):
     """The largest finite magnitude of `count` values into amax [], which starts as zero."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = finite_magnitude(tl.load(x + place, mask=place < count, other=0.0).to(tl.float32))
-    # Positive floats are ordered as their bits are, and integers have an atomic maximum everywhere.
-    tl.atomic_max(amax.to(tl.pointer_type(tl.int32)), tl.max(size).to(tl.int32, bitcast=True), sem="relaxed")
+    raise_to(amax, tl.max(size))
+
+
+@triton.jit
+def unknown_amax_kernel(x, amax, top, count, BLOCK: tl.constexpr):
+    """`tensor_amax_kernel` where top [] is zero; elsewhere nothing is read and amax stays as it is."""
+    if tl.load(top) == 0.0:
+        tensor_amax_kernel(x, amax, count, BLOCK)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -6,9 +6,9 @@ the rows 4i + j: the four bytes that stand one below the other in a column are t
 packed into a 32-bit word, and the transposed tile is written in words.
 
 The kernel is limited by instructions before it is limited by memory: no value is clamped, since none is
-larger than what its scale was taken from, and in groups of one row NaN travels through the scale. On NVIDIA
-the cast is written in PTX: compiled by Triton 3.6, bytes that are both stored and packed came out wrong in
-one of the two places.
+larger than what its scale was taken from (with a delayed scale the cast itself saturates), and in groups of one
+row NaN travels through the scale. On NVIDIA the cast is written in PTX: compiled by Triton 3.6, bytes that are
+both stored and packed came out wrong in one of the two places.
 """
 
 from __future__ import annotations
@@ -30,6 +30,21 @@ def finite_magnitude(value):
     """Magnitudes, with zero in the place of infinities and NaN: those must not become a scale."""
     size = tl.abs(value)
     return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
+def _tile_top(values):
+    """The largest finite magnitude of a tile."""
+    low = tl.maximum(finite_magnitude(values[0]), finite_magnitude(values[1]))
+    high = tl.maximum(finite_magnitude(values[2]), finite_magnitude(values[3]))
+    return tl.max(tl.maximum(low, high))
+
+
+@triton.jit
+def raise_to(place, size):
+    """The fp32 number at `place` becomes at least `size`; both are positive or zero."""
+    # Positive floats are ordered as their bits are, and integers have an atomic maximum everywhere.
+    tl.atomic_max(place.to(tl.pointer_type(tl.int32)), size.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -87,7 +102,7 @@ def _words(a, b, c, d, PTX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])  # a matrix of one row would get code of its own, which was seen to be wrong
 def cast_kernel(
-    x, amax, column_amax, q, s, qt, st, M, K, P,
+    x, amax, column_amax, top, seen, q, s, qt, st, M, K, P,
     FORMAT: tl.constexpr, LARGEST: tl.constexpr, GRANULARITY: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -112,15 +127,18 @@ def cast_kernel(
         if COLUMNS:
             tl.store(st + tile_m.to(tl.int64) * K + k, column_scale, mask=inside_k)
     elif GRANULARITY == "128x128":
-        low = tl.maximum(finite_magnitude(values[0]), finite_magnitude(values[1]))
-        high = tl.maximum(finite_magnitude(values[2]), finite_magnitude(values[3]))
-        whole_scale, whole_inverse = _scales(tl.max(tl.maximum(low, high)), LARGEST, POWER_OF_TWO, PTX)
+        whole_scale, whole_inverse = _scales(_tile_top(values), LARGEST, POWER_OF_TWO, PTX)
         if ROWS:
             tl.store(s + tile_m * tl.num_programs(0) + tile_k, whole_scale)
         if COLUMNS:
             tl.store(st + tile_k * tl.num_programs(1) + tile_m, whole_scale)
-    elif GRANULARITY == "tensor":
-        whole_scale, whole_inverse = _scales(tl.load(amax), LARGEST, POWER_OF_TWO, PTX)
+    elif GRANULARITY == "tensor" or GRANULARITY == "delayed":
+        held = tl.load(amax)
+        if GRANULARITY == "delayed":
+            raise_to(seen, _tile_top(values))
+            known = tl.load(top)
+            held = tl.where(known == 0.0, held, known)
+        whole_scale, whole_inverse = _scales(held, LARGEST, POWER_OF_TWO, PTX)
         if (tile_m == 0) & (tile_k == 0):
             if ROWS:
                 tl.store(s, whole_scale)
@@ -154,7 +172,10 @@ def cast_kernel(
         else:
             # One scale for many rows: only what is not finite itself may become NaN. The second product is
             # zero for all finite values.
-            row_byte = _bytes(value * whole_inverse + value * 0.0, FORMAT, PTX)
+            scaled = value * whole_inverse
+            if GRANULARITY == "delayed" and not PTX:  # PTX's cast saturates, others give NaN
+                scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+            row_byte = _bytes(scaled + value * 0.0, FORMAT, PTX)
             column_bytes = column_bytes + (row_byte,)
         if ROWS:
             place = m[:, None].to(tl.int64) * K + k[None, :]

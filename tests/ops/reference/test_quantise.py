@@ -7,7 +7,7 @@ import torch
 
 from deepseek_mp.ops.layouts import ALIGNMENT, padded_rows
 from deepseek_mp.ops.reference.product import dequantise
-from deepseek_mp.ops.reference.quantise import quantise
+from deepseek_mp.ops.reference.quantise import quantise, quantise_delayed
 from deepseek_mp.precision import FORMATS
 
 FP8 = ["fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz"]
@@ -215,3 +215,67 @@ def test_no_maximum_is_cast_beyond_the_format(format, power_of_two, seed):
     top = cast(x, "row", format=format, power_of_two=power_of_two)[0].float().amax(1)
     largest = FORMATS[format].max
     assert ((top > largest / 2.001) & (top <= largest)).all() if power_of_two else (top == largest).all()
+
+
+# -- with a scale from the past --------------------------------------------------------------------------
+
+
+def delayed(x, top, amax=0.0, format="fp8_e4m3", power_of_two=False):
+    """What the op gives, and the maximum it leaves."""
+    raised = torch.tensor(amax)
+    return quantise_delayed(x, torch.tensor(top), raised, format, power_of_two, True, True), float(raised)
+
+
+def same(ours, expected):
+    return all(
+        torch.equal(a.float().nan_to_num(7e7), b.float().nan_to_num(7e7)) for a, b in zip(ours, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("format", FP8)
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_tensors_own_maximum_known_before_or_not_known_gives_the_bits_of_tensor(format, power_of_two, known):
+    for seed in range(20):
+        x = torch.randn(40, 64, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed - 10)
+        x[3, 5], x[4, 6] = float("inf"), float("nan")
+        largest = float(x[x.isfinite()].abs().max())
+        made, raised = delayed(x, largest if known else 0.0, format=format, power_of_two=power_of_two)
+        assert same(made, quantise(x, format, "tensor", power_of_two, True, True))
+        assert raised == largest
+
+
+@pytest.mark.parametrize("format", FP8)
+def test_values_beyond_the_scale_become_the_largest_and_the_rest_stays(format):
+    x = torch.rand(32, 32) - 0.5
+    x[0, 0] = 0.5
+    spoiled = x.clone()
+    spoiled[1, 1], spoiled[2, 2], spoiled[3, 3] = 50.0, -3e38, float("inf")
+    (q, s, qt, st), raised = delayed(spoiled, 0.5, format=format)
+    (expected, scale, _, _), _ = delayed(x, 0.5, format=format)
+    largest = FORMATS[format].max
+    assert (q.float()[1, 1], q.float()[2, 2]) == (largest, -largest)
+    assert q.float()[3, 3].isnan()
+    for i in (1, 2, 3):
+        q.view(torch.uint8)[i, i] = expected.view(torch.uint8)[i, i]
+    assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(s, scale)
+    assert torch.equal(st, scale)
+    assert qt.float()[1, 1] == largest
+    assert raised == float(torch.tensor(3e38))
+
+
+@pytest.mark.parametrize(("amax", "expected"), [(0.0, 2.0), (1.0, 2.0), (3.0, 3.0)])
+def test_the_maximum_is_raised_and_never_lowered(amax, expected):
+    x = torch.full((16, 16), -2.0)
+    assert delayed(x, 1.0, amax)[1] == expected
+    assert delayed(torch.full((16, 16), float("nan")), 1.0, amax)[1] == amax
+    assert delayed(torch.zeros(0, 16), 1.0, amax)[1] == amax
+
+
+@pytest.mark.parametrize("top", [2.0**-149, 2.0**-130, 3.4e38])
+def test_extreme_maxima_keep_scales_and_values_finite(top):
+    (q, s, _, _), _ = delayed(torch.full((16, 16), top), top)
+    assert q.float().isfinite().all()
+    assert s.isfinite()
+    assert s > 0

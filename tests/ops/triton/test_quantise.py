@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from deepseek_mp.errors import ShapeError
 from deepseek_mp.ops.reference.product import dequantise
-from deepseek_mp.ops.schema import quantise
+from deepseek_mp.ops.schema import quantise, quantise_delayed
 from deepseek_mp.precision import find_format
 
 pytestmark = pytest.mark.gpu
@@ -70,3 +71,52 @@ def test_values_come_back_within_the_format():
     back = dequantise(q, s, "1x128")
     assert relative_error(back, x.double()) < 1.1 * 0.0265
     assert float(q.float().abs().max()) == find_format("fp8_e4m3").max
+
+
+@hopper
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(256, 384), (1000, 512), (77, 128), (1, 128), (16, 48)])
+@pytest.mark.parametrize("top", [0.0, 1e-3, 0.5, 1e30])
+def test_a_delayed_scale_gives_the_reference_bit_for_bit(format, dtype, shape, top):
+    x = hard_matrix(*shape, dtype, seed=shape[0])
+    for layouts in ((True, True), (True, False), (False, True)):
+        for power_of_two in (False, True):
+            results, maxima = [], []
+            for implementation in ("triton", "reference"):
+                amax = torch.full((), 1e-4, device="cuda")
+                known = torch.full((), top, device="cuda")
+                results.append(
+                    quantise_delayed(x, known, amax, format, power_of_two, *layouts, implementation=implementation)
+                )
+                maxima.append(float(amax))
+            for ours, expected in zip(*results, strict=True):
+                assert_equal(ours, expected)
+            assert maxima[0] == maxima[1]
+
+
+@hopper
+def test_a_delayed_scale_of_the_own_maximum_gives_the_bits_of_tensor():
+    x = torch.randn(512, 256, device="cuda")
+    delayed = quantise_delayed(
+        x, x.abs().max(), torch.zeros((), device="cuda"), "fp8_e4m3", False, True, True, implementation="triton"
+    )
+    for ours, expected in zip(delayed, quantise(x, "fp8_e4m3", "tensor", False, True, True, "triton"), strict=True):
+        assert_equal(ours, expected)
+
+
+@hopper
+def test_a_delayed_cast_takes_no_rows():
+    nothing = torch.zeros(0, 128, device="cuda")
+    amax = torch.ones((), device="cuda")
+    q, _, qt, _ = quantise_delayed(
+        nothing, torch.zeros_like(amax), amax, "fp8_e4m3", False, True, True, implementation="triton"
+    )
+    assert (q.shape, qt.shape, float(amax)) == ((0, 128), (128, 0), 1.0)
+
+
+@hopper
+def test_a_delayed_scale_on_another_device_is_refused():
+    x, on_host = torch.randn(16, 16, device="cuda"), torch.zeros(())
+    with pytest.raises(ShapeError, match=r"on cpu.*Apply the plan again if the model was moved"):
+        quantise_delayed(x, on_host, on_host, "fp8_e4m3", False, True, True, implementation="triton")
