@@ -7,6 +7,7 @@ refused plan leaves the model as it was. The plan in force is kept on the model 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -98,6 +99,8 @@ def apply(
     """
     prepared = prepare(model, plan, emulate=emulate, kernels=kernels, capabilities=capabilities)
     resolved, found = prepared.plan, prepared.found
+    if not resolved.base.is_plain and not any(unit.products for unit in prepared.assigned.values()):
+        warnings.warn(f"no layer of this model runs in {resolved.base.name}; the decisions say why", stacklevel=2)
     base = resolved.base.region
     changes: list[tuple[nn.Module, type[nn.Module], UnitPrecision]] = []
     for name, module in found.units.items():

@@ -45,6 +45,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from deepseek_mp.errors import ShapeError, explain
+from deepseek_mp.ops.layouts import alignment
 from deepseek_mp.ops.schema import product, quantise, quantise_delayed
 from deepseek_mp.precision import Recipe, Role, ScaleRule
 from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
@@ -53,6 +55,13 @@ Layout = tuple[Tensor, ...]
 """An operand [outer, contraction]: quantised values and their scales, or alone and not quantised."""
 Operands = tuple[Layout, Layout]
 """A tensor as it is and transposed, each as its product reads it."""
+
+
+class HeldWeight(NamedTuple):
+    """A weight and what `quantised_weight` gave for it."""
+
+    weight: Tensor
+    operands: Operands
 
 
 class Scaling(NamedTuple):
@@ -93,7 +102,7 @@ class Pair:
 class Products:
     """A recipe with the implementations that run it, laid out for the forward to read.
 
-    The last three fields follow from the recipe; None is a product in BF16.
+    What has no argument follows from the recipe; a product that is None is one in BF16.
     """
 
     recipe: Recipe
@@ -102,6 +111,8 @@ class Products:
     fprop: Pair | None = field(init=False, compare=False)
     dgrad: Pair | None = field(init=False, compare=False)
     wgrad: Pair | None = field(init=False, compare=False)
+    multiple: int = field(init=False, compare=False)
+    """What both sizes of a weight must be multiples of."""
 
     @property
     def is_emulated(self) -> bool:
@@ -116,6 +127,8 @@ class Products:
     def __post_init__(self) -> None:
         for role in Role:
             object.__setattr__(self, role.value, _pair(self.recipe.role(role)))
+        scaled = [side.granularity.name for side in self.recipe.sides() if side.is_scaled]
+        object.__setattr__(self, "multiple", max(map(alignment, scaled)))
 
 
 def _pair(role: RoleRecipe) -> Pair | None:
@@ -131,7 +144,7 @@ def low_precision_linear(
     weight: Tensor,
     bias: Tensor | None,
     products: Products,
-    held: Operands | None = None,
+    held: HeldWeight | None = None,
     scaling: UnitScaling | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` with its three products in the formats of `products`.
@@ -141,22 +154,41 @@ def low_precision_linear(
         weight: [N, K]; N and K are multiples of what the recipe's granularities need.
         bias: [N] or None.
         products: the recipe, and what runs it.
-        held: what `quantised_weight` gave for this weight, to be used instead of quantising it now.
+        held: a weight quantised before; used instead of quantising now if it is this very weight.
         scaling: what delayed scaling keeps of the layer; without it tensors are scaled by their own maxima.
 
     Returns:
         [..., N] in bf16. Gradients have the types of x, weight and bias, and cannot be differentiated again.
     """
+    if (
+        not x.is_floating_point()
+        or not x.dim()
+        or x.shape[-1] != weight.shape[1]
+        or weight.shape[0] % products.multiple
+    ):
+        raise _does_not_fit(x, weight, products)
+    operands = held.operands if held is not None and held.weight is weight else None
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        y: Tensor = _Linear.apply(x, weight, bias, products, held, scaling)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(x, weight, bias, products, operands, scaling)  # type: ignore[no-untyped-call]
     else:
-        y, _ = _forward(x, weight, bias, products, held, scaling, for_dgrad=False, for_wgrad=False)
+        y, _ = _forward(x, weight, bias, products, operands, scaling, for_dgrad=False, for_wgrad=False)
     # Views are taken out here, where autograd sees them: an in-place activation may follow.
     rows = math.prod(x.shape[:-1])
     if y.shape[0] != rows:
         y = y[:rows]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _does_not_fit(x: Tensor, weight: Tensor, products: Products) -> ShapeError:
+    return ShapeError(
+        explain(
+            f"an input {list(x.shape)} of {x.dtype} for a weight {list(weight.shape)} in {products.recipe.name}",
+            f"floating-point inputs [..., {weight.shape[1]}], and weights of which both sizes are multiples of "
+            f"{products.multiple}",
+            "Pass such an input; after replacing a layer's weight apply the plan again",
+        )
+    )
 
 
 class _Linear(Function):

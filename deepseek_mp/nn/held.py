@@ -14,12 +14,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from deepseek_mp.nn.functional import Operands, Products, quantised_weight
+from deepseek_mp.nn.functional import HeldWeight, Operands, Products, quantised_weight
 from deepseek_mp.nn.unit import Unit, scaling_now
 
 
 class HeldWeights:
-    """The quantised weights of a model's low-precision layers."""
+    """The quantised weights of a model's low-precision layers, of those that are being trained.
+
+    A trained weight changes in optimizer steps; PyTorch's version counters tell of other changes in place, but not
+    of writes through `weight.data`, which would go unseen until the next step. Weights that are not trained are
+    not held, since those are what models write in their forward (the momentum encoder of contrastive learning).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -37,7 +42,8 @@ class HeldWeights:
                 }
             self._mark = mark
         for unit, operands in self._operands.items():
-            unit.held_weight = operands
+            assert isinstance(unit.weight, Tensor)
+            unit.held_weight = HeldWeight(unit.weight, operands)
         try:
             yield
         finally:
@@ -50,8 +56,9 @@ class HeldWeights:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[Unit, Tensor, Products]]:
-    """The units that multiply in low precision, with their weights."""
+    """The units that multiply in low precision, with their weights, as far as those are trained parameters."""
     for module in model.modules():
         if isinstance(module, Unit) and module.unit_precision.products is not None:
-            assert isinstance(module.weight, Tensor)
-            yield module, module.weight, module.unit_precision.products
+            weight = module.weight
+            if isinstance(weight, nn.Parameter) and weight.requires_grad:
+                yield module, weight, module.unit_precision.products

@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.nn.functional import Operands, Products, UnitScaling, low_precision_linear
+from deepseek_mp.nn.functional import HeldWeight, Products, UnitScaling, low_precision_linear
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.precision import Recipe
@@ -133,7 +133,7 @@ class Unit(nn.Module):
 
     original_class: ClassVar[type[nn.Module]]
     unit_precision: UnitPrecision
-    held_weight: Operands | None = None
+    held_weight: HeldWeight | None = None
     """The weight, quantised already; `nn.held` lends it for the time of a forward and backward."""
     delayed_scaling: UnitScaling | None = None
     """What delayed scaling keeps of the layer; `nn.delayed` lends it as long as the plan is in force."""

@@ -214,6 +214,7 @@ def _product(
     dtype: torch.dtype,
     implementation: str,
 ) -> Tensor:
+    _check_product(left, right)
     run = product_of(implementation)
     return run(left, left_scale, right, right_scale, (left_granularity, right_granularity), bias, dtype)
 
@@ -264,7 +265,14 @@ def _product_shapes(
     dtype: torch.dtype,
     implementation: str,
 ) -> Tensor:
+    _check_product(left, right)
     return left.new_empty((left.shape[0], right.shape[0]), dtype=dtype)
+
+
+def _check_product(left: Tensor, right: Tensor) -> None:
+    if left.shape[1] != right.shape[1]:
+        passed = f"a product of operands {list(left.shape)} and {list(right.shape)}"
+        raise ShapeError(explain(passed, "[A, C] and [B, C]", "Pass both with the extent that is summed over last"))
 
 
 for _name, _run, _shapes in (

@@ -14,6 +14,13 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PROMISES = {
     "checkpoints.py": [r"continued run equals the uninterrupted one; 9 tensors in the plain model"],
+    "fp8.py": [
+        r"block: loss 0\.\d+\nbf16: loss 0\.\d+",
+        r"0: bf16 \(pinned\)",
+        r"2: block \((emulated|pinned|requested)\) quantise=\w+ product=\w+",
+        r"4: bf16 \(shape\)",
+        r"6: bf16 \(output_layer\)",
+    ],
     "own_loop.py": [
         r"step 0: loss \d\.\d+, applied, norm \d+\.\d+",
         r"step 20: loss \d\.\d+, applied",

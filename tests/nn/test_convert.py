@@ -436,3 +436,9 @@ def test_the_kernels_that_were_asked_for_are_remembered() -> None:
     assert kernels_in_force(model) == "reference"
     apply(model, "block", emulate=True)
     assert kernels_in_force(model) is None
+
+
+def test_an_fp8_plan_that_no_layer_takes_warns() -> None:
+    model = nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100))
+    with pytest.warns(UserWarning, match="no layer of this model runs in block"):
+        apply(model, "block", emulate=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from deepseek_mp.errors import ShapeError
 from deepseek_mp.nn import functional
 from deepseek_mp.nn.functional import Cast, Pair, Products, low_precision_linear
 from deepseek_mp.precision import RECIPES, Operand, Recipe, Role, as_fnuz, with_power_of_two
@@ -364,3 +365,18 @@ def test_equal_products_are_equal_values() -> None:
     assert products(RECIPES["row"]) == products(RECIPES["row"])
     assert hash(products(RECIPES["row"])) == hash(products(RECIPES["row"]))
     assert products(RECIPES["row"]) != replace(products(RECIPES["row"]), product="native")
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "match"),
+    [
+        (torch.ones(4, 256), torch.ones(128, 128), r"an input \[4, 256\].*for a weight \[128, 128\] in block"),
+        (torch.ones(4, 128, dtype=torch.int64), torch.ones(128, 128), "torch.int64.*floating-point inputs"),
+        (torch.ones(4, 128, dtype=torch.complex64), torch.ones(128, 128), "torch.complex64.*floating-point inputs"),
+        (torch.ones(()), torch.ones(128, 128), r"an input \[\] of"),
+        (torch.ones(4, 128), torch.ones(100, 128), r"a weight \[100, 128\].*multiples of 128.*apply the plan again"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_sizes(x: Tensor, weight: Tensor, match: str) -> None:
+    with pytest.raises(ShapeError, match=match):
+        low_precision_linear(x, weight, None, products(RECIPES["block"]))

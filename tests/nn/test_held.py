@@ -100,3 +100,23 @@ def test_a_model_without_low_precision_lends_nothing() -> None:
     apply(plain, "bf16")
     with HeldWeights(plain).lent(1):
         assert "held_weight" not in vars(plain[0])
+
+
+def test_a_weight_put_in_the_place_of_a_held_one_is_what_counts(model: nn.Module) -> None:
+    with HeldWeights(model).lent(1), torch.no_grad():
+        zero = {"weight": torch.zeros_like(model[0].weight), "bias": torch.zeros_like(model[0].bias)}
+        assert not torch.func.functional_call(model[0], zero, (X,)).any()
+        model[2].weight = nn.Parameter(torch.zeros_like(model[2].weight))
+        model[2].bias.zero_()
+        assert not model[2](torch.randn(4, 256)).any()
+
+
+def test_a_weight_that_is_not_trained_is_not_held(model: nn.Module) -> None:
+    """As a momentum encoder's, which a model writes in its forward."""
+    model[0].weight.requires_grad_(False)
+    with HeldWeights(model).lent(1):
+        assert model[0].held_weight is None
+        assert model[2].held_weight is not None
+        model[0].weight.data.zero_()
+        model[0].bias.data.zero_()
+        assert not model[0](X).any()

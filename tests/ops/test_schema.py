@@ -138,3 +138,10 @@ def test_going_backward_through_the_ops_warns_and_gives_no_gradient():
     with pytest.warns(UserWarning, match="deepseek_mp::(product|quantise): an autograd kernel was not"):
         out.sum().backward()
     assert x.grad is None
+
+
+def test_operands_of_different_contractions_are_refused():
+    left = quantise(torch.randn(16, 128), "fp8_e4m3", "row", False, True, False, "reference")[:2]
+    right = quantise(torch.randn(16, 256), "fp8_e4m3", "row", False, True, False, "reference")[:2]
+    with pytest.raises(ShapeError, match=r"a product of operands \[16, 128\] and \[16, 256\]"):
+        product(*left, *right, ("row", "row"), None, torch.bfloat16, implementation="reference")

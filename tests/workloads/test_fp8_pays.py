@@ -116,7 +116,6 @@ def no_time(_: torch.device, width: int, products: Products | None) -> float:
         ("x86_avx512_bf16", "a x86_avx512_bf16 does not multiply fp8_e4m3"),
         ("x86_avx2", "a x86_avx2 does not multiply bf16 and fp8_e4m3"),
         ("sm_80", "a sm_80 does not multiply fp8_e4m3"),
-        ("sm_100", "no product of this release runs the recipe mx on a sm_100"),  # only emulated
         ("ascend950", "no product of this release runs the recipe row on a ascend950"),
     ],
 )
@@ -129,7 +128,8 @@ def test_a_device_without_fp8_is_not_timed_and_says_why(row: str, why: str, monk
 
 
 @pytest.mark.parametrize(
-    ("row", "recipe"), [("sm_89", "row"), ("sm_90", "block"), ("gfx942", "row_fnuz"), ("gfx950", "row")]
+    ("row", "recipe"),
+    [("sm_89", "row"), ("sm_90", "block"), ("sm_100", "row"), ("gfx942", "row_fnuz"), ("gfx950", "row")],
 )
 def test_the_recipe_is_the_devices_own(row: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     be(row, monkeypatch)
