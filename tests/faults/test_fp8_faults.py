@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import PrecisionPlan, autocast, convert
+from deepseek_mp.backends.capabilities import Identity, resolve
+from deepseek_mp.errors import FormatError
 from deepseek_mp.nn import apply
+from deepseek_mp.ops.cast import cast, read_fp8
 
 INF, NAN = float("inf"), float("nan")
 RECIPES = ["tensor", "row", "row_gw_hp", "block", "mx"]
@@ -288,3 +291,69 @@ def test_d08_compiled_once_for_all_scales_with_the_numbers_of_eager_code(recipe,
             results.append([y, *(parameter.grad.clone() for parameter in model.parameters())])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), factor
     assert counter.frame_count == 1
+
+
+# --------------------------------------------------------------------- B07 an infinity cast to a format without one
+
+
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e4m3fnuz"])
+@pytest.mark.parametrize("saturate", [False, True])
+def test_b07_an_infinity_is_counted_before_the_cast_hides_it(format, saturate):
+    result = cast(torch.tensor([1.0, INF, -INF, 2.0]), format, saturate=saturate)
+    assert int(result.overflowed) == 2
+    assert result.tensor.float()[[0, 3]].tolist() == [1.0, 2.0]
+    assert saturate != bool(result.tensor.float()[1].isnan())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_b07_a_layer_never_turns_an_infinity_into_a_number(recipe):
+    model, (x, _) = layer(recipe), batch()
+    x[3, 0] = INF
+    assert in_region(model, x)[3].isnan().all()
+
+
+# --------------------------------------------------------------------- B12 the largest value is subnormal
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_b12_inputs_of_the_smallest_numbers_give_finite_outputs(recipe, dtype):
+    model = layer(recipe)
+    x = torch.full((16, 128), torch.finfo(dtype).smallest_normal / 8).to(dtype).requires_grad_()
+    output = in_region(model, x)
+    output.float().sum().backward()
+    assert output.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert model[0].weight.grad.isfinite().all()
+
+
+# --------------------------------------------------------------------- H03 FP8 values moved between vendors
+
+
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+def test_h03_bytes_of_the_other_kind_are_read_by_value(format):
+    values = torch.tensor([1.0, -2.0, 0.5, 96.0, 0.0])
+    stored = cast(values, format).tensor.view(torch.uint8)
+    moved = read_fp8(stored, format, f"{format}fnuz").tensor
+    assert moved.float().tolist() == values.tolist()
+    reinterpreted = stored.view(moved.dtype).float()
+    assert reinterpreted[0] == 0.5, "the same byte means half the value there"
+
+
+def test_h03_a_layer_in_either_kind_gives_the_same_numbers_within_the_format():
+    (x, _), outputs = batch(), []
+    for recipe in ("row", "row_fnuz"):
+        outputs.append(in_region(layer(recipe), x).float())
+    assert ((outputs[0] - outputs[1]).norm() / outputs[0].norm()) < 2 * 0.0375
+
+
+# --------------------------------------------------------------------- H05 a device nobody knows
+
+
+def test_h05_fp8_on_an_unknown_device_is_refused_or_emulated_and_said():
+    executes = frozenset({"bf16", "fp8_e4m3", "fp8_e5m2"})
+    unknown = resolve(Identity(row=None, device_name="Something 9000"), vendor="x", backend="cuda", executes=executes)
+    with pytest.raises(FormatError, match=r"Something 9000 \(unknown\) does not multiply.*Use 'fp32'"):
+        apply(mlp(), "fp8", capabilities=unknown)
+    plan = apply(mlp(), "fp8", capabilities=unknown, emulate=True)
+    assert plan.decisions[0].reason == "emulated"
