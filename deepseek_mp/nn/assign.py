@@ -16,12 +16,15 @@ from torch import nn
 
 from deepseek_mp.backends import Capabilities, default_device, fp8_recipe
 from deepseek_mp.backends import capabilities as device_capabilities
+from deepseek_mp.nn.emulated import can_be_emulated
 from deepseek_mp.nn.functional import Products
 from deepseek_mp.nn.survey import Survey
 from deepseek_mp.nn.unit import multiplies, original_class
 from deepseek_mp.ops.choose import choose
 from deepseek_mp.ops.layouts import alignment
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Reason, Recipe, Role
+
+EMULATED = "rounded to FP8 and multiplied in BF16, to study accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ def assign(
     *,
     device: Capabilities,
     emulated: frozenset[str],
+    emulate: bool = False,
     kernels: str | None,
 ) -> Mapping[str, Assigned]:
     """What every unit gets, by name; `FormatError` if a recipe has no implementation, or not the one asked for."""
@@ -73,6 +77,9 @@ def assign(
         why = None if recipe.is_plain else why_not(recipe, module, is_output=is_base and name == last)
         if recipe.is_plain:
             assigned[name] = Assigned(recipe=recipe)
+        elif emulate and can_be_emulated(recipe, original_class(module)):
+            products = _interned(recipe, "reference", "reference")
+            assigned[name] = Assigned(recipe=recipe, products=products, reason=Reason.EMULATED, detail=EMULATED)
         elif why is not None:
             assigned[name] = Assigned(recipe=around(recipe), reason=why[0], detail=why[1])
         else:

@@ -72,7 +72,7 @@ def prepare(
     checks.check_parameters(model, plan, found)
     checks.check_fp32_arithmetic(plan, found)
     emulated = checks.check_devices(plan, devices, emulate=emulate, kernels=kernels)
-    assigned = assign(model, plan, found, device=devices[0], emulated=emulated, kernels=kernels)
+    assigned = assign(model, plan, found, device=devices[0], emulated=emulated, emulate=emulate, kernels=kernels)
     decided = decisions(model, plan, found, assigned, before=current_plan(model), emulated=emulated)
     return Prepared(plan=replace(plan, decisions=tuple(decided)), found=found, assigned=assigned)
 

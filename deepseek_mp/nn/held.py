@@ -58,7 +58,9 @@ class HeldWeights:
 def _layers(model: nn.Module) -> Iterator[tuple[Unit, Tensor, Products]]:
     """The units that multiply in low precision, with their weights, as far as those are trained parameters."""
     for module in model.modules():
-        if isinstance(module, Unit) and module.unit_precision.products is not None:
+        if not (isinstance(module, Unit) and module.original_class is nn.Linear):
+            continue
+        if module.unit_precision.products is not None:
             weight = module.weight
             if isinstance(weight, nn.Parameter) and weight.requires_grad:
                 yield module, weight, module.unit_precision.products

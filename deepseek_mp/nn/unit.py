@@ -38,6 +38,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn.emulated import emulated_convolution
 from deepseek_mp.nn.functional import HeldWeight, Products, UnitScaling, low_precision_linear
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 from deepseek_mp.ops.dtypes import torch_dtype
@@ -141,7 +142,8 @@ class Unit(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         precision = self.unit_precision
         if precision.products is not None:
-            return self._low_precision(precision, precision.products, *args, **kwargs)
+            run = self._low_precision if self.original_class is nn.Linear else self._emulated
+            return run(precision, precision.products, *args, **kwargs)
         if precision.region is None:
             return super().forward(*args, **kwargs)
         return self._forward_in_region(precision, precision.region, args, kwargs)
@@ -153,6 +155,14 @@ class Unit(nn.Module):
         weight, bias = self.weight, self.bias
         held, scaling = self.held_weight, scaling_now(self)
         output = low_precision_linear(input, weight, bias, products, held, scaling)  # type: ignore[arg-type]
+        return output if precision.outputs is None else output.to(precision.outputs)
+
+    def _emulated(self, precision: UnitPrecision, products: Products, input: Tensor) -> Tensor:
+        """The forward of a convolution with rounded operands."""
+        convolve: Any = super()._conv_forward  # type: ignore[misc]
+        weight, bias = self.weight, self.bias
+        with _region(input.device, precision.recipe.region):
+            output = emulated_convolution(convolve, input, weight, bias, products)  # type: ignore[arg-type]
         return output if precision.outputs is None else output.to(precision.outputs)
 
     def _forward_in_region(
