@@ -13,7 +13,7 @@ LOSS_TOLERANCE = 0.005
 """Largest relative difference of a step's loss, from the second step on."""
 NOISE = 1.02
 """How much slower still counts as equal: what two runs of one contender differ by."""
-RECIPES = ("block", "tensor", "row")
+RECIPES = ("block", "tensor", "delayed", "row")
 EAGER = tuple(f"ours-{recipe}" for recipe in RECIPES)
 COMPILED = tuple(f"{name}-compiled" for name in EAGER)
 TORCHAO = "torchao-tensor-compiled"
@@ -49,9 +49,10 @@ class Contest:
     targets: tuple[Target, ...] = ()
 
 
-_DECODER = (REFERENCE, "bf16-compiled", TORCHAO, "ours-block", "ours-block-compiled", "ours-tensor",
-            "ours-tensor-compiled")  # fmt: skip
-_DECODER_MORE = ("torchao-row-compiled", "ours-row", "ours-row-compiled", "auto")
+_DECODER = (REFERENCE, "bf16-compiled", TORCHAO, "ours-block", "ours-block-compiled", "ours-delayed",
+            "ours-delayed-compiled")  # fmt: skip
+_DECODER_MORE = ("torchao-row-compiled", "ours-tensor", "ours-tensor-compiled", "ours-row", "ours-row-compiled",
+                 "auto")  # fmt: skip
 
 CONTESTS = {
     "decoder-8b-slice": Contest(
