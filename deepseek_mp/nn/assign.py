@@ -17,11 +17,10 @@ from torch import nn
 from deepseek_mp.backends import Capabilities, default_device, fp8_recipe
 from deepseek_mp.backends import capabilities as device_capabilities
 from deepseek_mp.nn.emulated import can_be_emulated
-from deepseek_mp.nn.functional import Products
+from deepseek_mp.nn.functional import Products, multiple_of
 from deepseek_mp.nn.survey import Survey
 from deepseek_mp.nn.unit import multiplies, original_class
 from deepseek_mp.ops.choose import choose
-from deepseek_mp.ops.layouts import alignment
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Reason, Recipe, Role
 
 EMULATED = "rounded to FP8 and multiplied in BF16, to study accuracy"
@@ -121,11 +120,6 @@ def why_not(recipe: Recipe, module: nn.Module, *, is_output: bool) -> tuple[Reas
     if any(size % multiple or not size for size in sizes):
         return Reason.SHAPE, f"its weight is {list(sizes)} and {recipe.name} takes multiples of {multiple}"
     return None
-
-
-def multiple_of(recipe: Recipe) -> int:
-    """What both sizes of a weight must be multiples of."""
-    return max(alignment(side.granularity.name) for side in recipe.sides() if side.is_scaled)
 
 
 def products_of(recipe: Recipe, device: Capabilities, kernels: str | None) -> Products:

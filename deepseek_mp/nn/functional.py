@@ -127,8 +127,12 @@ class Products:
     def __post_init__(self) -> None:
         for role in Role:
             object.__setattr__(self, role.value, _pair(self.recipe.role(role)))
-        scaled = [side.granularity.name for side in self.recipe.sides() if side.is_scaled]
-        object.__setattr__(self, "multiple", max(map(alignment, scaled)))
+        object.__setattr__(self, "multiple", multiple_of(self.recipe))
+
+
+def multiple_of(recipe: Recipe) -> int:
+    """What both sizes of a weight must be multiples of."""
+    return max(alignment(side.granularity.name) for side in recipe.sides() if side.is_scaled)
 
 
 def _pair(role: RoleRecipe) -> Pair | None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from deepseek_mp.backends.capabilities import UNKNOWN, Capabilities, table
 from deepseek_mp.errors import ConfigError, FormatError, explain
-from deepseek_mp.ops.native import product as native_product
-from deepseek_mp.ops.reference import product as reference_product
-from deepseek_mp.ops.reference import quantise as reference_quantise
 
 IMPLEMENTATIONS = {"quantise": ("triton", "reference"), "product": ("native", "triton", "reference")}
 """By op, the preferred first."""
@@ -112,42 +111,28 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-@cache
 def quantise_of(name: str) -> Quantise:
-    """The function behind an implementation's name; Triton is imported when it is first needed."""
-    if name == "triton":
-        from deepseek_mp.ops.triton import quantise as triton_quantise
-
-        return triton_quantise.quantise
-    if name == "reference":
-        return reference_quantise.quantise
-    raise _unknown("quantise", name)
+    """The function behind an implementation's name."""
+    run: Quantise = _module("quantise", name).quantise
+    return run
 
 
-@cache
 def quantise_delayed_of(name: str) -> QuantiseDelayed:
     """The function behind an implementation's name; what runs `quantise` runs this op too."""
-    if name == "triton":
-        from deepseek_mp.ops.triton import quantise as triton_quantise
+    run: QuantiseDelayed = _module("quantise", name).quantise_delayed
+    return run
 
-        return triton_quantise.quantise_delayed
-    if name == "reference":
-        return reference_quantise.quantise_delayed
-    raise _unknown("quantise", name)
+
+def product_of(name: str) -> Product:
+    """The function behind an implementation's name."""
+    run: Product = _module("product", name).product
+    return run
 
 
 @cache
-def product_of(name: str) -> Product:
-    """The function behind an implementation's name; Triton is imported when it is first needed."""
-    if name == "triton":
-        from deepseek_mp.ops.triton import product as triton_product
-
-        return triton_product.product
-    functions: dict[str, Product] = {"native": native_product.product, "reference": reference_product.product}
-    if name not in functions:
-        raise _unknown("product", name)
-    return functions[name]
-
-
-def _unknown(op: str, name: str) -> ConfigError:
-    return ConfigError(explain(f"implementation {name!r} of {op}", ", ".join(IMPLEMENTATIONS[op]), "Use one of these"))
+def _module(op: str, name: str) -> ModuleType:
+    """The module that implements an op; Triton is imported when it is first needed."""
+    if name not in IMPLEMENTATIONS[op]:
+        allowed = ", ".join(IMPLEMENTATIONS[op])
+        raise ConfigError(explain(f"implementation {name!r} of {op}", allowed, "Use one of these"))
+    return import_module(f"deepseek_mp.ops.{name}.{op}")

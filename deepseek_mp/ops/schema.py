@@ -16,6 +16,8 @@ require one; going backward through them warns, and no gradient arrives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -220,13 +222,7 @@ def _product(
 
 
 def _quantise_shapes(
-    x: Tensor,
-    format: str,
-    granularity: str,
-    power_of_two: bool,
-    rows: bool,
-    columns: bool,
-    implementation: str,
+    x: Tensor, format: str, granularity: str, _power_of_two: bool, rows: bool, columns: bool, _implementation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, width = x.shape
     check_width(width, granularity)
@@ -241,8 +237,8 @@ def _quantise_shapes(
 
 def _quantise_delayed_shapes(
     x: Tensor,
-    top: Tensor,
-    amax: Tensor,
+    _top: Tensor,
+    _amax: Tensor,
     format: str,
     power_of_two: bool,
     rows: bool,
@@ -254,16 +250,7 @@ def _quantise_delayed_shapes(
 
 
 def _product_shapes(
-    left: Tensor,
-    left_scale: Tensor,
-    right: Tensor,
-    right_scale: Tensor,
-    *,
-    left_granularity: str,
-    right_granularity: str,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    implementation: str,
+    left: Tensor, _left_scale: Tensor, right: Tensor, _right_scale: Tensor, *, dtype: torch.dtype, **_: Any
 ) -> Tensor:
     _check_product(left, right)
     return left.new_empty((left.shape[0], right.shape[0]), dtype=dtype)

@@ -12,7 +12,8 @@ from deepseek_mp.backends import Capabilities, capabilities
 from deepseek_mp.backends.capabilities import Identity, resolve
 from deepseek_mp.nn import assign as assigning
 from deepseek_mp.nn import register_unit
-from deepseek_mp.nn.assign import Assigned, around, assign, for_device, multiple_of, output_layer
+from deepseek_mp.nn.assign import Assigned, around, assign, for_device, output_layer
+from deepseek_mp.nn.functional import multiple_of
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Reason, as_fnuz
 
