@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from cases import Case, bert_base, demo_gpt, resnet50
 from harness import Contender, Report, Spread, agree, arguments, interleave, ratio
-from peers import HandLoop, Mode, fastest_optimizer, laid_out
+from peers import SAFE_SCALE, HandLoop, Mode, fastest_optimizer, laid_out
 from torch import Tensor
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.backends import synchronize
+from deepseek_mp.controller.loss_scale import DynamicLossScale
 from deepseek_mp.precision import RECIPES, PrecisionPlan
 
 
@@ -65,6 +66,7 @@ class TrainerLoop:
             ),
             loss_fn=case.loss_fn,
             optimizer=optimizer,
+            loss_scale_policy=DynamicLossScale(SAFE_SCALE),  # as HandLoop: neither loop skips a step
             device=device,
             progress=False,
         )
