@@ -30,7 +30,7 @@ format: $(STAMP) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lint: $(STAMP) ## style, types, import layers, size limits, file map
+lint: $(STAMP) ## style, types, import layers, size limits, generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -38,6 +38,7 @@ lint: $(STAMP) ## style, types, import layers, size limits, file map
 	$(BIN)/python tools/check_limits.py
 	$(BIN)/python tools/check_architecture.py
 	$(BIN)/python tools/file_map.py --check
+	$(BIN)/python tools/results_page.py --check
 
 test: lint ## lint, then all tests but the stress tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q
@@ -56,6 +57,9 @@ demo: $(STAMP) ## train two small models in fp32 and in auto, and compare
 
 map: $(STAMP) ## write the file map into ARCHITECTURE.md
 	$(BIN)/python tools/file_map.py
+
+results: $(STAMP) ## write docs/results.md from benchmarks/results
+	$(BIN)/python tools/results_page.py
 
 clean: ## remove .venv and everything the tools made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

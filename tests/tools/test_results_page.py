@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import results_page
+
+SPREAD = {"median": 20.0, "low": 19.0, "high": 21.0, "rounds": 3}
+MACHINE = {"device": "cuda", "device_name": "Some GPU", "cpu": "Some CPU", "torch": "2.11.0", "cuda": "13.0"}
+
+
+def report(benchmark: str, **cases: Any) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark, "machine": MACHINE, "date": "2026-11-24T17:00:00", "commit": "0123456789",
+        "cases": cases,
+    }  # fmt: skip
+
+
+FP8 = report(
+    "fp8-decoder",
+    decoder={
+        "contenders": {
+            "bf16": {"step_ms": SPREAD, "peak_gib": 5.26, "check": "passed"},
+            "ours": {"check": "failed: killed after 60 s"},
+        },
+        "targets": [{"what": "ours / bf16", "contender": None, "value": None, "outcome": "not measured"}],
+    },
+)
+
+
+def test_what_failed_or_was_not_measured_is_on_the_page() -> None:
+    page = results_page.render([("fp8-decoder.json", FP8)])
+    assert "## fp8-decoder\n\nSome GPU, torch 2.11.0, CUDA 13.0, 2026-11-24, commit 0123456.\n" in page
+    assert "| bf16 | 20 (19-21) | 5.3 | - | - | - | passed |" in page
+    assert "| ours | - | - | - | - | - | failed: killed after 60 s |" in page
+    assert "| ours / bf16 | - | - | not measured |" in page
+
+
+def test_a_case_from_another_commit_says_so() -> None:
+    case = {
+        "trainer_ms": SPREAD, "hand_ms": SPREAD, "ratio": {**SPREAD, "median": 1.004}, "allowed_ratio": 1.01,
+        "host_waits_per_step": {"trainer": 0.0}, "check": "passed",
+    }  # fmt: skip
+    page = results_page.render([("overhead.json", report("overhead", net=case, other={**case, "commit": "fedcba98"}))])
+    assert "| net | 20 (19-21) | 20 (19-21) | 1.004 (19-21) | 1.01 | 0 | passed |" in page
+    assert "| other (commit fedcba9) |" in page
+
+
+def test_bars_do_not_break_a_table() -> None:
+    case = {
+        "step_ms": {"auto": SPREAD, "bf16": SPREAD}, "best_of_pytorch": "bf16", "auto_over_best": SPREAD,
+        "choice": {"format": "bf16", "memory_format": "contiguous"}, "check": "slow | wrong",
+    }  # fmt: skip
+    page = results_page.render([("auto.json", report("auto", net=case))])
+    assert "| net | - | 20 (19-21) bf16 | 20 (19-21) | bf16 contiguous | 20 (19-21) | slow \\| wrong |" in page
+
+
+def test_check_fails_until_the_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fp8-decoder.json").write_text(json.dumps(FP8))
+    page = tmp_path / "results.md"
+    assert results_page.main(["--check"], page, tmp_path) == 1
+    assert "out of date. Run `make results`" in capsys.readouterr().err
+    assert not page.exists()
+    assert results_page.main([], page, tmp_path) == 0
+    assert results_page.main(["--check"], page, tmp_path) == 0
+    assert results_page.main(["--all"], page, tmp_path) == 2

@@ -1,0 +1,126 @@
+"""The page of benchmark results, docs/results.md, from the files in benchmarks/results.
+
+`python tools/results_page.py` writes the page; with `--check` it writes nothing and fails when the page
+is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from source_tree import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+INTRODUCTION = """# Benchmark results
+
+Written by `make results` from the files in `benchmarks/results`, which hold every number with the machine, the
+versions and the arguments. Times are milliseconds per training step, medians with the quartiles in parentheses;
+everything in one table ran in one command, unless a row names another commit. What is void or missed is
+listed too."""
+
+Json = Mapping[str, Any]
+Row = Sequence[str]
+
+
+def render(reports: Iterable[tuple[str, Json]]) -> str:
+    """The page, from file names and what the files hold."""
+    parts = [INTRODUCTION, *(_section(name, report) for name, report in reports)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, report: Json) -> str:
+    machine = report["machine"]
+    where = machine["device_name"] if machine["device"] != "cpu" else machine["cpu"]
+    versions = [f"torch {machine['torch']}", *(f"CUDA {machine[key]}" for key in ("cuda",) if machine.get(key))]
+    facts = f"{where}, {', '.join(versions)}, {report['date'][:10]}, commit {report['commit'][:7]}"
+    tables = _TABLES[report["benchmark"].partition("-")[0]](report)
+    return "\n\n".join([f"## {Path(name).stem}", f"{facts}.", *(_table(table) for table in tables)])
+
+
+def _auto_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each case, with the best of PyTorch's own modes beside `auto`."""
+    rows: list[Row] = [("case", "FP32", "best of PyTorch's own", "`auto`", "chosen", "auto / best", "check")]
+    for name, case in report["cases"].items():
+        times, best = case["step_ms"], case["best_of_pytorch"]
+        fp32 = _spread(times["fp32"]) if "fp32" in times else "-"
+        peer = f"{_spread(times[best])} {best}"
+        chosen = f"{case['choice']['format']} {case['choice']['memory_format']}"
+        rows.append((_named(name, case), fp32, peer, _spread(times["auto"]), chosen, _spread(case["auto_over_best"]),
+                     case["check"]))  # fmt: skip
+    yield rows
+
+
+def _overhead_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each case, with the hand-written loop beside the trainer."""
+    rows: list[Row] = [("case", "trainer", "hand-written", "ratio", "allowed", "host waits per step", "check")]
+    for name, case in report["cases"].items():
+        waits = case["host_waits_per_step"]
+        rows.append((_named(name, case), _spread(case["trainer_ms"]), _spread(case["hand_ms"]),
+                     _spread(case["ratio"]), f"{case['allowed_ratio']:g}",
+                     "-" if waits is None else f"{waits['trainer']:g}", case["check"]))  # fmt: skip
+    yield rows
+
+
+def _fp8_tables(report: Json) -> Iterator[list[Row]]:
+    """For each case its contenders, and what is demanded of them."""
+    for case in report["cases"].values():
+        rows: list[Row] = [("contender", "ms", "peak GiB", "J per step", "first step s", "warm-up s", "check")]
+        for name, result in case["contenders"].items():
+            numbers = [_number(result.get(key)) for key in ("peak_gib", "joules_per_step", "first_step_s", "warmup_s")]
+            time = _spread(result["step_ms"]) if "step_ms" in result else "-"
+            rows.append((name, time, *numbers, result["check"]))
+        yield rows
+        demands: list[Row] = [("demand", "contender", "value", "outcome")]
+        demands += [
+            (t["what"], t["contender"] or "-", _number(t["value"], 3), t["outcome"]) for t in case.get("targets", ())
+        ]
+        yield demands
+
+
+_TABLES = {"auto": _auto_tables, "overhead": _overhead_tables, "fp8": _fp8_tables}
+
+
+def _named(name: str, case: Json) -> str:
+    return f"{name} (commit {case['commit'][:7]})" if "commit" in case else name
+
+
+def _spread(spread: Json) -> str:
+    return f"{spread['median']:.4g} ({spread['low']:.4g}-{spread['high']:.4g})"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def read(folder: Path = RESULTS) -> list[tuple[str, Json]]:
+    """The files of the folder in the order of their names."""
+    return [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+
+
+def main(arguments: Sequence[str], page: Path = PAGE, folder: Path = RESULTS) -> int:
+    """Write the page, or with `--check` compare it; 1 if it is out of date."""
+    if list(arguments) not in ([], ["--check"]):
+        print(f"results_page.py got {' '.join(arguments)}. Allowed: nothing, or --check.", file=sys.stderr)
+        return 2
+    new = render(read(folder))
+    if not arguments:
+        page.write_text(new, encoding="utf-8")
+    elif not page.exists() or page.read_text(encoding="utf-8") != new:
+        print(f"{page.name} is out of date. Run `make results`.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
