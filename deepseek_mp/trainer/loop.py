@@ -2,7 +2,7 @@
 
 The trainer decides nothing about numbers itself. The plan comes from the user or from timings
 (`auto.py`), the step is a transaction (`step.py`), the state is files (`checkpoint.py`); this file says
-in which order they are called.
+in which order they are called. The epochs of a fit are in `fitting.py`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from deepseek_mp.trainer.compile import check_compile, compiled_forward
 from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent, check_single_process
 from deepseek_mp.trainer.ema import WeightAverage
 from deepseek_mp.trainer.evaluation import Metric, check_metrics, eval_mode, evaluate
+from deepseek_mp.trainer.fitting import Fitting, unfinished_discarded
 from deepseek_mp.trainer.functions import mixed_formats
 from deepseek_mp.trainer.planning import measured_plan, requested_plan
-from deepseek_mp.trainer.position import LoaderPosition, check_loader, length, no_batch
+from deepseek_mp.trainer.position import LoaderPosition, check_loader
 from deepseek_mp.trainer.progress import Progress
 from deepseek_mp.trainer.recording import Recorder
 from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
@@ -222,6 +223,11 @@ class MixedPrecisionTrainer:
         self.recorder.plan(plan)
 
     @property
+    def has_stepper(self) -> bool:
+        """Whether there is a `stepper` yet; with 'auto', from the first batch on."""
+        return self._stepper is not None
+
+    @property
     def stepper(self) -> Stepper:
         """The machinery of a step; there is one once a plan is in force."""
         assert self._stepper is not None, "plan is read before, and raises without one"
@@ -347,80 +353,22 @@ class MixedPrecisionTrainer:
             restore(self, Path(resume))
         if self.position.epoch >= epochs:
             log.warning("nothing to train: the run already has %d of %d epochs", self.position.epoch, epochs)
-        with self.recorder, Progress(self._progress) as shown, self._unfinished_discarded():
+        with self.recorder, Progress(self._progress) as shown, unfinished_discarded(self):
             for callback in self.callbacks:
                 callback.on_fit_start(self)
-            while self.position.epoch < epochs and not self._reached(max_steps):
-                self._epoch(train_loader, epochs, max_steps, shown)
-                if self.position.batch == 0:  # the epoch is complete, not stopped by max_steps
-                    self._end_epoch(val_loader, metrics)
+            Fitting(
+                trainer=self,
+                loader=train_loader,
+                epochs=epochs,
+                max_steps=max_steps,
+                val_loader=val_loader,
+                metrics=metrics,
+                shown=shown,
+            ).run()
             result = self._result(time.monotonic() - started)
             for callback in self.callbacks:
                 callback.on_fit_end(self, result)
         return result
-
-    @contextmanager
-    def _unfinished_discarded(self) -> Iterator[None]:
-        """Whatever ends a fit early leaves no half-accumulated window behind."""
-        try:
-            yield
-        except BaseException as error:
-            if self._stepper is not None:
-                self._stepper.abandon()
-            self.position.rewind(self.loader)
-            self.recorder.ended_early(error)
-            raise
-
-    def _epoch(self, loader: Iterable[Any], epochs: int, max_steps: int | None, shown: Progress) -> None:
-        """The rest of an epoch, or of `max_steps`; windows never cross its end."""
-        batches = length(loader)
-        shown.epoch(self.position.epoch, epochs, batches)
-        self.recorder.start_epoch(continued=self.position.batch > 0)
-        for index, batch in self.position.batches(loader):
-            self.step(batch)
-            if not self.stepper.window.micro_batches:
-                self.position.stepped(index + 1)
-            shown.advance(self)
-            self._checkpoint_if_due()
-            if self._reached(max_steps) and self.position.batch != batches:
-                if self.recorder.run_dir is not None:
-                    self.save(self.recorder.run_dir)
-                return
-        if not self.position.batch:
-            raise no_batch(self.position.epoch)
-        if self._stepper is not None and self._stepper.window.micro_batches:
-            self._stepper.close()
-        self.settle()
-        self.history.append({"epoch": self.position.epoch, **self.recorder.epoch_summary()})
-        self.position.next_epoch()
-
-    def _end_epoch(self, val_loader: Iterable[Any] | None, metrics: Mapping[str, Metric] | None) -> None:
-        entry = self.history[-1]
-        if val_loader is not None:
-            entry |= {f"val_{name}": value for name, value in self.evaluate(val_loader, metrics=metrics).items()}
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(entry.get("val_loss", entry["loss"]))
-        self.recorder.epoch(entry)
-        for callback in self.callbacks:
-            callback.on_epoch_end(self, entry["epoch"], entry)
-        if self.recorder.run_dir is not None:
-            self.save(self.recorder.run_dir)
-
-    def _reached(self, max_steps: int | None) -> bool:
-        """Whether `max_steps` steps are applied; waits for the device only when that may be so."""
-        if max_steps is None:
-            return False
-        pending = 1 if self._stepper is not None and self._stepper.unsettled else 0
-        if self.steps_applied + pending >= max_steps:
-            self.settle()
-        return self.steps_applied >= max_steps
-
-    def _checkpoint_if_due(self) -> None:
-        every, stepper = self.config.checkpoint_every, self._stepper
-        if every is None or self.recorder.run_dir is None or stepper is None or stepper.window.micro_batches:
-            return
-        if stepper.windows_opened % every == 0:
-            self.save(self.recorder.run_dir)
 
     def _result(self, seconds: float) -> FitResult:
         return FitResult(
