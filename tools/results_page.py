@@ -38,6 +38,8 @@ def _section(name: str, report: Json) -> str:
     where = machine["device_name"] if machine["device"] != "cpu" else machine["cpu"]
     versions = [f"torch {machine['torch']}", *(f"CUDA {machine[key]}" for key in ("cuda",) if machine.get(key))]
     facts = f"{where}, {', '.join(versions)}, {report['date'][:10]}, commit {report['commit'][:7]}"
+    if report["arguments"].get("regional"):
+        facts += "; what is compiled, is compiled block by block"
     tables = _TABLES[report["benchmark"].partition("-")[0]](report)
     return "\n\n".join([f"## {Path(name).stem}", f"{facts}.", *(_table(table) for table in tables)])
 

@@ -15,7 +15,7 @@ MACHINE = {"device": "cuda", "device_name": "Some GPU", "cpu": "Some CPU", "torc
 def report(benchmark: str, **cases: Any) -> dict[str, Any]:
     return {
         "benchmark": benchmark, "machine": MACHINE, "date": "2026-11-24T17:00:00", "commit": "0123456789",
-        "cases": cases,
+        "arguments": {}, "cases": cases,
     }  # fmt: skip
 
 
@@ -47,6 +47,11 @@ def test_a_case_from_another_commit_says_so() -> None:
     page = results_page.render([("overhead.json", report("overhead", net=case, other={**case, "commit": "fedcba98"}))])
     assert "| net | 20 (19-21) | 20 (19-21) | 1.004 (19-21) | 1.01 | 0 | passed |" in page
     assert "| other (commit fedcba9) |" in page
+
+
+def test_compiling_by_blocks_is_said() -> None:
+    assert "block by block" not in results_page.render([("fp8-decoder.json", FP8)])
+    assert "block by block" in results_page.render([("fp8-decoder.json", {**FP8, "arguments": {"regional": True}})])
 
 
 def test_bars_do_not_break_a_table() -> None:
