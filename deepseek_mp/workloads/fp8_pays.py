@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from deepseek_mp.backends import autocast, capabilities, formats_of, fp8_recipe, math_mode
 from deepseek_mp.costs import is_out_of_memory, time_call
+from deepseek_mp.costs.layers import PAYS
 from deepseek_mp.nn.assign import products_of
 from deepseek_mp.nn.functional import Products, low_precision_linear
 
 WIDTHS = (512, 1024, 2048, 4096)
 ROWS = 8192
-LEAST_SPEED_UP = 1.05
-"""From here on FP8 counts as faster; less may be noise, and is not worth its rounding."""
 
 LayerTime = Callable[[torch.device, int, Products | None], float]
 """Milliseconds of a square layer of that width, in FP8 products or (None) in bf16."""
@@ -40,8 +39,8 @@ class WidthTimes:
 
     @property
     def pays(self) -> bool:
-        """Whether FP8 is faster by what counts."""
-        return self.bf16_ms >= LEAST_SPEED_UP * self.fp8_ms
+        """Whether FP8 is faster by what `auto` asks for."""
+        return self.bf16_ms >= PAYS * self.fp8_ms
 
 
 @dataclass(frozen=True, kw_only=True)
