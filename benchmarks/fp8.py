@@ -4,10 +4,11 @@
     python benchmarks/fp8.py --kernels
 
 A contender is bf16, torchao-RECIPE, ours-RECIPE or auto, each also with -compiled (torch.compile of the
-whole model, its repeated blocks with --regional). bf16 in eager mode always runs: its losses are what the
-others' are compared with, and a timing whose losses differ is void. The file is written after every
-contender. Compilers start with empty caches unless --keep-caches is given. `--kernels` measures the casts
-and products themselves, and from their rates the shortest time that each decoder's step can take.
+whole model, its repeated blocks with --regional; of ours the loss too, of the others with -compiled-loss).
+bf16 in eager mode always runs: its losses are what the others' are compared with, and a timing whose losses
+differ is void. The file is written after every contender. Compilers start with empty caches unless
+--keep-caches is given. `--kernels` measures the casts and products themselves, and from their rates the
+shortest time that each decoder's step can take.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ CASES: dict[str, Callable[..., Case]] = {
 }
 TORCHAO = {"tensor": "tensorwise", "row": "rowwise", "row_gw_hp": "rowwise_with_gw_hp"}
 """Our names of the recipes, and torchao's."""
-NAME = re.compile(r"(?:(?P<side>ours|torchao)-)?(?P<recipe>\w+?)(?P<compiled>-compiled)?")
+NAME = re.compile(r"(?:(?P<side>ours|torchao)-)?(?P<recipe>\w+?)(?P<compiled>-compiled(?P<loss>-loss)?)?")
 PACKAGES = ("torch", "torchao", "triton", "transformers", "torchvision", "nvidia-ml-py")
 WARMUP, TIMED = 5, 10
 SEED = 0
@@ -47,13 +47,17 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
-    """A contender by its name: bf16, torchao-tensor, ours-block or auto, each also with -compiled."""
+    """A contender by its name: bf16, torchao-tensor, ours-block or auto, each also with -compiled.
+
+    The others' loss is compiled with -compiled-loss; ours is compiled along with the model.
+    """
 
     name: str
     side: str
     """'ours', 'torchao', or 'torch' for PyTorch alone."""
     recipe: str
     compiled: bool
+    compiled_loss: bool = False
 
     @classmethod
     def parse(cls, name: str) -> Entrant:
@@ -66,7 +70,15 @@ class Entrant:
         known = {"torch": ("fp32", "tf32", "bf16", "fp16"), "torchao": tuple(TORCHAO)}.get(side)
         if known is not None and recipe not in known:
             raise ValueError(f"{name!r} is no contender: after {side!r} comes one of {', '.join(known)}")
-        return cls(name=name, side=side, recipe=recipe, compiled=found["compiled"] is not None)
+        if side == "ours" and found["loss"]:
+            raise ValueError(f"{name!r} is no contender: ours compiles its loss with the model; leave out -loss")
+        return cls(
+            name=name,
+            side=side,
+            recipe=recipe,
+            compiled=found["compiled"] is not None,
+            compiled_loss=found["loss"] is not None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +100,12 @@ def make_loop(
     if entrant.side == "ours":
         return _our_loop(entrant, case, optimizer, device, compile)
     mode = Mode(format="bf16" if entrant.side == "torchao" else entrant.recipe, channels_last=case.images)
-    mode = replace(mode, compile=compile, float8=TORCHAO[entrant.recipe] if entrant.side == "torchao" else "")
+    mode = replace(
+        mode,
+        compile=compile,
+        compile_loss=entrant.compiled_loss,
+        float8=TORCHAO[entrant.recipe] if entrant.side == "torchao" else "",
+    )
     loop = HandLoop(case, mode, optimizer, device)
     return Loop(step=loop.step, loss=float, settings=loop.flags, about=lambda: {"mode": mode.name})
 

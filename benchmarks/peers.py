@@ -33,6 +33,8 @@ class Mode:
     channels_last: bool = False
     compile: bool | Literal["regional"] = False
     """'regional' compiles the model's repeated blocks, each kind once."""
+    compile_loss: bool = False
+    """Compile the loss function too, as one of its own."""
     float8: str = ""
     """torchao's recipe for the linear layers (tensorwise, rowwise, ...); the rest runs in `format`."""
     onednn: str = ""
@@ -46,6 +48,7 @@ class Mode:
             "channels_last" if self.channels_last else "",
             self.float8 and f"torchao-{self.float8}",
             f"compile-{self.compile}" if self.compile == "regional" else "compile" if self.compile else "",
+            "compiled-loss" if self.compile_loss else "",
             self.onednn and f"oneDNN-{self.onednn}",
         )
         return "+".join(part for part in parts if part)
@@ -55,7 +58,8 @@ class HandLoop:
     """A hand-written loop: one call of `step` is forward, backward and optimizer on the next batch."""
 
     def __init__(self, case: Case, mode: Mode, optimizer: OptimizerFactory, device: torch.device) -> None:
-        self.mode, self.device, self.loss_fn = mode, device, case.loss_fn
+        self.mode, self.device = mode, device
+        self.loss_fn = torch.compile(case.loss_fn) if mode.compile_loss and case.loss_fn else case.loss_fn
         self.model = case.model()
         if mode.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -25,7 +25,10 @@ from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.nn.loss import IGNORED_LABEL, LossFn, check_loss, count_labels, infer_loss, is_integer
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 
-__all__ = ["Call", "LossFn", "Result", "batch_size", "invoke", "item_count", "move", "parse_batch", "run"]
+__all__ = [
+    "Call", "LossFn", "Result", "batch_size", "invoke", "item_count", "keywords", "loss_of", "move", "own_loss",
+    "parse_batch", "result", "run",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,10 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one call gave. `items` is what the loss averages over, `loss_name` where it came from."""
+    """What one call gave. `items` is what the loss averages over, `loss_name` where it came from.
+
+    Compiled code gives no output: it would have to be stored, and its gradient of zeros added.
+    """
 
     loss: Tensor
     output: Any
@@ -52,14 +58,14 @@ def parse_batch(batch: Any) -> Call:
     if isinstance(batch, Tensor | PackedSequence):
         return Call(args=(batch,), kwargs={}, target=None)
     if isinstance(batch, Mapping):
-        return Call(args=(), kwargs=_keywords(batch, batch), target=batch.get("labels"))
+        return Call(args=(), kwargs=_named(batch, batch), target=batch.get("labels"))
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise _wrong_form(_describe(batch))
     inputs, target = batch
     if isinstance(inputs, Tensor | PackedSequence):
         return Call(args=(inputs,), kwargs={}, target=target)
     if isinstance(inputs, Mapping):
-        return Call(args=(), kwargs=_keywords(inputs, batch), target=target)
+        return Call(args=(), kwargs=_named(inputs, batch), target=target)
     if isinstance(inputs, tuple | list) and first_tensor(inputs) is not None:
         return Call(args=tuple(inputs), kwargs={}, target=target)
     raise _wrong_form(f"a pair whose input is {_describe(inputs)}")
@@ -108,26 +114,43 @@ def item_count(call: Call, ignored: int = IGNORED_LABEL) -> int | Tensor:
 
 
 def run(model: Callable[..., Any], call: Call, loss_fn: LossFn | None) -> Result:
-    """Call the model (or its compiled form) and compute its loss; `BatchError` if the loss cannot be trained on."""
+    """Call the model and compute its loss; `BatchError` if the loss cannot be trained on."""
     output = invoke(model, call)
+    return result(call, loss_of(output, call.target, loss_fn), loss_fn, output=output)
+
+
+def loss_of(output: Any, target: Any, loss_fn: LossFn | None) -> tuple[Any, str]:
+    """What the loss is, a scalar or a pair of it and its items, and where it came from; not checked yet.
+
+    Works on tensors and shapes only, so that it can be compiled together with a model.
+    """
     if loss_fn is not None:
-        ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)  # torch's loss modules say what they leave out
-        return _result(output, call, loss_fn(output, call.target), "loss_fn", ignored)
-    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        return loss_fn(output, target), "loss_fn"
+    own = own_loss(output)
     if own is not None:
-        return _result(output, call, own, "output.loss")
-    name, inferred = infer_loss(output, call.target)
-    return _result(output, call, inferred(output, call.target), name)
+        return own, "output.loss"
+    name, inferred = infer_loss(output, target)
+    return inferred(output, target), name
+
+
+def own_loss(output: Any) -> Any:
+    """The loss that a model returned itself, or None."""
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 
 def invoke(model: Callable[..., Any], call: Call) -> Any:
-    """The model's output. `labels` that are the target go to the model too, if its forward takes them."""
+    """The model's output."""
+    return model(*call.args, **keywords(model, call))
+
+
+def keywords(model: Callable[..., Any], call: Call) -> dict[str, Any]:
+    """The model's keyword arguments. `labels` that are the target are among them if its forward takes them."""
     kwargs = call.kwargs
     if call.target is not None and kwargs.get("labels") is call.target:
         forward = model.forward if isinstance(model, nn.Module) else model
         if not _takes_labels(getattr(forward, "__func__", forward)):
             kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
-    return model(*call.args, **kwargs)
+    return kwargs
 
 
 @cache
@@ -136,9 +159,11 @@ def _takes_labels(forward: Callable[..., Any]) -> bool:
     return any(p.name == "labels" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def _result(output: Any, call: Call, value: Any, name: str, ignored: int = IGNORED_LABEL) -> Result:
-    """The result with its item count: the one that came with the loss, or the batch's."""
+def result(call: Call, found: tuple[Any, str], loss_fn: LossFn | None, *, output: Any = None) -> Result:
+    """What `loss_of` found, checked, with its item count: the one that came with it, or the batch's."""
+    value, name = found
     if not isinstance(value, tuple):
+        ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)  # torch's loss modules say what they leave out
         return Result(loss=check_loss(value), output=output, items=item_count(call, ignored), loss_name=name)
     if len(value) != 2 or not _is_count(value[1]):
         raise BatchError(
@@ -157,7 +182,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _keywords(inputs: Mapping[Any, Any], batch: Any) -> dict[str, Any]:
+def _named(inputs: Mapping[Any, Any], batch: Any) -> dict[str, Any]:
     if not inputs or not all(isinstance(key, str) for key in inputs):
         raise _wrong_form(_describe(batch))
     return dict(inputs)

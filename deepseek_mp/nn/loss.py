@@ -58,9 +58,9 @@ def is_integer(target: Tensor) -> bool:
 
 
 def count_labels(target: Tensor, ignored: int = IGNORED_LABEL) -> int | Tensor:
-    """Labels that count: a number for a target on the CPU, a 0-dim tensor (no host sync) elsewhere."""
+    """Labels that count: a number for a target on the CPU, a 0-dim tensor (no host sync) elsewhere or compiled."""
     counted = (target != ignored).sum()
-    return int(counted) if target.device.type == "cpu" else counted
+    return int(counted) if target.device.type == "cpu" and not torch.compiler.is_compiling() else counted
 
 
 def check_loss(loss: Any) -> Tensor:

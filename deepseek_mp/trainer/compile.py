@@ -1,13 +1,18 @@
-"""Compile a model whole, or its repeated blocks once each kind.
+"""Compile a model and its loss whole, or the model's repeated blocks once each kind.
 
 A deep model is mostly one block repeated. Compiling the block costs a fraction of compiling the model,
 and the compiled code is shared by all its copies, since their parameters are inputs to it.
+
+The loss is compiled too: apart from it, the logits of a language model are written in FP32 and several times
+over, and as an output of compiled code they get a gradient of zeros that is added to the real one.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import count
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +20,10 @@ import torch._dynamo  # so that its settings can be read before anything was com
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn import call as calls
+from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.trainer.config import Compile
+from deepseek_mp.trainer.graph_backend import inductor
 
 LISTS = (nn.ModuleList, nn.Sequential)
 PLANS = 64
@@ -52,26 +60,70 @@ def check_compile(model: nn.Module, how: Compile) -> None:
         )
 
 
-def compiled_forward(model: nn.Module, how: Compile) -> Callable[..., Any]:
-    """What to call instead of the model. 'regional' compiles the blocks in place."""
+_numbers = count()
+
+Run = Callable[[calls.Call], calls.Result]
+"""From a call to the loss."""
+
+
+def compiled_run(model: nn.Module, loss_fn: LossFn | None, how: Compile) -> Run:
+    """`calls.run` of the model and the loss, compiled as asked. 'regional' compiles the blocks in place."""
     if how is True:
-        return _with_many_plans(torch.compile(model))
+        return _with_many_plans(_compiled_whole(model, loss_fn))
     if how == "regional":
         for block in repeated_blocks(model):
-            block.compile()
-        return _with_many_plans(model)
-    return model
+            block.compile(backend=inductor)
+        return _with_many_plans(_compiled_loss(model, loss_fn))
+    return lambda call: calls.run(model, call, loss_fn)
 
 
-def _with_many_plans(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward with room for compiled code of many plans.
+def _compiled_whole(model: nn.Module, loss_fn: LossFn | None) -> Run:
+    def whole(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Any, str]:
+        return calls.loss_of(model(*args, **kwargs), target, loss_fn)
+
+    compiled = _compiled(whole)
+
+    def run(call: calls.Call) -> calls.Result:
+        return calls.result(call, compiled(call.args, calls.keywords(model, call), call.target), loss_fn)
+
+    return run
+
+
+def _compiled_loss(model: nn.Module, loss_fn: LossFn | None) -> Run:
+    def loss(output: Any, target: Any) -> tuple[Any, str]:
+        return calls.loss_of(output, target, loss_fn)
+
+    compiled = _compiled(loss)
+
+    def run(call: calls.Call) -> calls.Result:
+        output = calls.invoke(model, call)
+        own = loss_fn is None and calls.own_loss(output) is not None
+        return calls.result(call, (loss if own else compiled)(output, call.target), loss_fn)
+
+    return run
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled apart from others of the same code.
+
+    Dynamo keeps what it compiled by code object, and what it learned of changing sizes by that object's name:
+    two trainers in one process would share both.
+    """
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return torch.compile(own, backend=inductor)
+
+
+def _with_many_plans(run: Run) -> Run:
+    """The same with room for compiled code of many plans.
 
     A block gets compiled code for every combination of its layers' recipes that it has run in. Beyond
     its limit of 8, dynamo would run the block eagerly from then on, with no more than a warning.
     """
 
-    def patient(*args: Any, **kwargs: Any) -> Any:
+    def patient(call: calls.Call) -> calls.Result:
         with torch._dynamo.config.patch(recompile_limit=PLANS):  # noqa: SLF001 - it has no public name
-            return forward(*args, **kwargs)
+            return run(call)
 
     return patient

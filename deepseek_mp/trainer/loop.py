@@ -29,7 +29,7 @@ from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
-from deepseek_mp.trainer.compile import check_compile, compiled_forward
+from deepseek_mp.trainer.compile import check_compile, compiled_run
 from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent, check_single_process
 from deepseek_mp.trainer.ema import WeightAverage
 from deepseek_mp.trainer.evaluation import Metric, check_metrics, eval_mode, evaluate
@@ -80,7 +80,7 @@ class MixedPrecisionTrainer:
         pin: name pattern -> recipe, rules before all others: {'*.norm*': 'fp32'}.
         emulate: allow formats that the device has no units for, where PyTorch can run them.
         kernels: what runs FP8 ('reference', 'triton', 'native'), used or refused; None: the best there is.
-        compile: True compiles the model, 'regional' its repeated blocks.
+        compile: True compiles the model and its loss, 'regional' its repeated blocks and its loss.
         device: where to train; None: where the model is if that is an accelerator, else the best here.
         seed: seeds Python's, NumPy's and PyTorch's generators.
         run_dir: folder for records and checkpoints; None writes nothing.
@@ -205,7 +205,7 @@ class MixedPrecisionTrainer:
         wants_gradients = any(overrides(c, "on_gradients") for c in self.callbacks)
         self._stepper = Stepper(
             self.model,
-            forward=compiled_forward(self.model, self.config.compile),
+            compute=compiled_run(self.model, self._loss_fn, self.config.compile),
             loss_fn=self._loss_fn,
             optimizer=self.optimizer,
             scaler=self.scaler,

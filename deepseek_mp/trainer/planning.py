@@ -18,7 +18,7 @@ from deepseek_mp.nn.convert import prepare
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.auto import choose_plan
-from deepseek_mp.trainer.compile import compiled_forward
+from deepseek_mp.trainer.compile import compiled_run
 from deepseek_mp.trainer.config import TrainerConfig
 
 
@@ -67,12 +67,12 @@ def measured_plan(
     capabilities: Capabilities,
     progress: Callable[[str, float], None],
 ) -> PrecisionPlan:
-    """The fastest plan for this batch, timed with the forward that training will call."""
+    """The fastest plan for this batch, timed with what training will call."""
     moved = calls.move(calls.parse_batch(batch), device)
-    forward = compiled_forward(model, config.compile)
+    run = compiled_run(model, loss_fn, config.compile)
     return choose_plan(
         model,
-        lambda: calls.run(forward, moved, loss_fn).loss,
+        lambda: run(moved).loss,
         device=device,
         capabilities=capabilities,
         pins=config.pin or {},

@@ -98,7 +98,7 @@ class Stepper:
 
     Args:
         model: the converted model.
-        forward: what is called with a batch: the model, or its compiled form.
+        compute: from a call to its loss: `calls.run` of model and loss, or its compiled form.
         finished: called once per settled window with its facts.
         before: called on unscaled gradients before they are checked, or None.
     """
@@ -107,7 +107,7 @@ class Stepper:
         self,
         model: nn.Module,
         *,
-        forward: Callable[..., Any],
+        compute: Callable[[calls.Call], calls.Result],
         loss_fn: LossFn | None,
         optimizer: Optimizer,
         scaler: LossScaler,
@@ -122,7 +122,7 @@ class Stepper:
         finished: Callable[[StepFacts, Window], None],
         before: Callable[[], None] | None,
     ) -> None:
-        self.model, self.forward, self.loss_fn = model, forward, loss_fn
+        self.model, self.compute, self.loss_fn = model, compute, loss_fn
         self.optimizer, self.scaler, self.region, self.device = optimizer, scaler, region, device
         self.accumulation, self.max_grad_norm, self.max_skipped = accumulation, max_grad_norm, max_skipped
         self.monitor, self.monitor_every = monitor, monitor_every
@@ -229,7 +229,7 @@ class Stepper:
         cache = self._looked and not self._weights_move
         before, frozen = self._versions(), _marks(self._frozen)
         with self.region.autocast(cache=cache):
-            result = calls.run(self.forward, call, self.loss_fn)
+            result = self.compute(call)
         written = [p for p, was, now in zip(self._frozen, frozen, _marks(self._frozen), strict=True) if was != now]
         if written:  # a momentum encoder, say; its first change, before it was known as such, is not kept
             self._buffers.keep(written)

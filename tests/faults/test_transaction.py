@@ -32,6 +32,16 @@ def cross_entropy(output, target):
     return F.cross_entropy(output.float(), target)
 
 
+def with_faults(make_trainer, mode, *faults, **options):
+    """A trainer and what injects the faults into it, its loss function included."""
+    trainer = make_trainer(mode, loss_fn=lambda *both: spoiled(*both), **options)
+    injector = FaultInjector(trainer.model)
+    for fault in faults:
+        injector.add(fault)
+    spoiled = injector.loss(cross_entropy)
+    return trainer, injector
+
+
 # ------------------------------------------------------------------------ a step is a transaction
 
 
@@ -40,9 +50,7 @@ def train(make_trainer, make_batches):
     """Windows of micro-batches, one of them with a fault, or left out; returns (trainer, results)."""
 
     def run(mode, *, fault=None, window=2, position=0, leave_out=False, windows=4, each=3, **options):
-        trainer = make_trainer(mode, gradient_accumulation_steps=each)
-        faults = FaultInjector(trainer.model)
-        trainer.stepper.loss_fn = faults.loss(cross_entropy)
+        trainer, faults = with_faults(make_trainer, mode, gradient_accumulation_steps=each)
         if fault is not None:
             faults.add(Fault(**fault, steps={window * each + position}))
         results = []
@@ -78,9 +86,7 @@ def test_b01_a_window_with_a_fault_might_never_have_been(mode, fault, position, 
 def test_b01_everything_is_as_it_was_right_after_the_fault(
     mode, fault, make_trainer, make_batches, state_of, assert_same
 ):
-    trainer = make_trainer(mode)
-    faults = FaultInjector(trainer.model).add(Fault(**FAULTS[fault]))
-    trainer.stepper.loss_fn = faults.loss(cross_entropy)
+    trainer, faults = with_faults(make_trainer, mode, Fault(**FAULTS[fault]))
     batches = make_batches(3)
     for batch in batches[:2]:
         assert trainer.step(batch).status == "applied"
@@ -99,9 +105,7 @@ def test_b01_the_same_where_only_the_device_knows_the_verdict(
     """The host learns of the fault while it is busy with the next step, whose gradients must survive it."""
     ends = []
     for skipped in (True, False):
-        trainer = make_trainer(mode, optimizer=fused)
-        faults = FaultInjector(trainer.model).add(Fault(**FAULTS[fault], steps={2}))
-        trainer.stepper.loss_fn = faults.loss(cross_entropy)
+        trainer, faults = with_faults(make_trainer, mode, Fault(**FAULTS[fault], steps={2}), optimizer=fused)
         with faults:
             for faults.step, batch in enumerate(make_batches(5)):
                 if faults.step != 2 or skipped:
@@ -213,9 +217,7 @@ def test_the_error_names_the_module_that_produced_the_first_bad_value(kind, make
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_the_error_names_where_each_kind_of_fault_is(mode, fault, named, make_trainer, make_batches):
-    trainer = make_trainer(mode, max_skipped_steps=1)
-    faults = FaultInjector(trainer.model).add(Fault(**fault))
-    trainer.stepper.loss_fn = faults.loss(cross_entropy)
+    trainer, faults = with_faults(make_trainer, mode, Fault(**fault), max_skipped_steps=1)
     with faults, pytest.raises(NonFiniteError, match="Parameters are those of the last good step") as error:
         trainer.step(make_batches(1)[0])
     assert error.value.first_bad_module == named

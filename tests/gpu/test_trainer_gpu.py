@@ -64,6 +64,44 @@ FUSED = {
 }
 
 
+class BroadcastMask(nn.Module):
+    """Attention under a mask of one column for all keys, as traced code builds it; fused kernels refuse it."""
+
+    def __init__(self, width=64, heads=4):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        count, length, _ = x.shape
+        q, k, v = self.qkv(x).view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mask = (torch.arange(length, device=x.device) >= 0)[:, None].expand(count, 1, length, length)
+        assert torch.compiler.is_compiling() or torch._fused_sdp_choice(q, k, v, mask) == 0  # plain products
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+@cuda
+@pytest.mark.parametrize("how", [True, "regional"])
+def test_compiled_attention_is_fused_under_a_mask_that_pytorch_leaves_unfused(how):
+    """Unfused, each block keeps a matrix of scores for backward: here 64 MiB in fp32."""
+    torch.manual_seed(0)
+    count, length, heads = 4, 1024, 4
+    x = torch.randn(count, length, 64, device=DEVICE)
+    losses = {}
+    for compile in (False, how):
+        torch.manual_seed(1)
+        model = nn.Sequential(*[nn.Sequential(BroadcastMask(heads=heads), nn.Tanh()) for _ in range(4)])
+        trainer = MixedPrecisionTrainer(model, "bf16", device=DEVICE, compile=compile, progress=False)
+        losses[compile] = [trainer.step((x, x)).loss for _ in range(4)]
+        trainer.settle()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step((x, x))
+    trainer.settle()
+    assert torch.cuda.max_memory_allocated() - before < count * heads * length * length * 4
+    assert losses[how] == pytest.approx(losses[False], rel=1e-2)
+
+
 @cuda
 @pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", FUSED)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import apply, revert
+from deepseek_mp.nn.call import parse_batch, run
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer.compile import check_compile, compiled_forward, repeated_blocks
+from deepseek_mp.trainer.compile import check_compile, compiled_run, repeated_blocks
 
 
 class Block(nn.Module):
@@ -107,7 +109,9 @@ def test_a_block_that_stands_twice_is_compiled_once():
 
 def test_nothing_is_compiled_unless_asked_for():
     model = Deep()
-    assert compiled_forward(model, False) is model
+    call = parse_batch(batches()[0])
+    result = compiled_run(model, None, False)(call)
+    assert torch.equal(result.output, model(*call.args))
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
@@ -126,8 +130,8 @@ def test_regional_needs_repeated_blocks_and_says_so_before_anything_is_done():
 def eager(monkeypatch):
     """torch.compile and Module.compile with the backend that runs the graphs as they are; the counters at zero."""
     whole, module = torch.compile, nn.Module.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: whole(model, backend="eager"))
-    monkeypatch.setattr(nn.Module, "compile", lambda self: module(self, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: whole(model, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: module(self, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -149,7 +153,7 @@ def fitted(how, **options):
     return trainer
 
 
-@pytest.mark.parametrize(("how", "graphs"), [("regional", 1), (True, 1)])
+@pytest.mark.parametrize(("how", "graphs"), [("regional", 2), (True, 1)])
 def test_equal_blocks_are_compiled_once_and_give_the_same_numbers(eager, how, graphs):
     trainer = fitted(how)
     training = counters["stats"]["unique_graphs"]
@@ -158,7 +162,8 @@ def test_equal_blocks_are_compiled_once_and_give_the_same_numbers(eager, how, gr
     for one, two in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(one, two)
     assert not counters["graph_break"]
-    # Evaluation runs without gradients: another graph of the blocks, none of the whole model, which is called as it is.
+    # With 'regional' the loss is a graph of its own. Evaluation runs without gradients: another graph of the blocks,
+    # none of the whole model, which is called as it is.
     assert training == graphs + (how == "regional")
 
 
@@ -170,7 +175,7 @@ def test_only_the_blocks_are_compiled(eager):
 
 def test_pinned_blocks_of_one_kind_make_no_more_graphs_than_kinds(eager):
     fitted("regional", pin={"blocks.3.linear": "fp32"})
-    assert counters["stats"]["unique_graphs"] <= 4
+    assert counters["stats"]["unique_graphs"] <= 4 + 1  # the loss
     assert not counters["graph_break"]
 
 
@@ -193,17 +198,92 @@ def test_a_block_keeps_compiled_code_for_many_plans(monkeypatch):
         compiled.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend=backend))
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
-    forward = compiled_forward(model, True)
-    x = torch.randn(2, 4)
+    compute = compiled_run(model, None, True)
+    call = parse_batch((torch.randn(2, 4), torch.randn(2, 4)))
     plans = [PrecisionPlan.of("fp32", {str(i): "bf16" for i in range(4) if code >> i & 1}) for code in range(1, 13)]
     for _ in range(2):
         for plan in plans:
             apply(model, plan)
-            forward(x)
+            compute(call)
     assert len(compiled) == len(plans)
     revert(model)
+
+
+class OwnLoss(Deep):
+    """Returns its loss beside its output, as models of transformers do."""
+
+    def forward(self, x, labels):
+        scores = super().forward(x)
+        return {"loss": F.cross_entropy(scores.float(), labels), "logits": scores}
+
+
+def weighted(output, target):
+    return F.cross_entropy(output.float(), target, reduction="sum") / len(target), len(target)
+
+
+def outputs(graph):
+    (found,) = [node for node in graph.graph.nodes if node.op == "output"]
+    return [node.meta["example_value"].shape for node in found.args[0]]
+
+
+@pytest.mark.parametrize(
+    ("model", "loss_fn", "batch"),
+    [
+        (Deep, None, batches()[0]),
+        (Deep, weighted, batches()[0]),
+        (Deep, nn.CrossEntropyLoss(ignore_index=1), batches()[0]),
+        (OwnLoss, None, dict(zip(("x", "labels"), batches()[0], strict=True))),
+    ],
+    ids=["inferred", "with a count", "module", "own"],
+)
+@pytest.mark.parametrize("how", [True, "regional"])
+def test_compiled_losses_are_those_of_eager_code_and_come_without_the_output(monkeypatch, model, loss_fn, batch, how):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    whole, module = torch.compile, nn.Module.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: whole(function, backend=backend))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: module(self, backend=backend))
+    model, call = model(), parse_batch(batch)
+    expected = run(model, call, loss_fn)
+    expected.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    result = compiled_run(model, loss_fn, how)(call)
+    result.loss.backward()
+    torch.testing.assert_close(result.loss, expected.loss)
+    assert (int(result.items), result.loss_name, result.output) == (int(expected.items), expected.loss_name, None)
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
+    if how is True:
+        assert len(graphs) == 1
+        assert all(shape.numel() == 1 for shape in outputs(graphs[0]))
+    else:
+        assert len(graphs) == 2 - (model.__class__ is OwnLoss)
+    torch._dynamo.reset()
+
+
+def test_two_trainers_share_no_compiled_code(monkeypatch):
+    """Else the second's batch size would make dynamo compile for changing sizes, which is slower."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend=backend))
+    for size in (3, 5):
+        compiled_run(Deep(), None, True)(parse_batch((torch.randn(size, 4), torch.randn(size, 2))))
+    sizes = [node.meta["example_value"].shape[0] for g in graphs for node in g.graph.nodes if node.op == "placeholder"]
+    assert {size for size in sizes if isinstance(size, int)} >= {3, 5}
+    assert all(isinstance(size, int) for size in sizes)
+    torch._dynamo.reset()
 
 
 original = torch.compile

@@ -1,0 +1,116 @@
+"""The repair of captured graphs: attention masks become what fused kernels take, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_mp.trainer.graph_backend import contiguous_mask, inductor
+
+B, H, Q, K, D = 2, 3, 8, 16, 4
+
+
+def qkv(*, grad=False):
+    return [torch.randn(B, H, n, D, requires_grad=grad) for n in (Q, K, K)]
+
+
+MASKS = {
+    "one column for all keys": lambda: torch.ones(1, 1, Q, 1, dtype=torch.bool).expand(B, 1, Q, K),
+    "a transposed bias": lambda: torch.randn(B, H, K, Q).mT,
+    "one row for all queries, every second value": lambda: torch.randn(1, 1, 1, 2 * K)[..., ::2].expand(B, H, Q, K),
+    "two dimensions": lambda: torch.randn(Q, 1).expand(Q, K),
+}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that Inductor would get; they run as they are."""
+    seen = []
+
+    def compiler(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: compiler)
+    torch._dynamo.reset()
+    yield seen
+    torch._dynamo.reset()
+
+
+def repairs(graphs):
+    return sum(
+        node.target is contiguous_mask
+        for graph in graphs
+        for part in graph.modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_repaired_mask_broadcasts_to_the_same(mask):
+    mask = MASKS[mask]()
+    repaired = contiguous_mask(mask)
+    assert repaired.stride(-1) == 1
+    assert torch.equal(repaired.expand(mask.shape), mask)
+    assert repaired.numel() == mask.numel() // max(
+        1, torch.Size([n for n, stride in zip(mask.shape[:-2], mask.stride()[:-2], strict=True) if stride == 0]).numel()
+    )
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["positional", "named"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_compiled_attention_gives_the_same_with_a_repaired_mask(graphs, mask, named):
+    mask = MASKS[mask]()
+
+    def attention(q, k, v):
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask) if named else 0
+        return x + F.scaled_dot_product_attention(q, k, v, mask, 0.0)
+
+    for x in (inputs := qkv(grad=True)):
+        x.grad = None
+    expected = torch.autograd.grad((y := attention(*inputs)).square().sum(), inputs)
+    z = torch.compile(attention, backend=inductor)(*inputs)
+    torch.testing.assert_close(z, y)
+    torch.testing.assert_close(torch.autograd.grad(z.square().sum(), inputs), expected)
+    assert repairs(graphs) == 1
+
+
+def test_a_learned_bias_gets_its_whole_gradient(graphs):
+    q, k, v = qkv()
+    bias = torch.randn(1, H, Q, 1, requires_grad=True)
+
+    def loss(bias):
+        return F.scaled_dot_product_attention(q, k, v, bias.expand(B, H, Q, K) * 1).square().sum()
+
+    def shared(bias):
+        return F.scaled_dot_product_attention(q, k, v, bias.mT.repeat(1, 1, K, 1).mT.expand(B, H, Q, K)).square().sum()
+
+    for function in (loss, shared):
+        (expected,) = torch.autograd.grad(function(bias), bias)
+        (found,) = torch.autograd.grad(torch.compile(function, backend=inductor)(bias), bias)
+        torch.testing.assert_close(found, expected)
+    assert repairs(graphs) >= 1
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(Q, K, dtype=torch.bool), torch.zeros(B, 1, 1, K), torch.zeros(Q, 1)])
+def test_masks_that_are_taken_stay_as_they_are(graphs, mask):
+    attention = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask), backend=inductor)
+    attention(*qkv())
+    assert len(graphs) == 1
+    assert repairs(graphs) == 0
+
+
+class Checkpointed(nn.Module):
+    def forward(self, q, k, v):
+        mask = torch.ones(1, 1, Q, 1, dtype=torch.bool).expand(B, 1, Q, K)
+        return checkpoint(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask), q, k, v, use_reentrant=False)
+
+
+def test_masks_of_checkpointed_regions_are_repaired(graphs):
+    inputs = qkv(grad=True)
+    torch.compile(Checkpointed(), backend=inductor)(*inputs).sum().backward()
+    assert repairs(graphs) == 1
