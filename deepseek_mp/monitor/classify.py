@@ -47,7 +47,11 @@ _WRITES_ONLY = frozenset({
     "geometric_", "ones_like", "zeros_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_ones", "new_zeros", "new_full",
 })  # fmt: skip
-_FRESH_CASTS = frozenset({"_to_copy", "to", "deepseek_mp::quantise", "deepseek_mp::quantise_delayed"})
+_FRESH_CASTS = frozenset({
+    "_to_copy", "to", "deepseek_mp::quantise", "deepseek_mp::quantise_delayed", "deepseek_mp::quantise_made",
+    "deepseek_mp::quantise_made_delayed", "deepseek_mp::quantise_gate_grads",
+    "deepseek_mp::quantise_gate_grads_delayed",
+})  # fmt: skip
 """Their result is a new tensor; the others write into their first input."""
 _CASTS = _FRESH_CASTS | {"copy_", "copy", "_foreach_copy_"}
 _PRODUCTS: dict[str, Product] = {

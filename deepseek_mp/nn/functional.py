@@ -15,8 +15,8 @@ Scales leave the sum inside the product; nothing here ever holds a dequantised o
 **Formats.** Each operand of each product has its own in the recipe. Where both products want the same of a
 tensor there is one `quantise` call for the two, where they differ there are two. A product of the recipe in
 BF16 is an ordinary matmul. Sums are FP32 in every implementation. Y is BF16, the format of the region around
-the layer; dX has the type of X; dW and db have the type of their parameter, FP32, and are not rounded on
-the way (dW is, to BF16, where wgrad is a product in BF16).
+the layer; so is dX, which then gets the type of X; dW and db have the type of their parameter, FP32, and are not
+rounded on the way (dW is, to BF16, where wgrad is a product in BF16).
 
 **What is kept.** For wgrad only the quantised X.T with its scales: one byte per element where BF16 keeps
 two. X itself is not kept. For dgrad the quantised W.T, made in the forward by the call that makes W; and
@@ -231,7 +231,9 @@ class _Linear(Function):
         dx = dw = db = None
         if for_dgrad:
             weight, kept = _split(kept, dgrad)
-            dx = _multiply(rows, weight, None, dgrad, products.product, x_dtype)[:count].view(ctx.shape)
+            # In BF16, as autocast's: the products of several layers are added up, and written in FP32 they cost twice.
+            dx = _multiply(rows, weight, None, dgrad, products.product, torch.bfloat16)
+            dx = dx[:count].view(ctx.shape).to(x_dtype)
         if for_wgrad:
             dw = _multiply(columns, tuple(kept), None, wgrad, products.product, weight_dtype)
         if for_bias:

@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,12 @@ from torch import Tensor
 from deepseek_mp.backends.capabilities import UNKNOWN, Capabilities, table
 from deepseek_mp.errors import ConfigError, FormatError, explain
 
-IMPLEMENTATIONS = {"quantise": ("triton", "reference"), "product": ("native", "triton", "reference")}
-"""By op, the preferred first."""
+IMPLEMENTATIONS = {
+    "quantise": ("triton", "reference"),
+    "made": ("triton", "reference"),
+    "product": ("native", "triton", "reference"),
+}
+"""By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
     ("tensor", "tensor"): "tensorwise",
     ("row", "row"): "rowwise",
@@ -120,6 +125,12 @@ def quantise_of(name: str) -> Quantise:
 def quantise_delayed_of(name: str) -> QuantiseDelayed:
     """The function behind an implementation's name; what runs `quantise` runs this op too."""
     run: QuantiseDelayed = _module("quantise", name).quantise_delayed
+    return run
+
+
+def made_of(op: str, name: str) -> Callable[..., Any]:
+    """The function behind an implementation's name, for an op of `ops.schema_made`; its arguments differ by op."""
+    run: Callable[..., Any] = getattr(_module("made", name), op)
     return run
 
 

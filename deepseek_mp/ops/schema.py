@@ -1,5 +1,7 @@
 """The ops of low-precision products, declared once: `quantise`, `quantise_delayed` and `product`.
 
+The ops of `ops.schema_made`, casts that compute their tensor themselves, are declared with them.
+
 Each is one opaque op of the library `deepseek_mp`, the same in eager and in compiled code. The name of
 the implementation is an argument: it is chosen once, when a plan is applied (`ops.choose`), is visible
 in every graph, and nothing at run time replaces it by another.
@@ -21,13 +23,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_mp.errors import FormatError, ShapeError, explain
-from deepseek_mp.ops.cast import FP8
+from deepseek_mp.errors import ShapeError, explain
 from deepseek_mp.ops.choose import product_of, quantise_delayed_of, quantise_of
-from deepseek_mp.ops.dtypes import torch_dtype
-from deepseek_mp.ops.layouts import alignment, check_width, padded_rows, scale_shape
+from deepseek_mp.ops.layouts import alignment, padded_rows
+from deepseek_mp.ops.operands import Cast, check_magnitude, check_matrix, empty_operands
+from deepseek_mp.ops.schema_made import (
+    quantise_gate_grads,
+    quantise_gate_grads_delayed,
+    quantise_made,
+    quantise_made_delayed,
+)
 
-__all__ = ["alignment", "padded_rows", "product", "quantise", "quantise_delayed"]
+__all__ = [
+    "alignment",
+    "padded_rows",
+    "product",
+    "quantise",
+    "quantise_delayed",
+    "quantise_gate_grads",
+    "quantise_gate_grads_delayed",
+    "quantise_made",
+    "quantise_made_delayed",
+]
 
 _library = torch.library.Library("deepseek_mp", "DEF")
 _library.define(
@@ -169,8 +186,7 @@ def _quantise(
     columns: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, format)
-    check_width(x.shape[1], granularity)
+    check_matrix(x, format, granularity)
     return quantise_of(implementation)(x, format, granularity, power_of_two, rows, columns)
 
 
@@ -185,23 +201,10 @@ def _quantise_delayed(
     *,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, format)
-    check_width(x.shape[1], "tensor")
+    check_matrix(x, format, "tensor")
     for name, number in (("top", top), ("amax", amax)):
-        if number.shape or number.dtype != torch.float32 or number.device != x.device:
-            passed = f"{name} of shape {list(number.shape)} and type {number.dtype} on {number.device}"
-            change = "Apply the plan again if the model was moved to another device since"
-            raise ShapeError(explain(passed, f"fp32 of shape [] on {x.device}, where the tensor is", change))
+        check_magnitude(name, number, x)
     return quantise_delayed_of(implementation)(x, top, amax, format, power_of_two, rows, columns)
-
-
-def _check(x: Tensor, format: str) -> None:
-    """Kernels go by the addresses of a contiguous matrix, and would read another one wrongly without a word."""
-    if x.dim() != 2 or not x.is_contiguous():
-        passed = f"a tensor of shape {list(x.shape)} and strides {list(x.stride())} to quantise"
-        raise ShapeError(explain(passed, "contiguous matrices [M, K]", "Flatten it to rows and call contiguous()"))
-    if format not in FP8:
-        raise FormatError(explain(f"format {format!r} to quantise to", ", ".join(FP8), "Use one of these"))
 
 
 def _product(
@@ -222,17 +225,9 @@ def _product(
 
 
 def _quantise_shapes(
-    x: Tensor, format: str, granularity: str, _power_of_two: bool, rows: bool, columns: bool, _implementation: str
+    x: Tensor, format: str, granularity: str, power_of_two: bool, rows: bool, columns: bool, _implementation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count, width = x.shape
-    check_width(width, granularity)
-    padded, dtype = padded_rows(count, granularity), torch_dtype(format)
-
-    def operand(wanted: bool, outer: int, contraction: int) -> tuple[Tensor, Tensor]:
-        sizes = ((outer, contraction), scale_shape(granularity, outer, contraction)) if wanted else ((0,), (0,))
-        return x.new_empty(sizes[0], dtype=dtype), x.new_empty(sizes[1], dtype=torch.float32)
-
-    return *operand(rows, padded, width), *operand(columns, width, padded)
+    return empty_operands(x, Cast(format, granularity, power_of_two, rows, columns))
 
 
 def _quantise_delayed_shapes(

@@ -1,4 +1,4 @@
-"""Inductor, called after a repair of the captured graph that it does not make itself.
+"""Inductor, called after a repair of the captured graph, and with a pass of ours (`nn.joint_graph`).
 
 **Attention masks.** PyTorch's fused attention kernels refuse a mask whose last dimension is not contiguous in
 memory. Code that is traced builds such masks where the eager code would build none: a model of transformers
@@ -17,6 +17,9 @@ import torch._dynamo  # so that its backends can be looked up before anything wa
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
+from deepseek_mp.nn.joint_graph import FuseProducers
+
+_FUSE = FuseProducers()
 _MASK = 3
 """Position of `attn_mask` among the arguments."""
 
@@ -27,7 +30,7 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
         if isinstance(part, fx.GraphModule):
             _repair_masks(part)
     compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
-    return compiler(graph, inputs)
+    return compiler(graph, inputs, config_patches={"joint_custom_pre_pass": _FUSE})
 
 
 def _repair_masks(graph: fx.GraphModule) -> None:

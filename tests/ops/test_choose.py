@@ -5,8 +5,9 @@ import pytest
 from deepseek_mp.backends.capabilities import Identity, resolve, table
 from deepseek_mp.errors import ConfigError, FormatError
 from deepseek_mp.ops import choose as module
-from deepseek_mp.ops.choose import choose, product_of, quantise_delayed_of, quantise_of
+from deepseek_mp.ops.choose import choose, made_of, product_of, quantise_delayed_of, quantise_of
 from deepseek_mp.ops.native import product as native_product
+from deepseek_mp.ops.reference import made as reference_made
 from deepseek_mp.ops.reference import product as reference_product
 from deepseek_mp.ops.reference import quantise as reference_quantise
 
@@ -93,6 +94,9 @@ def test_names_lead_to_functions():
     assert product_of("reference") is reference_product.product
     with pytest.raises(ConfigError, match="implementation 'native' of quantise"):
         quantise_of("native")
+    assert made_of("quantise_gate_grads", "reference") is reference_made.quantise_gate_grads
+    with pytest.raises(ConfigError, match="implementation 'native' of made"):
+        made_of("quantise_made", "native")
     assert quantise_delayed_of("reference") is not quantise_of("reference")
     with pytest.raises(ConfigError, match="implementation 'native' of quantise"):
         quantise_delayed_of("native")

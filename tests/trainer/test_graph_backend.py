@@ -30,7 +30,7 @@ def graphs(monkeypatch):
     """The graphs that Inductor would get; they run as they are."""
     seen = []
 
-    def compiler(graph, inputs):
+    def compiler(graph, inputs, config_patches):
         seen.append(graph)
         return graph.forward
 

@@ -26,17 +26,22 @@ def larger(a, b):
 
 
 @triton.jit
-def finite_magnitude(value):
+def finite_magnitude(value, PTX: tl.constexpr = False):
     """Magnitudes, with zero in the place of infinities and NaN: those must not become a scale."""
+    if PTX:  # behind computed values, LLVM gathers the comparisons in a mask of bits and takes them out one by one
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .f32 t; abs.f32 t, $1; setp.lt.f32 p, t, 0f7F800000; selp.f32 $0, t, 0f00000000, p;}",
+            "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
     size = tl.abs(value)
     return tl.where(size < float("inf"), size, 0.0)
 
 
 @triton.jit
-def _tile_top(values):
+def _tile_top(values, PTX: tl.constexpr):
     """The largest finite magnitude of a tile."""
-    low = tl.maximum(finite_magnitude(values[0]), finite_magnitude(values[1]))
-    high = tl.maximum(finite_magnitude(values[2]), finite_magnitude(values[3]))
+    low = tl.maximum(finite_magnitude(values[0], PTX), finite_magnitude(values[1], PTX))
+    high = tl.maximum(finite_magnitude(values[2], PTX), finite_magnitude(values[3], PTX))
     return tl.max(tl.maximum(low, high))
 
 
@@ -119,6 +124,23 @@ def cast_kernel(
         place = m[:, None].to(tl.int64) * K + k[None, :]
         loaded = tl.load(x + place, mask=(m < M)[:, None] & inside_k[None, :], other=0.0)
         values = values + (loaded.to(tl.float32),)
+    cast_tile(
+        values, amax, column_amax, top, seen, q, s, qt, st, K, P,
+        tile_k, tile_m, tl.num_programs(0), tl.num_programs(1),
+        FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX,
+    )  # fmt: skip
+
+
+@triton.jit
+def cast_tile(
+    values, amax, column_amax, top, seen, q, s, qt, st, K, P, tile_k, tile_m, tiles_k, tiles_m,
+    FORMAT: tl.constexpr, LARGEST: tl.constexpr, GRANULARITY: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """The fp32 values of a tile, four sub-tiles that hold zeros beyond the matrix, to what `cast_kernel` writes."""
+    k = tile_k * 128 + tl.arange(0, 128)
+    quarter = tile_m * 128 + 4 * tl.arange(0, 32)
+    inside_k = k < K
 
     if GRANULARITY == "1x128":
         # The four sub-tiles value by value first: that costs no exchange between threads.
@@ -127,15 +149,15 @@ def cast_kernel(
         if COLUMNS:
             tl.store(st + tile_m.to(tl.int64) * K + k, column_scale, mask=inside_k)
     elif GRANULARITY == "128x128":
-        whole_scale, whole_inverse = _scales(_tile_top(values), LARGEST, POWER_OF_TWO, PTX)
+        whole_scale, whole_inverse = _scales(_tile_top(values, PTX), LARGEST, POWER_OF_TWO, PTX)
         if ROWS:
-            tl.store(s + tile_m * tl.num_programs(0) + tile_k, whole_scale)
+            tl.store(s + tile_m * tiles_k + tile_k, whole_scale)
         if COLUMNS:
-            tl.store(st + tile_k * tl.num_programs(1) + tile_m, whole_scale)
+            tl.store(st + tile_k * tiles_m + tile_m, whole_scale)
     elif GRANULARITY == "tensor" or GRANULARITY == "delayed":
         held = tl.load(amax)
         if GRANULARITY == "delayed":
-            raise_to(seen, _tile_top(values))
+            raise_to(seen, _tile_top(values, PTX))
             known = tl.load(top)
             held = tl.where(known == 0.0, held, known)
         whole_scale, whole_inverse = _scales(held, LARGEST, POWER_OF_TWO, PTX)

@@ -7,11 +7,13 @@ is not, the same two kernels find the maximum after all, so that the host need n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from deepseek_mp.ops.dtypes import torch_dtype
-from deepseek_mp.ops.layouts import padded_rows, scale_shape
+from deepseek_mp.ops.layouts import padded_rows
+from deepseek_mp.ops.operands import Cast, Operands, empty_operands
 from deepseek_mp.ops.triton.amax_kernel import matrix_amax_kernel, tensor_amax_kernel, unknown_amax_kernel
 from deepseek_mp.ops.triton.cast_kernel import TILE, cast_kernel
 from deepseek_mp.precision import find_format
@@ -22,7 +24,7 @@ _TRITON_FORMATS = {
     "fp8_e4m3fnuz": "fp8e4b8",
     "fp8_e5m2fnuz": "fp8e5b16",
 }
-_AMAX_BLOCK = 16384
+AMAX_BLOCK = 16384
 WARPS = {"tensor": 4, "row": 4, "1x128": 4, "128x128": 8, "delayed": 8}
 """Warps per tile, by measurement on an H200: fewer keep more of a tile in each thread, more hide more latency.
 "delayed" is not measured: it has the reduction that 128x128 has."""
@@ -42,8 +44,8 @@ def quantise_delayed(
     """See `ops.schema.quantise_delayed`."""
     own = x.new_zeros((), dtype=torch.float32)
     if x.numel():
-        grid = (-(-x.numel() // _AMAX_BLOCK),)
-        unknown_amax_kernel[grid](x, own, top, x.numel(), BLOCK=_AMAX_BLOCK, num_warps=8)
+        grid = (-(-x.numel() // AMAX_BLOCK),)
+        unknown_amax_kernel[grid](x, own, top, x.numel(), BLOCK=AMAX_BLOCK, num_warps=8)
     return _cast(x, (own, own, top, amax), format, "delayed", power_of_two, (rows, columns))
 
 
@@ -56,24 +58,34 @@ def _cast(
     layouts: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The cast with maxima that are there: of rows or the whole, of columns, the one to hold, the one to raise."""
-    (rows, columns), granularity = layouts, "tensor" if kind == "delayed" else kind
-    count, width = x.shape
-    padded = padded_rows(count, granularity)
-    target, dtype = find_format(format), torch_dtype(format)
-    tiles = -(-width // TILE), -(-padded // TILE)
-    scales = x.new_empty(0, dtype=torch.float32)
-    q = x.new_empty((padded, width), dtype=dtype) if rows else x.new_empty(0, dtype=dtype)
-    qt = x.new_empty((width, padded), dtype=dtype) if columns else x.new_empty(0, dtype=dtype)
-    s = x.new_empty(scale_shape(granularity, padded, width), dtype=torch.float32) if rows else scales
-    st = x.new_empty(scale_shape(granularity, width, padded), dtype=torch.float32) if columns else scales
-    if padded:
-        cast_kernel[tiles](
-            x, *maxima, q.view(torch.uint8), s, qt.view(torch.int32), st, count, width, padded,
-            FORMAT=_TRITON_FORMATS[target.name], LARGEST=target.max, GRANULARITY=kind,
-            POWER_OF_TWO=power_of_two, ROWS=rows, COLUMNS=columns,
-            PTX=torch.version.hip is None, num_warps=WARPS[kind],
-        )  # fmt: skip
-    return q, s, qt, st
+    cast = Cast(format, "tensor" if kind == "delayed" else kind, power_of_two, *layouts)
+    made = empty_operands(x, cast)
+    across, down, padded = tiles_of(x, cast)
+    if down:
+        cast_kernel[(across, down)](x, *maxima, *bytes_and_words(made), *x.shape, padded, **cast_constants(cast, kind))
+    return made
+
+
+def tiles_of(x: Tensor, cast: Cast) -> tuple[int, int, int]:
+    """Tiles across and down the operands of x [M, K], and their rows."""
+    padded = padded_rows(x.shape[0], cast.granularity)
+    return -(-x.shape[1] // TILE), -(-padded // TILE), padded
+
+
+def bytes_and_words(made: Operands) -> Operands:
+    """Operands as the kernels write them: values in bytes, transposed ones in words of four."""
+    q, s, qt, st = made
+    return q.view(torch.uint8), s, qt.view(torch.int32), st
+
+
+def cast_constants(cast: Cast, kind: str) -> dict[str, Any]:
+    """What a kernel that casts is compiled for; `kind` is the granularity or "delayed"."""
+    target = find_format(cast.format)
+    return {
+        "FORMAT": _TRITON_FORMATS[target.name], "LARGEST": target.max, "GRANULARITY": kind,
+        "POWER_OF_TWO": cast.power_of_two, "ROWS": cast.rows, "COLUMNS": cast.columns,
+        "PTX": torch.version.hip is None, "num_warps": WARPS[kind],
+    }  # fmt: skip
 
 
 def _amax(x: Tensor, granularity: str, rows: bool, columns: bool, padded: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +93,7 @@ def _amax(x: Tensor, granularity: str, rows: bool, columns: bool, padded: int) -
     if granularity == "tensor":
         amax = x.new_zeros((), dtype=torch.float32)
         if x.numel():
-            tensor_amax_kernel[(-(-x.numel() // _AMAX_BLOCK),)](x, amax, x.numel(), BLOCK=_AMAX_BLOCK, num_warps=8)
+            tensor_amax_kernel[(-(-x.numel() // AMAX_BLOCK),)](x, amax, x.numel(), BLOCK=AMAX_BLOCK, num_warps=8)
         return amax, amax
     if granularity != "row":
         return x, x

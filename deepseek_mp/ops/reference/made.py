@@ -1,0 +1,45 @@
+"""The casts that compute their tensor themselves, in plain PyTorch: computed, then cast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.ops.operands import Cast, Operands
+from deepseek_mp.ops.reference.quantise import quantise, quantise_delayed
+from deepseek_mp.ops.sources import compute
+
+
+@torch.no_grad()
+def quantise_made(inputs: Sequence[Tensor], source: str, cast: Cast) -> Operands:
+    """See `ops.schema_made.quantise_made`."""
+    return quantise(compute(source, inputs), *cast)
+
+
+@torch.no_grad()
+def quantise_made_delayed(inputs: Sequence[Tensor], source: str, top: Tensor, amax: Tensor, cast: Cast) -> Operands:
+    """See `ops.schema_made.quantise_made_delayed`."""
+    made = compute(source, inputs)
+    return quantise_delayed(made, top, amax, cast.format, cast.power_of_two, cast.rows, cast.columns)
+
+
+def quantise_gate_grads(inputs: tuple[Tensor, Tensor, Tensor], activation: str, cast: Cast) -> tuple[Tensor, ...]:
+    """See `ops.schema_made.quantise_gate_grads`."""
+    x, up, g = inputs
+    of_x = quantise_made((x, up, g), f"{activation}_gate_grad", cast)
+    return *of_x, *quantise_made((x, g), f"{activation}_gate", cast)
+
+
+def quantise_gate_grads_delayed(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    activation: str,
+    tops: tuple[Tensor, Tensor],
+    maxima: tuple[Tensor, Tensor],
+    cast: Cast,
+) -> tuple[Tensor, ...]:
+    """See `ops.schema_made.quantise_gate_grads_delayed`."""
+    x, up, g = inputs
+    of_x = quantise_made_delayed((x, up, g), f"{activation}_gate_grad", tops[0], maxima[0], cast)
+    return *of_x, *quantise_made_delayed((x, g), f"{activation}_gate", tops[1], maxima[1], cast)
