@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch._dynamo  # so that its backends can be looked up before anything was compiled
 from torch import Tensor, fx
+from torch._inductor import config
 from torch.nn.functional import scaled_dot_product_attention
 
 from deepseek_mp.nn.joint_graph import FuseProducers
@@ -30,6 +31,8 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
         if isinstance(part, fx.GraphModule):
             _repair_masks(part)
     compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
+    if config.joint_custom_pre_pass is not None:  # the caller's own pass keeps its place
+        return compiler(graph, inputs)
     return compiler(graph, inputs, config_patches={"joint_custom_pre_pass": _FUSE})
 
 

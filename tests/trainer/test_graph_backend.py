@@ -25,13 +25,19 @@ MASKS = {
 }
 
 
+class Graphs(list):
+    patches = None
+    """Settings that the backend asked for along with the last graph."""
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """The graphs that Inductor would get; they run as they are."""
-    seen = []
+    seen = Graphs()
 
-    def compiler(graph, inputs, config_patches):
+    def compiler(graph, inputs, config_patches=None):
         seen.append(graph)
+        seen.patches = config_patches
         return graph.forward
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: compiler)
@@ -114,3 +120,14 @@ def test_masks_of_checkpointed_regions_are_repaired(graphs):
     inputs = qkv(grad=True)
     torch.compile(Checkpointed(), backend=inductor)(*inputs).sum().backward()
     assert repairs(graphs) == 1
+
+
+def test_the_pass_of_the_caller_is_not_replaced_by_ours(graphs, monkeypatch):
+    x = torch.randn(3)
+    torch.compile(torch.sin, backend=inductor)(x)
+    assert list(graphs.patches) == ["joint_custom_pre_pass"]
+    monkeypatch.setattr(torch._inductor.config, "joint_custom_pre_pass", lambda graph: None)
+    torch._dynamo.reset()
+    torch.compile(torch.cos, backend=inductor)(x)
+    assert len(graphs) == 2
+    assert graphs.patches is None
