@@ -16,6 +16,9 @@ maximum gives the same bits, whatever the format, and scales that are powers of 
 **Where the past is no guide**, the tensor's own maximum counts: in the first step, after steps without a value, and
 for `HISTORY` steps after one in which values were cut. Then a tensor that has grown is in the history.
 
+**A shared input.** In compiled code layers that read one tensor cast it once, by the scale of the first. The others
+have no history of it, and nothing to report, until they cast it themselves.
+
 **The state** is no part of the model's `state_dict` and is not copied with it: a copy of the model scales by the
 tensors themselves until a plan is applied to it. `nn.convert` calls `place_scales` and `drop_scales`.
 """

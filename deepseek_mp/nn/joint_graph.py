@@ -13,7 +13,8 @@ parts the two, this pass finds what surrounds them:
 
 **Recognising an activation.** A graph holds it taken apart into elementary operations, differently in every version
 of PyTorch. So what stands before a cast is not compared with patterns: it is evaluated in FP64 on random numbers,
-and is an activation if its values are. Roundings in between are left out, there as in the cast.
+and is an activation if its values are. That is safe since what is looked at is analytic, but for relu's bend at zero.
+Roundings in between are left out, there as in the cast.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_or
 
 from deepseek_mp.ops import schema_made, sources
 
@@ -36,18 +38,22 @@ aten, prims, ours = torch.ops.aten, torch.ops.prims, torch.ops.deepseek_mp
 
 _MOST_OPERATIONS = 40
 """Operations in front of a cast that are looked at; an activation's gradient has less than twenty."""
-_TRANSPARENT = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default, aten.clone.default,  # noqa: SLF001
-    aten.detach.default, aten.slice.Tensor, prims.convert_element_type.default,
-)  # fmt: skip
-"""Operations that leave values as they are, as far as no element is left out."""
-_POINTWISE = frozenset({
+_VIEWS = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default,  # noqa: SLF001
+    aten.slice.Tensor,
+})  # fmt: skip
+_WIDE = (torch.bfloat16, torch.float32, torch.float64)
+"""Types between which a conversion is no more than a rounding; to others it changes or cuts values."""
+_SMOOTH = frozenset({
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.mul.Tensor,
     aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.exp.default, aten.sigmoid.default,
-    aten.tanh.default, aten.erf.default, aten.pow.Tensor_Scalar, aten.reciprocal.default, aten.relu.default,
-    aten.maximum.default, aten.clamp_min.default, aten.where.self, aten.le.Scalar, aten.lt.Scalar, aten.gt.Scalar,
-    aten.ge.Scalar, aten.full.default, aten.scalar_tensor.default,
+    aten.tanh.default, aten.erf.default, aten.pow.Tensor_Scalar, aten.reciprocal.default,
 })  # fmt: skip
+"""Analytic functions: two compositions of them that agree on a stretch agree everywhere."""
+_POINTWISE = _SMOOTH | {
+    aten.relu.default, aten.where.self, aten.le.Scalar, aten.full.default, aten.scalar_tensor.default,
+}  # fmt: skip
+"""With what relu and its gradient are made of: a bend at zero of a tensor that is read, and nowhere else."""
 _FUSED_ANYWAY = _POINTWISE | {aten.sum.dim_IntList, aten.sum.default}
 """Readers that the compiler computes together with what they read, so that it need not be stored for them."""
 
@@ -79,8 +85,15 @@ class CastNode:
     x: fx.Node
     settings: tuple[tuple[str, Any], ...]
     """Its arguments but for tensors."""
-    scaling: tuple[fx.Node, fx.Node] | None
-    """`top` and `amax`, if it is delayed."""
+
+    @property
+    def scaling(self) -> tuple[fx.Node, fx.Node] | None:
+        """`top` and `amax`, if it is delayed; `amax` may be what a cast before it left of the same tensor."""
+        if self.node.target is not auto_functionalized_v2:
+            return None
+        values: Mapping[str, Any] = self.node.kwargs
+        (amax,) = values["_all_bases"]
+        return values["top"], amax
 
     @property
     def results(self) -> dict[int, fx.Node]:
@@ -109,12 +122,13 @@ def casts_of(graph: fx.Graph) -> list[CastNode]:
         if node.target is ours.quantise.default:
             values = dict(zip(_QUANTISE_NAMES, node.args, strict=False)) | node.kwargs
             x = values.pop("x")
-            found.append(CastNode(node, node.target, x, tuple(sorted(values.items())), None))
+            found.append(CastNode(node, node.target, x, tuple(sorted(values.items()))))
         elif node.target is auto_functionalized_v2 and node.args[0] is ours.quantise_delayed.default:
             values = dict(node.kwargs)
-            x, top, bases = values.pop("x"), values.pop("top"), values.pop("_all_bases")
-            amax = bases[values.pop("_amax_base_index")]
-            found.append(CastNode(node, node.args[0], x, tuple(sorted(values.items())), (top, amax)))
+            x = values.pop("x")
+            for name in ("top", "_all_bases", "_amax_base_index"):
+                del values[name]
+            found.append(CastNode(node, node.args[0], x, tuple(sorted(values.items()))))
     return found
 
 
@@ -122,7 +136,7 @@ def _share(graph: fx.Graph) -> None:
     """Let casts of one tensor in one way be one."""
     first: dict[Any, CastNode] = {}
     for cast in casts_of(graph):
-        key = _origin(cast.x), cast.x.meta["val"].shape, cast.op, cast.settings
+        key = _origin(cast.x), str(cast.x.meta["val"].shape), cast.op, cast.settings  # sizes may be symbols
         original = first.setdefault(key, cast)
         if original is cast:
             continue
@@ -156,14 +170,35 @@ def _leave_unchanged(graph: fx.Graph, changed: fx.Node, cast: CastNode) -> None:
 
 def _origin(node: fx.Node) -> fx.Node:
     """The tensor that a node is a view of, of all of it in its order."""
-    while node.op == "call_function" and node.target in _TRANSPARENT[:4] + _TRANSPARENT[6:7] and _keeps_all(node):
-        (node, *_) = node.all_input_nodes
+    while node.op == "call_function" and node.target in _VIEWS and _keeps_all(node):
+        node = _seen_by(node)
     return node
 
 
+def _value(node: fx.Node) -> fx.Node:
+    """The same through roundings too."""
+    while _is_transparent(node):
+        node = _seen_by(node)
+    return node
+
+
+def _is_transparent(node: fx.Node) -> bool:
+    """Whether a node has the values of its argument, all of them, as far as rounding goes."""
+    if node.op != "call_function":
+        return False
+    if node.target is prims.convert_element_type.default:
+        return node.args[1] in _WIDE and _seen_by(node).meta["val"].dtype in _WIDE
+    return (node.target in _VIEWS or node.target is aten.clone.default) and _keeps_all(node)
+
+
+def _seen_by(node: fx.Node) -> fx.Node:
+    """The tensor that a view or a conversion is of."""
+    assert isinstance(node.args[0], fx.Node)
+    return node.args[0]
+
+
 def _keeps_all(node: fx.Node) -> bool:
-    source = node.all_input_nodes[0].meta["val"]
-    return bool(node.meta["val"].numel() == source.numel())
+    return statically_known_true(node.meta["val"].numel() == _seen_by(node).meta["val"].numel())
 
 
 # -- recognising -----------------------------------------------------------------------------------
@@ -196,14 +231,12 @@ def _candidates(count: int) -> list[tuple[str, tuple[int, ...]]]:
 
 def _read_by_casts_only(x: fx.Node) -> bool:
     """Or by what is computed elementwise: else the tensor is stored anyway, and the cast had better read that."""
-    while x.op == "call_function" and x.target in _TRANSPARENT and _keeps_all(x):
-        (x,) = x.all_input_nodes
-    return _only_casts_below(x)
+    return _only_casts_below(_value(x))
 
 
 def _only_casts_below(node: fx.Node) -> bool:
     return all(
-        _is_cast(user) or user.target in _FUSED_ANYWAY or (user.target in _TRANSPARENT and _only_casts_below(user))
+        _is_cast(user) or user.target in _FUSED_ANYWAY or (_is_transparent(user) and _only_casts_below(user))
         for user in node.users
     )
 
@@ -219,6 +252,7 @@ def _can_be_read(leaf: fx.Node, x: fx.Node) -> bool:
     of, value = leaf.meta.get("val"), x.meta["val"]
     return (
         isinstance(of, Tensor)
+        and all(isinstance(size, int) for size in (*of.shape, *value.shape))  # not for sizes that change
         and of.numel() == value.numel()
         and of.shape[-1] == value.shape[-1]
         and of.dtype == torch.bfloat16
@@ -250,38 +284,65 @@ class _Between:
         return list(found) if 0 < count <= max(source.inputs for source in sources.SOURCES.values()) else None
 
     def _is_between(self, node: fx.Node) -> bool:
-        if node.op != "call_function":
+        if _is_transparent(node):
+            return True
+        if node.op != "call_function" or node.target not in _POINTWISE:
             return False
-        if node.target in _TRANSPARENT:
-            return _keeps_all(node)
-        return node.target in _POINTWISE and all(
-            n.meta["val"].numel() in (1, node.meta["val"].numel()) for n in node.all_input_nodes
-        )
+        if node.target in (aten.full.default, aten.scalar_tensor.default):
+            return bool(node.args[-1] == 0)
+        if node.target in (aten.relu.default, aten.le.Scalar) and not _bends_at_zero(node):
+            return False
+        counts = [n.meta["val"].numel() if _is_tensor(n) else None for n in node.all_input_nodes]
+        whole = node.meta["val"].numel()
+        return all(n is not None and statically_known_true(sym_or(n == 1, n == whole)) for n in counts)
 
     def computes(self, source: str, leaves: Sequence[fx.Node]) -> bool:
         """Whether its values are those of the source."""
-        generator = torch.Generator().manual_seed(0)
         with unset_fake_temporarily():  # the compiler computes with shapes only
-            given = [torch.randn(64, dtype=torch.float64, generator=generator) * 2 for _ in leaves]
+            given = _numbers(len(leaves))
             try:
                 found = self._evaluate(self._x, dict(zip(leaves, given, strict=True)))
             except (TypeError, RuntimeError):  # an operation with arguments that a plain vector does not fit
                 return False
             expected = sources.compute(source, given)
-            return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+            return found.shape == expected.shape and bool(torch.allclose(found, expected, rtol=1e-9, atol=1e-9))
 
     def _evaluate(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         if node in known:
             return known[node]
-        if node.target in _TRANSPARENT:
-            known[node] = self._evaluate(node.all_input_nodes[0], known)
+        if _is_transparent(node):
+            known[node] = self._evaluate(_seen_by(node), known)
         elif node.target in (aten.full.default, aten.scalar_tensor.default):
-            known[node] = torch.tensor(node.args[-1], dtype=torch.float64)
+            known[node] = torch.zeros((), dtype=torch.float64)
         else:
             arguments = fx.node.map_arg(node.args, lambda n: self._evaluate(n, known))
             run: Callable[..., Any] = node.target  # type: ignore[assignment]
             known[node] = run(*arguments, **node.kwargs)
         return known[node]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Sizes that are not known are nodes too."""
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _bends_at_zero(node: fx.Node) -> bool:
+    """Whether relu, or a comparison with zero, is of a tensor that is read, or the comparison of relu's result."""
+    of = _value(_seen_by(node))
+    if node.target is aten.le.Scalar:
+        if node.args[1] != 0:
+            return False
+        if of.target is aten.relu.default:
+            of = _value(_seen_by(of))
+    return of.target not in _POINTWISE
+
+
+def _numbers(count: int) -> list[Tensor]:
+    """Vectors of numbers to compare two functions of `count` arguments on: any, and each combination of some."""
+    generator = torch.Generator().manual_seed(0)
+    some = torch.tensor([-60.0, -8.0, -1.0, -1e-3, 0.0, 1e-3, 0.5, 3.0, 20.0, 60.0], dtype=torch.float64)
+    grid = torch.cartesian_prod(*[some] * count).view(-1, count).unbind(1)
+    return [torch.cat([torch.randn(64, dtype=torch.float64, generator=generator) * 2, part]) for part in grid]
 
 
 # -- replacing -------------------------------------------------------------------------------------
@@ -297,10 +358,21 @@ def _pairs(made: Sequence[_Made]) -> list[tuple[_Made, _Made]]:
         x, _up, g = one.inputs
         for other in made:
             alike = other.cast.settings == one.cast.settings and other.cast.op is one.cast.op
-            if alike and other.source == f"{activation}_gate" and other.inputs == (x, g):
+            same = alike and other.source == f"{activation}_gate" and other.inputs == (x, g)
+            if same and _can_be_one(one, other):
                 pairs.append((one, other))
                 break
     return pairs
+
+
+def _can_be_one(one: _Made, other: _Made) -> bool:
+    """Whether all that both read is there where the first of the two stands.
+
+    It is not where the second raises a magnitude that the first has raised: a layer that is called twice.
+    """
+    earlier = min(one.cast.node, other.cast.node)
+    read = [node for cast in (one.cast, other.cast) for node in cast.node.all_input_nodes if node is not cast.x]
+    return all(node < earlier for node in (*one.inputs, *read))
 
 
 def _replace(made: _Made) -> None:
@@ -320,7 +392,7 @@ def _replace(made: _Made) -> None:
 
 
 def _replace_pair(one: _Made, other: _Made) -> None:
-    """One call where the first of the two was; its inputs are there, since that one read more than the other."""
+    """One call where the first of the two was."""
     graph, settings = one.cast.node.graph, dict(one.cast.settings)
     earlier = min(one.cast.node, other.cast.node)
     with graph.inserting_before(earlier):
@@ -367,7 +439,7 @@ def _changing(graph: fx.Graph, op: Any, arguments: Mapping[str, Any], changed: M
 
 
 def _narrow(graph: fx.Graph) -> None:
-    """Store in BF16 what is computed in FP32 for casts alone. Weights and other inputs are read as they are."""
+    """Store in BF16 what is computed in FP32 for casts alone. What is there already, a weight say, is read as it is."""
     for cast in casts_of(graph):
         value = cast.x.meta["val"]
         if value.dtype != torch.float32 or _origin(cast.x).target not in _POINTWISE or not _read_by_casts_only(cast.x):

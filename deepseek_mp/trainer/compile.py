@@ -9,6 +9,7 @@ over, and as an output of compiled code they get a gradient of zeros that is add
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import count
@@ -18,14 +19,20 @@ from typing import Any
 import torch
 import torch._dynamo  # so that its settings can be read before anything was compiled
 from torch import nn
+from torch._dynamo.utils import counters
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
+from deepseek_mp.nn.convert import current_plan
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.trainer.config import Compile
 from deepseek_mp.trainer.graph_backend import inductor
 
+log = logging.getLogger("deepseek_mp")
+
 LISTS = (nn.ModuleList, nn.Sequential)
+RESTLESS = 4
+"""Steps in a row that compile something under one plan; changing sizes seldom make more than two."""
 PLANS = 64
 """Combinations of recipes that a compiled block may run in before it is left to eager code."""
 
@@ -81,12 +88,48 @@ def _compiled_whole(model: nn.Module, loss_fn: LossFn | None) -> Run:
     def whole(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Any, str]:
         return calls.loss_of(model(*args, **kwargs), target, loss_fn)
 
-    compiled = _compiled(whole)
+    compiled, alone = _compiled(whole), torch.compile(model, backend=inductor)
+    restless = Restless(model)
 
     def run(call: calls.Call) -> calls.Result:
-        return calls.result(call, compiled(call.args, calls.keywords(model, call), call.target), loss_fn)
+        if restless.found:
+            return calls.run(alone, call, loss_fn)
+        with restless:
+            return calls.result(call, compiled(call.args, calls.keywords(model, call), call.target), loss_fn)
 
     return run
+
+
+class Restless:
+    """Finds out, as a context around each call of compiled code, whether that is compiled anew again and again.
+
+    A loss that counts its calls or keeps a list of losses is another function each time to the compiler. It then
+    runs in eager code, beside the compiled model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found = False
+        self._model, self._plan = model, current_plan(model)
+        self._in_a_row = self._before = 0
+
+    def __enter__(self) -> None:
+        self._before, plan = _graphs(), current_plan(self._model)
+        if plan is not self._plan:
+            self._plan, self._in_a_row = plan, -1  # another plan is compiled for once, with a reason
+
+    def __exit__(self, *_: object) -> None:
+        self._in_a_row = self._in_a_row + 1 if _graphs() > self._before else 0
+        if self._in_a_row >= RESTLESS:
+            self.found = True
+            log.warning(
+                "the model and its loss were compiled in each of %d steps: the loss runs uncompiled from now on. "
+                "A loss that keeps something of its calls makes the compiler start again",
+                RESTLESS,
+            )
+
+
+def _graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _compiled_loss(model: nn.Module, loss_fn: LossFn | None) -> Run:
@@ -94,11 +137,14 @@ def _compiled_loss(model: nn.Module, loss_fn: LossFn | None) -> Run:
         return calls.loss_of(output, target, loss_fn)
 
     compiled = _compiled(loss)
+    restless = Restless(model)
 
     def run(call: calls.Call) -> calls.Result:
         output = calls.invoke(model, call)
-        own = loss_fn is None and calls.own_loss(output) is not None
-        return calls.result(call, (loss if own else compiled)(output, call.target), loss_fn)
+        if restless.found or (loss_fn is None and calls.own_loss(output) is not None):
+            return calls.result(call, loss(output, call.target), loss_fn)
+        with restless:
+            return calls.result(call, compiled(output, call.target), loss_fn)
 
     return run
 

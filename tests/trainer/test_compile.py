@@ -268,6 +268,40 @@ def test_compiled_losses_are_those_of_eager_code_and_come_without_the_output(mon
     torch._dynamo.reset()
 
 
+class Recording:
+    """A loss that keeps what it gave."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, output, target):
+        loss = F.cross_entropy(output.float(), target)
+        self.seen.append(loss.detach())
+        return loss
+
+
+@pytest.mark.parametrize("how", [True, "regional"])
+def test_a_loss_that_changes_with_each_call_ends_up_beside_the_compiled_model(eager, caplog, how):
+    loss = Recording()
+    trainer = MixedPrecisionTrainer(
+        Deep(), "bf16", compile=how, device="cpu", emulate=True, optimizer=sgd, loss_fn=loss, progress=False
+    )
+    batch = batches()[0]
+    with caplog.at_level("WARNING", logger="deepseek_mp"):
+        losses = [trainer.step(batch).loss for _ in range(7)]
+        graphs = counters["stats"]["unique_graphs"]
+        losses += [trainer.step(batch).loss for _ in range(5)]
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert [record.message for record in caplog.records if "runs uncompiled from now on" in record.message]
+    assert losses == pytest.approx([float(value) for value in loss.seen])
+
+
+def test_a_loss_that_stays_the_same_stays_compiled(eager, caplog):
+    with caplog.at_level("WARNING", logger="deepseek_mp"):
+        fitted(True)
+    assert not [record for record in caplog.records if "uncompiled" in record.message]
+
+
 def test_two_trainers_share_no_compiled_code(monkeypatch):
     """Else the second's batch size would make dynamo compile for changing sizes, which is slower."""
     torch._dynamo.reset()
