@@ -81,8 +81,11 @@ class PrecisionMonitor:
         return usage
 
     @contextmanager
-    def sample(self) -> Iterator[None]:
+    def sample(self, *, compiled: bool = False) -> Iterator[None]:
         """Count what runs inside the `with` statement: a step's forward, loss and backward.
+
+        `compiled` says that a compiled function of the caller's calls the model, which the model does not show; that
+        function runs uncompiled inside, and the report says so.
 
         `ConfigError` inside another `sample()` or after `close()`.
         """
@@ -101,6 +104,7 @@ class PrecisionMonitor:
             return
         window = Window(self._model, self._tally)
         self._windows.append(window)
+        self._tally.compiled_counted_eagerly |= compiled
         try:
             with window.held():
                 yield

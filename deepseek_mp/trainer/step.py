@@ -136,7 +136,7 @@ class Stepper:
         self._weights = HeldWeights(model)
         place_scales(model)  # the model may have moved to its device after the plan was applied
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
-        self._looked = compiled
+        self._looked = self._compiled = compiled
         self._weights_move = False
         self._loss_named = False
         self._pending: Pending | None = None
@@ -262,7 +262,11 @@ class Stepper:
         if self.monitor.has_sample and self.windows_opened % self.monitor_every:
             yield
             return
-        with self.monitor.sample(), warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
+        with (
+            self.monitor.sample(compiled=self._compiled),
+            warnings.catch_warnings(),
+            FlopCounterMode(display=False) as counter,
+        ):
             warnings.filterwarnings("ignore", message="Using `torch.compile", category=UserWarning)
             yield
         self.flops = counter.get_total_flops()

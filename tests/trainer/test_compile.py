@@ -167,6 +167,12 @@ def test_equal_blocks_are_compiled_once_and_give_the_same_numbers(eager, how, gr
     assert training == graphs + (how == "regional")
 
 
+@pytest.mark.parametrize("how", [True, "regional", False])
+def test_the_report_says_that_compiled_parts_ran_uncompiled(eager, how):
+    usage = fitted(how).monitor.log_precision_usage()
+    assert usage.compiled_counted_eagerly is bool(how)
+
+
 def test_only_the_blocks_are_compiled(eager):
     trainer = fitted("regional")
     compiled = [name for name, module in trainer.model.named_modules() if module._compiled_call_impl is not None]
