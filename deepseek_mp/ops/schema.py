@@ -1,6 +1,6 @@
 """The ops of low-precision products, declared once: `quantise`, `quantise_delayed` and `product`.
 
-The ops of `ops.schema_made`, casts that compute their tensor themselves, are declared with them.
+Casts that compute their tensor themselves are in `ops.schema_made`.
 
 Each is one opaque op of the library `deepseek_mp`, the same in eager and in compiled code. The name of
 the implementation is an argument: it is chosen once, when a plan is applied (`ops.choose`), is visible
@@ -27,24 +27,8 @@ from deepseek_mp.errors import ShapeError, explain
 from deepseek_mp.ops.choose import product_of, quantise_delayed_of, quantise_of
 from deepseek_mp.ops.layouts import alignment, padded_rows
 from deepseek_mp.ops.operands import Cast, check_magnitude, check_matrix, empty_operands
-from deepseek_mp.ops.schema_made import (
-    quantise_gate_grads,
-    quantise_gate_grads_delayed,
-    quantise_made,
-    quantise_made_delayed,
-)
 
-__all__ = [
-    "alignment",
-    "padded_rows",
-    "product",
-    "quantise",
-    "quantise_delayed",
-    "quantise_gate_grads",
-    "quantise_gate_grads_delayed",
-    "quantise_made",
-    "quantise_made_delayed",
-]
+__all__ = ["alignment", "padded_rows", "product", "quantise", "quantise_delayed"]
 
 _library = torch.library.Library("deepseek_mp", "DEF")
 _library.define(

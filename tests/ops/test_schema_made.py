@@ -6,8 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepseek_mp.errors import ConfigError, FormatError, ShapeError
 from deepseek_mp.ops.layouts import ALIGNMENT
-from deepseek_mp.ops.schema import (
-    quantise,
+from deepseek_mp.ops.schema import quantise
+from deepseek_mp.ops.schema_made import (
     quantise_gate_grads,
     quantise_gate_grads_delayed,
     quantise_made,

@@ -138,6 +138,22 @@ def eager(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile and Module.compile make; they run as they are."""
+    seen, whole, module = [], torch.compile, nn.Module.compile
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: whole(function, backend=backend))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: module(self, backend=backend))
+    torch._dynamo.reset()
+    yield seen
+    torch._dynamo.reset()
+
+
 def batches():
     inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     return [(inputs, inputs[:, :2].argmax(dim=1))] * 3
@@ -195,16 +211,8 @@ def test_a_model_compiled_by_inductor_trains_like_the_plain_one():
     torch._dynamo.reset()
 
 
-def test_a_block_keeps_compiled_code_for_many_plans(monkeypatch):
+def test_a_block_keeps_compiled_code_for_many_plans(graphs):
     """Alternating through more combinations than dynamo's own limit compiles each of them once."""
-    torch._dynamo.reset()
-    compiled = []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend=backend))
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
     compute = compiled_run(model, None, True)
     call = parse_batch((torch.randn(2, 4), torch.randn(2, 4)))
@@ -213,7 +221,7 @@ def test_a_block_keeps_compiled_code_for_many_plans(monkeypatch):
         for plan in plans:
             apply(model, plan)
             compute(call)
-    assert len(compiled) == len(plans)
+    assert len(graphs) == len(plans)
     revert(model)
 
 
@@ -245,17 +253,7 @@ def outputs(graph):
     ids=["inferred", "with a count", "module", "own"],
 )
 @pytest.mark.parametrize("how", [True, "regional"])
-def test_compiled_losses_are_those_of_eager_code_and_come_without_the_output(monkeypatch, model, loss_fn, batch, how):
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    whole, module = torch.compile, nn.Module.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: whole(function, backend=backend))
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: module(self, backend=backend))
+def test_compiled_losses_are_those_of_eager_code_and_come_without_the_output(graphs, model, loss_fn, batch, how):
     model, call = model(), parse_batch(batch)
     expected = run(model, call, loss_fn)
     expected.loss.backward()
@@ -271,7 +269,6 @@ def test_compiled_losses_are_those_of_eager_code_and_come_without_the_output(mon
         assert all(shape.numel() == 1 for shape in outputs(graphs[0]))
     else:
         assert len(graphs) == 2 - (model.__class__ is OwnLoss)
-    torch._dynamo.reset()
 
 
 class Recording:
@@ -308,22 +305,10 @@ def test_a_loss_that_stays_the_same_stays_compiled(eager, caplog):
     assert not [record for record in caplog.records if "uncompiled" in record.message]
 
 
-def test_two_trainers_share_no_compiled_code(monkeypatch):
+def test_two_trainers_share_no_compiled_code(graphs):
     """Else the second's batch size would make dynamo compile for changing sizes, which is slower."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend=backend))
     for size in (3, 5):
         compiled_run(Deep(), None, True)(parse_batch((torch.randn(size, 4), torch.randn(size, 2))))
     sizes = [node.meta["example_value"].shape[0] for g in graphs for node in g.graph.nodes if node.op == "placeholder"]
     assert {size for size in sizes if isinstance(size, int)} >= {3, 5}
     assert all(isinstance(size, int) for size in sizes)
-    torch._dynamo.reset()
-
-
-original = torch.compile

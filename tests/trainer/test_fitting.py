@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
+from small_runs import INPUTS, LABELS, accuracy, batches, make, same_models
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from deepseek_mp import Callback, MixedPrecisionTrainer
+from deepseek_mp import Callback
 from deepseek_mp.errors import LoaderError, NonFiniteError
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
-
-
-def sgd(params):
-    return torch.optim.SGD(params, lr=0.1)
-
-
-def make(mode="fp32", model=None, **options):
-    options = {"loss_scale_policy": 64.0, "optimizer": sgd, "device": "cpu", "emulate": True} | options
-    return MixedPrecisionTrainer(net() if model is None else model, mode, **options)
-
-
-INPUTS = torch.randn(22, 4, generator=torch.Generator().manual_seed(1))
-LABELS = INPUTS[:, :3].argmax(dim=1)
-
-
-def batches(count=5, bad=()):
-    made = [(INPUTS[4 * i : 4 * i + 4], LABELS[4 * i : 4 * i + 4]) for i in range(count)]
-    return [(x * math.nan, y) if index in bad else (x, y) for index, (x, y) in enumerate(made)]
-
-
-def same_models(one, two):
-    return all(torch.equal(v, two.model.state_dict()[name]) for name, v in one.model.state_dict().items())
-
-
-def accuracy(output, target):
-    return (output.argmax(dim=1) == target).float().mean()
-
 
 # -- how far a fit goes ---------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import torch
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.ops.reference.product import dequantise
-from deepseek_mp.ops.schema import (
+from deepseek_mp.ops.schema_made import (
     quantise_gate_grads,
     quantise_gate_grads_delayed,
     quantise_made,
