@@ -3,7 +3,7 @@
 **Attention masks.** PyTorch's fused attention kernels refuse a mask whose last dimension is not contiguous in
 memory. Code that is traced builds such masks where the eager code would build none: a model of transformers
 without padding expands one column to [batch, 1, query, key]. Attention then falls back to products of FP32
-operands that keep the whole score matrix for backward: on an H200 two thirds more time for BERT-base, and
+operands that keep the whole score matrix for backward: on an H200 a third more time for BERT-base, and
 twice the memory. The mask is made contiguous, without the copies that stand for its broadcast dimensions.
 """
 
