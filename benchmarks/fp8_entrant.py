@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from cases import Case, OptimizerFactory, bert_base, decoder_1b, decoder_8b_slice, resnet50
 from harness import Spread, laps
-from peers import HandLoop, Mode, laid_out
+from peers import HandLoop, Mode
 from torch._dynamo.utils import counters
 
 from deepseek_mp import MixedPrecisionTrainer
@@ -125,7 +125,7 @@ def _our_loop(
         case.model(), plan, loss_fn=case.loss_fn, optimizer=optimizer, device=device, compile=compile,
         emulate=plan != "auto" and device.type == "cpu", progress=False,
     )  # fmt: skip
-    batches = itertools.cycle(laid_out(case, case.images and plan != "auto"))
+    batches = itertools.cycle(case.batches)
     return Loop(
         step=lambda: trainer.step(next(batches)),
         loss=lambda result: float("nan") if result.status != "applied" else result.loss,

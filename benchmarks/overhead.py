@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from cases import Case, bert_base, demo_gpt, resnet50
 from harness import Contender, Report, Spread, agree, arguments, interleave, ratio
-from peers import SAFE_SCALE, HandLoop, Mode, fastest_optimizer, laid_out
+from peers import SAFE_SCALE, HandLoop, Mode, fastest_optimizer
 from torch import Tensor
 
 from deepseek_mp import MixedPrecisionTrainer
@@ -70,7 +70,7 @@ class TrainerLoop:
             device=device,
             progress=False,
         )
-        self.batches = itertools.cycle(laid_out(case, mode.channels_last))
+        self.batches = itertools.cycle(case.batches)
 
     def step(self) -> Any:
         return self.trainer.step(next(self.batches))

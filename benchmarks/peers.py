@@ -72,7 +72,7 @@ class HandLoop:
         self.optimizer = optimizer(self.model.parameters())
         # No skipped first step: PyTorch's fused SGD then leaves its momentum without a value (NaN, seen on an H200).
         self.scaler = torch.amp.GradScaler(device.type, init_scale=SAFE_SCALE) if mode.format == "fp16" else None
-        self.batches = itertools.cycle(laid_out(case, mode.channels_last))
+        self.batches = itertools.cycle(case.batches)
 
     def step(self) -> Tensor:
         """Train on the next batch; returns the loss, still on the device."""
@@ -124,13 +124,6 @@ def to_float8(model: nn.Module, recipe: str) -> None:
         return name not in output_layer and all(size % FLOAT8_MULTIPLE == 0 for size in sizes)
 
     convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=wanted)
-
-
-def laid_out(case: Case, channels_last: bool) -> list[Any]:
-    """The case's batches, images in channels_last if asked for: nobody pays for the conversion."""
-    if not (channels_last and case.images):
-        return case.batches
-    return [(image.contiguous(memory_format=torch.channels_last), label) for image, label in case.batches]
 
 
 def fastest_optimizer(case: Case, device: torch.device) -> tuple[str, OptimizerFactory]:

@@ -9,7 +9,8 @@ parts the two, this pass finds what surrounds them:
   only, is rounded to BF16 there, as it would be in front of a BF16 layer.
 - **Activations inside the cast.** `down(silu(gate(x)) * up(x))` quantises a tensor that nobody else reads. The cast
   reads what it is computed of instead, and it is never stored; its gradients to gate and up are quantised by one
-  kernel that reads their three arguments once.
+  kernel that reads their three arguments once. `down` needs the product a second time, transposed, for the
+  gradient of its weight: the same kernel makes that too, so that it is not kept between forward and backward.
 
 **Recognising an activation.** A graph holds it taken apart into elementary operations, differently in every version
 of PyTorch. So what stands before a cast is not compared with patterns: it is evaluated in FP64 on random numbers,
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
@@ -65,8 +66,11 @@ class FuseProducers(CustomGraphPass):
         _share(graph)
         made = [found for cast in casts_of(graph) if (found := _recognised(cast)) is not None]
         for pair in _pairs(made):
-            _replace_pair(*pair)
-            made = [one for one in made if one not in pair]
+            value = _value_of(pair, made)
+            _replace_pair(*pair, value)
+            made = [one for one in made if one not in (*pair, value)]
+            if value is not None:
+                _replace(_without_columns(value))
         for one in made:
             _replace(one)
         _narrow(graph)
@@ -375,6 +379,60 @@ def _can_be_one(one: _Made, other: _Made) -> bool:
     return all(node < earlier for node in (*one.inputs, *read))
 
 
+def _value_of(pair: tuple[_Made, _Made], made: Sequence[_Made]) -> _Made | None:
+    """The cast of the gated activation itself, if its transposed half can be made where its gradients are."""
+    of_x, of_up = pair
+    for one in made:
+        same = one.source == of_up.source and one.inputs == of_x.inputs[:2] and one.cast.op is of_x.cast.op
+        if same and _scaled_alike(one, of_x) and {0, 2, 3} <= one.cast.results.keys():
+            return one if _can_wait(one, min(of_x.cast.node, of_up.cast.node)) else None
+    return None
+
+
+def _scaled_alike(one: _Made, other: _Made) -> bool:
+    """In all but the format and the layouts."""
+    names = {name for name, _ in one.cast.settings} - {"format", "rows", "columns"}
+    ours, theirs = dict(one.cast.settings), dict(other.cast.settings)
+    return all(ours[name] == theirs[name] for name in names) and bool(ours["rows"] and ours["columns"])
+
+
+def _can_wait(value: _Made, node: fx.Node) -> bool:
+    """Whether nothing that leads to the node reads the transposed half of the value."""
+    return not any(reader in _leading_to(node) for reader in _readers(value))
+
+
+def _readers(value: _Made) -> list[fx.Node]:
+    """All that is computed of the transposed half, in the order of the graph."""
+    results = value.cast.results
+    found: set[fx.Node] = set()
+    waiting = [user for number in (2, 3) for user in results[number].users]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node.op != "output":
+            found.add(node)
+            waiting += node.users
+    return sorted(found)
+
+
+def _leading_to(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        new = [n for n in waiting.pop().all_input_nodes if n not in found]
+        found.update(new)
+        waiting += new
+    return found
+
+
+def _without_columns(value: _Made) -> _Made:
+    """The value's cast as it is after its transposed half is made elsewhere."""
+    settings = tuple((name, False if name == "columns" else setting) for name, setting in value.cast.settings)
+    cast = value.cast
+    q, scale, qt, qt_scale, *changed = cast.node.meta["val"]
+    cast.node.meta["val"] = (q, scale, qt.new_empty(0), qt_scale.new_empty(0), *changed)
+    return replace(value, cast=replace(cast, settings=settings))
+
+
 def _replace(made: _Made) -> None:
     cast, settings = made.cast, dict(made.cast.settings)
     graph = cast.node.graph
@@ -391,10 +449,14 @@ def _replace(made: _Made) -> None:
     graph.erase_node(cast.node)
 
 
-def _replace_pair(one: _Made, other: _Made) -> None:
-    """One call where the first of the two was."""
+def _replace_pair(one: _Made, other: _Made, value: _Made | None) -> None:
+    """One call where the first of the two was; with a value its transposed half too, and what reads it after it."""
     graph, settings = one.cast.node.graph, dict(one.cast.settings)
     earlier = min(one.cast.node, other.cast.node)
+    if value is not None:
+        settings["value_format"] = dict(value.cast.settings)["format"]
+        if value.cast.scaling is not None:
+            settings["value_top"] = value.cast.scaling[0]
     with graph.inserting_before(earlier):
         x, up, g = (_rows(graph, node, one.cast.x) for node in one.inputs)
         arguments = {"x": x, "up": up, "g": g, "activation": one.source.removesuffix("_gate_grad"), **settings}
@@ -407,21 +469,44 @@ def _replace_pair(one: _Made, other: _Made) -> None:
             node = _changing(graph, ours.quantise_gate_grads_delayed.default, {**arguments, **tops}, bases)
             changed = [made.cast.node.meta["val"][_RESULTS] for made in (one, other)]
     values = [made.cast.node.meta["val"][:_RESULTS] for made in (one, other)]
-    _describe(node, earlier, (*values[0], *values[1], *changed))
+    nothing = values[0][1].new_empty(0)
+    again = (nothing, nothing) if value is None else value.cast.node.meta["val"][2:_RESULTS]
+    _describe(node, earlier, (*values[0], *values[1], *again, *changed))
+    if value is not None:
+        _move_behind(node, _readers(value))
+        for number in (2, 3):
+            _take_over(value.cast.results[number], node, 2 * _RESULTS + number - 2)
     for position, made in enumerate((one, other)):
         for number, result in made.cast.results.items():
-            moved = 2 * _RESULTS + position if number == _RESULTS else position * _RESULTS + number
-            with graph.inserting_after(node):
-                new = graph.call_function(operator.getitem, (node, moved))
-            new.meta = dict(result.meta)
-            result.replace_all_uses_with(new)
-            graph.erase_node(result)
+            changes = number == _RESULTS
+            _take_over(result, node, 2 * _RESULTS + 2 + position if changes else position * _RESULTS + number)
         graph.erase_node(made.cast.node)
 
 
+def _move_behind(node: fx.Node, readers: Sequence[fx.Node]) -> None:
+    """Those that stand before the node are moved behind it, in their order."""
+    last = node
+    for reader in readers:
+        if reader < node:
+            last.append(reader)
+            last = reader
+
+
+def _take_over(result: fx.Node, node: fx.Node, number: int) -> None:
+    """What read a result reads the numbered one of the node instead."""
+    graph = node.graph
+    with graph.inserting_after(node):
+        new = graph.call_function(operator.getitem, (node, number))
+    new.meta = dict(result.meta)
+    result.replace_all_uses_with(new)
+    graph.erase_node(result)
+
+
 def _call(graph: fx.Graph, op: Any, arguments: Mapping[str, Any]) -> fx.Node:
-    """A call with the arguments in the order of the op's schema."""
-    return graph.call_function(op, tuple(arguments[argument.name] for argument in op._schema.arguments))  # noqa: SLF001
+    """A call with the arguments in the order of the op's schema, those with a default by name."""
+    schema = op._schema.arguments  # noqa: SLF001
+    named = {a.name: arguments[a.name] for a in schema if a.kwarg_only and a.name in arguments}
+    return graph.call_function(op, tuple(arguments[a.name] for a in schema if not a.kwarg_only), named)
 
 
 def _describe(node: fx.Node, replaced: fx.Node, value: Any) -> None:

@@ -26,6 +26,11 @@ class Cast(NamedTuple):
     columns: bool
 
 
+def cast_of_value(cast: Cast, format: str | None) -> Cast:
+    """How f(x) * up is quantised beside its gradients: transposed, scaled as they are; not at all without a format."""
+    return cast._replace(format=format or cast.format, rows=False, columns=format is not None)
+
+
 def empty_operands(x: Tensor, cast: Cast) -> Operands:
     """Memory for the operands of x [M, K], nothing written yet; [0] for what is not asked for."""
     count, width = x.shape

@@ -15,25 +15,25 @@ from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.ops.choose import made_of
-from deepseek_mp.ops.operands import Cast, Operands, check_magnitude, check_matrix, empty_operands
+from deepseek_mp.ops.operands import Cast, Operands, cast_of_value, check_magnitude, check_matrix, empty_operands
 from deepseek_mp.ops.sources import ACTIVATIONS, can_make, check_count, find_source
 
-Pair = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""The operands of two matrices."""
+Pair = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""The operands of two matrices, and a third one transposed with its scales."""
 
 _library = torch.library.Library("deepseek_mp", "FRAGMENT")
 _RESULTS = "(" + ", ".join(["Tensor"] * 4) + ")"
-_BOTH_RESULTS = "(" + ", ".join(["Tensor"] * 8) + ")"
+_BOTH_RESULTS = "(" + ", ".join(["Tensor"] * 10) + ")"
 _SCHEMAS = {
     "quantise_made": "(Tensor[] inputs, str source, str format, str granularity, bool power_of_two, bool rows,"
     f" bool columns, str implementation) -> {_RESULTS}",
     "quantise_made_delayed": "(Tensor[] inputs, str source, Tensor top, Tensor(a!) amax, str format,"
     f" bool power_of_two, bool rows, bool columns, *, str implementation) -> {_RESULTS}",
     "quantise_gate_grads": "(Tensor x, Tensor up, Tensor g, str activation, str format, str granularity,"
-    f" bool power_of_two, bool rows, bool columns, str implementation) -> {_BOTH_RESULTS}",
+    f" bool power_of_two, bool rows, bool columns, str implementation, *, str? value_format=None) -> {_BOTH_RESULTS}",
     "quantise_gate_grads_delayed": "(Tensor x, Tensor up, Tensor g, Tensor x_top, Tensor(a!) x_amax, Tensor up_top,"
     " Tensor(b!) up_amax, str activation, str format, bool power_of_two, bool rows, bool columns, *,"
-    f" str implementation) -> {_BOTH_RESULTS}",
+    f" str implementation, str? value_format=None, Tensor? value_top=None) -> {_BOTH_RESULTS}",
 }
 
 
@@ -116,23 +116,30 @@ def quantise_gate_grads(
     rows: bool,
     columns: bool,
     implementation: str,
+    value_format: str | None = None,
 ) -> Pair:
     """Both gradients of f(x) * up, quantised: that with respect to x and that with respect to up.
+
+    On request also f(x) * up itself, transposed: what the layer behind it multiplies its output gradient with, and
+    need not be kept for that since it is computed of the same x and up.
 
     Args:
         x, up, g: the arguments and the gradient of the result, each [M, K] as for `quantise_made`.
         activation: f, a name of `ops.sources.ACTIVATIONS`.
         format, granularity, power_of_two, rows, columns, implementation: as for `quantise_made`.
+        value_format: the format of f(x) * up; None: it is not made.
 
     Returns:
-        What `quantise_made` returns for `<activation>_gate_grad` of (x, up, g), then for `<activation>_gate` of (x, g).
+        What `quantise_made` returns for `<activation>_gate_grad` of (x, up, g), then for `<activation>_gate` of (x, g);
+        then the transposed values and scales for `<activation>_gate` of (x, up), or two empty tensors [0].
 
     Raises:
         ShapeError, FormatError, ConfigError: as `quantise_made`.
     """
     made: Pair = torch.ops.deepseek_mp.quantise_gate_grads(
-        x, up, g, activation, format, granularity, power_of_two, rows, columns, implementation
-    )
+        x, up, g, activation, format, granularity, power_of_two, rows, columns, implementation,
+        value_format=value_format,
+    )  # fmt: skip
     return made
 
 
@@ -151,6 +158,8 @@ def quantise_gate_grads_delayed(
     rows: bool,
     columns: bool,
     implementation: str,
+    value_format: str | None = None,
+    value_top: Tensor | None = None,
 ) -> Pair:
     """`quantise_gate_grads` with one scale for each gradient, taken from a magnitude that is known beforehand.
 
@@ -159,6 +168,8 @@ def quantise_gate_grads_delayed(
         x_top, x_amax: `top` and `amax` of the gradient with respect to x; see `quantise_made_delayed`.
         up_top, up_amax: those of the gradient with respect to up.
         format, power_of_two, rows, columns, implementation: as for `quantise_made_delayed`.
+        value_format: as for `quantise_gate_grads`.
+        value_top: `top` of f(x) * up; needed with `value_format`. Its magnitude is noted by nobody a second time.
 
     Returns:
         What `quantise_gate_grads` returns.
@@ -168,7 +179,7 @@ def quantise_gate_grads_delayed(
     """
     made: Pair = torch.ops.deepseek_mp.quantise_gate_grads_delayed(
         x, up, g, x_top, x_amax, up_top, up_amax, activation, format, power_of_two, rows, columns,
-        implementation=implementation,
+        implementation=implementation, value_format=value_format, value_top=value_top,
     )  # fmt: skip
     return made
 
@@ -190,25 +201,46 @@ def _quantise_made_delayed(
     return made
 
 
-def _quantise_gate_grads(x: Tensor, up: Tensor, g: Tensor, activation: str, *how: Any) -> Pair:
+def _quantise_gate_grads(
+    x: Tensor, up: Tensor, g: Tensor, activation: str, *how: Any, value_format: str | None = None
+) -> Pair:
     *settings, implementation = how
     _check_activation(activation)
     cast = _checked((x, up, g), f"{activation}_gate_grad", Cast(*settings), implementation, settings[1])
-    made: Pair = made_of("quantise_gate_grads", implementation)((x, up, g), activation, cast)
+    _check_value(x, value_format, cast)
+    made: Pair = made_of("quantise_gate_grads", implementation)((x, up, g), activation, cast, value_format)
     return made
 
 
 def _quantise_gate_grads_delayed(
-    x: Tensor, up: Tensor, g: Tensor, x_top: Tensor, x_amax: Tensor, *rest: Any, implementation: str
+    x: Tensor,
+    up: Tensor,
+    g: Tensor,
+    x_top: Tensor,
+    x_amax: Tensor,
+    *rest: Any,
+    implementation: str,
+    value_format: str | None = None,
+    value_top: Tensor | None = None,
 ) -> Pair:
     up_top, up_amax, activation, *how = rest
     _check_activation(activation)
     cast = _checked((x, up, g), f"{activation}_gate_grad", _delayed(how), implementation, "delayed")
     for name, number in (("x_top", x_top), ("x_amax", x_amax), ("up_top", up_top), ("up_amax", up_amax)):
         check_magnitude(name, number, x)
+    _check_value(x, value_format, cast)
+    if value_format is not None:
+        if value_top is None:
+            raise ConfigError(explain("a value_format without a value_top", "both or none", "Pass the top too"))
+        check_magnitude("value_top", value_top, x)
     run = made_of("quantise_gate_grads_delayed", implementation)
-    made: Pair = run((x, up, g), activation, (x_top, up_top), (x_amax, up_amax), cast)
+    made: Pair = run((x, up, g), activation, (x_top, up_top, value_top), (x_amax, up_amax), cast, value_format)
     return made
+
+
+def _check_value(x: Tensor, format: str | None, cast: Cast) -> None:
+    if format is not None:
+        check_matrix(x, format, cast.granularity)
 
 
 def _delayed(how: Sequence[Any]) -> Cast:
@@ -252,14 +284,18 @@ def _made_delayed_shapes(inputs: Sequence[Tensor], *rest: Any, **_: Any) -> Oper
     return empty_operands(inputs[0], _delayed(how))
 
 
-def _gate_grads_shapes(x: Tensor, *rest: Any) -> Pair:
+def _gate_grads_shapes(x: Tensor, *rest: Any, value_format: str | None = None) -> Pair:
     _up, _g, _activation, *how, _implementation = rest
-    return *empty_operands(x, Cast(*how)), *empty_operands(x, Cast(*how))
+    return _three(x, Cast(*how), value_format)
 
 
-def _gate_grads_delayed_shapes(x: Tensor, *rest: Any, **_: Any) -> Pair:
-    cast = _delayed(rest[-4:])
-    return *empty_operands(x, cast), *empty_operands(x, cast)
+def _gate_grads_delayed_shapes(x: Tensor, *rest: Any, value_format: str | None = None, **_: Any) -> Pair:
+    return _three(x, _delayed(rest[-4:]), value_format)
+
+
+def _three(x: Tensor, cast: Cast, value_format: str | None) -> Pair:
+    value = empty_operands(x, cast_of_value(cast, value_format))
+    return *empty_operands(x, cast), *empty_operands(x, cast), *value[2:]
 
 
 for _name, _run, _shapes in (

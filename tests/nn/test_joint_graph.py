@@ -124,7 +124,7 @@ def assert_as_exact(ours, theirs, exact):
 
 
 def both_ways(kind, recipe, *arguments, **options):
-    """The pass's graph, after its numbers were compared with those of the graph without it."""
+    """Ops of the pass's graph and of the one before, and the sources in it, after comparing the numbers of both."""
     model, other, exact = (make(kind, name, *arguments, **options) for name in (recipe, recipe, "fp32"))
     call, graphs = compiled(model)
     ours = trained(model, call)
@@ -158,6 +158,38 @@ def test_a_gate_and_its_gradients_are_computed_inside_the_casts(recipe, activati
     assert fused[f"quantise{delayed}"] == 1 + 3 + 1  # the input of gate and up, weights, the gradient of down
     assert fused["product"] == before["product"]
     assert named == {f"{activation}_gate", activation}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_transposed_product_of_a_gate_is_made_in_backward_and_not_kept(recipe):
+    model = make(Gated, recipe)
+    call, graphs = compiled(model)
+    trained(model, call, steps=1)
+    (value,) = [node for node in graphs[0].nodes if "silu_gate" in (*node.args, *node.kwargs.values())]
+    schema = op_of(value)._schema.arguments
+    settings = dict(zip([argument.name for argument in schema], value.args, strict=False)) | value.kwargs
+    assert (settings["rows"], settings["columns"]) == (True, False)
+    (grads,) = [node for node in graphs[0].nodes if "gate_grads" in str(op_of(node))]
+    assert grads.kwargs["value_format"] == "fp8_e4m3"
+    hidden = [size for size in kept_sizes(model, call) if size == ROWS * HIDDEN]
+    assert len(hidden) == 2  # gate and up
+
+
+def op_of(node):
+    return node.args[0] if node.target is auto_functionalized_v2 else node.target
+
+
+def kept_sizes(model, call):
+    """Elements of the tensors that are kept for the backward."""
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        call(torch.randn(ROWS, WIDTH))
+    return sizes
 
 
 @pytest.mark.parametrize(

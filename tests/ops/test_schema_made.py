@@ -49,7 +49,8 @@ def test_quantise_made_delayed_is_a_well_formed_op(count, top):
 def test_quantise_gate_grads_is_a_well_formed_op(granularity):
     for rows, columns in LAYOUTS:
         arguments = (*drawn(3), "silu", "fp8_e5m2", granularity, False, rows, columns, "reference")
-        torch.library.opcheck(ops.quantise_gate_grads.default, arguments)
+        for value_format in (None, "fp8_e4m3"):
+            torch.library.opcheck(ops.quantise_gate_grads.default, arguments, {"value_format": value_format})
 
 
 @pytest.mark.parametrize("count", [0, 5])
@@ -57,20 +58,25 @@ def test_quantise_gate_grads_delayed_is_a_well_formed_op(count):
     scaling = (torch.tensor(2.0), torch.zeros(()), torch.tensor(0.0), torch.ones(()))
     for rows, columns in LAYOUTS:
         arguments = (*drawn(3, count), *scaling, "relu", "fp8_e4m3", False, rows, columns)
-        torch.library.opcheck(ops.quantise_gate_grads_delayed.default, arguments, {"implementation": "reference"})
+        for value in ({}, {"value_format": "fp8_e5m2", "value_top": torch.tensor(3.0)}):
+            how = {"implementation": "reference", **value}
+            torch.library.opcheck(ops.quantise_gate_grads_delayed.default, arguments, how)
 
 
 @pytest.mark.parametrize("granularity", ALIGNMENT)
 @pytest.mark.parametrize("count", [0, 1, 100, 256])
 def test_shapes_without_data_are_those_of_the_data(granularity, count):
     expected = layout_of(quantise(*drawn(1, count), "fp8_e4m3", granularity, False, True, True, "reference"))
-    how, x = HOW | {"granularity": granularity}, drawn(3, count)
+    how, x, nothing = HOW | {"granularity": granularity}, drawn(3, count), layout_of([torch.empty(0)])
+    without = [layout_of([torch.empty(0, dtype=torch.float8_e4m3fn)])[0], *nothing]
     assert layout_of(quantise_made(x[:2], "silu_gate", **how)) == expected
-    assert layout_of(quantise_gate_grads(*x, "silu", **how)) == expected * 2
+    assert layout_of(quantise_gate_grads(*x, "silu", **how)) == expected * 2 + without
+    assert layout_of(quantise_gate_grads(*x, "silu", **how, value_format="fp8_e4m3")) == expected * 2 + expected[2:]
     with FakeTensorMode():
         x = [torch.empty(count, 128) for _ in range(3)]
         assert layout_of(quantise_made(x[:2], "silu_gate", **how)) == expected
-        assert layout_of(quantise_gate_grads(*x, "silu", **how)) == expected * 2
+        both = quantise_gate_grads(*x, "silu", **how, value_format="fp8_e4m3")
+        assert layout_of(both) == expected * 2 + expected[2:]
         assert layout_of(ops.quantise_made(inputs=x[:2], source="silu_gate", **how)) == expected
 
 
@@ -82,9 +88,10 @@ def test_shapes_under_a_delayed_scale_are_those_of_tensor(count):
             x, one = drawn(3, count), torch.ones(())
             made = quantise_made_delayed(x[:1], "gelu", one, one.clone(), **HOW)
             scaling = {"x_top": one, "x_amax": one.clone(), "up_top": one, "up_amax": one.clone()}
-            both = quantise_gate_grads_delayed(*x, **scaling, activation="gelu", **HOW)
+            value = {"value_format": "fp8_e4m3", "value_top": one}
+            both = quantise_gate_grads_delayed(*x, **scaling, activation="gelu", **HOW, **value)
         assert layout_of(made) == expected
-        assert layout_of(both) == expected * 2
+        assert layout_of(both) == expected * 2 + expected[2:]
 
 
 @pytest.mark.parametrize(
@@ -131,3 +138,16 @@ def test_magnitudes_that_are_no_fp32_scalars_are_refused():
         scaling = {key: wrong if key == name else one.clone() for key in ("x_top", "x_amax", "up_top", "up_amax")}
         with pytest.raises(ShapeError, match=rf"{name} of shape \[1\]"):
             quantise_gate_grads_delayed(x, up, g, **scaling, activation="silu", **HOW)
+
+
+def test_a_value_that_cannot_be_made_beside_its_gradients_is_refused():
+    x, up, g = drawn(3)
+    scaling = {name: torch.ones(()) for name in ("x_top", "x_amax", "up_top", "up_amax")}
+    with pytest.raises(FormatError, match="format 'bf16' to quantise to"):
+        quantise_gate_grads(x, up, g, "silu", granularity="row", **HOW, value_format="bf16")
+    with pytest.raises(ConfigError, match="a value_format without a value_top"):
+        quantise_gate_grads_delayed(x, up, g, **scaling, activation="silu", **HOW, value_format="fp8_e4m3")
+    with pytest.raises(ShapeError, match=r"value_top of shape \[1\]"):
+        quantise_gate_grads_delayed(
+            x, up, g, **scaling, activation="silu", **HOW, value_format="fp8_e4m3", value_top=torch.ones(1)
+        )

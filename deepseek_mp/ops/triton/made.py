@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepseek_mp.ops.operands import Cast, Operands, empty_operands
+from deepseek_mp.ops.operands import Cast, Operands, cast_of_value, empty_operands
 from deepseek_mp.ops.sources import SOURCES
 from deepseek_mp.ops.triton.made_kernel import (
     cast_gate_grads_kernel,
@@ -38,23 +38,31 @@ def quantise_made_delayed(inputs: Sequence[Tensor], source: str, top: Tensor, am
     return _cast_made(inputs, source, (own, top, amax), cast, "delayed")
 
 
-def quantise_gate_grads(inputs: _Three, activation: str, cast: Cast) -> tuple[Tensor, ...]:
+def quantise_gate_grads(inputs: _Three, activation: str, cast: Cast, value_format: str | None) -> tuple[Tensor, ...]:
     """See `ops.schema_made.quantise_gate_grads`."""
     x = inputs[0]
-    return _cast_gate_grads(inputs, activation, x, ((x, x), (x, x)), cast, cast.granularity)
+    return _cast_gate_grads(inputs, activation, x, (x, x, x), (x, x), cast, cast.granularity, value_format)
 
 
 def quantise_gate_grads_delayed(
-    inputs: _Three, activation: str, tops: tuple[Tensor, Tensor], maxima: tuple[Tensor, Tensor], cast: Cast
+    inputs: _Three,
+    activation: str,
+    tops: tuple[Tensor, Tensor, Tensor | None],
+    maxima: tuple[Tensor, Tensor],
+    cast: Cast,
+    value_format: str | None = None,
 ) -> tuple[Tensor, ...]:
     """See `ops.schema_made.quantise_gate_grads_delayed`."""
     x = inputs[0]
-    own = x.new_zeros(2, dtype=torch.float32)
+    own = x.new_zeros(3, dtype=torch.float32)
+    x_top, up_top, value_top = tops
+    known = x_top, up_top, own if value_top is None else value_top
     if x.numel():
         unknown_gate_amax_kernel[_amax_grid(x)](
-            *inputs, own, *tops, x.numel(), ACTIVATION=activation, PTX=_ptx(), BLOCK=AMAX_BLOCK, num_warps=8
-        )
-    return _cast_gate_grads(inputs, activation, own, ((tops[0], maxima[0]), (tops[1], maxima[1])), cast, "delayed")
+            *inputs, own, *known, x.numel(), ACTIVATION=activation, VALUE=value_format is not None, PTX=_ptx(),
+            BLOCK=AMAX_BLOCK, num_warps=8,
+        )  # fmt: skip
+    return _cast_gate_grads(inputs, activation, own, known, maxima, cast, "delayed", value_format)
 
 
 def _cast_made(inputs: Sequence[Tensor], source: str, maxima: _Three, cast: Cast, kind: str) -> Operands:
@@ -74,20 +82,26 @@ def _cast_gate_grads(
     inputs: _Three,
     activation: str,
     own: Tensor,
-    scaling: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    tops: _Three,
+    maxima: tuple[Tensor, Tensor],
     cast: Cast,
     kind: str,
+    value_format: str | None,
 ) -> tuple[Tensor, ...]:
-    """Both casts, with the maxima [2] of both gradients and for each the one to hold and the one to raise."""
+    """All casts, with the maxima [3] of gradients and value, those to hold, and those of the gradients to raise."""
     x = inputs[0]
-    of_x, of_up = empty_operands(x, cast), empty_operands(x, cast)
+    value_cast = cast_of_value(cast, value_format)
+    of_x, of_up, value = empty_operands(x, cast), empty_operands(x, cast), empty_operands(x, value_cast)
     across, down, padded = tiles_of(x, cast)
     if across * down:
-        cast_gate_grads_kernel[(2 * across, down)](
-            *inputs, own, *scaling[0], *bytes_and_words(of_x), *scaling[1], *bytes_and_words(of_up), *x.shape, padded,
-            ACTIVATION=activation, **cast_constants(cast, kind), **_registers(kind),
+        of_value = cast_constants(value_cast, kind)
+        cast_gate_grads_kernel[((2 + value_cast.columns) * across, down)](
+            *inputs, own, tops[0], maxima[0], *bytes_and_words(of_x), tops[1], maxima[1], *bytes_and_words(of_up),
+            tops[2], *bytes_and_words(value)[2:], *x.shape, padded,
+            ACTIVATION=activation, VALUE_FORMAT=of_value["FORMAT"] if value_cast.columns else None,
+            VALUE_LARGEST=of_value["LARGEST"], **cast_constants(cast, kind), **_registers(kind),
         )  # fmt: skip
-    return *of_x, *of_up
+    return *of_x, *of_up, *value[2:]
 
 
 def _arguments(inputs: Sequence[Tensor], source: str) -> _Three:

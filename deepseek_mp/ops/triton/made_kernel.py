@@ -46,30 +46,42 @@ def cast_made_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def cast_gate_grads_kernel(
-    x, up, g, amax, x_top, x_seen, x_q, x_s, x_qt, x_st, up_top, up_seen, up_q, up_s, up_qt, up_st, M, K, P,
+    x, up, g, amax, x_top, x_seen, x_q, x_s, x_qt, x_st, up_top, up_seen, up_q, up_s, up_qt, up_st,
+    value_top, value_qt, value_st, M, K, P,
     ACTIVATION: tl.constexpr,
-    FORMAT: tl.constexpr, LARGEST: tl.constexpr, GRANULARITY: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr,
+    FORMAT: tl.constexpr, LARGEST: tl.constexpr, VALUE_FORMAT: tl.constexpr, VALUE_LARGEST: tl.constexpr,
+    GRANULARITY: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """Both gradients of f(x) * up [M, K]: even programs make that with respect to x, odd ones that to up.
+    """Both gradients of f(x) * up [M, K], and with VALUE_FORMAT that itself, transposed.
 
-    So each needs the registers of one. The two that own a tile run at the same time: x and g come from memory once.
+    Every second (third) program makes the same of them, so that each needs the registers of one. Those that own a
+    tile run at the same time: x, up and g come from memory once.
     """
-    tile_k = tl.program_id(0) // 2
+    MAKES: tl.constexpr = 2 if VALUE_FORMAT is None else 3
+    makes = tl.program_id(0) % MAKES
+    tile_k = tl.program_id(0) // MAKES
     tile_m = tl.program_id(1)
-    tiles_k = tl.num_programs(0) // 2
+    tiles_k = tl.num_programs(0) // MAKES
     tiles_m = tl.num_programs(1)
-    if tl.program_id(0) % 2 == 0:
+    if makes == 0:
         of_x = _source_tile(x, up, g, tile_k, tile_m, M, K, ACTIVATION, True, True, PTX)
         cast_tile(
             of_x, amax, amax, x_top, x_seen, x_q, x_s, x_qt, x_st, K, P, tile_k, tile_m, tiles_k, tiles_m,
             FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX,
         )  # fmt: skip
-    else:
+    elif makes == 1:
         of_up = _source_tile(x, g, g, tile_k, tile_m, M, K, ACTIVATION, True, False, PTX)
         cast_tile(
             of_up, amax + 1, amax + 1, up_top, up_seen, up_q, up_s, up_qt, up_st, K, P, tile_k, tile_m, tiles_k,
             tiles_m, FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX,
+        )  # fmt: skip
+    elif VALUE_FORMAT is not None:
+        value = _source_tile(x, up, g, tile_k, tile_m, M, K, ACTIVATION, True, False, PTX)
+        cast_tile(
+            value, amax + 2, amax + 2, value_top, amax + 2, value_qt, value_st, value_qt, value_st, K, P,
+            tile_k, tile_m, tiles_k, tiles_m,
+            VALUE_FORMAT, VALUE_LARGEST, GRANULARITY, POWER_OF_TWO, False, True, PTX,
         )  # fmt: skip
 
 
@@ -98,10 +110,14 @@ def unknown_made_amax_kernel(
 
 @triton.jit
 def unknown_gate_amax_kernel(
-    x, up, g, amax, x_top, up_top, count, ACTIVATION: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr
-):
-    """`unknown_made_amax_kernel` for both gradients of f(x) * up, into amax [2]."""
+    x, up, g, amax, x_top, up_top, value_top, count,
+    ACTIVATION: tl.constexpr, VALUE: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`unknown_made_amax_kernel` for both gradients of f(x) * up, and with VALUE for that itself, into amax [3]."""
     if tl.load(x_top) == 0.0:
         _amax_of_source(x, up, g, amax, count, ACTIVATION, True, True, PTX, BLOCK)
     if tl.load(up_top) == 0.0:
         _amax_of_source(x, g, g, amax + 1, count, ACTIVATION, True, False, PTX, BLOCK)
+    if VALUE:  # noqa: SIM102 - a test of the compiler outside, one of the device inside
+        if tl.load(value_top) == 0.0:
+            _amax_of_source(x, up, g, amax + 2, count, ACTIVATION, True, False, PTX, BLOCK)

@@ -66,19 +66,40 @@ def test_a_delayed_scale_holds_its_magnitude_and_notes_the_sources(source):
 def test_gate_gradients_are_those_to_x_and_then_to_up(activation, granularity):
     x, up, g = drawn(3)
     made = quantise_gate_grads((x, up, g), activation, Cast("fp8_e5m2", granularity, False, True, True))
-    assert len(made) == 8
+    assert len(made) == 10
     assert_holds(made[:4], (x, up, g), f"{activation}_gate_grad", "fp8_e5m2", granularity)
-    assert_holds(made[4:], (x, g), f"{activation}_gate", "fp8_e5m2", granularity)
+    assert_holds(made[4:8], (x, g), f"{activation}_gate", "fp8_e5m2", granularity)
+    assert [tensor.shape for tensor in made[8:]] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_value_is_made_beside_its_gradients_in_a_format_of_its_own(activation):
+    x, up, g = drawn(3)
+    cast = Cast("fp8_e5m2", "128x128", False, True, True)
+    made = quantise_gate_grads((x, up, g), activation, cast, "fp8_e4m3")
+    alone = quantise_made((x, up), f"{activation}_gate", cast._replace(format="fp8_e4m3"))
+    assert torch.equal(made[8].view(torch.uint8), alone[2].view(torch.uint8))
+    assert torch.equal(made[9], alone[3])
+    for top in (0.0, 50.0):
+        tops = torch.zeros(()), torch.zeros(()), torch.tensor(top)
+        maxima = torch.zeros(()), torch.zeros(())
+        made = quantise_gate_grads_delayed(
+            (x, up, g), activation, tops, maxima, cast._replace(granularity="tensor"), "fp8_e4m3"
+        )
+        how = Cast("fp8_e4m3", "tensor", False, True, True)
+        alone = quantise_made_delayed((x, up), f"{activation}_gate", tops[2], torch.zeros(()), how)
+        assert torch.equal(made[8].view(torch.uint8), alone[2].view(torch.uint8))
+        assert torch.equal(made[9], alone[3])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_each_gate_gradient_has_a_delayed_scale_of_its_own(activation):
     x, up, g = drawn(3)
-    tops, maxima = (torch.zeros(()), torch.tensor(1e4)), (torch.zeros(()), torch.zeros(()))
+    tops, maxima = (torch.zeros(()), torch.tensor(1e4), None), (torch.zeros(()), torch.zeros(()))
     cast = Cast("fp8_e4m3", "tensor", False, True, True)
     made = quantise_gate_grads_delayed((x, up, g), activation, tops, maxima, cast)
     assert_holds(made[:4], (x, up, g), f"{activation}_gate_grad", "fp8_e4m3", "tensor")
-    assert_holds(made[4:], (x, g), f"{activation}_gate", "fp8_e4m3", "tensor")
+    assert_holds(made[4:8], (x, g), f"{activation}_gate", "fp8_e4m3", "tensor")
     assert maxima[0] == compute(f"{activation}_gate_grad", (x, up, g)).abs().max()
     assert maxima[1] == compute(f"{activation}_gate", (x, g)).abs().max()
     assert float(made[5]) == pytest.approx(1e4 / 448)

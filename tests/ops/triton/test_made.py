@@ -46,12 +46,14 @@ def made(inputs, source, kind, implementation, *, top=0.0, format="fp8_e4m3", po
     return quantise_made_delayed(inputs, source, scalar(top), amax, **how), float(amax)
 
 
-def both_made(inputs, activation, kind, implementation, *, tops=(0.0, 0.0), layouts=(True, True)):
-    """The eight results, and the magnitudes that were noted."""
+def both_made(inputs, activation, kind, implementation, *, tops=(0.0, 0.0), layouts=(True, True), value=None):
+    """The ten results, and the magnitudes that were noted; `value` is the top of the value, if it is made too."""
     how = {"format": "fp8_e4m3", "power_of_two": False, "rows": layouts[0], "columns": layouts[1]}
-    how["implementation"] = implementation
+    how |= {"implementation": implementation, "value_format": None if value is None else "fp8_e5m2"}
     if kind != "delayed":
         return quantise_gate_grads(*inputs, activation, granularity=kind, **how), [0.0, 0.0]
+    if value is not None:
+        how["value_top"] = scalar(value)
     maxima = scalar(0), scalar(0)
     scaling = {"x_top": scalar(tops[0]), "x_amax": maxima[0], "up_top": scalar(tops[1]), "up_amax": maxima[1]}
     return quantise_gate_grads_delayed(*inputs, **scaling, activation=activation, **how), [float(m) for m in maxima]
@@ -167,11 +169,28 @@ def test_gate_gradients_are_those_that_two_casts_make(activation, kind):
                 ours, noted = both_made(inputs, activation, kind, "triton", tops=tops)
                 to_x, x_largest = made(inputs, f"{activation}_gate_grad", kind, "triton", top=tops[0])
                 to_up, up_largest = made([x, g], f"{activation}_gate", kind, "triton", top=tops[1])
-                assert_alike(ours, (*to_x, *to_up))
+                assert_alike(ours[:8], (*to_x, *to_up))
+                assert [tensor.shape for tensor in ours[8:]] == [(0,), (0,)]
                 assert noted == pytest.approx([x_largest, up_largest], rel=1e-6)
                 expected, largest = both_made(inputs, activation, kind, "reference", tops=tops)
                 assert_alike(ours, expected)
                 assert noted == pytest.approx(largest, rel=1e-5)
+
+
+@hopper
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_value_beside_its_gradients_is_that_of_a_cast_of_its_own(activation, kind):
+    for shape in SHAPES:
+        for top in (0.0, 6.0) if kind == "delayed" else (0.0,):
+            x, up, _ = inputs = drawn(3, shape, seed=shape[0], spoiled=shape[0] > 100)
+            both, noted = both_made(inputs, activation, kind, "triton", tops=(3.0, 0.0), value=top)
+            alone, alone_noted = both_made(inputs, activation, kind, "triton", tops=(3.0, 0.0))
+            assert_alike(both[:8], alone[:8])
+            assert noted == alone_noted
+            for implementation in ("triton", "reference"):
+                how = {"top": top, "format": "fp8_e5m2", "layouts": (False, True)}
+                assert_alike(both[8:], made([x, up], f"{activation}_gate", kind, implementation, **how)[0][2:])
 
 
 @hopper
