@@ -2,53 +2,64 @@
 
     python benchmarks/fp8.py --case decoder-8b-slice [--contenders bf16 ours-block ... | all]
     python benchmarks/fp8.py --kernels
+    python benchmarks/fp8.py --switch [--contenders ours-block ours-delayed-compiled ...]
+    python benchmarks/fp8.py --fusions [--recipes delayed block] [--contenders no-sharing ... | all]
 
 A contender is bf16, torchao-RECIPE, ours-RECIPE or auto, each also with -compiled (torch.compile of the
 whole model, its repeated blocks with --regional; of ours the loss too, of the others with -compiled-loss).
 bf16 in eager mode always runs: its losses are what the others' are compared with, and a timing whose losses
 differ is void. The file is written after every contender. Compilers start with empty caches unless
 --keep-caches is given. `--kernels` measures the casts and products themselves, and from their rates the
-shortest time that each decoder's step can take.
+shortest time that each decoder's step can take. `--switch` measures how long a change of recipe of a whole model
+takes between two steps, `--fusions` what each fusion of compiled FP8 code buys.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fp8_entrant
+import fp8_fusions
 import fp8_kernels
+import fp8_switch
 import torch
 from fp8_entrant import Entrant
+from fp8_process import in_process
 from fp8_targets import CONTESTS, REFERENCE, Contest, check_losses, judge, number
 from harness import RESULTS, Report, Spread, positive, print_table
 
 from deepseek_mp.backends import default_device
 
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-ERROR_LINES = 12
-
 
 def main() -> int:
     args = _arguments()
     if args.child:
-        entrant = Entrant.parse(args.child)
-        fp8_entrant.main(args.case, entrant, args.device, small=args.small, regional=args.regional)
+        child(args)
         return 0
+    if args.switch:
+        return fp8_switch.measure(args)
+    if args.fusions:
+        return fp8_fusions.measure(args)
     if args.kernels:
         places = [args.out.parent] if args.out else []
         report = fp8_kernels.measure(args.device, vars(args), small=args.small, results=[*places, RESULTS])
         return report.finish(args.out, fp8_kernels.rows(report))
     return contest(args)
+
+
+def child(args: argparse.Namespace) -> None:
+    """What runs in a process of its own: one contender."""
+    if args.switch:
+        fp8_switch.main(Entrant.parse(args.child), args.device, small=args.small)
+    elif args.fusions:
+        fp8_fusions.main(args.child, args.recipes[0], args.device, small=args.small, regional=args.regional)
+    else:
+        entrant = Entrant.parse(args.child)
+        fp8_entrant.main(args.case, entrant, args.device, small=args.small, regional=args.regional)
 
 
 def contest(args: argparse.Namespace) -> int:
@@ -57,7 +68,8 @@ def contest(args: argparse.Namespace) -> int:
     report = Report(f"fp8-{args.case}", args.device, vars(args))
     results: dict[str, dict[str, Any]] = {}
     for entrant in chosen(task, args.contenders):
-        results[entrant.name] = _checked(_in_process(entrant, args), results.get(REFERENCE))
+        found = in_process(["--case", args.case, "--child", entrant.name], args)
+        results[entrant.name] = _checked(found, results.get(REFERENCE))
         print(f"{args.case} {entrant.name}: {_line(results[entrant.name])}", file=sys.stderr, flush=True)
         report.cases[args.case] = _summary(task, results, small=args.small)
         report.write(args.out)
@@ -71,45 +83,6 @@ def chosen(task: Contest, names: Sequence[str] | None) -> list[Entrant]:
     """The contenders asked for, bf16 in eager mode first; `ValueError` for a name that is none."""
     wanted = (*task.contenders, *task.more) if names == ["all"] else names or task.contenders
     return [Entrant.parse(name) for name in dict.fromkeys((REFERENCE, *wanted))]
-
-
-def _in_process(entrant: Entrant, args: argparse.Namespace) -> dict[str, Any]:
-    """What the contender's process printed, or why there is nothing."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", entrant.name, "--case", args.case]
-    command += ["--device", str(args.device), *["--small"] * args.small, *["--regional"] * args.regional]
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="fp8-") as caches:
-        env = {**os.environ, "DEEPSEEK_MP_CACHE": "off"}  # a cold decision is part of what is measured
-        if not args.keep_caches:
-            env |= {name: str(Path(caches, name)) for name in CACHES}
-        code, output, errors = _communicate(command, env, args.limit)
-    result = _last_json(output)
-    if code or result is None:
-        why = f"killed after {args.limit} s" if code == -signal.SIGKILL else f"exit status {code}"
-        result = {"check": f"failed: {why}", "error": errors.strip().splitlines()[-ERROR_LINES:]}
-        print(*result["error"], sep="\n", file=sys.stderr)
-    return {**result, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def _communicate(command: Sequence[str], env: Mapping[str, str], limit: int) -> tuple[int, str, str]:
-    """Exit status and output; after `limit` seconds the process and the compilers it started are killed."""
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
-    )
-    try:
-        output, errors = process.communicate(timeout=limit)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
-    return process.returncode, output, errors
-
-
-def _last_json(output: str) -> dict[str, Any] | None:
-    """The last line that is a JSON object: libraries print before it."""
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else None
 
 
 def _checked(result: dict[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -181,8 +154,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--kernels", action="store_true", help="measure casts and products instead of a case")
+    what.add_argument("--switch", action="store_true", help="measure changes of recipe between steps")
+    what.add_argument("--fusions", action="store_true", help="measure compiled code without each of its fusions")
     what.add_argument("--case", choices=list(CONTESTS), help="the model to train")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="default: the case's own; all: every one")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="of --fusions (default: delayed)")
     parser.add_argument("--regional", action="store_true", help="compile repeated blocks, for all contenders alike")
     parser.add_argument("--keep-caches", action="store_true", help="compilers use the caches of this machine")
     parser.add_argument("--limit", type=positive, default=240, help="seconds for one contender (default %(default)s)")
@@ -192,10 +168,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
-        chosen(CONTESTS.get(args.case, Contest(contenders=())), args.contenders)
+        _check(args)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """`ValueError` for arguments that do not go together, before anything runs."""
+    if args.switch:
+        fp8_switch.chosen(args.contenders)
+    elif args.fusions:
+        fp8_fusions.check(args)
+    elif args.case:
+        chosen(CONTESTS[args.case], args.contenders)
 
 
 if __name__ == "__main__":

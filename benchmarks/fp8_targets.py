@@ -88,7 +88,9 @@ CONTESTS = {
 }
 
 
-def check_losses(losses: Sequence[float | None], reference: Sequence[float | None]) -> tuple[str, float | None]:
+def check_losses(
+    losses: Sequence[float | None], reference: Sequence[float | None], *, whose: str = REFERENCE
+) -> tuple[str, float | None]:
     """'passed' or why the timing is void, and the largest relative difference after the first step.
 
     A loss of None was not finite, or its step was not applied.
@@ -96,11 +98,11 @@ def check_losses(losses: Sequence[float | None], reference: Sequence[float | Non
     pairs = list(zip(losses, reference, strict=True))
     for step, pair in enumerate(pairs, start=1):
         if None in pair:
-            return f"void: the loss of step {step} is not finite" + ("" if pair[0] is None else " in bf16"), None
+            return f"void: the loss of step {step} is not finite" + ("" if pair[0] is None else f" in {whose}"), None
     apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs[1:]]  # type: ignore[operator, arg-type]
     worst = max(apart)
     if worst > LOSS_TOLERANCE:
-        return f"void: the loss of step {apart.index(worst) + 2} is {100 * worst:.2f} % from bf16's", worst
+        return f"void: the loss of step {apart.index(worst) + 2} is {100 * worst:.2f} % from that of {whose}", worst
     return "passed", worst
 
 

@@ -40,7 +40,8 @@ def _section(name: str, report: Json) -> str:
     facts = f"{where}, {', '.join(versions)}, {report['date'][:10]}, commit {report['commit'][:7]}"
     if report["arguments"].get("regional"):
         facts += "; what is compiled, is compiled block by block"
-    tables = _TABLES[report["benchmark"].partition("-")[0]](report)
+    kind = report["benchmark"]
+    tables = (_TABLES.get(kind) or _TABLES[kind.partition("-")[0]])(report)
     return "\n\n".join([f"## {Path(name).stem}", f"{facts}.", *(_table(table) for table in tables)])
 
 
@@ -84,7 +85,40 @@ def _fp8_tables(report: Json) -> Iterator[list[Row]]:
         yield demands
 
 
-_TABLES = {"auto": _auto_tables, "overhead": _overhead_tables, "fp8": _fp8_tables}
+def _switch_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each change of recipe, the conversion and the first step after it in seconds."""
+    rows: list[Row] = [
+        ("contender", "switch to", "apply s", "first step s", "later steps ms", "compilations", "outcome")
+    ]
+    for name, case in report["cases"].items():
+        if "switches" not in case:
+            rows.append((name, *["-"] * 5, case["check"]))
+        for switch in case.get("switches", ()):
+            seconds = [_number(switch[key], 3) for key in ("apply_s", "first_step_s")]
+            steps, compilations = _spread(switch["step_ms"]), str(switch["compilations"])
+            rows.append((name, switch["to"], *seconds, steps, compilations, switch["outcome"]))
+    yield rows
+
+
+def _fusions_tables(report: Json) -> Iterator[list[Row]]:
+    """For each recipe the pass as it is, and without each of its fusions."""
+    for recipe, case in report["cases"].items():
+        rows: list[Row] = [(f"{recipe}, {case['case']}", "ms", "more ms", "peak GiB", "more GiB", "check")]
+        for name, result in case["variants"].items():
+            time = _spread(result["step_ms"]) if "step_ms" in result else "-"
+            numbers = [_number(result.get(key), 2) for key in ("more_step_ms", "peak_gib", "more_peak_gib")]
+            rows.append((name, time, *numbers, result["check"]))
+        yield rows
+
+
+_TABLES = {
+    "auto": _auto_tables,
+    "overhead": _overhead_tables,
+    "fp8": _fp8_tables,
+    "fp8-switch": _switch_tables,
+    "fp8-fusions": _fusions_tables,
+}
+"""By a report's name, or by its first word."""
 
 
 def _named(name: str, case: Json) -> str:

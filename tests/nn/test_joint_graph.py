@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from deepseek_mp.nn import apply
 from deepseek_mp.nn.delayed import scales_of
-from deepseek_mp.nn.joint_graph import FuseProducers, casts_of
+from deepseek_mp.nn.graph_casts import casts_of
+from deepseek_mp.nn.joint_graph import FuseProducers
 from deepseek_mp.ops import sources
 from deepseek_mp.trainer.graph_backend import inductor
 
@@ -70,13 +71,13 @@ class TwoReaders(Plain):
         return self.two(hidden) + hidden.float() @ self.three.weight.t().float()
 
 
-def compiled(model, *, fused=True):
+def compiled(model, *, fused=True, fuse=FuseProducers):
     """The model in compiled form, with Inductor's decompositions, and the joint graphs that will have been made."""
     graphs = []
 
     def partition(joint, inputs, **options):
         if fused:
-            FuseProducers()(joint.graph)
+            fuse()(joint.graph)
             joint.graph.lint()
             joint.recompile()
         graphs.append(joint.graph)
@@ -279,6 +280,30 @@ def test_inductor_takes_what_the_pass_makes(recipe):
 def test_the_pass_is_known_to_the_compilers_cache_by_its_text():
     assert FuseProducers().uuid() == FuseProducers().uuid()
     assert FuseProducers().uuid()
+
+
+LEFT_OUT = {
+    "share": (lambda self, graph: None, {"quantise": 1}),
+    "recognise": (lambda self, graph: [], {"quantise": 3, "quantise_made": -1, "quantise_gate_grads": -1}),
+    "pair": (lambda self, made: [], {"quantise_made": 2, "quantise_gate_grads": -1}),
+    "narrow": (lambda self, graph: None, {}),
+}
+
+
+@pytest.mark.parametrize("fusion", LEFT_OUT)
+def test_a_subclass_leaves_one_fusion_out(fusion):
+    instead, more = LEFT_OUT[fusion]
+    found = []
+    for fuse in (FuseProducers, type("Without", (FuseProducers,), {fusion: instead})):
+        model = make(Gated, "block")
+        call, graphs = compiled(model, fuse=fuse)
+        trained(model, call, steps=1)
+        wide = sum(cast.x.meta["val"].dtype == torch.float32 for cast in casts_of(graphs[0]))
+        found.append((ops(graphs[0]), wide))
+    (complete, wide), (without, wide_without) = found
+    names = complete | without
+    assert {name: without[name] - complete[name] for name in names if without[name] != complete[name]} == more
+    assert (wide_without > wide) == (fusion == "narrow")
 
 
 @pytest.mark.parametrize("kind", [Gated, Plain])

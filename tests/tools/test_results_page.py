@@ -39,6 +39,28 @@ def test_what_failed_or_was_not_measured_is_on_the_page() -> None:
     assert "| ours / bf16 | - | - | not measured |" in page
 
 
+def test_changes_of_recipe_have_a_row_each() -> None:
+    switch = {
+        "to": "block", "apply_s": 0.0124, "first_step_s": 0.3, "step_ms": SPREAD, "compilations": 0, "outcome": "met",
+    }  # fmt: skip
+    cases = {"ours-block": {"switches": [switch], "check": "passed"}, "ours-row": {"check": "failed: exit status 1"}}
+    page = results_page.render([("fp8-switch.json", report("fp8-switch", **cases))])
+    assert "| ours-block | block | 0.012 | 0.300 | 20 (19-21) | 0 | met |" in page
+    assert "| ours-row | - | - | - | - | - | failed: exit status 1 |" in page
+
+
+def test_fusions_have_a_table_for_each_recipe() -> None:
+    variants = {
+        "all-on": {"step_ms": SPREAD, "more_step_ms": 0.0, "peak_gib": 46.66, "more_peak_gib": 0.0, "check": "passed"},
+        "all-off": {"check": "failed: exit status 1"},
+    }
+    case = {"case": "decoder", "variants": variants, "check": "passed"}
+    page = results_page.render([("fp8-fusions.json", report("fp8-fusions", block=case, delayed=case))])
+    assert page.count("| all-on | 20 (19-21) | 0.00 | 46.66 | 0.00 | passed |") == 2
+    assert "| delayed, decoder | ms |" in page
+    assert "| all-off | - | - | - | - | failed: exit status 1 |" in page
+
+
 def test_a_case_from_another_commit_says_so() -> None:
     case = {
         "trainer_ms": SPREAD, "hand_ms": SPREAD, "ratio": {**SPREAD, "median": 1.004}, "allowed_ratio": 1.01,

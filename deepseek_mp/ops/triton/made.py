@@ -41,7 +41,9 @@ def quantise_made_delayed(inputs: Sequence[Tensor], source: str, top: Tensor, am
 def quantise_gate_grads(inputs: _Three, activation: str, cast: Cast, value_format: str | None) -> tuple[Tensor, ...]:
     """See `ops.schema_made.quantise_gate_grads`."""
     x = inputs[0]
-    return _cast_gate_grads(inputs, activation, x, (x, x, x), (x, x), cast, cast.granularity, value_format)
+    return _cast_gate_grads(
+        inputs, activation, x, (x, x, x), (x, x), cast, kind=cast.granularity, value_format=value_format
+    )
 
 
 def quantise_gate_grads_delayed(
@@ -62,7 +64,7 @@ def quantise_gate_grads_delayed(
             *inputs, own, *known, x.numel(), ACTIVATION=activation, VALUE=value_format is not None, PTX=_ptx(),
             BLOCK=AMAX_BLOCK, num_warps=8,
         )  # fmt: skip
-    return _cast_gate_grads(inputs, activation, own, known, maxima, cast, "delayed", value_format)
+    return _cast_gate_grads(inputs, activation, own, known, maxima, cast, kind="delayed", value_format=value_format)
 
 
 def _cast_made(inputs: Sequence[Tensor], source: str, maxima: _Three, cast: Cast, kind: str) -> Operands:
@@ -85,6 +87,7 @@ def _cast_gate_grads(
     tops: _Three,
     maxima: tuple[Tensor, Tensor],
     cast: Cast,
+    *,
     kind: str,
     value_format: str | None,
 ) -> tuple[Tensor, ...]:
