@@ -18,6 +18,7 @@ from torch.autograd import Function
 from deepseek_mp.nn.functional import Cast, Products
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.reference.quantise import scales_of
+from deepseek_mp.ops.reference.stochastic import round_stochastically
 from deepseek_mp.precision import FORMATS, Recipe, ScaleRule
 from deepseek_mp.precision.scaling import TENSOR
 
@@ -57,7 +58,10 @@ def rounded(x: Tensor, cast: Cast) -> Tensor:
     size = wide.abs()
     finite = size < float("inf")
     scale, inverse = scales_of(torch.where(finite, size, 0.0).amax(), target, power_of_two=cast.power_of_two)
-    values = (wide * inverse).clamp(-target.max, target.max).to(torch_dtype(cast.format)).float() * scale
+    scaled = (wide * inverse).clamp(-target.max, target.max)
+    if cast.stochastic:
+        scaled = round_stochastically(scaled, target, torch.rand_like(scaled))
+    values = scaled.to(torch_dtype(cast.format)).float() * scale
     return torch.where(finite, values, float("nan")).to(x.dtype)
 
 

@@ -16,7 +16,8 @@ Scales leave the sum inside the product; nothing here ever holds a dequantised o
 tensor there is one `quantise` call for the two, where they differ there are two. A product of the recipe in
 BF16 is an ordinary matmul. Sums are FP32 in every implementation. Y is BF16, the format of the region around
 the layer; so is dX, which then gets the type of X; dW and db have the type of their parameter, FP32, and are not
-rounded on the way (dW is, to BF16, where wgrad is a product in BF16).
+rounded on the way (dW is, to BF16, where wgrad is a product in BF16). An operand that the recipe rounds
+stochastically gets a random seed with every cast.
 
 **What is kept.** For wgrad only the quantised X.T with its scales: one byte per element where BF16 keeps
 two. X itself is not kept. For dgrad the quantised W.T, made in the forward by the call that makes W; and
@@ -49,7 +50,7 @@ from deepseek_mp.errors import ShapeError, explain
 from deepseek_mp.ops.layouts import alignment
 from deepseek_mp.ops.schema import product, quantise, quantise_delayed
 from deepseek_mp.precision import Recipe, Role, ScaleRule
-from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
+from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe, Rounding
 
 Layout = tuple[Tensor, ...]
 """An operand [outer, contraction]: quantised values and their scales, or alone and not quantised."""
@@ -88,6 +89,8 @@ class Cast:
     power_of_two: bool
     delayed: bool = False
     """By a maximum of past steps, where the layer has one."""
+    stochastic: bool = False
+    """Rounded stochastically, by a seed drawn from PyTorch's generator for each call of `quantise`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,13 @@ def _pair(role: RoleRecipe) -> Pair | None:
 
 
 def _cast(side: OperandRecipe) -> Cast:
-    return Cast(side.format.name, side.granularity.name, side.power_of_two, side.rule == ScaleRule.DELAYED)
+    return Cast(
+        side.format.name,
+        side.granularity.name,
+        side.power_of_two,
+        delayed=side.rule == ScaleRule.DELAYED,
+        stochastic=side.rounding == Rounding.STOCHASTIC,
+    )
 
 
 def low_precision_linear(
@@ -309,7 +318,10 @@ def _quantised(
     format, power_of_two = how.format, how.power_of_two
     if how.delayed and scaling is not None:
         return quantise_delayed(x, *scaling, format, power_of_two, *layouts, implementation=implementation)
-    return quantise(x, format, how.granularity, power_of_two, *layouts, implementation)
+    # A tensor and no number: its device draws it, and the host does not wait. Who restores the generator's state, as
+    # checkpointing and a repeated step do, gets the same rounding.
+    seed = torch.randint(2**63 - 1, (), device=x.device) if how.stochastic else None
+    return quantise(x, format, how.granularity, power_of_two, *layouts, implementation, seed=seed)
 
 
 def _split(kept: list[Tensor], pair: Pair | None) -> tuple[Layout, list[Tensor]]:

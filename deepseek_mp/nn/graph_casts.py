@@ -64,14 +64,15 @@ _QUANTISE_NAMES = ("x", "format", "granularity", "power_of_two", "rows", "column
 
 
 def casts_of(graph: fx.Graph) -> list[CastNode]:
-    """The casts of tensors that are stored."""
+    """The casts of tensors that are stored, but for those that round stochastically."""
     found = []
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target is ours.quantise.default:
+        if node.target is ours.quantise.default and not _is_stochastic(node):
             values = dict(zip(_QUANTISE_NAMES, node.args, strict=False)) | node.kwargs
             x = values.pop("x")
+            values.pop("seed", None)
             found.append(CastNode(node, node.target, x, tuple(sorted(values.items()))))
         elif node.target is auto_functionalized_v2 and node.args[0] is ours.quantise_delayed.default:
             values = dict(node.kwargs)
@@ -84,9 +85,14 @@ def casts_of(graph: fx.Graph) -> list[CastNode]:
 
 def is_cast(node: fx.Node) -> bool:
     """Whether a node is a cast of a tensor that is stored."""
-    return node.target is ours.quantise.default or (
-        node.target is auto_functionalized_v2 and node.args[0] is ours.quantise_delayed.default
-    )
+    if node.target is ours.quantise.default:
+        return not _is_stochastic(node)
+    return node.target is auto_functionalized_v2 and node.args[0] is ours.quantise_delayed.default
+
+
+def _is_stochastic(node: fx.Node) -> bool:
+    """Whether a call of `quantise` has a seed."""
+    return node.kwargs.get("seed") is not None
 
 
 def origin(node: fx.Node) -> fx.Node:

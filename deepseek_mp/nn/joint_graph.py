@@ -13,6 +13,9 @@ parts the two, this pass finds what surrounds them:
   gradient of its weight: the same kernel makes that too, so that it is not kept between forward and backward.
 
 `nn.graph_activations` says how an activation is recognised.
+
+**Stochastic casts** are left alone, and so is what they read: each has a random seed of its own, and a rounding to BF16
+in front would spoil the mean that they keep.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ _NATIVE_NAMES = {
 _BLOCKS_SINCE_CUDA = (12, 9)
 _TRITON_GRANULARITIES = frozenset({"tensor", "row", "1x128", "128x128"})
 
-Quantise = Callable[[Tensor, str, str, bool, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
+Quantise = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Of a tensor, format, granularity, power_of_two, rows and columns, and `seed` as a keyword."""
 QuantiseDelayed = Callable[[Tensor, Tensor, Tensor, str, bool, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[str, str], Tensor | None, torch.dtype], Tensor]
 Granularities = Sequence[str] | Sequence[tuple[str, str]]

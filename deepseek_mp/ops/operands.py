@@ -59,6 +59,14 @@ def check_matrix(x: Tensor, format: str, granularity: str) -> None:
     check_width(x.shape[1], granularity)
 
 
+def check_seed(seed: Tensor, x: Tensor) -> None:
+    """`ShapeError` if the seed of a cast of x is no int64 scalar where x is."""
+    if seed.shape or seed.dtype != torch.int64 or seed.device != x.device:
+        passed = f"a seed of shape {list(seed.shape)} and type {seed.dtype} on {seed.device}"
+        change = "Draw it by torch.randint(2**63 - 1, (), device=x.device)"
+        raise ShapeError(explain(passed, f"int64 of shape [] on {x.device}, where the tensor is", change))
+
+
 def check_magnitude(name: str, number: Tensor, x: Tensor) -> None:
     """`ShapeError` if a magnitude that goes with x is no fp32 scalar where x is."""
     if number.shape or number.dtype != torch.float32 or number.device != x.device:

@@ -26,14 +26,14 @@ from torch import Tensor
 from deepseek_mp.errors import ShapeError, explain
 from deepseek_mp.ops.choose import product_of, quantise_delayed_of, quantise_of
 from deepseek_mp.ops.layouts import alignment, padded_rows
-from deepseek_mp.ops.operands import Cast, check_magnitude, check_matrix, empty_operands
+from deepseek_mp.ops.operands import Cast, check_magnitude, check_matrix, check_seed, empty_operands
 
 __all__ = ["alignment", "padded_rows", "product", "quantise", "quantise_delayed"]
 
 _library = torch.library.Library("deepseek_mp", "DEF")
 _library.define(
-    "quantise(Tensor x, str format, str granularity, bool power_of_two, bool rows, bool columns, str implementation)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "quantise(Tensor x, str format, str granularity, bool power_of_two, bool rows, bool columns, str implementation, *,"
+    " Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -56,6 +56,8 @@ def quantise(
     rows: bool,
     columns: bool,
     implementation: str,
+    *,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A matrix in FP8, as it is and transposed, with the scales of each (`ops.layouts`).
 
@@ -69,6 +71,12 @@ def quantise(
     values stay as they are. A group of one row (row, 1x128, 1x32) becomes NaN as a whole, its scale too: a product
     adds up the row, so no result differs.
 
+    With a seed, q is one of the two FP8 values next to x * inverse: the one of larger magnitude with a probability
+    equal to the fraction of the way to it, as far as multiples of 2**-24 can tell. So the mean over seeds is
+    x * inverse itself. What FP8 holds stays as it is; infinities and NaN become NaN as ever. A random number belongs to
+    a seed and a place in the matrix, and is the same for both layouts, all implementations and all devices: where
+    both layouts have one scale, their values are equal too.
+
     Args:
         x: [M, K] in fp32, bf16 or fp16, contiguous. K is a multiple of `alignment(granularity)`.
         format: the FP8 format, by its name in `precision.FORMATS`.
@@ -77,16 +85,18 @@ def quantise(
         rows: make q [P, K]; P is M rounded up to the alignment, and the added rows are zeros.
         columns: make the transposed one [K, P], with scales of its own groups.
         implementation: reference or triton.
+        seed: int64 [] on the device of x, what random numbers follow from; None: round to the nearest. Drawn by
+            `torch.randint` it follows from PyTorch's generator, and the host does not wait for it.
 
     Returns:
         q, its scales, the transposed q, its scales; empty tensors [0] for what was not asked for.
 
     Raises:
-        ShapeError: K does not consist of whole groups, or x is no contiguous matrix.
+        ShapeError: K does not consist of whole groups, x is no contiguous matrix, or the seed no such scalar.
         FormatError: the format is not one of FP8.
     """
     made: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.deepseek_mp.quantise(
-        x, format, granularity, power_of_two, rows, columns, implementation
+        x, format, granularity, power_of_two, rows, columns, implementation, seed=seed
     )
     return made
 
@@ -169,9 +179,13 @@ def _quantise(
     rows: bool,
     columns: bool,
     implementation: str,
+    *,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_matrix(x, format, granularity)
-    return quantise_of(implementation)(x, format, granularity, power_of_two, rows, columns)
+    if seed is not None:
+        check_seed(seed, x)
+    return quantise_of(implementation)(x, format, granularity, power_of_two, rows, columns, seed=seed)
 
 
 def _quantise_delayed(
@@ -209,7 +223,14 @@ def _product(
 
 
 def _quantise_shapes(
-    x: Tensor, format: str, granularity: str, power_of_two: bool, rows: bool, columns: bool, _implementation: str
+    x: Tensor,
+    format: str,
+    granularity: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    _implementation: str,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_operands(x, Cast(format, granularity, power_of_two, rows, columns))
 

@@ -8,8 +8,9 @@ region that `Recipe.region` names. The tensor that holds a parameter stays in FP
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from deepseek_mp.errors import ConfigError, PlanError, explain
@@ -24,6 +25,16 @@ NARROWEST_PLAIN_BITS = 16
 """Below, the values of a model do not fit a format without scales."""
 
 
+class Rounding(StrEnum):
+    """Which of the two values next to a number a cast takes."""
+
+    NEAREST = "nearest"
+    """The nearer one, ties to even."""
+    STOCHASTIC = "stochastic"
+    """Either, by chance and such that the mean is the number itself: errors of many values cancel in a sum. Each is
+    larger than that of the nearest, so it is for gradients, of which many small ones add up over the steps."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OperandRecipe:
     """How one operand of one product is represented; each value may be given by its name.
@@ -36,28 +47,41 @@ class OperandRecipe:
     rule: ScaleRule = ScaleRule.NONE
     power_of_two: bool = False
     """Round scales to powers of two, so that scaling itself is exact."""
+    rounding: Rounding = Rounding.NEAREST
+    """Stochastic only under the rule 'current'."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", find_format(self.format))
         object.__setattr__(self, "granularity", find_granularity(self.granularity))
         object.__setattr__(self, "rule", find_member("scale rule", ScaleRule, self.rule))
         require("power_of_two", self.power_of_two, bool, "Pass True or False")
+        object.__setattr__(self, "rounding", find_member("rounding", Rounding, self.rounding))
+        if self.rounding == Rounding.STOCHASTIC and self.rule != ScaleRule.CURRENT:
+            # An operand without a scale is not cast. Past scales cut what exceeds them: no rounding is unbiased then.
+            passed = f"stochastic rounding of an operand with the scale rule {self.rule.value!r}"
+            change = "Use rule 'current', or rounding 'nearest'"
+            raise PlanError(explain(passed, "stochastic rounding with scales of the tensor itself", change))
 
     @property
     def is_scaled(self) -> bool:
         return self.rule != ScaleRule.NONE
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        values = {
             "format": self.format.name,
             "granularity": self.granularity.name,
             "rule": self.rule.value,
             "power_of_two": self.power_of_two,
         }
+        # Named only where it is stochastic: what was written before it could be, and its digest, stay as they are.
+        return values if self.rounding == Rounding.NEAREST else {**values, "rounding": self.rounding.value}
 
     @classmethod
     def from_json(cls, data: object) -> OperandRecipe:
-        return cls(**read_object("an operand", data, ("format", "granularity", "rule", "power_of_two")))
+        fields = ["format", "granularity", "rule", "power_of_two"]
+        if isinstance(data, Mapping) and "rounding" in data:
+            fields.append("rounding")
+        return cls(**read_object("an operand", data, fields))
 
 
 @dataclass(frozen=True, kw_only=True)

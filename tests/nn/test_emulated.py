@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,16 @@ def test_rounding_has_the_error_of_the_format(cast: Cast, error: float) -> None:
     x = torch.randn(7, 5, 33, 9)
     assert 0.9 * error < relative(rounded(x, cast), x) < 1.1 * error
     assert rounded(x, cast).unique().numel() <= 2**8
+
+
+def test_stochastic_rounding_has_the_mean_that_it_rounds() -> None:
+    x = torch.randn(8, 4, 16, 16)
+    by_chance = replace(E5M2, stochastic=True)
+    many = torch.stack([rounded(x, by_chance) for _ in range(64)])
+    assert 1.2 * relative(rounded(x, E5M2), x) < relative(many[0], x) < 2 * relative(rounded(x, E5M2), x)
+    assert relative(many.mean(0), x) < 1.1 * relative(many[0], x) / 8  # 64 independent errors
+    x[0, 0, 0, 0] = float("inf")
+    assert rounded(x, by_chance)[0, 0, 0, 0].isnan()
 
 
 def test_what_is_not_finite_becomes_nan_and_harms_nothing() -> None:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_mp.errors import ShapeError
 from deepseek_mp.nn import functional
 from deepseek_mp.nn.functional import Cast, Pair, Products, low_precision_linear
-from deepseek_mp.precision import RECIPES, Operand, Recipe, Role, as_fnuz, with_power_of_two
+from deepseek_mp.ops.reference.product import dequantise
+from deepseek_mp.precision import RECIPES, Operand, Recipe, Role, Rounding, as_fnuz, with_power_of_two
 
 NAMED = [RECIPES[name] for name in ("tensor", "row", "row_gw_hp", "block", "mx")]
 VARIANTS = [with_power_of_two(RECIPES["block"]), as_fnuz(RECIPES["tensor"]), as_fnuz(RECIPES["block"])]
@@ -347,6 +348,121 @@ def test_compiled_code_takes_any_number_of_rows(fresh_compiler: None) -> None:
         assert all(
             torch.equal(a, b) for a, b in zip(results(model, compiled, x), results(model, model, x), strict=True)
         )
+
+
+# -- stochastic rounding ---------------------------------------------------------------------------------
+
+
+def by_chance(name: str) -> Recipe:
+    """The recipe of that name with output gradients rounded stochastically."""
+    recipe = RECIPES[name]
+    dgrad = replace(recipe.dgrad, left=replace(recipe.dgrad.left, rounding=Rounding.STOCHASTIC))
+    wgrad = replace(recipe.wgrad, left=replace(recipe.wgrad.left, rounding=Rounding.STOCHASTIC))
+    return replace(recipe, name="by_chance", dgrad=dgrad, wgrad=wgrad)
+
+
+BY_CHANCE = [by_chance(name) for name in ("tensor", "row", "block", "mx")]
+
+
+def gradients_of(recipe: Recipe, seed: int, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    """The output and the gradients under this seed of PyTorch's generator."""
+    x, weight, bias, g = leaves
+    torch.manual_seed(seed)
+    y = low_precision_linear(x, weight, bias, products(recipe))
+    return [y.detach(), *differentiate(y, g, x, weight, bias)]
+
+
+@pytest.mark.parametrize("recipe", BY_CHANCE, ids=lambda r: r.fprop.left.granularity.name)
+def test_gradients_follow_from_the_seed_and_the_output_does_not(recipe: Recipe) -> None:
+    leaves = tensors(M)
+    first, same, other = (gradients_of(recipe, seed, leaves) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert [torch.equal(a, b) for a, b in zip(first, other, strict=True)] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("recipe", BY_CHANCE, ids=lambda r: r.fprop.left.granularity.name)
+def test_the_mean_of_the_gradients_is_that_of_gradients_not_rounded(recipe: Recipe) -> None:
+    """Of 64 draws it is as far from it as one draw by eight; the operands to the nearest are the same in all."""
+    leaves = tensors(M)
+    draws = [gradients_of(recipe, seed, leaves) for seed in range(64)]
+    x, weight, _, g = leaves
+    quantised, how = products(recipe), (False, True, "reference")
+    for index, (tensor, cast) in enumerate(((weight, quantised.dgrad.right), (x, quantised.wgrad.right)), start=1):
+        made = functional.quantise(tensor.detach(), cast.format, cast.granularity, cast.power_of_two, *how)
+        held = dequantise(made[2], made[3], cast.granularity).double()
+        exact = g.bfloat16().double()
+        want = exact @ held.t() if index == 1 else exact.t() @ held[:, :M].t()
+        one = sum(error(draw[index], want) for draw in draws) / len(draws)
+        mean = torch.stack([draw[index].double() for draw in draws]).mean(0)
+        assert error(mean, want) < 1.15 * one / 8
+
+
+def test_only_casts_of_the_gradient_get_a_seed_and_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[Tensor | None] = []
+    original = functional.quantise
+
+    def watched(*args: Any, seed: Tensor | None) -> Any:
+        seeds.append(seed)
+        return original(*args, seed=seed)
+
+    monkeypatch.setattr(functional, "quantise", watched)
+    leaves = tensors(M)
+    gradients_of(by_chance("block"), 1, leaves)
+    one_side = replace(by_chance("block"), wgrad=RECIPES["block"].wgrad)
+    gradients_of(one_side, 2, leaves)
+    assert [seed is None for seed in seeds] == [True, True, False, True, True, False, True]
+    assert seeds[2].dtype is torch.int64
+    assert seeds[2] != seeds[5]
+
+
+def test_a_network_learns_and_does_so_again_under_the_same_seed() -> None:
+    data = torch.randn(64, K, generator=torch.Generator().manual_seed(5))
+
+    def losses(seed: int) -> list[float]:
+        torch.manual_seed(0)
+        model = Two(by_chance("tensor"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        torch.manual_seed(seed)
+        found = []
+        for _ in range(15):
+            loss = (model(data).float() - data).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    first = losses(1)
+    assert first[-1] < 0.9 * first[0]
+    assert losses(1) == first
+    assert losses(2) != first
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_keeps_stochastic_rounding(reentrant: bool) -> None:
+    model, x = Two(by_chance("row")), torch.randn(2, 9, K)
+
+    def whole(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        call(x.detach().requires_grad_()).float().square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    recomputed = whole(lambda leaf: checkpoint(model, leaf, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(whole(model), recomputed, strict=True))
+
+
+@pytest.mark.parametrize("recipe", BY_CHANCE, ids=lambda r: r.fprop.left.granularity.name)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_rounds_stochastically_alike(recipe: Recipe, backend: str, fresh_compiler: None) -> None:
+    model, x = Two(recipe), torch.randn(32, K)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    results(model, compiled, x)
+    torch.manual_seed(7)
+    want = results(model, model, x)
+    torch.manual_seed(7)
+    assert all(torch.equal(a, b) for a, b in zip(results(model, compiled, x), want, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(results(model, compiled, x), want, strict=True))
 
 
 # -- the values ------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     original = functional.quantise
 
-    def watched(x: Tensor, *args: Any) -> Any:
+    def watched(x: Tensor, *args: Any, **options: Any) -> Any:
         seen.append(tuple(x.shape))
-        return original(x, *args)
+        return original(x, *args, **options)
 
     monkeypatch.setattr(functional, "quantise", watched)
     return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
+from deepseek_mp import precision
 from deepseek_mp.nn import apply
 from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.nn.graph_casts import casts_of
@@ -254,6 +256,51 @@ def test_layers_of_one_input_quantise_it_once(recipe):
     name = "quantise" + "_delayed" * (recipe == "delayed")
     assert before[name] == 9
     assert fused[name] == 1 + 3 + 1  # their gradients are one tensor too
+
+
+def by_chance(*roles):
+    """The recipe block with output gradients rounded stochastically in these products."""
+    recipe = precision.RECIPES["block"]
+    sides = {role: recipe.role(precision.Role(role)) for role in roles}
+    changed = {role: replace(side, left=replace(side.left, rounding="stochastic")) for role, side in sides.items()}
+    return replace(recipe, name="by_chance", **changed)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_stochastic_casts_stay_as_they_are(activation):
+    fused, before, named = both_ways(Gated, by_chance("dgrad", "wgrad"), activation)
+    assert before["quantise"] == 9
+    assert fused["quantise_made"] == 1  # in the forward, where casts are to the nearest
+    assert fused["quantise_gate_grads"] == 0
+    assert fused["quantise"] == 1 + 3 + 3
+    assert named == {f"{activation}_gate"}
+
+
+def test_a_tensor_that_a_stochastic_cast_reads_is_stored_for_other_casts_too():
+    fused, before, named = both_ways(Gated, by_chance("dgrad"))
+    assert before["quantise"] == 12  # two of each gradient
+    assert fused["quantise"] == 1 + 3 + 6
+    assert named == {"silu_gate"}
+
+
+def test_stochastic_casts_of_one_tensor_stay_two():
+    fused, before, _ = both_ways(Shared, by_chance("dgrad", "wgrad"))
+    assert before["quantise"] == 9
+    assert fused["quantise"] == 1 + 3 + 3
+
+
+def test_inductor_repeats_stochastic_rounding_under_the_same_seed():
+    model = make(Gated, by_chance("dgrad", "wgrad"))
+    torch._dynamo.reset()
+    call = torch.compile(model, backend=inductor)
+    gradients = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        gradients.append(trained(model, call, steps=1)[0][1])
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+    assert (gradients[0] - gradients[2]).norm() < 0.2 * gradients[0].norm()
+    torch._dynamo.reset()
 
 
 def test_only_the_first_layer_notes_the_maximum_of_a_shared_input():

@@ -5,7 +5,7 @@ import torch
 
 from deepseek_mp.errors import FormatError, ShapeError
 from deepseek_mp.ops.layouts import ALIGNMENT, padded_rows, scale_shape
-from deepseek_mp.ops.operands import Cast, check_magnitude, check_matrix, empty_operands
+from deepseek_mp.ops.operands import Cast, check_magnitude, check_matrix, check_seed, empty_operands
 
 
 @pytest.mark.parametrize("granularity", ALIGNMENT)
@@ -48,3 +48,14 @@ def test_a_magnitude_is_an_fp32_scalar_where_the_tensor_is(number):
     check_magnitude("top", torch.zeros(()), x)
     with pytest.raises(ShapeError, match=r"top of shape.*Allowed: fp32 of shape \[\] on cpu"):
         check_magnitude("top", number, x)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [torch.tensor([1]), torch.tensor(1, dtype=torch.int32), torch.tensor(1.0), torch.tensor(1, device="meta")],
+)
+def test_a_seed_is_an_int64_scalar_where_the_tensor_is(seed):
+    x = torch.empty(4, 16)
+    check_seed(torch.tensor(1), x)
+    with pytest.raises(ShapeError, match=r"a seed of shape.*Allowed: int64 of shape \[\] on cpu.*Draw it by torch"):
+        check_seed(seed, x)

@@ -22,6 +22,26 @@ def test_quantise_is_a_well_formed_op(granularity, count):
         torch.library.opcheck(torch.ops.deepseek_mp.quantise.default, arguments)
 
 
+@pytest.mark.parametrize("granularity", ALIGNMENT)
+@pytest.mark.parametrize("count", [0, 5])
+def test_quantise_with_a_seed_is_a_well_formed_op(granularity, count):
+    arguments = (torch.randn(count, 256), "fp8_e4m3", granularity, False, True, True, "reference")
+    torch.library.opcheck(torch.ops.deepseek_mp.quantise.default, arguments, {"seed": torch.tensor(7)})
+
+
+@pytest.mark.parametrize(
+    ("seed", "shown"),
+    [
+        (torch.tensor([7]), r"shape \[1\]"),
+        (torch.tensor(7, dtype=torch.int32), "torch.int32"),
+        (torch.tensor(7.0), "torch.float32"),
+    ],
+)
+def test_a_seed_that_is_no_int64_scalar_beside_the_tensor_is_refused(seed, shown):
+    with pytest.raises(ShapeError, match=rf"a seed of .*{shown}.*Allowed: int64 of shape \[\] on cpu.*torch.randint"):
+        quantise(torch.randn(16, 128), "fp8_e4m3", "row", False, True, False, "reference", seed=seed)
+
+
 @pytest.mark.parametrize("count", [0, 5, 128])
 @pytest.mark.parametrize("top", [0.0, 2.0])
 def test_quantise_delayed_is_a_well_formed_op(count, top):

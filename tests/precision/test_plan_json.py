@@ -23,6 +23,7 @@ from deepseek_mp.precision import (
     Reason,
     Recipe,
     Role,
+    Rounding,
     Rule,
     ScaleRule,
 )
@@ -37,6 +38,11 @@ operands = st.builds(
     granularity=st.sampled_from([*GRANULARITIES.values()]),
     rule=st.sampled_from(ScaleRule),
     power_of_two=st.booleans(),
+) | st.builds(
+    OperandRecipe,
+    format=st.sampled_from([*FORMATS.values()]),
+    rule=st.just(ScaleRule.CURRENT),
+    rounding=st.sampled_from(Rounding),
 )
 products = st.builds(RoleRecipe, left=operands, right=operands)
 own_recipes = st.builds(Recipe, name=st.text(min_size=1), fprop=products, dgrad=products, wgrad=products)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deepseek_mp.errors import ConfigError, FormatError, PlanError
-from deepseek_mp.precision import FORMATS, OPERANDS, RECIPES, Operand, Recipe, Role, ScaleRule
+from deepseek_mp.precision import FORMATS, OPERANDS, RECIPES, Operand, Recipe, Role, Rounding, ScaleRule
 from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
 from deepseek_mp.precision.scaling import BLOCK_1X128, BLOCK_128X128, ROW
 
@@ -50,6 +50,23 @@ def test_one_format_with_two_scale_rules_is_still_one_format() -> None:
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), MIXED], ids=str)
 def test_json_round_trip(recipe: Recipe) -> None:
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json(), allow_nan=False))) == recipe
+
+
+def test_rounding_is_written_where_it_is_stochastic_and_read_where_it_is_named() -> None:
+    by_chance = replace(NARROW, rounding=Rounding.STOCHASTIC)
+    assert OperandRecipe(**{**by_chance.to_json(), "rounding": "stochastic"}) == by_chance  # by its name
+    assert by_chance.to_json() == {**NARROW.to_json(), "rounding": "stochastic"}
+    assert OperandRecipe.from_json(json.loads(json.dumps(by_chance.to_json()))) == by_chance != NARROW
+    assert "rounding" not in NARROW.to_json()
+    assert OperandRecipe.from_json({**NARROW.to_json(), "rounding": "nearest"}) == NARROW
+    with pytest.raises(PlanError, match=r"^unknown rounding 'up'\. Allowed: nearest, stochastic\."):
+        OperandRecipe.from_json({**NARROW.to_json(), "rounding": "up"})
+
+
+@pytest.mark.parametrize("rule", [ScaleRule.DELAYED, ScaleRule.NONE])
+def test_only_operands_with_scales_of_their_own_are_rounded_stochastically(rule: ScaleRule) -> None:
+    with pytest.raises(PlanError, match=rf"scale rule '{rule.value}'\. Allowed: .* of the tensor itself\. Use rule"):
+        replace(NARROW, rule=rule, rounding=Rounding.STOCHASTIC)
 
 
 def test_values_may_be_given_by_name() -> None:

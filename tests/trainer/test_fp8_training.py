@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,25 @@ from deepseek_mp.precision import RECIPES, as_fnuz
 from deepseek_mp.records import read_run
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
 
-RECIPES_THAT_RUN = ["tensor", "delayed", "row", "row_gw_hp", "block", "mx", as_fnuz(RECIPES["block"])]
+
+def by_chance(name):
+    """The recipe of that name with output gradients rounded stochastically."""
+    recipe = RECIPES[name]
+    sides = {role: getattr(recipe, role) for role in ("dgrad", "wgrad")}
+    changed = {role: replace(side, left=replace(side.left, rounding="stochastic")) for role, side in sides.items()}
+    return replace(recipe, name=f"{name}_by_chance", **changed)
+
+
+RECIPES_THAT_RUN = [
+    "tensor",
+    "delayed",
+    "row",
+    "row_gw_hp",
+    "block",
+    "mx",
+    as_fnuz(RECIPES["block"]),
+    by_chance("tensor"),
+]
 STEPS = 12
 
 
@@ -107,6 +126,27 @@ def test_auto_keeps_a_layer_that_is_pinned_to_fp8():
     assert said["0"].evidence == {"quantise": "reference", "product": "reference"}
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_stochastic_rounding_is_repeated_by_the_seed_and_by_a_resumed_run(tmp_path, compiled):
+    def trainer(seed):
+        made = make(mlp(), PrecisionPlan.of(by_chance("row")), compile=compiled)
+        torch.manual_seed(seed)
+        return made
+
+    data, first = list(mlp_batches(6)), trainer(3)
+    found = [first.step(batch).loss for batch in data[:3]]
+    first.save(tmp_path / "half")
+    found += [first.step(batch).loss for batch in data[3:]]
+    again = trainer(3)
+    assert [again.step(batch).loss for batch in data] == found
+    other = trainer(4)
+    assert [other.step(batch).loss for batch in data] != found
+    if not compiled:  # code that is compiled anew after a resume need not round sums as it did before
+        resumed = trainer(5)
+        resumed.load(tmp_path / "half")
+        assert [resumed.step(batch).loss for batch in data[3:]] == found[3:]
+
+
 @pytest.mark.parametrize("recipe", ["row", "block", "delayed"])
 def test_micro_batches_add_up_to_the_gradients_of_each(recipe):
     """Exactly: a window's gradient is the weighted sum of those its micro-batches have alone."""
@@ -153,9 +193,9 @@ def test_a_weight_is_quantised_once_for_the_micro_batches_of_a_step(monkeypatch)
     seen = []
     original = functional.quantise
 
-    def watched(x, *args):
+    def watched(x, *args, **options):
         seen.append(tuple(x.shape))
-        return original(x, *args)
+        return original(x, *args, **options)
 
     trainer = make(mlp(), "block", gradient_accumulation_steps=4)
     data = list(mlp_batches(8))

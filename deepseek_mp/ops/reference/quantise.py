@@ -7,6 +7,8 @@ from torch import Tensor
 
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.layouts import alignment, padded_rows, scale_shape
+from deepseek_mp.ops.operands import Cast
+from deepseek_mp.ops.reference.stochastic import round_stochastically, uniform
 from deepseek_mp.precision import FORMATS, Format
 
 SMALLEST_SCALE = 2.0**-126
@@ -15,10 +17,17 @@ SMALLEST_SCALE = 2.0**-126
 
 @torch.no_grad()
 def quantise(
-    x: Tensor, format: str, granularity: str, power_of_two: bool, rows: bool, columns: bool
+    x: Tensor,
+    format: str,
+    granularity: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    *,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.schema.quantise`."""
-    return _both(x, FORMATS[format], granularity, power_of_two, rows, columns, None)
+    return _both(x, Cast(format, granularity, power_of_two, rows, columns), None, seed)
 
 
 @torch.no_grad()
@@ -31,29 +40,30 @@ def quantise_delayed(
         size = x.float().abs()
         own = torch.where(size < float("inf"), size, 0.0).amax()
     amax.copy_(torch.maximum(amax, own))
-    return _both(x, FORMATS[format], "tensor", power_of_two, rows, columns, torch.where(top == 0, own, top))
+    return _both(x, Cast(format, "tensor", power_of_two, rows, columns), torch.where(top == 0, own, top), None)
 
 
-def _both(
-    x: Tensor, target: Format, granularity: str, power_of_two: bool, rows: bool, columns: bool, top: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _both(x: Tensor, cast: Cast, top: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both layouts, as far as they are asked for; scales hold `top` where it is given."""
     count, width = x.shape
-    padded = x.new_zeros((padded_rows(count, granularity), width), dtype=torch.float32)
+    padded = x.new_zeros((padded_rows(count, cast.granularity), width), dtype=torch.float32)
     padded[:count] = x
-    nothing = x.new_empty(0, dtype=torch_dtype(target.name)), x.new_empty(0, dtype=torch.float32)
-    q, s = _operand(padded, target, granularity, power_of_two, top) if rows else nothing
+    drawn = None if seed is None else uniform(seed, *padded.shape)
+    nothing = x.new_empty(0, dtype=torch_dtype(cast.format)), x.new_empty(0, dtype=torch.float32)
+    q, s = _operand(padded, cast, top, drawn) if cast.rows else nothing
     qt, st = nothing[0].clone(), nothing[1].clone()  # an op's results may not be one tensor
-    if columns:
-        qt, st = _operand(padded.t().contiguous(), target, granularity, power_of_two, top)
+    if cast.columns:
+        qt, st = _operand(padded.t().contiguous(), cast, top, None if drawn is None else drawn.t())
     return q, s, qt, st
 
 
-def _operand(
-    x: Tensor, target: Format, granularity: str, power_of_two: bool, top: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """An operand [outer, contraction] in fp32 as FP8 values and their scales."""
+def _operand(x: Tensor, cast: Cast, top: Tensor | None, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An operand [outer, contraction] in fp32 as FP8 values and their scales.
+
+    `drawn`, of the same shape, decides where values are rounded to; without it they are rounded to the nearest.
+    """
     outer, contraction = x.shape
+    target, granularity = FORMATS[cast.format], cast.granularity
     dtype, stored = torch_dtype(target.name), scale_shape(granularity, outer, contraction)
     if not x.numel():
         return x.new_empty(x.shape, dtype=dtype), torch.full(stored, SMALLEST_SCALE, device=x.device)
@@ -63,11 +73,14 @@ def _operand(
     finite = size < float("inf")
     considered = size if height == 1 else torch.where(finite, size, 0.0)
     amax = considered.amax((1, 3), keepdim=True) if top is None else top.view(1, 1, 1, 1)
-    scale, inverse = scales_of(amax, target, power_of_two=power_of_two)
+    scale, inverse = scales_of(amax, target, power_of_two=cast.power_of_two)
     # Rounding may exceed the largest value by a hair, which some versions of PyTorch cast to NaN. A value beyond a
     # given `top` exceeds it by more.
     scaled = (groups * inverse).clamp(-target.max, target.max)
-    values = torch.where(finite, scaled, float("nan")).view(outer, contraction).to(dtype)
+    values = torch.where(finite, scaled, float("nan")).view(outer, contraction)
+    if drawn is not None:
+        values = round_stochastically(values, target, drawn)
+    values = values.to(dtype)
     scale = scale[:, 0, :, 0]
     scale = scale.t().contiguous() if granularity in ("1x128", "1x32") else scale.contiguous()
     return values, scale.view(stored)

@@ -72,6 +72,38 @@ def _scales(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PTX: tl.con
 
 
 @triton.jit
+def _fraction(word):
+    """Random words of 32 bits as fp32 numbers, multiples of 2**-24 in [0, 1)."""
+    return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def _uniform(seed, i, k, K):
+    """The random numbers of rows 4i, 4i + 1, 4i + 2 and 4i + 3; see `ops.reference.stochastic`."""
+    counter = i[:, None].to(tl.int64) * K + k[None, :]
+    low = counter.to(tl.uint32)
+    zero = low * 0
+    a, b, c, d = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)
+    return _fraction(a), _fraction(b), _fraction(c), _fraction(d)
+
+
+@triton.jit
+def _rounded(scaled, uniform, LARGEST: tl.constexpr, EPSILON: tl.constexpr, SMALLEST: tl.constexpr):
+    """Values next to those given, as `ops.reference.stochastic` chooses them; those given if EPSILON is 0."""
+    if EPSILON == 0.0:
+        return scaled
+    # Clamped, as what exceeds the largest value by a hair would be taken to the step above it.
+    size = tl.minimum(tl.abs(scaled), LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    step = tl.maximum(power * EPSILON, SMALLEST)
+    # The inverse of a power of two has the mirrored exponent.
+    steps = size * (0x7F000000 - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    below = tl.floor(steps)
+    size = tl.where(uniform < steps - below, below + 1.0, below) * step
+    return tl.where(scaled < 0.0, -size, size)
+
+
+@triton.jit
 def _bytes(scaled, FORMAT: tl.constexpr, PTX: tl.constexpr):
     """The values in FP8, as bytes; FORMAT is Triton's name of the type."""
     if PTX and FORMAT == "fp8e4nv":
@@ -107,11 +139,14 @@ def _words(a, b, c, d, PTX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])  # a matrix of one row would get code of its own, which was seen to be wrong
 def cast_kernel(
-    x, amax, column_amax, top, seen, q, s, qt, st, M, K, P,
+    x, seed, amax, column_amax, top, seen, q, s, qt, st, M, K, P,
     FORMAT: tl.constexpr, LARGEST: tl.constexpr, GRANULARITY: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr, EPSILON: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of [M, K] to bytes q [P, K] and words qt [K, P / 4]; see `quantise.py` for the scales' layouts."""
+    """One tile of [M, K] to bytes q [P, K] and words qt [K, P / 4]; see `quantise.py` for the scales' layouts.
+
+    EPSILON and SMALLEST, the format's step above one and its smallest value, say that `seed` decides the rounding.
+    """
     tile_k = tl.program_id(0)
     tile_m = tl.program_id(1)
     k = tile_k * 128 + tl.arange(0, 128)
@@ -124,20 +159,26 @@ def cast_kernel(
         place = m[:, None].to(tl.int64) * K + k[None, :]
         loaded = tl.load(x + place, mask=(m < M)[:, None] & inside_k[None, :], other=0.0)
         values = values + (loaded.to(tl.float32),)
+    uniform = values
+    if EPSILON != 0.0:
+        uniform = _uniform(tl.load(seed), tile_m * 32 + tl.arange(0, 32), k, K)
     cast_tile(
-        values, amax, column_amax, top, seen, q, s, qt, st, K, P,
+        values, uniform, amax, column_amax, top, seen, q, s, qt, st, K, P,
         tile_k, tile_m, tl.num_programs(0), tl.num_programs(1),
-        FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX,
+        FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX, EPSILON, SMALLEST,
     )  # fmt: skip
 
 
 @triton.jit
 def cast_tile(
-    values, amax, column_amax, top, seen, q, s, qt, st, K, P, tile_k, tile_m, tiles_k, tiles_m,
+    values, uniform, amax, column_amax, top, seen, q, s, qt, st, K, P, tile_k, tile_m, tiles_k, tiles_m,
     FORMAT: tl.constexpr, LARGEST: tl.constexpr, GRANULARITY: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr, EPSILON: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """The fp32 values of a tile, four sub-tiles that hold zeros beyond the matrix, to what `cast_kernel` writes."""
+    """The fp32 values of a tile, four sub-tiles that hold zeros beyond the matrix, to what `cast_kernel` writes.
+
+    `uniform` are four sub-tiles of random numbers; anything if EPSILON is 0, which rounds to the nearest.
+    """
     k = tile_k * 128 + tl.arange(0, 128)
     quarter = tile_m * 128 + 4 * tl.arange(0, 32)
     inside_k = k < K
@@ -188,15 +229,18 @@ def cast_tile(
                     tl.store(s + tile_k.to(tl.int64) * P + m, row_scale, mask=inside_m)
                 elif tile_k == 0:
                     tl.store(s + m, row_scale, mask=inside_m)
-                row_byte = _bytes(value * row_inverse[:, None], FORMAT, PTX)
+                scaled = _rounded(value * row_inverse[:, None], uniform[j], LARGEST, EPSILON, SMALLEST)
+                row_byte = _bytes(scaled, FORMAT, PTX)
             if COLUMNS:
-                column_bytes = column_bytes + (_bytes(value * column_inverse[None, :], FORMAT, PTX),)
+                scaled = _rounded(value * column_inverse[None, :], uniform[j], LARGEST, EPSILON, SMALLEST)
+                column_bytes = column_bytes + (_bytes(scaled, FORMAT, PTX),)
         else:
             # One scale for many rows: only what is not finite itself may become NaN. The second product is
             # zero for all finite values.
             scaled = value * whole_inverse
             if GRANULARITY == "delayed" and not PTX:  # PTX's cast saturates, others give NaN
                 scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+            scaled = _rounded(scaled, uniform[j], LARGEST, EPSILON, SMALLEST)
             row_byte = _bytes(scaled + value * 0.0, FORMAT, PTX)
             column_bytes = column_bytes + (row_byte,)
         if ROWS:

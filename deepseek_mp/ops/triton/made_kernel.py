@@ -38,9 +38,9 @@ def cast_made_kernel(
     tile_m = tl.program_id(1)
     values = _source_tile(x, up, g, tile_k, tile_m, M, K, ACTIVATION, GATE, GRAD, PTX)
     cast_tile(
-        values, amax, amax, top, seen, q, s, qt, st, K, P,
+        values, values, amax, amax, top, seen, q, s, qt, st, K, P,
         tile_k, tile_m, tl.num_programs(0), tl.num_programs(1),
-        FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX,
+        FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX, 0.0, 0.0,
     )  # fmt: skip
 
 
@@ -67,14 +67,14 @@ def cast_gate_grads_kernel(
     if makes == 0:
         of_x = _source_tile(x, up, g, tile_k, tile_m, M, K, ACTIVATION, True, True, PTX)
         cast_tile(
-            of_x, amax, amax, x_top, x_seen, x_q, x_s, x_qt, x_st, K, P, tile_k, tile_m, tiles_k, tiles_m,
-            FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX,
+            of_x, of_x, amax, amax, x_top, x_seen, x_q, x_s, x_qt, x_st, K, P, tile_k, tile_m, tiles_k, tiles_m,
+            FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX, 0.0, 0.0,
         )  # fmt: skip
     elif makes == 1:
         of_up = _source_tile(x, g, g, tile_k, tile_m, M, K, ACTIVATION, True, False, PTX)
         cast_tile(
-            of_up, amax + 1, amax + 1, up_top, up_seen, up_q, up_s, up_qt, up_st, K, P, tile_k, tile_m, tiles_k,
-            tiles_m, FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX,
+            of_up, of_up, amax + 1, amax + 1, up_top, up_seen, up_q, up_s, up_qt, up_st, K, P, tile_k, tile_m, tiles_k,
+            tiles_m, FORMAT, LARGEST, GRANULARITY, POWER_OF_TWO, ROWS, COLUMNS, PTX, 0.0, 0.0,
         )  # fmt: skip
     elif VALUE_FORMAT is not None:
         value = _source_tile(x, up, g, tile_k, tile_m, M, K, ACTIVATION, True, False, PTX)

@@ -28,14 +28,24 @@ AMAX_BLOCK = 16384
 WARPS = {"tensor": 4, "row": 4, "1x128": 4, "128x128": 8, "delayed": 8}
 """Warps per tile, by measurement on an H200: fewer keep more of a tile in each thread, more hide more latency.
 "delayed" is not measured: it has the reduction that 128x128 has."""
+STOCHASTIC_WARPS = 8
+"""As many random numbers as values are held: compiled for sm_90, four warps run out of registers and eight do not.
+The time is not measured."""
 
 
 def quantise(
-    x: Tensor, format: str, granularity: str, power_of_two: bool, rows: bool, columns: bool
+    x: Tensor,
+    format: str,
+    granularity: str,
+    power_of_two: bool,
+    rows: bool,
+    columns: bool,
+    *,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.schema.quantise`."""
     top, column_top = _amax(x, granularity, rows, columns, padded_rows(x.shape[0], granularity))
-    return _cast(x, (top, column_top, top, top), format, granularity, power_of_two, (rows, columns))
+    return _cast(x, (top, column_top, top, top), format, granularity, power_of_two, (rows, columns), seed)
 
 
 def quantise_delayed(
@@ -56,13 +66,17 @@ def _cast(
     kind: str,
     power_of_two: bool,
     layouts: tuple[bool, bool],
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The cast with maxima that are there: of rows or the whole, of columns, the one to hold, the one to raise."""
     cast = Cast(format, "tensor" if kind == "delayed" else kind, power_of_two, *layouts)
     made = empty_operands(x, cast)
     across, down, padded = tiles_of(x, cast)
     if down:
-        cast_kernel[(across, down)](x, *maxima, *bytes_and_words(made), *x.shape, padded, **cast_constants(cast, kind))
+        cast_kernel[(across, down)](
+            x, x if seed is None else seed, *maxima, *bytes_and_words(made), *x.shape, padded,
+            **cast_constants(cast, kind) | _rounding_constants(cast, stochastic=seed is not None),
+        )  # fmt: skip
     return made
 
 
@@ -86,6 +100,14 @@ def cast_constants(cast: Cast, kind: str) -> dict[str, Any]:
         "POWER_OF_TWO": cast.power_of_two, "ROWS": cast.rows, "COLUMNS": cast.columns,
         "PTX": torch.version.hip is None, "num_warps": WARPS[kind],
     }  # fmt: skip
+
+
+def _rounding_constants(cast: Cast, *, stochastic: bool) -> dict[str, Any]:
+    """What the cast is compiled for beyond that, to round to the nearest or stochastically."""
+    if not stochastic:
+        return {"EPSILON": 0.0, "SMALLEST": 0.0}
+    target = find_format(cast.format)
+    return {"EPSILON": target.epsilon, "SMALLEST": target.smallest_subnormal, "num_warps": STOCHASTIC_WARPS}
 
 
 def _amax(x: Tensor, granularity: str, rows: bool, columns: bool, padded: int) -> tuple[Tensor, Tensor]:

@@ -48,11 +48,29 @@ def test_the_cast_kernel_gives_the_reference_bit_for_bit(granularity, format, dt
 
 @hopper
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_one_layout_is_that_of_both(granularity):
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("shape", [(256, 384), (1000, 512), (77, 128), (1, 128)])
+@pytest.mark.parametrize("seed", [0, 12345, 2**63 - 1, -3])
+def test_a_seed_gives_the_reference_bit_for_bit(granularity, format, shape, seed):
+    drawn = torch.tensor(seed, device="cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        x = hard_matrix(*shape, dtype, seed=shape[0])
+        for power_of_two in (False, True):
+            ours = quantise(x, format, granularity, power_of_two, True, True, "triton", seed=drawn)
+            expected = quantise(x, format, granularity, power_of_two, True, True, "reference", seed=drawn)
+            for made, wanted in zip(ours, expected, strict=True):
+                assert_equal(made, wanted)
+
+
+@hopper
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("seeded", [False, True])
+def test_one_layout_is_that_of_both(granularity, seeded):
     x = hard_matrix(640, 256, torch.bfloat16, seed=5)
-    both = quantise(x, "fp8_e4m3", granularity, False, True, True, "triton")
-    rows = quantise(x, "fp8_e4m3", granularity, False, True, False, "triton")
-    columns = quantise(x, "fp8_e4m3", granularity, False, False, True, "triton")
+    seed = torch.tensor(99, device="cuda") if seeded else None
+    both = quantise(x, "fp8_e4m3", granularity, False, True, True, "triton", seed=seed)
+    rows = quantise(x, "fp8_e4m3", granularity, False, True, False, "triton", seed=seed)
+    columns = quantise(x, "fp8_e4m3", granularity, False, False, True, "triton", seed=seed)
     assert_equal(rows[0], both[0])
     assert_equal(rows[1], both[1])
     assert_equal(columns[2], both[2])
