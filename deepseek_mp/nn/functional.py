@@ -27,9 +27,11 @@ neither if the backward will not need it. Without gradients only the layouts of 
 to any sum; Y is cut back. N and K must fit, which is checked when a plan is applied. M = 0 is an empty Y and
 zero gradients.
 
-**The alternative** was a tensor subclass that carries values and scales through the model, so that the
-layer before can hand over FP8. Every operation in between must then know the subclass, and every eager call
-pays for its dispatch; a function between plain tensors needs neither.
+**Activations between two such layers.** Where the input is an activation of another FP8 layer's output, it need not
+have been computed: the cast computes it of what it is made of, and in the backward the same holds for the gradient.
+In eager mode a tensor subclass carries the promise from one layer to the next (`nn.lazy`), which every operation on
+it pays for with some microseconds of the host; compiled code sees plain tensors. Nothing carries quantised values:
+every operation in between would have to know them. A gradient is computed all the same where a bias needs its sum.
 """
 
 from __future__ import annotations
@@ -47,8 +49,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from deepseek_mp.errors import ShapeError, explain
+from deepseek_mp.nn.lazy import Lazy, Made, is_traced, lazy
 from deepseek_mp.ops.layouts import alignment
 from deepseek_mp.ops.schema import product, quantise, quantise_delayed
+from deepseek_mp.ops.schema_made import quantise_made, quantise_made_delayed
+from deepseek_mp.ops.sources import can_make
 from deepseek_mp.precision import Recipe, Role, ScaleRule
 from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe, Rounding
 
@@ -116,6 +121,8 @@ class Products:
     wgrad: Pair | None = field(init=False, compare=False)
     multiple: int = field(init=False, compare=False)
     """What both sizes of a weight must be multiples of."""
+    reads_promises: bool = field(init=False, compare=False)
+    """Whether a cast of an input or a gradient can compute it itself."""
 
     @property
     def is_emulated(self) -> bool:
@@ -131,6 +138,9 @@ class Products:
         for role in Role:
             object.__setattr__(self, role.value, _pair(self.recipe.role(role)))
         object.__setattr__(self, "multiple", multiple_of(self.recipe))
+        of_x, of_gradient = (_left(self.fprop), _right(self.wgrad)), (_left(self.dgrad), _left(self.wgrad))
+        reads = any(_can_make(casts, self.quantise, delayed=True) for casts in (of_x, of_gradient))
+        object.__setattr__(self, "reads_promises", reads)
 
 
 def multiple_of(recipe: Recipe) -> int:
@@ -171,7 +181,8 @@ def low_precision_linear(
         scaling: what delayed scaling keeps of the layer; without it tensors are scaled by their own maxima.
 
     Returns:
-        [..., N] in bf16. Gradients have the types of x, weight and bias, and cannot be differentiated again.
+        [..., N] in bf16; in eager mode with gradients a `nn.lazy.Lazy`. Gradients have the types of x, weight and bias,
+        and cannot be differentiated again.
     """
     if (
         not x.is_floating_point()
@@ -186,6 +197,8 @@ def low_precision_linear(
         y: Tensor = _Linear.apply(x, weight, bias, products, operands, scaling)  # type: ignore[no-untyped-call]
     else:
         y, _ = _forward(x, weight, bias, products, operands, scaling, for_dgrad=False, for_wgrad=False)
+    if isinstance(y, Lazy):
+        return y
     # Views are taken out here, where autograd sees them: an in-place activation may follow.
     rows = math.prod(x.shape[:-1])
     if y.shape[0] != rows:
@@ -205,7 +218,7 @@ def _does_not_fit(x: Tensor, weight: Tensor, products: Products) -> ShapeError:
 
 
 class _Linear(Function):
-    """[..., K] to [P, N], where P is the number of rows, padded."""
+    """[..., K] to [P, N], where P is the number of rows, padded; a lazy output has its final shape [..., N]."""
 
     @staticmethod
     def forward(
@@ -223,6 +236,9 @@ class _Linear(Function):
         ctx.products, ctx.shape = products, x.shape
         ctx.scaling = None if scaling is None else scaling.grad_output
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.lazy = isinstance(x, Lazy) and not is_traced(y)
+        if products.reads_promises and not is_traced(y):
+            y = lazy(y[: math.prod(x.shape[:-1])].view(*x.shape[:-1], y.shape[1]))
         return y
 
     @staticmethod
@@ -235,7 +251,10 @@ class _Linear(Function):
         wgrad = products.wgrad if for_wgrad else None
         kept = list(ctx.saved_tensors)
         count = math.prod(ctx.shape[:-1])
-        gradient = padded[:count].contiguous()
+        readers = [_left(dgrad)] * for_dgrad + [_left(wgrad)] * for_wgrad + [None] * for_bias
+        gradient = _matrix(padded, readers, products.quantise, ctx.scaling)
+        if isinstance(gradient, Tensor):
+            gradient = gradient[:count]
         rows, columns = _layouts(gradient, _left(dgrad), _left(wgrad), products.quantise, ctx.scaling)
         dx = dw = db = None
         if for_dgrad:
@@ -243,9 +262,12 @@ class _Linear(Function):
             # In BF16, as autocast's: the products of several layers are added up, and written in FP32 they cost twice.
             dx = _multiply(rows, weight, None, dgrad, products.product, torch.bfloat16)
             dx = dx[:count].view(ctx.shape).to(x_dtype)
+            # Autograd goes on with it to the activation that X was.
+            dx = lazy(dx) if ctx.lazy and not is_traced(dx) else dx
         if for_wgrad:
             dw = _multiply(columns, tuple(kept), None, wgrad, products.product, weight_dtype)
         if for_bias:
+            assert isinstance(gradient, Tensor)
             db = gradient.sum(0, dtype=torch.float32).to(bias_dtype)
         return dx, dw, db, None, None, None
 
@@ -271,9 +293,11 @@ def _forward(
     fprop = products.fprop
     dgrad = products.dgrad if for_dgrad else None
     wgrad = products.wgrad if for_wgrad else None
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
     of_x, of_weight = (None, None) if scaling is None else scaling[:2]
-    x_rows, x_columns = _layouts(flat, _left(fprop), _right(wgrad), products.quantise, of_x)
+    readers = [_left(fprop)] + [_right(wgrad)] * for_wgrad
+    x_rows, x_columns = _layouts(
+        _matrix(x, readers, products.quantise, of_x), _left(fprop), _right(wgrad), products.quantise, of_x
+    )
     w_rows, w_columns = held or _layouts(
         weight.contiguous(), _right(fprop), _right(dgrad), products.quantise, of_weight
     )
@@ -294,15 +318,35 @@ def _right(pair: Pair | None) -> Cast | None:
     return None if pair is None else pair.right
 
 
+def _matrix(x: Tensor, readers: Sequence[Cast | None], implementation: str, scaling: Scaling | None) -> Tensor | Made:
+    """The matrix [M, K] of x [..., K]: its values, or what they are made of if all readers are casts that make them."""
+    if isinstance(x, Lazy) and not torch.compiler.is_compiling():
+        made = x.promise.made_of() if _can_make(readers, implementation, delayed=scaling is not None) else None
+        if made is not None:
+            return Made(made.source, tuple(part.reshape(-1, part.shape[-1]) for part in made.inputs))
+        x = x.promise.keep()
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _can_make(casts: Sequence[Cast | None], implementation: str, *, delayed: bool) -> bool:
+    """Whether all of these compute their tensor themselves; None reads values, as does what rounds stochastically."""
+    return all(
+        cast is not None
+        and not cast.stochastic
+        and can_make("delayed" if cast.delayed and delayed else cast.granularity, implementation)
+        for cast in casts
+    )
+
+
 def _layouts(
-    x: Tensor, rows: Cast | None, columns: Cast | None, implementation: str, scaling: Scaling | None
+    x: Tensor | Made, rows: Cast | None, columns: Cast | None, implementation: str, scaling: Scaling | None
 ) -> tuple[Layout, Layout]:
     """The matrix as it is and transposed, each quantised as its product wants it (None: not at all)."""
     if rows is not None and rows == columns:
         q, s, qt, st = _quantised(x, rows, (True, True), implementation, scaling)
         return (q, s), (qt, st)
-    as_it_is: Layout = (x,)
-    transposed: Layout = (x.t(),)
+    as_it_is: Layout = (x,) if isinstance(x, Tensor) else ()
+    transposed: Layout = (x.t(),) if isinstance(x, Tensor) else ()
     if rows is not None:
         q, s, _, _ = _quantised(x, rows, (True, False), implementation, scaling)
         as_it_is = q, s
@@ -313,15 +357,30 @@ def _layouts(
 
 
 def _quantised(
-    x: Tensor, how: Cast, layouts: tuple[bool, bool], implementation: str, scaling: Scaling | None
+    x: Tensor | Made, how: Cast, layouts: tuple[bool, bool], implementation: str, scaling: Scaling | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     format, power_of_two = how.format, how.power_of_two
+    if isinstance(x, Made):
+        return _made(x, how, layouts, implementation, scaling)
     if how.delayed and scaling is not None:
         return quantise_delayed(x, *scaling, format, power_of_two, *layouts, implementation=implementation)
     # A tensor and no number: its device draws it, and the host does not wait. Who restores the generator's state, as
     # checkpointing and a repeated step do, gets the same rounding.
     seed = torch.randint(2**63 - 1, (), device=x.device) if how.stochastic else None
     return quantise(x, format, how.granularity, power_of_two, *layouts, implementation, seed=seed)
+
+
+def _made(
+    x: Made, how: Cast, layouts: tuple[bool, bool], implementation: str, scaling: Scaling | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = layouts
+    settings: dict[str, Any] = {
+        "format": how.format, "power_of_two": how.power_of_two, "rows": rows, "columns": columns,
+        "implementation": implementation,
+    }  # fmt: skip
+    if how.delayed and scaling is not None:
+        return quantise_made_delayed(x.inputs, x.source, *scaling, **settings)
+    return quantise_made(x.inputs, x.source, granularity=how.granularity, **settings)
 
 
 def _split(kept: list[Tensor], pair: Pair | None) -> tuple[Layout, list[Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -206,8 +206,16 @@ def test_eval_mode_scales_by_the_tensors_themselves_and_leaves_no_trace() -> Non
     assert not torch.stack(state(model).amax).any()
 
 
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations have BF16 values: as in compiled code before Inductor, and in a forward without gradients."""
+    monkeypatch.setattr(functional, "is_traced", lambda values: True)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputing_gives_the_same_gradients_and_maxima(reentrant: bool) -> None:
+def test_recomputing_gives_the_same_gradients_and_maxima(reentrant: bool, request: pytest.FixtureRequest) -> None:
+    if reentrant:
+        request.getfixturevalue("plainly")
     model, other = make(), make()
     for seed in range(3):
         want = step(model, batch(seed))
@@ -230,7 +238,7 @@ def _reentrant(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), *(leaf.grad for leaf in (x, *model.parameters()))]  # type: ignore[misc]
 
 
-def test_compiled_code_gives_the_numbers_and_maxima_of_eager_code(fresh_compiler: None) -> None:
+def test_compiled_code_gives_the_numbers_and_maxima_of_eager_code(plainly: None, fresh_compiler: None) -> None:
     model, other = make(), make()
     graphs: list[Any] = []
     torch._dynamo.utils.counters.clear()
@@ -249,7 +257,7 @@ def test_compiled_code_gives_the_numbers_and_maxima_of_eager_code(fresh_compiler
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_weights_quantised_once_have_the_scale_of_the_step(compiled: bool, fresh_compiler: None) -> None:
+def test_weights_quantised_once_have_the_scale_of_the_step(compiled: bool, plainly: None, fresh_compiler: None) -> None:
     model, other = make(), make()
     call = torch.compile(other, backend="aot_eager", fullgraph=True) if compiled else other
     held = HeldWeights(other)
@@ -359,13 +367,18 @@ def test_the_maxima_of_a_step_can_be_given_up(trained: nn.Sequential) -> None:
 
 def test_a_cast_is_one_call_for_both_layouts(monkeypatch: pytest.MonkeyPatch, trained: nn.Sequential) -> None:
     calls: list[tuple[int, ...]] = []
-    original = functional.quantise_delayed
+    originals = functional.quantise_delayed, functional.quantise_made_delayed
 
     def watched(x: Tensor, *args: Any, **options: Any) -> Any:
         calls.append(tuple(x.shape))
-        return original(x, *args, **options)
+        return originals[0](x, *args, **options)
+
+    def watched_made(inputs: Sequence[Tensor], *args: Any, **options: Any) -> Any:
+        calls.append(tuple(inputs[0].shape))
+        return originals[1](inputs, *args, **options)
 
     monkeypatch.setattr(functional, "quantise_delayed", watched)
+    monkeypatch.setattr(functional, "quantise_made_delayed", watched_made)
     monkeypatch.setattr(functional, "quantise", None)
     step(trained, batch())
     assert len(calls) == 6

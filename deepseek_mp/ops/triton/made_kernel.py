@@ -79,9 +79,9 @@ def cast_gate_grads_kernel(
     elif VALUE_FORMAT is not None:
         value = _source_tile(x, up, g, tile_k, tile_m, M, K, ACTIVATION, True, False, PTX)
         cast_tile(
-            value, amax + 2, amax + 2, value_top, amax + 2, value_qt, value_st, value_qt, value_st, K, P,
+            value, value, amax + 2, amax + 2, value_top, amax + 2, value_qt, value_st, value_qt, value_st, K, P,
             tile_k, tile_m, tiles_k, tiles_m,
-            VALUE_FORMAT, VALUE_LARGEST, GRANULARITY, POWER_OF_TWO, False, True, PTX,
+            VALUE_FORMAT, VALUE_LARGEST, GRANULARITY, POWER_OF_TWO, False, True, PTX, 0.0, 0.0,
         )  # fmt: skip
 
 
