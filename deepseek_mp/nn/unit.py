@@ -7,7 +7,8 @@ that refers to them. From then on a precision switch replaces one small frozen v
 
 What a unit's forward does follows from its format and from the plan's base:
 
-- the base format: exactly the original forward, in whatever region the model runs in;
+- the base format: exactly the original forward, in whatever region the model runs in; where the casts of that
+  region are lent to it (`nn.lent_cast`), the same products of them;
 - fp32, tf32, hf32, fp64: autocast is off, floating inputs are cast up to the format's storage type,
   and the output stays there. The backward then multiplies the same FP32 operands, also inside a BF16
   model. Whether FP32 products use TF32 or HF32 is a flag of the process, not of a unit;
@@ -34,18 +35,20 @@ from typing import Any, ClassVar, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn.emulated import emulated_convolution
 from deepseek_mp.nn.functional import HeldWeight, Products, UnitScaling, low_precision_linear
+from deepseek_mp.nn.lent_cast import LentCast
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.precision import Recipe
 
 NARROW_FORMATS = ("bf16", "fp16")
-_LENT = ("held_weight", "delayed_scaling")
+_LENT = ("held_weight", "delayed_scaling", "lent_cast")
 UNIT_FORMATS = ("fp64", "fp32", "tf32", "hf32", *NARROW_FORMATS)
 
 CONVOLUTIONS: frozenset[type[nn.Module]] = frozenset(
@@ -138,6 +141,8 @@ class Unit(nn.Module):
     """The weight, quantised already; `nn.held` lends it for the time of a forward and backward."""
     delayed_scaling: UnitScaling | None = None
     """What delayed scaling keeps of the layer; `nn.delayed` lends it as long as the plan is in force."""
+    lent_cast: LentCast | None = None
+    """The weight and bias, cast already; `nn.weight_casts` lends it for the time of a forward and backward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         precision = self.unit_precision
@@ -145,8 +150,17 @@ class Unit(nn.Module):
             run = self._low_precision if self.original_class is nn.Linear else self._emulated
             return run(precision, precision.products, *args, **kwargs)
         if precision.region is None:
+            if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and self.lent_cast is not None:
+                return self._with_lent_cast(self.lent_cast, args[0])
             return super().forward(*args, **kwargs)
         return self._forward_in_region(precision, precision.region, args, kwargs)
+
+    def _with_lent_cast(self, lent: LentCast, input: Tensor) -> Any:
+        """The original forward of a linear layer or convolution, which reads what is lent."""
+        operands = lent.operands(self._parameters, input)
+        if operands is None:
+            return super().forward(input)
+        return F.linear(*operands) if self.original_class is nn.Linear else super()._conv_forward(*operands)  # type: ignore[misc]
 
     def _low_precision(self, precision: UnitPrecision, products: Products, input: Tensor) -> Tensor:
         """The forward of a linear layer, whose argument is called `input` there too."""

@@ -17,7 +17,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,8 @@ from deepseek_mp.nn.delayed import Saturated, place_scales, scales_of
 from deepseek_mp.nn.held import HeldWeights
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.nn.unit import NARROW_FORMATS
+from deepseek_mp.nn.weight_casts import WeightCasts
+from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import state
 from deepseek_mp.trainer.buffers import BufferGuard
@@ -134,6 +136,8 @@ class Stepper:
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
         self._weights = HeldWeights(model)
+        # Compiled code casts its weights inside of what it does with them.
+        self._casts = WeightCasts(model, torch_dtype(region.format)) if region.casts and not compiled else None
         place_scales(model)  # the model may have moved to its device after the plan was applied
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled
@@ -230,6 +234,8 @@ class Stepper:
         before, frozen = self._versions(), _marks(self._frozen)
         with self.region.autocast(cache=cache):
             result = self.compute(call)
+        if self._casts is not None:
+            self._casts.forward_ended()
         written = [p for p, was, now in zip(self._frozen, frozen, _marks(self._frozen), strict=True) if was != now]
         if written:  # a momentum encoder, say; its first change, before it was known as such, is not kept
             self._buffers.keep(written)
@@ -244,11 +250,23 @@ class Stepper:
         self._looked = True
         return result.loss, result.items
 
-    def _same_weights(self) -> AbstractContextManager[None]:
-        """Context in which low-precision layers use weights quantised once for all micro-batches of a window."""
-        if self.accumulation == 1 or not self._looked or self._weights_move:
-            return nullcontext()
-        return self._weights.lent((_marks(self._parameters), current_plan(self.model)))
+    @contextmanager
+    def _same_weights(self) -> Iterator[None]:
+        """Context in which layers use weights quantised, or cast, once: for all micro-batches of a window."""
+        if not self._looked or self._weights_move:
+            yield
+            return
+        plan, mark = current_plan(self.model), None
+        if self.accumulation > 1:
+            mark = _marks(self._parameters), plan
+        quantised = nullcontext() if mark is None else self._weights.lent(mark)
+        with quantised, nullcontext() if self._casts is None else self._casts.lent(plan, mark):
+            yield
+
+    def _forget_weights(self) -> None:
+        self._weights.drop()
+        if self._casts is not None:
+            self._casts.drop()
 
     def _versions(self) -> int:
         """Grows with every change in place of any parameter, but for those that fused kernels make."""
@@ -274,7 +292,7 @@ class Stepper:
     def close(self) -> StepResult:
         """Close the window as it is: settle the step before it, then apply or skip it."""
         self.closing = True
-        self._weights.drop()
+        self._forget_weights()
         try:
             return self._close()
         finally:
@@ -427,5 +445,5 @@ class Stepper:
             if self.window.entries:
                 set_rng(self.window.entries[0].rng, self.device)
         self.window = Window(largest=self.window.largest)
-        self._weights.drop()
+        self._forget_weights()
         self._clear_gradients()
