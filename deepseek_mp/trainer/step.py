@@ -50,6 +50,9 @@ log = logging.getLogger("deepseek_mp")
 
 NO_ITEMS = "no batch of the window has items"
 NO_GRADIENTS = "no parameter of the optimizer received a gradient"
+SLOWER_IN_ONE_PASS = ("cpu",)
+"""Devices on which weights are left to autocast: a CPU saves no launches, and casts a gradient best while it is cached.
+Compiled code is left alone everywhere: it casts weights inside of what it does with them."""
 _FACTS = 5
 """Numbers of a step that are copied to the host, before those about delayed scales."""
 
@@ -136,8 +139,8 @@ class Stepper:
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
         self._weights = HeldWeights(model)
-        # Compiled code casts its weights inside of what it does with them.
-        self._casts = WeightCasts(model, torch_dtype(region.format)) if region.casts and not compiled else None
+        lends = region.casts and not compiled and device.type not in SLOWER_IN_ONE_PASS
+        self._casts = WeightCasts(model, torch_dtype(region.format)) if lends else None
         place_scales(model)  # the model may have moved to its device after the plan was applied
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled

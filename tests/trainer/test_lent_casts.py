@@ -14,8 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.nn.weight_casts import LENT
+from deepseek_mp.trainer import step
 
+pytestmark = pytest.mark.usefixtures("lent_on_a_cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture
+def lent_on_a_cpu(monkeypatch):
+    """The trainer leaves a CPU's casts to autocast, which is faster there; the numbers can be checked all the same."""
+    monkeypatch.setattr(step, "SLOWER_IN_ONE_PASS", ())
 
 
 def mlp():
@@ -239,3 +247,10 @@ def test_the_monitor_counts_the_same_operations_and_the_casts():
     casts, before = ours.ops["cast"]["bf16<-fp32"], plain.ops["cast"]["bf16<-fp32"]
     assert before.forward - casts.forward == 6 - 1
     assert plain.ops["cast"]["fp32<-bf16"].backward - ours.ops["cast"]["fp32<-bf16"].backward == 6 - 1
+
+
+def test_a_cpu_keeps_the_casts_of_autocast(monkeypatch):
+    monkeypatch.undo()
+    trainer = make()
+    assert trainer.step(batch(0)).status == "applied"
+    assert trainer.stepper._casts is None
