@@ -74,7 +74,12 @@ class Promise:
         """Whether an ordinary tensor shares the values, through which they can change unseen."""
         for argument in arguments:
             if isinstance(argument, Promise):
-                argument.followers.append(ref(self))
+                argument.followed_by(self)
+
+    def followed_by(self, follower: Promise) -> None:
+        """Note what is to be computed of this one; what is gone is forgotten, so that the list stays short."""
+        self.followers = [known for known in self.followers if known() is not None]
+        self.followers.append(ref(follower))
 
     def keep(self) -> Tensor:
         """The values, as an ordinary tensor for reading; computed now if they were not."""
@@ -133,11 +138,16 @@ def _name(names: Mapping[Any, str], operation: Any, options: Any) -> str | None:
     return "gelu_tanh" if name == "gelu" and options.get("approximate") == "tanh" else name
 
 
+_TENSOR: Any = Tensor
+_SET_DATA = _TENSOR.data.__set__
+
+
 class Lazy(Tensor):
     """A tensor whose values are perhaps not computed yet.
 
-    One with values has them in its own storage; one without has none, and code that takes a pointer without asking
-    PyTorch or Python for it is refused.
+    One with values has them in its own storage; one without has none. What asks for a pointer through Python gets that
+    of the values. What does not must not be given one: `other.data = lazy` and `torch.utils.dlpack.to_dlpack(lazy)`
+    take over a storage without memory. Both are fine with `lazy.data`, which is an ordinary tensor.
     """
 
     promise: Promise
@@ -177,11 +187,27 @@ class Lazy(Tensor):
         if effects is not None and effects.reshapes:
             with torch._C._DisableTorchDispatch():  # noqa: SLF001 - of the outer tensor
                 func(*args, **kwargs)
+        written = kwargs.get("out")
+        if isinstance(written, Lazy) and written.shape != (shape := written.promise.keep().shape):
+            with torch._C._DisableTorchDispatch():  # noqa: SLF001 - of the outer tensor
+                written.resize_(shape)
         return out
 
     def plain(self) -> Tensor:
         """An ordinary tensor with the same values, in the same memory, that autograd knows nothing of."""
         return self.promise.share().detach().requires_grad_(self.requires_grad)
+
+    @property
+    def data(self) -> Tensor:
+        """As of any tensor, and an ordinary one, which may be written to."""
+        return self.plain().detach()
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        self.promise.keep_followers()
+        self.promise = Promise(values.detach())
+        self.promise.shared = True
+        _SET_DATA(self, values)
 
     # Compiled code that is given one takes the values.
 
@@ -266,6 +292,8 @@ def is_traced(values: Tensor) -> bool:
 def _put_off(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lazy | None:
     """The result, not computed, if it can be computed later and its arguments lie side by side as a cast reads them."""
     first, arguments = args[0], []
+    if func is _MULTIPLY and not (isinstance(first, Lazy) and isinstance(args[1], Lazy)):
+        return None  # by a number: no cast knows that
     for part in args:
         if isinstance(part, Lazy):
             if part.promise.shared:

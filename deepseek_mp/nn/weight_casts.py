@@ -22,7 +22,8 @@ from deepseek_mp.nn.lent_cast import Casts, InputCast, LentCast
 from deepseek_mp.nn.unit import Unit
 from deepseek_mp.precision import PrecisionPlan
 
-_KINDS = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d})
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+"""The kinds of layers that are lent casts, with the forwards that are known; who replaces one wants his own."""
 LENT = "lent_cast"
 
 
@@ -72,12 +73,12 @@ class WeightCasts:
     def drop(self) -> None:
         """Give the memory back."""
         self._mark = None
-        self._casts.made = ()
+        self._casts.made = self._casts.values = ()
 
     def _cast(self) -> None:
         if self._sources:
             self._casts.versions = [source._version for source in self._sources]  # noqa: SLF001 - no public one
-            self._casts.addresses = [source.data_ptr() for source in self._sources]
+            self._casts.values = [source.detach() for source in self._sources]
             self._casts.made = _CastAll.apply(self._dtype, *self._sources)  # type: ignore[no-untyped-call]
 
     def _find(self, plan: PrecisionPlan | None) -> None:
@@ -114,7 +115,9 @@ class WeightCasts:
 def _is_cast_whole(unit: Unit) -> bool:
     """Whether the unit's forward is the original one in the model's region, and reads its parameters by a cast."""
     precision = unit.unit_precision
-    return unit.original_class in _KINDS and precision.region is None and precision.products is None
+    kind = unit.original_class
+    known = kind in _FORWARDS and kind.forward is _FORWARDS[kind]
+    return known and precision.region is None and precision.products is None
 
 
 def _is_trained(parameter: nn.Parameter) -> bool:

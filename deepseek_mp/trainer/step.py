@@ -260,7 +260,8 @@ class Stepper:
             yield
             return
         plan, mark = current_plan(self.model), None
-        if self.accumulation > 1:
+        # A hook behind the accumulation may step an optimizer there, and fused ones leave no mark on a weight.
+        if self.accumulation > 1 and not any(param._post_accumulate_grad_hooks for param in self._parameters):  # noqa: SLF001
             mark = _marks(self._parameters), plan
         quantised = nullcontext() if mark is None else self._weights.lent(mark)
         with quantised, nullcontext() if self._casts is None else self._casts.lent(plan, mark):

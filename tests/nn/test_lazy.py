@@ -664,3 +664,59 @@ def test_a_module_that_makes_infinities_is_found() -> None:
         model.up.weight[3, 5] = float("nan")
     entry = MicroBatch(index=0, batch=x, rng=get_rng(torch.device("cpu")))
     assert find_first_bad_module(model, [entry], lambda given: step(model, given.batch), torch.device("cpu")) == "up"
+
+
+def hooked(linear: Linear, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    hidden = F.silu(linear(x, gate))
+    hidden.register_hook(lambda g: g * 2)
+    return linear(hidden, down)
+
+
+SCALED: dict[str, Callable[..., Tensor]] = {
+    "output": lambda linear, x, gate, up, down: linear(linear(x, gate) * 0.5, down),
+    "activation": lambda linear, x, gate, up, down: linear(F.silu(linear(x, gate) * 1.702), down),
+    "gate": lambda linear, x, gate, up, down: linear(F.silu(linear(x, gate)) * linear(x, up) * 0.5, down),
+    "by a whole number": lambda linear, x, gate, up, down: linear(2 * F.silu(linear(x, gate)), down),
+    "in place": lambda linear, x, gate, up, down: linear(F.silu(linear(x, gate)).mul_(0.5), down),
+    "by a tensor": lambda linear, x, gate, up, down: linear(F.silu(linear(x, gate)) * torch.tensor(0.5), down),
+    "in a hook": hooked,
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_what_is_scaled_is_computed_as_without(name: str, plainly: Any) -> None:
+    assert_close(run(SCALED[name], fp8()), plainly(lambda: run(SCALED[name], fp8())))
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_data_is_an_ordinary_tensor_and_can_be_replaced(activated: bool) -> None:
+    linear, (x, gate, *_) = fp8(), leaves()
+    y = linear(x, gate)
+    y = F.silu(y) if activated else y
+    expected = y.clone()
+    assert type(y.data) is Tensor
+    other = torch.zeros(())
+    other.data = y.data
+    assert torch.equal(other + 0, expected)
+    y.data = torch.ones(3, 4, dtype=y.dtype)
+    assert y.shape == (3, 4)
+    assert torch.equal(F.silu(y), F.silu(torch.ones(3, 4, dtype=y.dtype)))
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_out_gives_an_output_of_a_layer_the_shape_that_it_needs(activated: bool) -> None:
+    linear, (x, gate, *_) = fp8(), leaves()
+    y = linear(x, gate).detach()
+    y = F.silu(y) if activated else y
+    with pytest.warns(UserWarning, match="resized"):
+        torch.add(torch.ones(3, 4), 1, out=y)
+    assert y.shape == (3, 4)
+    assert torch.equal(y + 0, torch.full((3, 4), 2.0, dtype=y.dtype))
+
+
+def test_what_is_gone_is_forgotten() -> None:
+    linear, (x, gate, *_) = fp8(), leaves()
+    y = linear(x, gate)
+    for _ in range(50):
+        F.silu(y)
+    assert len(y.promise.followers) < 3  # type: ignore[attr-defined]

@@ -121,7 +121,7 @@ def lent_of(layer: nn.Linear) -> LentCast:
     casts = Casts()
     casts.made = [layer.weight.to(BF16), layer.bias.to(BF16)]
     casts.versions = [layer.weight._version, layer.bias._version]
-    casts.addresses = [layer.weight.data_ptr(), layer.bias.data_ptr()]
+    casts.values = [layer.weight.detach(), layer.bias.detach()]
     return LentCast(layer.weight, layer.bias, dtype=BF16, casts=casts, places=(0, 1), inputs=InputCast(BF16))
 
 
@@ -132,15 +132,18 @@ def test_operands_are_the_casts() -> None:
         operands = lent.operands(layer._parameters, x)
     assert operands is not None
     assert [tensor.dtype for tensor in operands if tensor is not None] == [BF16] * 3
-    assert lent.operands(layer._parameters, x.to(BF16)) is not None, "a region would change nothing"
+    with torch.autocast("cpu", BF16):
+        assert lent.operands(layer._parameters, x.to(BF16)) is not None
 
 
 def test_no_operands_where_no_region_or_another_casts() -> None:
     layer = nn.Linear(4, 4)
     lent = lent_of(layer)
     assert lent.operands(layer._parameters, hidden()) is None
+    assert lent.operands(layer._parameters, hidden().to(BF16)) is None, "an error, as without casts"
     with torch.autocast("cpu", torch.float16):
         assert lent.operands(layer._parameters, hidden()) is None
+        assert lent.operands(layer._parameters, hidden().to(BF16)) is None
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

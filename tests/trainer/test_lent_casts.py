@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.nn.weight_casts import LENT
@@ -254,3 +258,161 @@ def test_a_cpu_keeps_the_casts_of_autocast(monkeypatch):
     trainer = make()
     assert trainer.step(batch(0)).status == "applied"
     assert trainer.stepper._casts is None
+
+
+class Own(nn.Module):
+    """A model whose forward, of itself and a batch, gives the loss."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.own = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return {"loss": self.own(self, x)}
+
+
+def square(*shape, **options):
+    return nn.Linear(*(shape or (8, 8)), **options)
+
+
+def frozen_for_a_while(m, x):
+    made = m.a(x)
+    m.b.requires_grad_(False)
+    loss = -m.b(made).mean()
+    m.b.requires_grad_(True)
+    return loss + 0.5 * m.b(x).mean() + m.b(made.detach()).square().mean()
+
+
+def in_fp16(m, x):
+    hidden = m.a(x)
+    with torch.autocast("cpu", torch.float16):
+        return m.b(hidden).float().square().mean()
+
+
+def assigned_in_between(m, x):
+    hidden = m.a(x)
+    m.c(hidden)
+    hidden.data = hidden.data * 3
+    return m.b(hidden).square().mean()
+
+
+def detached_in_between(m, x):
+    hidden = m.norm(x)
+    kept = m.a(hidden).square().mean()
+    hidden.detach_().requires_grad_()
+    return kept + m.b(hidden).square().mean()
+
+
+def assigned_twice(m, x):
+    m.a.weight.data = m.a.weight.data.clamp(-0.3, 0.3)
+    m.a.weight.data = F.normalize(m.a.weight.data) * 0.7
+    return m.a(x).square().mean()
+
+
+def checkpointed(m, x):
+    how = {
+        "use_reentrant": False,
+        "context_fn": partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default]),
+    }
+    hidden = m.norm(x)
+    one = checkpoint(lambda h: torch.tanh(m.a(h)), hidden, **how)
+    return (one + checkpoint(lambda h: torch.tanh(m.b(h)), hidden, **how)).square().mean()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [frozen_for_a_while, in_fp16, assigned_in_between, detached_in_between, assigned_twice, checkpointed],
+    ids=lambda forward: forward.__name__,
+)
+def test_forwards_that_do_more_than_call_their_layers(forward):
+    def run(*, lend):
+        torch.manual_seed(0)
+        model = Own(forward, a=square(), b=square(), c=square(), norm=nn.LayerNorm(8))
+        trainer = make(model=model)
+        if not lend:
+            without(trainer)
+        losses = [trainer.step(torch.randn(6, 8, generator=torch.Generator().manual_seed(i))).loss for i in range(4)]
+        return losses, weights(trainer)
+
+    (losses, ours), (expected, theirs) = run(lend=True), run(lend=False)
+    assert losses == expected
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        lambda layer: prune.l1_unstructured(layer, "bias", amount=0.5),
+        lambda layer: register_parametrization(layer, "weight", nn.Identity()),
+        lambda layer: nn.utils.spectral_norm(layer),
+    ],
+    ids=["weight pruned", "bias pruned", "parametrised", "spectral norm"],
+)
+def test_a_parameter_that_becomes_computed_between_steps(change):
+    def run(*, lend):
+        trainer = make() if lend else without(make())
+        losses = []
+        for seed in range(5):
+            if seed == 2:
+                torch.manual_seed(9)
+                change(trainer.model[3])
+            torch.manual_seed(seed)
+            losses.append(trainer.step(batch(seed)).loss)
+        return losses
+
+    assert run(lend=True) == run(lend=False)
+
+
+def test_a_convolution_with_a_forward_of_its_own_keeps_it():
+    def padded(self, x, weight, bias):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    def run(*, lend):
+        model = conv_net()
+        model[1]._conv_forward = padded.__get__(model[1])
+        trainer = make(model=model) if lend else without(make(model=model))
+        return [trainer.step(batch(seed)).loss for seed in range(3)]
+
+    assert run(lend=True) == run(lend=False)
+
+
+def test_many_layers_of_one_input_add_their_gradients_as_exactly_as_with_autocast():
+    def sums(m, x):
+        hidden = m.norm(x)
+        return sum(layer(hidden).float().sum() for layer in m.many)
+
+    torch.manual_seed(0)
+    model = Own(sums, norm=nn.LayerNorm(8), many=nn.ModuleList(square(8, 1, bias=False) for _ in range(400)))
+    for layer in model.many:
+        nn.init.ones_(layer.weight)
+    trainer = make(model=model, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+    found = []
+    model.norm.bias.register_post_accumulate_grad_hook(lambda p: found.append(p.grad.clone()))
+    for _ in range(2):
+        trainer.step(torch.randn(6, 8))
+    assert torch.equal(found[1], torch.full((8,), 6 * 400.0))
+
+
+def test_a_fused_optimizer_in_a_hook_ends_the_reuse_within_a_window():
+    def run(*, lend):
+        trainer = make(gradient_accumulation_steps=3, max_grad_norm=None)
+        weight = trainer.model[3].weight
+        fused = torch.optim.SGD([weight], lr=0.5, fused=True)
+
+        def step(parameter):
+            fused.step()
+            parameter.grad = None
+
+        weight.register_post_accumulate_grad_hook(step)
+        if not lend:
+            without(trainer)
+        losses = []
+        for seed in range(6):
+            torch.manual_seed(seed)
+            losses.append(trainer.step(batch(seed)).facts.loss)
+        return losses
+
+    assert run(lend=True) == run(lend=False)
