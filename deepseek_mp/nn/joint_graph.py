@@ -10,7 +10,8 @@ parts the two, this pass finds what surrounds them:
 - **Activations inside the cast.** `down(silu(gate(x)) * up(x))` quantises a tensor that nobody else reads. The cast
   reads what it is computed of instead, and it is never stored; its gradients to gate and up are quantised by one
   kernel that reads their three arguments once. `down` needs the product a second time, transposed, for the
-  gradient of its weight: the same kernel makes that too, so that it is not kept between forward and backward.
+  gradient of its weight: the same kernel makes that too, so that it is not kept between forward and backward. All
+  that for one gate and one product of it, as models have them; where either has more readers, casts stay apart.
 
 `nn.graph_activations` says how an activation is recognised.
 

@@ -223,6 +223,33 @@ def test_checkpointing_trains_to_the_same_weights(recipe):
         assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
 
 
+class GatedBlocks(nn.Module):
+    def __init__(self, *, checkpointed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed = checkpointed
+        self.layers = nn.ModuleDict({name: nn.Linear(128, 256) for name in ("gate", "up")})
+        self.down, self.head = nn.Linear(256, 128), nn.Linear(128, 8)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x))
+
+    def block(self, x):
+        return x + self.down(nn.functional.silu(self.layers["gate"](x)) * self.layers["up"](x))
+
+
+@pytest.mark.parametrize("recipe", ["block", "delayed"])
+def test_checkpointing_in_compiled_code_trains_to_the_same_losses(recipe):
+    generator = torch.Generator().manual_seed(1)
+    data = [(torch.randn(64, 128, generator=generator), torch.randint(0, 8, (64,))) for _ in range(3)]
+    losses = []
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        trainer = make(GatedBlocks(checkpointed=checkpointed), recipe, compile=True)
+        losses.append([trainer.step(batch).loss for batch in data])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("recipe", ["block", "delayed"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_resumed_run_goes_on_bit_by_bit(tmp_path, recipe, accumulation):
