@@ -23,7 +23,7 @@ from fp8_process import in_process
 from harness import Report, Spread
 from torch._dynamo.utils import counters
 
-from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan, convert
+from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan
 from deepseek_mp.backends import synchronize
 from deepseek_mp.precision import RECIPES
 
@@ -92,18 +92,18 @@ class _Training:
     def __init__(self, entrant: Entrant, device: torch.device, *, small: bool) -> None:
         torch.manual_seed(SEED)
         case = CASES[CASE](device, small=small)
-        self.device, self.emulate = device, device.type == "cpu"
+        self.device = device
         self.trainer = MixedPrecisionTrainer(
             case.model(), START, loss_fn=case.loss_fn, optimizer=list(case.optimizers.values())[-1], device=device,
-            compile="regional" if entrant.compiled else False, emulate=self.emulate, progress=False,
+            compile="regional" if entrant.compiled else False, emulate=device.type == "cpu", progress=False,
         )  # fmt: skip
         self.batches = itertools.cycle(case.batches)
         self.losses: list[float | None] = []
 
     def switch(self, recipe: str) -> dict[str, Any]:
-        """Convert the model between two steps, and stay there for some."""
+        """Change the plan between two steps, and stay there for some."""
         before, start = _compilations(), time.perf_counter()
-        plan = convert(self.trainer.model, recipe, emulate=self.emulate)
+        plan = self.trainer.change_plan(recipe)
         synchronize(self.device)
         apply_s, first_step_s = time.perf_counter() - start, self.step()
         return {

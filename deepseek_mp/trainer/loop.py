@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,39 @@ class MixedPrecisionTrainer:
             )
         return self._plan
 
+    def change_plan(self, plan: str | PrecisionPlan, *, pin: Mapping[str, str | Recipe] | None = None) -> PrecisionPlan:
+        """Train on in another precision, from the next step on; returns the plan, now in force, with its decisions.
+
+        Between steps, at any time. Compiled code of a plan that was in force before is found again. The loss scale
+        starts anew where fp16 comes in; delayed scales start anew with every plan.
+
+        Args:
+            plan: a format, a recipe or a plan, as for the constructor, but for 'auto'.
+            pin: rules put before those of the plan; without, the pins of the constructor.
+
+        Raises:
+            PlanError, FormatError: as the constructor; the plan stays what it was.
+            ConfigError: before the first plan is in force, within an open accumulation window, or for 'auto'.
+        """
+        if self._stepper is None or self.stepper.closing or self.stepper.window.micro_batches:
+            allowed = "a change between optimizer steps, once a plan is in force"
+            raise ConfigError(explain("change_plan outside of that", allowed, "Call it after a step that was applied"))
+        if plan == "auto":
+            raise ConfigError(explain("change_plan('auto')", "a format, a recipe or a plan", "Name one"))
+        self.settle()
+        asked = replace(self.config, precision_mode=plan, pin=self.config.pin if pin is None else pin)
+        wanted = requested_plan(self.model, asked, self.capabilities)
+        assert wanted is not None, "only 'auto' has to be measured"
+        with unchanged_if_refused(self.model, self.device):
+            changed = self._apply(wanted)
+        align_optimizer(self.optimizer)
+        if ("fp16" in changed.formats) != ("fp16" in self.plan.formats):
+            self.scaler = make_scaler(deepcopy(self._policy), changed, self.capabilities, self.device)
+        self.stepper.change_plan(Region(changed, self.device, search=True), self.scaler)
+        self._plan = changed
+        self.recorder.plan(changed)
+        return changed
+
     def _apply(self, plan: PrecisionPlan) -> PrecisionPlan:
         emulate, kernels = self.config.emulate, self.config.kernels
         return apply(self.model, plan, emulate=emulate, kernels=kernels, capabilities=self.capabilities)
@@ -201,7 +235,7 @@ class MixedPrecisionTrainer:
         """Build everything that depends on the plan, which the model was converted to."""
         self._plan = plan
         align_optimizer(self.optimizer)
-        self.scaler = make_scaler(self._policy, plan, self.capabilities, self.device)
+        self.scaler = make_scaler(deepcopy(self._policy), plan, self.capabilities, self.device)
         wants_gradients = any(overrides(c, "on_gradients") for c in self.callbacks)
         self._stepper = Stepper(
             self.model,

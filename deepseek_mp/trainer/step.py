@@ -128,7 +128,7 @@ class Stepper:
         before: Callable[[], None] | None,
     ) -> None:
         self.model, self.compute, self.loss_fn = model, compute, loss_fn
-        self.optimizer, self.scaler, self.region, self.device = optimizer, scaler, region, device
+        self.optimizer, self.device = optimizer, device
         self.accumulation, self.max_grad_norm, self.max_skipped = accumulation, max_grad_norm, max_skipped
         self.monitor, self.monitor_every = monitor, monitor_every
         self.finished, self.before = finished, before
@@ -139,11 +139,9 @@ class Stepper:
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
         self._weights = HeldWeights(model)
-        lends = region.casts and not compiled and device.type not in SLOWER_IN_ONE_PASS
-        self._casts = WeightCasts(model, torch_dtype(region.format)) if lends else None
-        place_scales(model)  # the model may have moved to its device after the plan was applied
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled
+        self.change_plan(region, scaler)
         self._weights_move = False
         self._loss_named = False
         self._pending: Pending | None = None
@@ -153,6 +151,13 @@ class Stepper:
         self.flops: int | None = None
         """Floating-point operations of a micro-batch, forward and backward, once one was sampled."""
         self._warned_scale = False
+
+    def change_plan(self, region: Region, scaler: LossScaler) -> None:
+        """Go on with the model as it is converted now; no window is open, and the last one is settled."""
+        self.region, self.scaler = region, scaler
+        lends = region.casts and not self._compiled and self.device.type not in SLOWER_IN_ONE_PASS
+        self._casts = WeightCasts(self.model, torch_dtype(region.format)) if lends else None
+        place_scales(self.model)  # the model may have moved to its device after the plan was applied
 
     def run(self, batch: Any, *, index: int = 0, close: bool | None = None) -> StepResult:
         """One micro-batch; the window closes when it is full, or as `close` says."""
