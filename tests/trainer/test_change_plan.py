@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan
 from deepseek_mp.errors import ConfigError, PlanError
 from deepseek_mp.nn import current_plan
+from deepseek_mp.trainer.callbacks import Callback
 
 
 def model():
@@ -104,3 +105,17 @@ def test_within_a_window_and_before_the_first_plan_it_is_refused():
     trainer.change_plan("fp32")
     with pytest.raises(ConfigError, match="once a plan is in force"):
         make("auto").change_plan("fp32")
+
+
+class AtEpochsEnd(Callback):
+    def on_epoch_end(self, trainer, *_):
+        trainer.change_plan("fp32")
+
+
+def test_a_callback_changes_the_plan_at_the_end_of_an_epoch():
+    trainer = make("bf16", callbacks=[AtEpochsEnd()])
+    formats = []
+    trainer.model[0].register_forward_hook(lambda *args: formats.append(args[-1].dtype))
+    result = trainer.fit([batch(0), batch(1)], epochs=2)
+    assert result.plan.base.name == "fp32"
+    assert formats[:2] + formats[-2:] == [torch.bfloat16] * 2 + [torch.float32] * 2
