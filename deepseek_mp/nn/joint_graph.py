@@ -162,7 +162,7 @@ def _scaled_alike(one: MadeCast, other: MadeCast) -> bool:
 
 def _can_wait(value: MadeCast, node: fx.Node) -> bool:
     """Whether nothing that leads to the node reads the transposed half of the value."""
-    return not any(reader in _leading_to(node) for reader in _readers(value))
+    return _leading_to(node).isdisjoint(_readers(value))
 
 
 def _readers(value: MadeCast) -> list[fx.Node]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepseek_mp.backends.capabilities import UNKNOWN, Capabilities, table
 from deepseek_mp.errors import ConfigError, FormatError, explain
+from deepseek_mp.ops.operands import Cast, Operands
 
 IMPLEMENTATIONS = {
     "quantise": ("triton", "reference"),
@@ -36,9 +37,9 @@ _NATIVE_NAMES = {
 _BLOCKS_SINCE_CUDA = (12, 9)
 _TRITON_GRANULARITIES = frozenset({"tensor", "row", "1x128", "128x128"})
 
-Quantise = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-"""Of a tensor, format, granularity, power_of_two, rows and columns, and `seed` as a keyword."""
-QuantiseDelayed = Callable[[Tensor, Tensor, Tensor, str, bool, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
+Quantise = Callable[[Tensor, Cast, Tensor | None], Operands]
+"""Of a tensor, how it is cast, and the seed where it is rounded stochastically."""
+QuantiseDelayed = Callable[[Tensor, Tensor, Tensor, Cast], Operands]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[str, str], Tensor | None, torch.dtype], Tensor]
 Granularities = Sequence[str] | Sequence[tuple[str, str]]
 """Names for quantise, pairs (left, right) for product."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from deepseek_mp.errors import ShapeError, explain
 from deepseek_mp.ops.choose import product_of, quantise_delayed_of, quantise_of
 from deepseek_mp.ops.layouts import alignment, padded_rows
-from deepseek_mp.ops.operands import Cast, check_magnitude, check_matrix, check_seed, empty_operands
+from deepseek_mp.ops.operands import Cast, Operands, check_magnitude, check_matrix, check_seed, empty_operands
 
 __all__ = ["alignment", "padded_rows", "product", "quantise", "quantise_delayed"]
 
@@ -171,38 +171,21 @@ def product(
     return out
 
 
-def _quantise(
-    x: Tensor,
-    format: str,
-    granularity: str,
-    power_of_two: bool,
-    rows: bool,
-    columns: bool,
-    implementation: str,
-    *,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_matrix(x, format, granularity)
+def _quantise(x: Tensor, *how: Any, seed: Tensor | None = None) -> Operands:
+    *settings, implementation = how
+    cast = Cast(*settings)
+    check_matrix(x, cast.format, cast.granularity)
     if seed is not None:
         check_seed(seed, x)
-    return quantise_of(implementation)(x, format, granularity, power_of_two, rows, columns, seed=seed)
+    return quantise_of(implementation)(x, cast, seed)
 
 
-def _quantise_delayed(
-    x: Tensor,
-    top: Tensor,
-    amax: Tensor,
-    format: str,
-    power_of_two: bool,
-    rows: bool,
-    columns: bool,
-    *,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantise_delayed(x: Tensor, top: Tensor, amax: Tensor, format: str, *how: Any, implementation: str) -> Operands:
+    cast = Cast(format, "tensor", *how)
     check_matrix(x, format, "tensor")
     for name, number in (("top", top), ("amax", amax)):
         check_magnitude(name, number, x)
-    return quantise_delayed_of(implementation)(x, top, amax, format, power_of_two, rows, columns)
+    return quantise_delayed_of(implementation)(x, top, amax, cast)
 
 
 def _product(
@@ -222,31 +205,13 @@ def _product(
     return run(left, left_scale, right, right_scale, (left_granularity, right_granularity), bias, dtype)
 
 
-def _quantise_shapes(
-    x: Tensor,
-    format: str,
-    granularity: str,
-    power_of_two: bool,
-    rows: bool,
-    columns: bool,
-    _implementation: str,
-    **_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_operands(x, Cast(format, granularity, power_of_two, rows, columns))
+def _quantise_shapes(x: Tensor, *how: Any, **_: Any) -> Operands:
+    *settings, _implementation = how
+    return empty_operands(x, Cast(*settings))
 
 
-def _quantise_delayed_shapes(
-    x: Tensor,
-    _top: Tensor,
-    _amax: Tensor,
-    format: str,
-    power_of_two: bool,
-    rows: bool,
-    columns: bool,
-    *,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _quantise_shapes(x, format, "tensor", power_of_two, rows, columns, implementation)
+def _quantise_delayed_shapes(x: Tensor, _top: Tensor, _amax: Tensor, format: str, *how: Any, **_: Any) -> Operands:
+    return empty_operands(x, Cast(format, "tensor", *how))
 
 
 def _product_shapes(

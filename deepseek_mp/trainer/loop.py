@@ -137,6 +137,7 @@ class MixedPrecisionTrainer:
             monitor_every=monitor_every,
         )
         self._policy = make_policy(loss_scale_policy)
+        self._unused_policy = deepcopy(self._policy)  # for when fp16 comes in again
         self._loss_fn = loss_fn
         self.callbacks = check_callbacks(callbacks)
         self._progress = progress
@@ -208,7 +209,7 @@ class MixedPrecisionTrainer:
             changed = self._apply(wanted)
         align_optimizer(self.optimizer)
         if ("fp16" in changed.formats) != ("fp16" in self.plan.formats):
-            self.scaler = make_scaler(deepcopy(self._policy), changed, self.capabilities, self.device)
+            self.scaler = make_scaler(deepcopy(self._unused_policy), changed, self.capabilities, self.device)
         self.stepper.change_plan(Region(changed, self.device, search=True), self.scaler)
         self._plan = changed
         self.recorder.plan(changed)
@@ -235,7 +236,7 @@ class MixedPrecisionTrainer:
         """Build everything that depends on the plan, which the model was converted to."""
         self._plan = plan
         align_optimizer(self.optimizer)
-        self.scaler = make_scaler(deepcopy(self._policy), plan, self.capabilities, self.device)
+        self.scaler = make_scaler(self._policy, plan, self.capabilities, self.device)
         wants_gradients = any(overrides(c, "on_gradients") for c in self.callbacks)
         self._stepper = Stepper(
             self.model,

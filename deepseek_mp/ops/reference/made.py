@@ -15,18 +15,17 @@ from deepseek_mp.ops.sources import compute
 @torch.no_grad()
 def quantise_made(inputs: Sequence[Tensor], source: str, cast: Cast) -> Operands:
     """See `ops.schema_made.quantise_made`."""
-    return quantise(compute(source, inputs), *cast)
+    return quantise(compute(source, inputs), cast)
 
 
 @torch.no_grad()
 def quantise_made_delayed(inputs: Sequence[Tensor], source: str, top: Tensor, amax: Tensor, cast: Cast) -> Operands:
     """See `ops.schema_made.quantise_made_delayed`."""
-    made = compute(source, inputs)
-    return quantise_delayed(made, top, amax, cast.format, cast.power_of_two, cast.rows, cast.columns)
+    return quantise_delayed(compute(source, inputs), top, amax, cast)
 
 
 def quantise_gate_grads(
-    inputs: tuple[Tensor, Tensor, Tensor], activation: str, cast: Cast, value_format: str | None = None
+    inputs: tuple[Tensor, Tensor, Tensor], activation: str, cast: Cast, value_format: str | None
 ) -> tuple[Tensor, ...]:
     """See `ops.schema_made.quantise_gate_grads`."""
     x, up, g = inputs
@@ -41,7 +40,7 @@ def quantise_gate_grads_delayed(
     tops: tuple[Tensor, Tensor, Tensor | None],
     maxima: tuple[Tensor, Tensor],
     cast: Cast,
-    value_format: str | None = None,
+    value_format: str | None,
 ) -> tuple[Tensor, ...]:
     """See `ops.schema_made.quantise_gate_grads_delayed`."""
     x, up, g = inputs

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.layouts import alignment, padded_rows, scale_shape
-from deepseek_mp.ops.operands import Cast
+from deepseek_mp.ops.operands import Cast, Operands
 from deepseek_mp.ops.reference.stochastic import round_stochastically, uniform
 from deepseek_mp.precision import FORMATS, Format
 
@@ -16,34 +16,23 @@ SMALLEST_SCALE = 2.0**-126
 
 
 @torch.no_grad()
-def quantise(
-    x: Tensor,
-    format: str,
-    granularity: str,
-    power_of_two: bool,
-    rows: bool,
-    columns: bool,
-    *,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantise(x: Tensor, cast: Cast, seed: Tensor | None = None) -> Operands:
     """See `ops.schema.quantise`."""
-    return _both(x, Cast(format, granularity, power_of_two, rows, columns), None, seed)
+    return _both(x, cast, None, seed)
 
 
 @torch.no_grad()
-def quantise_delayed(
-    x: Tensor, top: Tensor, amax: Tensor, format: str, power_of_two: bool, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantise_delayed(x: Tensor, top: Tensor, amax: Tensor, cast: Cast) -> Operands:
     """See `ops.schema.quantise_delayed`."""
     own = torch.zeros_like(amax)
     if x.numel():
         size = x.float().abs()
         own = torch.where(size < float("inf"), size, 0.0).amax()
     amax.copy_(torch.maximum(amax, own))
-    return _both(x, Cast(format, "tensor", power_of_two, rows, columns), torch.where(top == 0, own, top), None)
+    return _both(x, cast, torch.where(top == 0, own, top), None)
 
 
-def _both(x: Tensor, cast: Cast, top: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _both(x: Tensor, cast: Cast, top: Tensor | None, seed: Tensor | None) -> Operands:
     """Both layouts, as far as they are asked for; scales hold `top` where it is given."""
     count, width = x.shape
     padded = x.new_zeros((padded_rows(count, cast.granularity), width), dtype=torch.float32)

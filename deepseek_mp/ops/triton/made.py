@@ -52,7 +52,7 @@ def quantise_gate_grads_delayed(
     tops: tuple[Tensor, Tensor, Tensor | None],
     maxima: tuple[Tensor, Tensor],
     cast: Cast,
-    value_format: str | None = None,
+    value_format: str | None,
 ) -> tuple[Tensor, ...]:
     """See `ops.schema_made.quantise_gate_grads_delayed`."""
     x = inputs[0]

@@ -33,43 +33,29 @@ STOCHASTIC_WARPS = 8
 The time is not measured."""
 
 
-def quantise(
-    x: Tensor,
-    format: str,
-    granularity: str,
-    power_of_two: bool,
-    rows: bool,
-    columns: bool,
-    *,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantise(x: Tensor, cast: Cast, seed: Tensor | None = None) -> Operands:
     """See `ops.schema.quantise`."""
-    top, column_top = _amax(x, granularity, rows, columns, padded_rows(x.shape[0], granularity))
-    return _cast(x, (top, column_top, top, top), format, granularity, power_of_two, (rows, columns), seed)
+    top, column_top = _amax(x, cast)
+    return _cast(x, (top, column_top, top, top), cast, cast.granularity, seed)
 
 
-def quantise_delayed(
-    x: Tensor, top: Tensor, amax: Tensor, format: str, power_of_two: bool, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantise_delayed(x: Tensor, top: Tensor, amax: Tensor, cast: Cast) -> Operands:
     """See `ops.schema.quantise_delayed`."""
     own = x.new_zeros((), dtype=torch.float32)
     if x.numel():
         grid = (-(-x.numel() // AMAX_BLOCK),)
         unknown_amax_kernel[grid](x, own, top, x.numel(), BLOCK=AMAX_BLOCK, num_warps=8)
-    return _cast(x, (own, own, top, amax), format, "delayed", power_of_two, (rows, columns))
+    return _cast(x, (own, own, top, amax), cast, "delayed")
 
 
 def _cast(
     x: Tensor,
     maxima: tuple[Tensor, Tensor, Tensor, Tensor],
-    format: str,
+    cast: Cast,
     kind: str,
-    power_of_two: bool,
-    layouts: tuple[bool, bool],
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Operands:
     """The cast with maxima that are there: of rows or the whole, of columns, the one to hold, the one to raise."""
-    cast = Cast(format, "tensor" if kind == "delayed" else kind, power_of_two, *layouts)
     made = empty_operands(x, cast)
     across, down, padded = tiles_of(x, cast)
     if down:
@@ -110,19 +96,21 @@ def _rounding_constants(cast: Cast, *, stochastic: bool) -> dict[str, Any]:
     return {"EPSILON": target.epsilon, "SMALLEST": target.smallest_subnormal, "num_warps": STOCHASTIC_WARPS}
 
 
-def _amax(x: Tensor, granularity: str, rows: bool, columns: bool, padded: int) -> tuple[Tensor, Tensor]:
+def _amax(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     """The maxima that a second pass needs: of the tensor, or of all rows and columns."""
-    if granularity == "tensor":
+    if cast.granularity == "tensor":
         amax = x.new_zeros((), dtype=torch.float32)
         if x.numel():
             tensor_amax_kernel[(-(-x.numel() // AMAX_BLOCK),)](x, amax, x.numel(), BLOCK=AMAX_BLOCK, num_warps=8)
         return amax, amax
-    if granularity != "row":
+    if cast.granularity != "row":
         return x, x
     count, width = x.shape
+    padded = padded_rows(count, cast.granularity)
     both = x.new_zeros(padded + width, dtype=torch.float32)
     if count:
         matrix_amax_kernel[(-(-width // TILE), -(-count // TILE))](
-            x, both, both[padded:], count, width, ROWS=rows, COLUMNS=columns, BLOCK_M=TILE, BLOCK_K=TILE, num_warps=8
-        )
+            x, both, both[padded:], count, width,
+            ROWS=cast.rows, COLUMNS=cast.columns, BLOCK_M=TILE, BLOCK_K=TILE, num_warps=8,
+        )  # fmt: skip
     return both, both[padded:]

@@ -6,6 +6,7 @@ import torch
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.ops.native import product as module
 from deepseek_mp.ops.native.product import PAIRS, product
+from deepseek_mp.ops.operands import Cast
 from deepseek_mp.ops.reference.product import product as reference
 from deepseek_mp.ops.reference.quantise import quantise
 
@@ -13,8 +14,8 @@ ON_CPU = [("tensor", "tensor"), ("row", "row")]
 
 
 def operands(pair, outer=48, contraction=256, inner=64):
-    left = quantise(torch.randn(outer, contraction), "fp8_e4m3", pair[0], False, True, False)[:2]
-    return *left, *quantise(torch.randn(inner, contraction), "fp8_e4m3", pair[1], False, True, False)[:2]
+    left = quantise(torch.randn(outer, contraction), Cast("fp8_e4m3", pair[0], False, True, False))[:2]
+    return *left, *quantise(torch.randn(inner, contraction), Cast("fp8_e4m3", pair[1], False, True, False))[:2]
 
 
 @pytest.mark.parametrize("pair", ON_CPU)
@@ -32,7 +33,7 @@ def test_it_agrees_with_the_reference(pair, dtype, biased):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_nothing_times_something_is_nothing(pair):
     _, _, right, rs = operands(pair, contraction=128, inner=128)
-    left, ls = quantise(torch.empty(0, 128), "fp8_e4m3", pair[0], False, True, False)[:2]
+    left, ls = quantise(torch.empty(0, 128), Cast("fp8_e4m3", pair[0], False, True, False))[:2]
     assert product(left, ls, right, rs, pair, None, torch.bfloat16).shape == (0, 128)
 
 
@@ -49,7 +50,7 @@ def test_rows_scaled_after_the_product_agree_too(monkeypatch, dtype, biased):
     monkeypatch.setattr(module, "_rows_in_any_type", lambda device: False)
     left = torch.randn(48, 256) * 10.0 ** torch.linspace(-3, 0, 48)[:, None]
     right = torch.randn(64, 256) * 10.0 ** torch.linspace(-1, 0, 64)[:, None]
-    quantised = [t for x in (left, right) for t in quantise(x, "fp8_e4m3", "row", False, True, False)[:2]]
+    quantised = [t for x in (left, right) for t in quantise(x, Cast("fp8_e4m3", "row", False, True, False))[:2]]
     bias = torch.randn(64) if biased else None
     made = product(*quantised, ("row", "row"), bias, dtype)
     expected = reference(*quantised, ("row", "row"), bias, torch.float32)

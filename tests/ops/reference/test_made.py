@@ -65,7 +65,7 @@ def test_a_delayed_scale_holds_its_magnitude_and_notes_the_sources(source):
 @pytest.mark.parametrize("granularity", ["128x128", "row"])
 def test_gate_gradients_are_those_to_x_and_then_to_up(activation, granularity):
     x, up, g = drawn(3)
-    made = quantise_gate_grads((x, up, g), activation, Cast("fp8_e5m2", granularity, False, True, True))
+    made = quantise_gate_grads((x, up, g), activation, Cast("fp8_e5m2", granularity, False, True, True), None)
     assert len(made) == 10
     assert_holds(made[:4], (x, up, g), f"{activation}_gate_grad", "fp8_e5m2", granularity)
     assert_holds(made[4:8], (x, g), f"{activation}_gate", "fp8_e5m2", granularity)
@@ -97,7 +97,7 @@ def test_each_gate_gradient_has_a_delayed_scale_of_its_own(activation):
     x, up, g = drawn(3)
     tops, maxima = (torch.zeros(()), torch.tensor(1e4), None), (torch.zeros(()), torch.zeros(()))
     cast = Cast("fp8_e4m3", "tensor", False, True, True)
-    made = quantise_gate_grads_delayed((x, up, g), activation, tops, maxima, cast)
+    made = quantise_gate_grads_delayed((x, up, g), activation, tops, maxima, cast, None)
     assert_holds(made[:4], (x, up, g), f"{activation}_gate_grad", "fp8_e4m3", "tensor")
     assert_holds(made[4:8], (x, g), f"{activation}_gate", "fp8_e4m3", "tensor")
     assert maxima[0] == compute(f"{activation}_gate_grad", (x, up, g)).abs().max()

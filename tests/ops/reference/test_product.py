@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from deepseek_mp.ops.operands import Cast
 from deepseek_mp.ops.reference.product import dequantise, product
 from deepseek_mp.ops.reference.quantise import quantise
 
@@ -12,8 +13,8 @@ PAIRS = [("tensor", "tensor"), ("row", "row"), ("1x128", "128x128"), ("1x128", "
 def operands(pair, outer, contraction, inner, scale=1.0):
     left, right = torch.randn(outer, contraction) * scale, torch.randn(inner, contraction)
     made = (
-        *quantise(left, "fp8_e4m3", pair[0], False, True, False)[:2],
-        *quantise(right, "fp8_e4m3", pair[1], False, True, False)[:2],
+        *quantise(left, Cast("fp8_e4m3", pair[0], False, True, False))[:2],
+        *quantise(right, Cast("fp8_e4m3", pair[1], False, True, False))[:2],
     )
     return made, left.double() @ right.double().t()
 
@@ -64,13 +65,13 @@ def test_sums_over_nothing_are_zero():
 def test_added_rows_change_no_product(pair):
     """Of fprop they are rows of the result, of wgrad they are zeros in the sum."""
     x, y, count = torch.randn(100, 256), torch.randn(100, 128), 100
-    q, s, qt, st = quantise(x, "fp8_e4m3", pair[0], False, True, True)
-    weight = quantise(torch.randn(128, 256), "fp8_e4m3", pair[1], False, True, False)[:2]
+    q, s, qt, st = quantise(x, Cast("fp8_e4m3", pair[0], False, True, True))
+    weight = quantise(torch.randn(128, 256), Cast("fp8_e4m3", pair[1], False, True, False))[:2]
     whole = product(q, s, *weight, pair, None, torch.float32)
     plain = dequantise(q, s, pair[0])[:count] @ dequantise(*weight, pair[1]).t()
     torch.testing.assert_close(whole[:count], plain, rtol=1e-5, atol=1e-4)
     assert not whole[count:].any()
-    _, _, yt, yst = quantise(y, "fp8_e4m3", pair[0], False, False, True)
+    _, _, yt, yst = quantise(y, Cast("fp8_e4m3", pair[0], False, False, True))
     summed = product(yt, yst, qt, st, (pair[0], pair[0]), None, torch.float32)
     assert error(summed, y.double().t() @ x.double()) < 1.1 * 0.0265 * 2**0.5
 
@@ -79,11 +80,11 @@ def test_added_rows_change_no_product(pair):
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_value_that_is_not_finite_spoils_its_own_row_only(pair, bad):
     x, weight = torch.randn(128, 256), torch.randn(128, 256)
-    right = quantise(weight, "fp8_e4m3", pair[1], False, True, False)[:2]
+    right = quantise(weight, Cast("fp8_e4m3", pair[1], False, True, False))[:2]
     x[7, 3] = 0
-    clean = product(*quantise(x, "fp8_e4m3", pair[0], False, True, False)[:2], *right, pair, None, torch.float32)
+    clean = product(*quantise(x, Cast("fp8_e4m3", pair[0], False, True, False))[:2], *right, pair, None, torch.float32)
     x[7, 3] = bad
-    made = product(*quantise(x, "fp8_e4m3", pair[0], False, True, False)[:2], *right, pair, None, torch.float32)
+    made = product(*quantise(x, Cast("fp8_e4m3", pair[0], False, True, False))[:2], *right, pair, None, torch.float32)
     assert made[7].isnan().all()
     others = torch.arange(128) != 7
     assert torch.equal(made[others], clean[others])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deepseek_mp.ops.layouts import ALIGNMENT, padded_rows
+from deepseek_mp.ops.operands import Cast
 from deepseek_mp.ops.reference.product import dequantise
 from deepseek_mp.ops.reference.quantise import quantise, quantise_delayed
 from deepseek_mp.precision import FORMATS
@@ -17,7 +18,7 @@ ETA = {"fp8_e4m3": 0.0265, "fp8_e5m2": 0.053}
 
 
 def cast(x, granularity, format="fp8_e4m3", power_of_two=False, columns=False):
-    made = quantise(x, format, granularity, power_of_two, not columns, columns)
+    made = quantise(x, Cast(format, granularity, power_of_two, not columns, columns))
     return made[2:] if columns else made[:2]
 
 
@@ -223,7 +224,9 @@ def test_no_maximum_is_cast_beyond_the_format(format, power_of_two, seed):
 def delayed(x, top, amax=0.0, format="fp8_e4m3", power_of_two=False):
     """What the op gives, and the maximum it leaves."""
     raised = torch.tensor(amax)
-    return quantise_delayed(x, torch.tensor(top), raised, format, power_of_two, True, True), float(raised)
+    return quantise_delayed(x, torch.tensor(top), raised, Cast(format, "tensor", power_of_two, True, True)), float(
+        raised
+    )
 
 
 def same(ours, expected):
@@ -241,7 +244,7 @@ def test_the_tensors_own_maximum_known_before_or_not_known_gives_the_bits_of_ten
         x[3, 5], x[4, 6] = float("inf"), float("nan")
         largest = float(x[x.isfinite()].abs().max())
         made, raised = delayed(x, largest if known else 0.0, format=format, power_of_two=power_of_two)
-        assert same(made, quantise(x, format, "tensor", power_of_two, True, True))
+        assert same(made, quantise(x, Cast(format, "tensor", power_of_two, True, True)))
         assert raised == largest
 
 

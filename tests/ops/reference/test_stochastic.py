@@ -5,6 +5,7 @@ import torch
 
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.layouts import ALIGNMENT, padded_rows
+from deepseek_mp.ops.operands import Cast
 from deepseek_mp.ops.reference.product import dequantise
 from deepseek_mp.ops.reference.quantise import quantise
 from deepseek_mp.ops.reference.stochastic import philox, round_stochastically, uniform
@@ -16,7 +17,7 @@ SIGMAS = 5.0
 
 def cast(x, seed, granularity="tensor", format="fp8_e4m3", *, power_of_two=False):
     drawn = None if seed is None else torch.tensor(seed)
-    return quantise(x, format, granularity, power_of_two, True, True, seed=drawn)
+    return quantise(x, Cast(format, granularity, power_of_two, True, True), seed=drawn)
 
 
 def bits(made):
@@ -199,8 +200,8 @@ def test_the_seed_alone_decides(granularity):
 def test_one_layout_is_that_of_both(granularity):
     x, seed = torch.randn(100, 256), torch.tensor(3)
     both = bits(cast(x, 3, granularity))
-    rows = bits(quantise(x, "fp8_e4m3", granularity, False, True, False, seed=seed))
-    columns = bits(quantise(x, "fp8_e4m3", granularity, False, False, True, seed=seed))
+    rows = bits(quantise(x, Cast("fp8_e4m3", granularity, False, True, False), seed=seed))
+    columns = bits(quantise(x, Cast("fp8_e4m3", granularity, False, False, True), seed=seed))
     assert torch.equal(rows[0], both[0])
     assert torch.equal(columns[2], both[2])
 
