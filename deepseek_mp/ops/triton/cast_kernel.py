@@ -53,7 +53,7 @@ def raise_to(place, size):
 
 
 @triton.jit
-def _scales(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PTX: tl.constexpr):
+def scales(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PTX: tl.constexpr):
     """The dequantisation scale of a group and its inverse; see `ops.schema.quantise`. Both NaN for infinity and NaN."""
     SMALLEST: tl.constexpr = LARGEST * 1.1754943508222875e-38
     INVERSE: tl.constexpr = 1.0 / LARGEST
@@ -186,11 +186,11 @@ def cast_tile(
     if GRANULARITY == "1x128":
         # The four sub-tiles value by value first: that costs no exchange between threads.
         size = larger(larger(tl.abs(values[0]), tl.abs(values[1])), larger(tl.abs(values[2]), tl.abs(values[3])))
-        column_scale, column_inverse = _scales(tl.reduce(size, 0, larger), LARGEST, POWER_OF_TWO, PTX)
+        column_scale, column_inverse = scales(tl.reduce(size, 0, larger), LARGEST, POWER_OF_TWO, PTX)
         if COLUMNS:
             tl.store(st + tile_m.to(tl.int64) * K + k, column_scale, mask=inside_k)
     elif GRANULARITY == "128x128":
-        whole_scale, whole_inverse = _scales(_tile_top(values, PTX), LARGEST, POWER_OF_TWO, PTX)
+        whole_scale, whole_inverse = scales(_tile_top(values, PTX), LARGEST, POWER_OF_TWO, PTX)
         if ROWS:
             tl.store(s + tile_m * tiles_k + tile_k, whole_scale)
         if COLUMNS:
@@ -201,7 +201,7 @@ def cast_tile(
             raise_to(seen, _tile_top(values, PTX))
             known = tl.load(top)
             held = tl.where(known == 0.0, held, known)
-        whole_scale, whole_inverse = _scales(held, LARGEST, POWER_OF_TWO, PTX)
+        whole_scale, whole_inverse = scales(held, LARGEST, POWER_OF_TWO, PTX)
         if (tile_m == 0) & (tile_k == 0):
             if ROWS:
                 tl.store(s, whole_scale)
@@ -209,7 +209,7 @@ def cast_tile(
                 tl.store(st, whole_scale)
     else:
         given = tl.load(column_amax + k, mask=inside_k, other=0.0)
-        column_scale, column_inverse = _scales(given, LARGEST, POWER_OF_TWO, PTX)
+        column_scale, column_inverse = scales(given, LARGEST, POWER_OF_TWO, PTX)
         if COLUMNS and tile_m == 0:
             tl.store(st + k, column_scale, mask=inside_k)
 
@@ -224,7 +224,7 @@ def cast_tile(
                     row_top = tl.reduce(tl.abs(value), 1, larger)
                 else:
                     row_top = tl.load(amax + m, mask=inside_m, other=0.0)
-                row_scale, row_inverse = _scales(row_top, LARGEST, POWER_OF_TWO, PTX)
+                row_scale, row_inverse = scales(row_top, LARGEST, POWER_OF_TWO, PTX)
                 if GRANULARITY == "1x128":
                     tl.store(s + tile_k.to(tl.int64) * P + m, row_scale, mask=inside_m)
                 elif tile_k == 0:

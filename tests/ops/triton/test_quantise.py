@@ -78,6 +78,19 @@ def test_one_layout_is_that_of_both(granularity, seeded):
     assert rows[2].numel() == columns[0].numel() == 0
 
 
+@hopper
+@pytest.mark.parametrize("offset", [0, 1, 2, 8])
+def test_a_view_may_begin_anywhere(offset):
+    held = torch.randn(offset + 300 * 256, device="cuda").bfloat16()
+    x = held[offset:].view(300, 256)
+    for made, wanted in zip(
+        quantise(x, "fp8_e4m3", "1x128", False, True, True, "triton"),
+        quantise(x, "fp8_e4m3", "1x128", False, True, True, "reference"),
+        strict=True,
+    ):
+        assert_equal(made, wanted)
+
+
 def relative_error(ours, expected):
     return float((ours.double() - expected).norm() / expected.norm())
 
