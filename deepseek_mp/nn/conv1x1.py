@@ -79,9 +79,12 @@ def conv1x1(
     matrix = as_matrix(weight)
     if held is not None:
         held = HeldWeight(matrix, held.operands) if held.weight is weight else None
-    y = low_precision_linear(x.movedim(channels, -1), matrix, bias, products, held, scaling, plain=True)
-    y = y.movedim(-1, channels)
-    return y if _gives_channels_last(x, weight) else y.contiguous()
+    pixels = x.movedim(channels, -1)
+    y = low_precision_linear(pixels, matrix, bias, products, held, scaling, plain=True).movedim(-1, channels)
+    # As PyTorch's own convolution gives it.
+    given_last = x.dim() == weight.dim() and _channels_come_last(x) and pixels.is_contiguous()
+    stays = weight.dim() > 3 and (given_last or _channels_come_last(weight))
+    return y if stays else y.contiguous()
 
 
 def check_settings(module: Convolution) -> None:
@@ -106,11 +109,6 @@ def _does_not_fit(x: Tensor, weight: Tensor) -> ShapeError:
             "Pass such an input; after replacing a layer's weight apply the plan again",
         )
     )
-
-
-def _gives_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's own convolution would, for such an input and weight."""
-    return x.dim() == weight.dim() > 3 and (_channels_come_last(x) or _channels_come_last(weight))
 
 
 def _channels_come_last(x: Tensor) -> bool:
