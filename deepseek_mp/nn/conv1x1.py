@@ -82,7 +82,7 @@ def conv1x1(
     pixels = x.movedim(channels, -1)
     y = low_precision_linear(pixels, matrix, bias, products, held, scaling, plain=True).movedim(-1, channels)
     # As PyTorch's own convolution gives it.
-    given_last = x.dim() == weight.dim() and _channels_come_last(x) and pixels.is_contiguous()
+    given_last = x.dim() == weight.dim() and pixels.is_contiguous()
     stays = weight.dim() > 3 and (given_last or _channels_come_last(weight))
     return y if stays else y.contiguous()
 
@@ -111,6 +111,6 @@ def _does_not_fit(x: Tensor, weight: Tensor) -> ShapeError:
     )
 
 
-def _channels_come_last(x: Tensor) -> bool:
-    """Whether [N, C, ...] is channels_last, and does not only seem so because its last extents are 1."""
-    return x.stride(1) == 1 != x.stride(-1)
+def _channels_come_last(weight: Tensor) -> bool:
+    """Whether [O, C, 1, ...] is channels_last by its strides: as far as order goes it always is."""
+    return weight.stride(1) == 1 != weight.stride(-1)

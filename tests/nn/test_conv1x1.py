@@ -14,17 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ShapeError
-from deepseek_mp.nn import Unit, apply, revert
+from deepseek_mp.nn import Unit, apply, functional, revert
 from deepseek_mp.nn.conv1x1 import as_matrix, conv1x1, obstacle
 from deepseek_mp.nn.functional import Products, low_precision_linear
-from deepseek_mp.nn.lazy import Lazy
+from deepseek_mp.nn.lazy import Lazy, Promise
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Reason, Recipe
 
 NAMES = ["tensor", "delayed", "row", "row_gw_hp", "block", "mx"]
 KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-C, O = 128, 256  # noqa: E741
+C, OUT = 128, 256
 EXTENTS = {1: (7,), 2: (3, 5), 3: (2, 3, 2)}
 
 
@@ -37,7 +37,7 @@ def tensors(dims: int, *, batch: int | None = 2, dtype: torch.dtype = torch.floa
     """x, weight and bias, as leaves."""
     lead = () if batch is None else (batch,)
     x = torch.randn(*lead, C, *EXTENTS[dims], dtype=dtype)
-    weight, bias = torch.randn(O, C, *[1] * dims) / 10, torch.randn(O)
+    weight, bias = torch.randn(OUT, C, *[1] * dims) / 10, torch.randn(OUT)
     return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
@@ -54,7 +54,7 @@ def as_linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Products) -> 
     """Output and gradients of the linear layer over the channels, in the shapes of the convolution's."""
     dims = weight.dim() - 2
     wide = x.detach().movedim(-1 - dims, -1).contiguous().requires_grad_()
-    matrix = weight.detach().reshape(O, C).requires_grad_()
+    matrix = weight.detach().reshape(OUT, C).requires_grad_()
     y = low_precision_linear(wide, matrix, bias, how)
     leaves = (wide, matrix) if bias is None else (wide, matrix, bias)
     torch.manual_seed(5)
@@ -131,7 +131,7 @@ def test_the_output_lies_in_memory_as_the_convolutions_does(dims: int, x_last: b
 
 def test_what_follows_may_view_a_contiguous_output() -> None:
     x, weight, _ = tensors(2)
-    assert conv1x1(x, weight, None, products()).view(2, -1).shape == (2, O * 15)
+    assert conv1x1(x, weight, None, products()).view(2, -1).shape == (2, OUT * 15)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -166,7 +166,7 @@ def test_channels_last_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_linear_weight_is_a_matrix_already() -> None:
-    weight = torch.randn(O, C)
+    weight = torch.randn(OUT, C)
     assert as_matrix(weight) is weight
 
 
@@ -180,9 +180,19 @@ def test_an_activation_in_place_may_follow(layout: str) -> None:
     assert_equal(gradients(conv1x1(x, weight, bias, products()).relu_(), x, weight, bias), expected)
 
 
+def test_nothing_is_put_off_for_an_output_that_is_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    monkeypatch.setattr(functional, "lazy", lambda values: (made.append(values), Lazy.of(Promise(values), values))[1])
+    x, weight, bias = tensors(2)
+    gradients(conv1x1(x, weight, bias, products()), x)
+    assert not made
+    low_precision_linear(torch.randn(4, C), as_matrix(weight), bias, products())
+    assert made
+
+
 def test_a_lazy_input_is_computed() -> None:
     x, matrix = torch.randn(2, 9, C).requires_grad_(), torch.randn(C, C).requires_grad_()
-    weight = torch.randn(O, C, 1).requires_grad_()
+    weight = torch.randn(OUT, C, 1).requires_grad_()
 
     def run(*, lazily: bool) -> list[Tensor]:
         hidden = F.silu(low_precision_linear(x, matrix, None, products()))
@@ -216,7 +226,7 @@ def test_a_lazy_input_is_computed() -> None:
     ],
 )
 def test_what_is_one_matrix_for_all_pixels(options: dict[str, Any], found: str | None) -> None:
-    conv = nn.Conv2d(C, O, **{"kernel_size": 1, **options})
+    conv = nn.Conv2d(C, OUT, **{"kernel_size": 1, **options})
     assert obstacle(conv) == found
     if found is None:
         x = torch.randn(1, C, 4, 4)
@@ -281,7 +291,7 @@ def test_the_last_one_is_an_output_layer_unless_a_rule_names_it() -> None:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(C, O, 1), nn.ReLU(inplace=True), nn.Conv2d(O, C, 1, bias=False), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(C, OUT, 1), nn.ReLU(inplace=True), nn.Conv2d(OUT, C, 1, bias=False), nn.Flatten())
 
 
 def pinned(name: str, base: str = "bf16") -> PrecisionPlan:
@@ -370,11 +380,11 @@ def test_settings_changed_after_the_plan_are_an_error_and_not_ignored() -> None:
 @pytest.mark.parametrize(
     ("x", "weight", "match"),
     [
-        (torch.ones(2, 64, 3, 3), torch.ones(O, C, 1, 1), r"an input \[2, 64, 3, 3\] for .* \[256, 128, 1, 1\]"),
-        (torch.ones(C, 3), torch.ones(O, C, 1, 1), "inputs of 3 or 4 dimensions with 128 channels"),
-        (torch.ones(2, C, 3, 3), torch.ones(O, C, 3, 1), "weights that end in ones"),
+        (torch.ones(2, 64, 3, 3), torch.ones(OUT, C, 1, 1), r"an input \[2, 64, 3, 3\] for .* \[256, 128, 1, 1\]"),
+        (torch.ones(C, 3), torch.ones(OUT, C, 1, 1), "inputs of 3 or 4 dimensions with 128 channels"),
+        (torch.ones(2, C, 3, 3), torch.ones(OUT, C, 3, 1), "weights that end in ones"),
         (torch.ones(2, C, 3, 3), torch.ones(40, C, 1, 1), "multiples of 128"),
-        (torch.ones(2, C, 3, 3, dtype=torch.long), torch.ones(O, C, 1, 1), "torch.int64"),
+        (torch.ones(2, C, 3, 3, dtype=torch.long), torch.ones(OUT, C, 1, 1), "torch.int64"),
     ],
 )
 def test_what_does_not_fit_is_refused(x: Tensor, weight: Tensor, match: str) -> None:
