@@ -11,7 +11,8 @@ the output, and in the backward its gradient. PyTorch's convolutions give channe
 has it and contiguous memory elsewhere, which `y.view(...)` in a model may count on; here it is the same. A
 one-dimensional convolution gives contiguous memory always.
 
-**The output is an ordinary tensor**, not a `nn.lazy.Lazy`: an activation between two of these is computed.
+**The output is an ordinary tensor**: it is a view or a copy of what the linear layer gives, so an activation between
+two of these is computed and not put off (`nn.lazy`).
 
 All other convolutions stay convolutions: `nn.assign` gives them the region's format and `obstacle` as the reason.
 """
@@ -80,7 +81,7 @@ def conv1x1(
     if held is not None:
         held = HeldWeight(matrix, held.operands) if held.weight is weight else None
     pixels = x.movedim(channels, -1)
-    y = low_precision_linear(pixels, matrix, bias, products, held, scaling, plain=True).movedim(-1, channels)
+    y = low_precision_linear(pixels, matrix, bias, products, held, scaling).movedim(-1, channels)
     # As PyTorch's own convolution gives it.
     given_last = x.dim() == weight.dim() and pixels.is_contiguous()
     stays = weight.dim() > 3 and (given_last or _channels_come_last(weight))

@@ -169,8 +169,6 @@ def low_precision_linear(
     products: Products,
     held: HeldWeight | None = None,
     scaling: UnitScaling | None = None,
-    *,
-    plain: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.linear` with its three products in the formats of `products`.
 
@@ -181,7 +179,6 @@ def low_precision_linear(
         products: the recipe, and what runs it.
         held: a weight quantised before; used instead of quantising now if it is this very weight.
         scaling: what delayed scaling keeps of the layer; without it tensors are scaled by their own maxima.
-        plain: the output is an ordinary tensor also where it could be a lazy one.
 
     Returns:
         [..., N] in bf16; in eager mode with gradients a `nn.lazy.Lazy`. Gradients have the types of x, weight and bias,
@@ -197,8 +194,7 @@ def low_precision_linear(
     operands = held.operands if held is not None and held.weight is weight else None
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        function = _Linear if plain else _LazyLinear
-        y: Tensor = function.apply(x, weight, bias, products, operands, scaling)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(x, weight, bias, products, operands, scaling)  # type: ignore[no-untyped-call]
     else:
         y, _ = _forward(x, weight, bias, products, operands, scaling, for_dgrad=False, for_wgrad=False)
     if isinstance(y, Lazy):
@@ -222,7 +218,7 @@ def _does_not_fit(x: Tensor, weight: Tensor, products: Products) -> ShapeError:
 
 
 class _Linear(Function):
-    """[..., K] to [P, N], where P is the number of rows, padded."""
+    """[..., K] to [P, N], where P is the number of rows, padded; a lazy output has its final shape [..., N]."""
 
     @staticmethod
     def forward(
@@ -241,6 +237,8 @@ class _Linear(Function):
         ctx.scaling = None if scaling is None else scaling.grad_output
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.lazy = isinstance(x, Lazy) and not is_traced(y)
+        if products.reads_promises and not is_traced(y):
+            y = lazy(y[: math.prod(x.shape[:-1])].view(*x.shape[:-1], y.shape[1]))
         return y
 
     @staticmethod
@@ -272,25 +270,6 @@ class _Linear(Function):
             assert isinstance(gradient, Tensor)
             db = gradient.sum(0, dtype=torch.float32).to(bias_dtype)
         return dx, dw, db, None, None, None
-
-
-class _LazyLinear(_Linear):
-    """The same, but lazy and in its final shape [..., N] where a cast could compute an activation of the output."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        products: Products,
-        held: Operands | None,
-        scaling: UnitScaling | None,
-    ) -> Tensor:
-        y = _Linear.forward(ctx, x, weight, bias, products, held, scaling)
-        if products.reads_promises and not is_traced(y):
-            y = lazy(y[: math.prod(x.shape[:-1])].view(*x.shape[:-1], y.shape[1]))
-        return y
 
 
 def quantised_weight(weight: Tensor, products: Products, scaling: UnitScaling | None = None) -> Operands:
