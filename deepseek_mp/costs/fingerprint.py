@@ -14,7 +14,7 @@ from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.unit import original_class
 from deepseek_mp.version import __version__
 
-METHOD = 1
+METHOD = 2
 """Raised when the way of measuring changes, so that older entries are not found any more."""
 
 

@@ -23,6 +23,7 @@ from deepseek_mp.backends import autocast, capabilities, math_mode
 from deepseek_mp.costs.timing import Timing, is_out_of_memory, time_call
 from deepseek_mp.nn import units
 from deepseek_mp.nn.assign import products_of, why_not
+from deepseek_mp.nn.conv1x1 import conv1x1
 from deepseek_mp.nn.functional import low_precision_linear
 from deepseek_mp.nn.nested import first_tensor
 from deepseek_mp.nn.unit import CONVOLUTIONS, multiplies, original_class
@@ -121,8 +122,8 @@ def measure_unit(
 ) -> Timing | None:
     """The time of one call, forward and backward, in `format` or a scaled recipe; None if memory is short.
 
-    A linear layer in a scaled recipe is timed with the ops that a plan gives it (`kernels` names them, where
-    the user does), its casts included.
+    A linear layer or 1x1 convolution in a scaled recipe is timed with the ops that a plan gives it (`kernels` names
+    them, where the user does), its casts included, and those copies that it makes in this memory format.
     Algorithms are taken by the library's heuristics, without a search. Errors of the unit's own
     kernels in this format propagate.
     """
@@ -212,7 +213,8 @@ def _forward_backward(
     run: Callable[..., Any] = unit
     if not recipe.is_plain:
         products = products_of(recipe, capabilities(device), kernels)
-        run = partial(low_precision_linear, weight=unit.weight, bias=unit.bias, products=products)  # type: ignore[arg-type]
+        multiply = low_precision_linear if isinstance(unit, nn.Linear) else conv1x1
+        run = partial(multiply, weight=unit.weight, bias=unit.bias, products=products)  # type: ignore[arg-type]
 
     def forward() -> Tensor:
         with torch.enable_grad(), autocast(device, recipe.region):

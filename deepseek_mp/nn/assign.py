@@ -1,9 +1,12 @@
 """Which recipe each unit runs in: the one its plan asks for, or the region's where it cannot take that.
 
-A scaled recipe is for linear layers of sizes that its granularities divide. Any other unit that a scaled
-recipe covers runs in the format of the region around it, and the reason is kept for its decision. So does
+A scaled recipe is for linear layers and 1x1 convolutions of sizes that its granularities divide. Any other unit that
+a scaled recipe covers runs in the format of the region around it, and the reason is kept for its decision. So does
 the output layer, if the recipe is only the base of the plan: its errors go straight into the loss, and the
 published FP8 recipes keep it in BF16. A rule that names it is obeyed.
+
+Where emulation was agreed to, a convolution that is no such product has its operands rounded (`nn.emulated`) in the
+recipes that allow it. One that is a product is computed as one, since that is what a device with FP8 would compute.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import nn
 
 from deepseek_mp.backends import Capabilities, default_device, fp8_recipe
 from deepseek_mp.backends import capabilities as device_capabilities
+from deepseek_mp.nn.conv1x1 import KINDS, Convolution, obstacle
 from deepseek_mp.nn.emulated import can_be_emulated
 from deepseek_mp.nn.functional import Products, multiple_of
 from deepseek_mp.nn.survey import Survey
@@ -33,7 +37,9 @@ class Assigned:
     recipe: Recipe
     """What it runs in."""
     products: Products | None = None
-    """For a linear layer in a scaled recipe."""
+    """For a unit in a scaled recipe."""
+    rounds: bool = False
+    """Its operands are rounded only, and its own forward multiplies them."""
     reason: Reason | None = None
     """Why it does not run in the recipe that the plan asks for; None if it does."""
     detail: str = ""
@@ -76,9 +82,11 @@ def assign(
         why = None if recipe.is_plain else why_not(recipe, module, is_output=is_base and name == last)
         if recipe.is_plain:
             assigned[name] = Assigned(recipe=recipe)
-        elif emulate and can_be_emulated(recipe, original_class(module)):
+        elif why is not None and emulate and _is_rounded(recipe, module, why[0]):
             products = _interned(recipe, "reference", "reference")
-            assigned[name] = Assigned(recipe=recipe, products=products, reason=Reason.EMULATED, detail=EMULATED)
+            assigned[name] = Assigned(
+                recipe=recipe, products=products, rounds=True, reason=Reason.EMULATED, detail=EMULATED
+            )
         elif why is not None:
             assigned[name] = Assigned(recipe=around(recipe), reason=why[0], detail=why[1])
         else:
@@ -89,18 +97,23 @@ def assign(
     return assigned
 
 
+def _is_rounded(recipe: Recipe, module: nn.Module, why: Reason) -> bool:
+    """Whether a unit that cannot multiply in the recipe, for this reason, is to have its operands rounded."""
+    return why is not Reason.OUTPUT_LAYER and can_be_emulated(recipe, original_class(module))
+
+
 def around(recipe: Recipe) -> Recipe:
     """The plain recipe of what runs beside units of this recipe, and in the region around them."""
     return recipe if recipe.is_plain else RECIPES[recipe.region]
 
 
 def output_layer(model: nn.Module, found: Survey) -> str | None:
-    """The last unit in the model's order that multiplies, if that is a linear layer and not one of many blocks.
+    """The last unit in the model's order that multiplies, if it could do so in FP8 and is not one of many blocks.
 
     The order is a guess at the order of calls: a head defined before the blocks is not found.
     """
     multiplying = [name for name, module in found.units.items() if multiplies(original_class(module))]
-    if not multiplying or original_class(found.units[multiplying[-1]]) is not nn.Linear:
+    if not multiplying or _no_product(found.units[multiplying[-1]]) is not None:
         return None
     parts = multiplying[-1].split(".")
     enclosing = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
@@ -109,17 +122,39 @@ def output_layer(model: nn.Module, found: Survey) -> str | None:
 
 def why_not(recipe: Recipe, module: nn.Module, *, is_output: bool) -> tuple[Reason, str] | None:
     """Why the unit cannot run in a scaled recipe, or None if it can."""
-    kind = original_class(module)
-    if kind is not nn.Linear:
-        return Reason.NO_KERNEL, f"{recipe.name} multiplies in nn.Linear only, not in {kind.__name__}"
-    if is_output:
-        return Reason.OUTPUT_LAYER, "the last linear layer; a rule or pin for it is obeyed"
-    assert isinstance(module, nn.Linear)
-    multiple = multiple_of(recipe)
-    sizes = (module.out_features, module.in_features)
-    if any(size % multiple or not size for size in sizes):
+    other = _no_product(module)
+    if other is not None:
+        return Reason.NO_KERNEL, f"{recipe.name} multiplies in nn.Linear and 1x1 convolutions only, not in {other}"
+    multiple, sizes = multiple_of(recipe), _sizes(module)
+    fits = all(size and not size % multiple for size in sizes)
+    # A convolution that does not fit says so: a rule for it would not be obeyed.
+    if is_output and (fits or original_class(module) is nn.Linear):
+        return Reason.OUTPUT_LAYER, "the last layer that multiplies; a rule or pin for it is obeyed"
+    if not fits:
         return Reason.SHAPE, f"its weight is {list(sizes)} and {recipe.name} takes multiples of {multiple}"
     return None
+
+
+def _no_product(module: nn.Module) -> str | None:
+    """What the unit is, if its forward is not one product with its weight; None if it is."""
+    kind = original_class(module)
+    if kind is nn.Linear:
+        return None
+    if kind not in KINDS:
+        return kind.__name__
+    if "_conv_forward" in vars(module):
+        return f"a {kind.__name__} whose _conv_forward was replaced"
+    assert isinstance(module, Convolution)
+    found = obstacle(module)
+    return None if found is None else f"a {kind.__name__} with {found}"
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer or 1x1 convolution."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    assert isinstance(module, Convolution)
+    return module.out_channels, module.in_channels
 
 
 def products_of(recipe: Recipe, device: Capabilities, kernels: str | None) -> Products:

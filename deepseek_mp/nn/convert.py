@@ -105,7 +105,8 @@ def apply(
     changes: list[tuple[nn.Module, type[nn.Module], UnitPrecision]] = []
     for name, module in found.units.items():
         unit = prepared.assigned[name]
-        precision = UnitPrecision.of(unit.recipe, base, original_strides(module), unit.products)
+        strides = original_strides(module)
+        precision = UnitPrecision.of(unit.recipe, base, strides, unit.products, rounds=unit.rounds)
         changes.append((module, unit_class(original_class(module)), precision))
     # Units of an earlier call that something took out of our hands since then: they follow the base.
     controlled = set(found.units.values())

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from deepseek_mp.nn.conv1x1 import as_matrix
 from deepseek_mp.nn.functional import HeldWeight, Operands, Products, quantised_weight
 from deepseek_mp.nn.unit import Unit, scaling_now
 
@@ -38,7 +39,8 @@ class HeldWeights:
             self.drop()
             with torch.no_grad():
                 self._operands = {
-                    unit: quantised_weight(weight, how, scaling_now(unit)) for unit, weight, how in _layers(self._model)
+                    unit: quantised_weight(as_matrix(weight), how, scaling_now(unit))
+                    for unit, weight, how in _layers(self._model)
                 }
             self._mark = mark
         for unit, operands in self._operands.items():
@@ -58,9 +60,10 @@ class HeldWeights:
 def _layers(model: nn.Module) -> Iterator[tuple[Unit, Tensor, Products]]:
     """The units that multiply in low precision, with their weights, as far as those are trained parameters."""
     for module in model.modules():
-        if not (isinstance(module, Unit) and module.original_class is nn.Linear):
+        if not isinstance(module, Unit):
             continue
-        if module.unit_precision.products is not None:
+        precision = module.unit_precision
+        if precision.products is not None and not precision.rounds:
             weight = module.weight
             if isinstance(weight, nn.Parameter) and weight.requires_grad:
-                yield module, weight, module.unit_precision.products
+                yield module, weight, precision.products

@@ -15,7 +15,7 @@ What a unit's forward does follows from its format and from the plan's base:
 - bf16, fp16: an autocast region of that format. Where the model around it has no region of its own
   (an FP32 base) the output is cast back, since the next module expects FP32;
 - a linear layer in FP8: not the original forward but `functional.low_precision_linear`, which needs no
-  region and gives BF16, cast as above.
+  region and gives BF16, cast as above; a 1x1 convolution likewise, by `conv1x1`.
 
 The frozen value is interned: equal values are one object. Compiled code that once ran for a value is found
 again when the value comes back.
@@ -40,6 +40,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn.conv1x1 import check_settings, conv1x1
 from deepseek_mp.nn.emulated import emulated_convolution
 from deepseek_mp.nn.functional import HeldWeight, Products, UnitScaling, low_precision_linear
 from deepseek_mp.nn.lent_cast import LentCast
@@ -79,7 +80,9 @@ class UnitPrecision:
     region: str | None
     """Format of the autocast region around the forward; None: the original forward as it is."""
     products: Products | None = None
-    """What a linear layer multiplies with instead of its original forward; None: that forward."""
+    """What the unit multiplies with instead of its original forward; None: that forward."""
+    rounds: bool = False
+    """With products: they only say how a convolution's operands are rounded, for its own forward to multiply."""
     inputs: torch.dtype | None = None
     """Floating inputs are cast to this type first."""
     outputs: torch.dtype | None = None
@@ -89,7 +92,13 @@ class UnitPrecision:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, base: str, original_strides: tuple[int, ...] | None, products: Products | None = None
+        cls,
+        recipe: Recipe,
+        base: str,
+        original_strides: tuple[int, ...] | None,
+        products: Products | None = None,
+        *,
+        rounds: bool = False,
     ) -> UnitPrecision:
         """What a unit of `recipe` does inside a model whose region has the format `base`; one object per value."""
         region, inputs, outputs = _around(recipe.region, base)
@@ -97,6 +106,7 @@ class UnitPrecision:
             recipe=recipe,
             region=region,
             products=products,
+            rounds=rounds,
             inputs=inputs,
             outputs=outputs,
             original_strides=original_strides,
@@ -147,7 +157,7 @@ class Unit(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         precision = self.unit_precision
         if precision.products is not None:
-            run = self._low_precision if self.original_class is nn.Linear else self._emulated
+            run = self._emulated if precision.rounds else self._low_precision
             return run(precision, precision.products, *args, **kwargs)
         if precision.region is None:
             if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and self.lent_cast is not None:
@@ -166,12 +176,16 @@ class Unit(nn.Module):
         return convolve(*operands)
 
     def _low_precision(self, precision: UnitPrecision, products: Products, input: Tensor) -> Tensor:
-        """The forward of a linear layer, whose argument is called `input` there too."""
+        """The forward of a linear layer or 1x1 convolution, whose argument is called `input` there too."""
         if precision.inputs is not None:
             input = input.to(precision.inputs)
         weight, bias = self.weight, self.bias
         held, scaling = self.held_weight, scaling_now(self)
-        output = low_precision_linear(input, weight, bias, products, held, scaling)  # type: ignore[arg-type]
+        if self.original_class is nn.Linear:
+            output = low_precision_linear(input, weight, bias, products, held, scaling)  # type: ignore[arg-type]
+        else:
+            check_settings(self)  # type: ignore[arg-type]
+            output = conv1x1(input, weight, bias, products, held, scaling)  # type: ignore[arg-type]
         return output if precision.outputs is None else output.to(precision.outputs)
 
     def _emulated(self, precision: UnitPrecision, products: Products, input: Tensor) -> Tensor:

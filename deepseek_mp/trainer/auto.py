@@ -3,8 +3,8 @@
 1. One forward in FP32 and one in a 16-bit region: which units are called, with what, and whether the
    loss is finite (`costs.units`).
 2. The units, each timed alone in every admissible format and memory format, within a few seconds
-   (`costs.layers`). Where the device multiplies FP8, linear layers in its recipe too: a candidate of
-   those layers in FP8 that gain by it joins the others.
+   (`costs.layers`). Where the device multiplies FP8, linear layers and 1x1 convolutions in its recipe too: a
+   candidate of those layers in FP8 that gain by it joins the others, in the memory format in which it is fastest.
 3. Whole steps, forward and backward, of the two best by layers and of FP32 (`costs.whole_step`);
    `costs.decide` says which comes next and which wins.
 
@@ -153,10 +153,10 @@ def _measure(
     )
     trials = {candidate: _first_trial(candidate, recording, layers) for candidate in candidates}
     output = output_layer(stage.model, survey(stage.model))
-    for candidate, plain in scaled.items():
-        mixed = layers.mixed(candidate, plain, output=output)
-        if mixed is not None:
-            trials[mixed[0]] = Trial(candidate=mixed[0], layers_ms=mixed[1])
+    mixed = [found for pair in scaled.items() if (found := layers.mixed(*pair, output=output)) is not None]
+    if mixed:  # one only, so that the second best by layers is what it has to beat
+        best, layers_ms = min(mixed, key=lambda found: found[1])
+        trials[best] = Trial(candidate=best, layers_ms=layers_ms)
     deadline = started + total_s
     stopped = _step_trials(stage, trials, layers.coverage, recording.finite, deadline, report)
     verdict = decide(trials.values(), plain=_plain(trials))
@@ -172,16 +172,16 @@ def _measure(
 
 
 def _scaled(candidates: list[Candidate], capabilities: Capabilities, kernels: str | None) -> dict[Candidate, Candidate]:
-    """The device's FP8 recipe, if it multiplies in that, with the plain candidate it is compared with."""
+    """The device's FP8 recipe, if it multiplies in that, by memory format, with the plain candidate of the same."""
     recipe = fp8_recipe(capabilities)
-    plain = replace(candidates[0], format=recipe.region)
-    if plain not in candidates or RECIPES.get(recipe.name) != recipe:
+    plain = [candidate for candidate in candidates if candidate.format == recipe.region]
+    if RECIPES.get(recipe.name) != recipe:
         return {}
     if not formats_of(recipe) <= capabilities.matmul_formats:
         return {}
     if kernels is None and products_of(recipe, capabilities, None).is_emulated:
         return {}
-    return {replace(plain, format=recipe.name): plain}
+    return {replace(candidate, format=recipe.name): candidate for candidate in plain}
 
 
 def _step_trials(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from deepseek_mp.backends import autocast
 from deepseek_mp.costs import units as module
 from deepseek_mp.costs.timing import Timing
-from deepseek_mp.costs.units import UnitCall, measure_unit, record_units
+from deepseek_mp.costs.units import UnitCall, measure_unit, record_units, takes
 from deepseek_mp.nn import apply, register_unit
 
 CPU = torch.device("cpu")
@@ -211,6 +211,50 @@ def test_convolutions_are_measured_in_the_memory_format(monkeypatch: pytest.Monk
     for tensor in seen[-1]:
         assert tensor.is_contiguous(memory_format=torch.channels_last) is (layout == "channels_last")
     assert model[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_1x1_convolution_is_measured_in_fp8_as_the_plan_would_run_it(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    model = nn.Sequential(nn.Conv2d(128, 128, 1), nn.Conv2d(128, 256, 1, bias=False), nn.Conv2d(256, 4, 3))
+    (call,) = (call for call in record_units(model, lambda: model(torch.ones(2, 128, 3, 5))) if call.names == ("1",))
+    seen: list[tuple[Any, ...]] = []
+    real = module.conv1x1
+
+    def watched(x: Tensor, **options: Any) -> Tensor:
+        y = real(x, **options)
+        seen.append((x, options["weight"], options["bias"], options["products"], y))
+        return y
+
+    monkeypatch.setattr(module, "conv1x1", watched)
+    recorded_step(monkeypatch, call, "block", layout)
+    x, weight, bias, products, y = seen[-1]
+    assert (x.shape, weight.shape, bias, y.dtype) == ((2, 128, 3, 5), (256, 128, 1, 1), None, torch.bfloat16)
+    assert products.recipe.name == "block"
+    for tensor in (x, y):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) is (layout == "channels_last")
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("unit", "recipe", "fits"),
+    [
+        (nn.Linear(128, 128), "block", True),
+        (nn.Conv2d(128, 256, 1), "block", True),
+        (nn.Conv2d(128, 48, 1), "block", False),
+        (nn.Conv2d(128, 48, 1), "row", True),
+        (nn.Conv2d(128, 128, 3), "block", False),
+        (nn.Conv2d(128, 128, 1, stride=2), "block", False),
+        (nn.Conv1d(128, 128, 1), "block", True),
+    ],
+    ids=repr,
+)
+def test_which_units_a_scaled_recipe_is_timed_for(unit: nn.Module, recipe: str, fits: bool) -> None:
+    shape = (2, 128) if isinstance(unit, nn.Linear) else (2, 128, 7) if isinstance(unit, nn.Conv1d) else (2, 128, 7, 7)
+    model = nn.Sequential(unit)
+    (call,) = record_units(model, lambda: model(torch.ones(shape)))
+    assert takes(call, recipe) is fits
 
 
 def test_a_unit_that_does_not_fit_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,13 +32,14 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """An embedding, two blocks, a convolution, a narrow layer and a head."""
+    """An embedding, two blocks, convolutions of one pixel and of three, a narrow layer and a head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(16, 128)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.conv = nn.Conv1d(128, 128, 1)
+        self.conv = nn.Conv1d(128, 128, 3)
+        self.mix = nn.Conv1d(128, 128, 1)
         self.narrow = nn.Linear(128, 40)
         self.head = nn.Linear(128, 1024)
 
@@ -52,7 +53,7 @@ def short(assigned: dict[str, Assigned]) -> dict[str, tuple[str, Reason | None]]
     return {name: (unit.recipe.name, unit.reason) for name, unit in assigned.items()}
 
 
-def test_the_base_is_for_linear_layers_that_fit_and_are_not_the_output() -> None:
+def test_the_base_is_for_linear_layers_and_their_like_that_fit_and_are_not_the_output() -> None:
     assigned = given(Model(), PrecisionPlan.of("block"))
     assert short(assigned) == {
         "embed": ("bf16", Reason.NO_KERNEL),
@@ -63,22 +64,27 @@ def test_the_base_is_for_linear_layers_that_fit_and_are_not_the_output() -> None
         "blocks.1.up": ("block", None),
         "blocks.1.down": ("block", None),
         "conv": ("bf16", Reason.NO_KERNEL),
+        "mix": ("block", None),
         "narrow": ("bf16", Reason.SHAPE),
         "head": ("bf16", Reason.OUTPUT_LAYER),
     }
     assert assigned["narrow"].detail == "its weight is [40, 128] and block takes multiples of 128"
-    assert "nn.Linear only, not in Conv1d" in assigned["conv"].detail
+    known = "nn.Linear and 1x1 convolutions only"
+    assert f"{known}, not in a Conv1d with kernel_size=(3,)" in assigned["conv"].detail
+    assert f"{known}, not in Embedding" in assigned["embed"].detail
     assert {name for name, unit in assigned.items() if unit.products} == {
-        "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down",
+        "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "mix",
     }  # fmt: skip
+    assert not any(unit.rounds for unit in assigned.values())
 
 
 def test_a_rule_for_the_output_layer_is_obeyed_and_one_that_cannot_be_falls_back() -> None:
-    plan = PrecisionPlan.of("fp32", {"head": "row", "narrow": "row", "conv": "row"})
+    plan = PrecisionPlan.of("fp32", {"head": "row", "narrow": "row", "conv": "row", "mix": "row"})
     assigned = given(Model(), plan)
     assert short(assigned)["head"] == ("row", None)
     assert short(assigned)["narrow"] == ("bf16", Reason.SHAPE)  # of the recipe's own region, also under fp32
     assert short(assigned)["conv"] == ("bf16", Reason.NO_KERNEL)
+    assert short(assigned)["mix"] == ("row", None)
     assert short(assigned)["blocks.0.up"] == ("fp32", None)
 
 
@@ -93,7 +99,13 @@ def test_subclasses_and_taught_kinds_are_no_linear_layers() -> None:
         def forward(self, x: Any) -> Any:
             return 2 * super().forward(x)
 
-    assert short(given(nn.Sequential(Mine(128, 128)), PrecisionPlan.of("block"))) == {"0": ("bf16", Reason.NO_KERNEL)}
+    @register_unit
+    class MyConv(nn.Conv2d):
+        def forward(self, x: Any) -> Any:
+            return 2 * super().forward(x)
+
+    for module in (Mine(128, 128), MyConv(128, 128, 1)):
+        assert short(given(nn.Sequential(module), PrecisionPlan.of("block"))) == {"0": ("bf16", Reason.NO_KERNEL)}
 
 
 def test_one_object_runs_all_layers_of_a_recipe_also_the_next_time() -> None:
@@ -126,12 +138,15 @@ def test_sizes_fit_where_every_granularity_divides_them(recipe: str, multiple: i
         (Model(), "head"),
         (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()), "1"),
         (nn.Linear(2, 2), ""),
-        (nn.Sequential(nn.Conv1d(2, 2, 1)), None),
+        (nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 3)), None),
+        (nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1), nn.ReLU()), "1"),
         (nn.ModuleDict({"head": nn.Linear(128, 128), "blocks": nn.ModuleList([Block(), Block()])}), None),
         (nn.ModuleDict({"blocks": nn.ModuleList([Block()]), "pool": nn.Sequential(nn.Linear(2, 2))}), "pool.0"),
     ],
 )
-def test_the_output_layer_is_the_last_linear_one_outside_a_list_of_blocks(model: nn.Module, name: str | None) -> None:
+def test_the_output_layer_is_the_last_one_outside_a_list_of_blocks_if_it_could_be_fp8(
+    model: nn.Module, name: str | None
+) -> None:
     assert output_layer(model, survey(model)) == name
 
 
@@ -140,6 +155,12 @@ def test_around_a_recipe_runs_its_region(recipe: Any) -> None:
     assert around(recipe).is_plain
     assert around(recipe).name == recipe.region
     assert not recipe.is_plain or around(recipe) is recipe
+
+
+def test_an_output_convolution_that_does_not_fit_says_that() -> None:
+    """A linear head says that it is one; what it says of rules then has to be tried."""
+    for head, reason in ((nn.Conv2d(128, 21, 1), Reason.SHAPE), (nn.Linear(128, 21), Reason.OUTPUT_LAYER)):
+        assert short(given(nn.Sequential(head), PrecisionPlan.of("block"))) == {"0": ("bf16", reason)}
 
 
 def test_fp8_becomes_the_recipe_of_the_device_wherever_it_stands() -> None:

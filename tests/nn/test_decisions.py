@@ -79,5 +79,5 @@ def test_shared_weights_are_named_with_what_the_other_really_runs_in() -> None:
     decisions = said(apply(made, "block", emulate=True))
     assert "shares its weight with 'embed' (bf16), 'head' (bf16)" in decisions["mid"].detail
     assert "'mid' (block)" in decisions["head"].detail
-    assert "the last linear layer" in decisions["head"].detail
+    assert "the last layer that multiplies" in decisions["head"].detail
     assert torch.equal(made["mid"].weight, made["embed"].weight)

@@ -212,6 +212,29 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "is_traced", lambda values: True)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_1x1_convolutions_have_the_scales_of_linear_layers(layout: torch.memory_format, plainly: None) -> None:
+    linear = make()
+    convolving = nn.Sequential(nn.Conv2d(64, 48, 1), nn.GELU(), nn.Conv2d(48, 64, 1), nn.GELU(), nn.Conv2d(64, 16, 1))
+    convolving.load_state_dict(
+        {name: p.view(*p.shape, 1, 1) if p.dim() == 2 else p for name, p in linear.state_dict().items()}
+    )
+    convolving = convolving.to(memory_format=layout)
+    apply(convolving, PrecisionPlan.of("delayed"), emulate=True)
+    for seed in range(3):
+        rows = batch(seed)
+        pixels = rows.view(2, 4, 4, 64).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        expected, got = step(linear, rows), step(convolving, pixels)
+        assert torch.equal(got[0].permute(0, 2, 3, 1).reshape(32, 16), expected[0])
+        for a, b in zip(got[2:], expected[2:], strict=True):
+            assert torch.equal(a.flatten(1) if a.dim() > 1 else a, b)
+        for model in (linear, convolving):
+            update_scales(model)
+        ours, theirs = state(convolving).tensors(), state(linear).tensors()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert (ours["0/top"] > 0).all()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputing_gives_the_same_gradients_and_maxima(reentrant: bool, request: pytest.FixtureRequest) -> None:
     if reentrant:

@@ -66,6 +66,36 @@ def test_a_weight_is_quantised_once_for_all_forwards_of_one_mark(model: nn.Modul
     assert casts.count((256, 128)) == casts.count((128, 256)) == 1
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_weight_of_a_1x1_convolution_is_held_as_its_matrix(layout: torch.memory_format, casts: list[Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(128, 256, 1), nn.ReLU(), nn.Conv2d(256, 128, 1), nn.Conv2d(128, 128, 3))
+    model, x = model.to(memory_format=layout), torch.randn(2, 128, 3, 5)
+    apply(model, "block", emulate=True)
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).float().square().mean().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = step()
+    casts.clear()
+    held = HeldWeights(model)
+    for _ in range(3):
+        with held.lent("same"):
+            assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+    assert casts.count((256, 128)) == casts.count((128, 256)) == 1
+    assert model[3].held_weight is None
+
+
+def test_a_weight_that_is_only_rounded_is_not_held() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 5, 1))
+    apply(model, "tensor", emulate=True)
+    with HeldWeights(model).lent(1):
+        assert [unit.held_weight for unit in model] == [None, None]
+
+
 def test_another_mark_or_a_drop_quantises_again(model: nn.Module) -> None:
     held = HeldWeights(model)
     with held.lent(1):

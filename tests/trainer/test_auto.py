@@ -329,6 +329,61 @@ def test_fp8_that_would_be_emulated_is_no_candidate(times: Times) -> None:
     assert plan.base.name == "bf16"
 
 
+def pixels() -> nn.Module:
+    """1x1 convolutions, the first and the second of two shapes, and one of another kind between them."""
+    return nn.Sequential(
+        nn.Conv2d(128, 256, 1), nn.ReLU(), nn.Conv2d(256, 128, 1), nn.Conv2d(128, 128, 3, padding=1), nn.Flatten(),
+        nn.Linear(128 * 4, 8),
+    )  # fmt: skip
+
+
+def choose_of_pixels(model: nn.Module, **options: Any) -> PrecisionPlan:
+    inputs = torch.randn(2, 128, 2, 2)
+    hopper = Device(id="sm_90", vendor="nvidia", matmul_formats=frozenset(FP8))
+    return choose(model, lambda: model(inputs).square().mean(), device=hopper, kernels="reference", **options)
+
+
+def test_1x1_convolutions_are_candidates_for_fp8_in_the_memory_format_that_suits_them(
+    times: Times, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unit(call: Any, format: str, layout: str, *_: Any, **__: Any) -> Timing:
+        if format == "block":
+            assert call.names[0] in ("0", "2", "5")
+            return timing((1.0 if layout == "channels_last" else 2.2) if call.names[0] == "0" else 1.95)
+        return timing({"fp32": 3.0, "bf16": 2.5 if layout == "contiguous" else 2.0}[format])
+
+    monkeypatch.setattr(layers, "measure_unit", unit)
+    model = times.model = pixels()
+    times.step = {"fp32": 9, "bf16_channels_last": 5, "block_channels_last": 4}
+    plan = choose_of_pixels(model)
+    assert (plan.base.name, plan.memory_format) == ("block", "channels_last")
+    assert times.stepped == ["block_channels_last", "fp32", "bf16_channels_last"]
+    by_layer = {decision.layer: decision for decision in plan.decisions}
+    assert (by_layer["0"].new, by_layer["0"].reason) == ("block", Reason.MEASURED_FASTEST)
+    assert (by_layer["2"].new, by_layer["2"].reason) == ("bf16", Reason.MEASURED_SLOWER)
+    assert by_layer["0"].evidence == {
+        "fp32_ms": 3.0, "bf16_ms": 2.5, "fp32_channels_last_ms": 3.0, "bf16_channels_last_ms": 2.0,
+        "block_ms": 2.2, "block_channels_last_ms": 1.0,
+    }  # fmt: skip
+    resolved = apply(model, plan, kernels="reference", emulate=True)
+    said = {decision.layer: decision for decision in resolved.decisions if decision.layer}
+    assert {name: decision.new for name, decision in said.items()} == {
+        "0": "block", "2": "bf16", "3": "bf16", "5": "bf16",
+    }  # fmt: skip
+    assert said["3"].reason is Reason.NO_KERNEL
+    assert {"bf16_channels_last_ms", "block_channels_last_ms"} <= set(said["2"].evidence)
+
+
+def test_of_two_memory_formats_in_fp8_only_the_faster_is_tried_against_bf16(times: Times) -> None:
+    model = times.model = pixels()
+    times.step = {"fp32": 9, "bf16": 5, "block": 6}
+    times.unit = {"fp32": 3, "bf16": 2, "block": 1}
+    plan = choose_of_pixels(model)
+    assert times.stepped == ["block", "fp32", "bf16"]
+    assert (plan.base.name, plan.memory_format) == ("bf16", "contiguous")
+    assert "block_channels_last_layers_ms" not in whole(plan).evidence
+
+
 def test_pins_hold_beside_fp8(times: Times) -> None:
     model = times.model = wide()
     times.step, times.unit = {"fp32": 9, "bf16": 5, "block": 4}, {"fp32": 3, "bf16": 2, "block": 1}

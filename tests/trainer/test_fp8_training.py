@@ -77,7 +77,25 @@ def gpt_batches(count):
         yield rows[:, :-1], rows[:, 1:]
 
 
-MODELS = {"mlp": (mlp, mlp_batches, F.cross_entropy), "gpt": (gpt, gpt_batches, next_byte_loss)}
+def pixels():
+    """An image model whose convolutions are 1x1, but for one."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(128, 128, 1), nn.BatchNorm2d(128), nn.ReLU(inplace=True), nn.Conv2d(128, 128, 1, bias=False),
+        nn.Conv2d(128, 16, 3, padding=1), nn.Flatten(), nn.Linear(64, 4),
+    )  # fmt: skip
+
+
+def pixel_batches(count):
+    for x, target in mlp_batches(count, size=32):
+        yield x[:, :, None, None] + 0.1 * torch.randn(32, 128, 2, 2, generator=torch.Generator().manual_seed(2)), target
+
+
+MODELS = {
+    "mlp": (mlp, mlp_batches, F.cross_entropy),
+    "gpt": (gpt, gpt_batches, next_byte_loss),
+    "pixels": (pixels, pixel_batches, F.cross_entropy),
+}
 
 
 def make(model, mode, loss_fn=F.cross_entropy, **options):
@@ -103,6 +121,21 @@ def test_every_recipe_learns_as_bf16_does(name, recipe):
     assert theirs[-1] < 0.95 * theirs[0]
     assert ours != theirs
     assert all(abs(a - b) < 0.01 * b for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_1x1_convolutions_train_in_fp8_and_others_beside_them_do_not(layout):
+    trainer = make(pixels(), replace(PrecisionPlan.of("block"), memory_format=layout), gradient_accumulation_steps=2)
+    said = {decision.layer: (decision.new, decision.reason.value) for decision in trainer.plan.decisions}
+    assert said["0"] == said["3"] == ("block", "emulated")
+    assert (said["1"], said["4"], said["6"]) == (("bf16", "no_kernel"), ("bf16", "no_kernel"), ("bf16", "output_layer"))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert all(math.isfinite(trainer.step(batch).loss) for batch in pixel_batches(4))
+    trainer.settle()
+    assert not any(torch.equal(trainer.model.state_dict()[name], before[name]) for name in ("0.weight", "3.weight"))
+    assert trainer.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    revert(trainer.model)
+    assert type(trainer.model[0]) is nn.Conv2d
 
 
 def test_fp8_is_a_mode_a_pin_and_the_base_of_a_run():
