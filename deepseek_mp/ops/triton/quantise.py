@@ -73,7 +73,7 @@ def _cast(
 
 
 def _in_pairs(x: Tensor, cast: Cast) -> bool:
-    """Whether `cast_pairs_kernel` casts x; it reads words of 32 bits, where a view into a larger tensor may not begin."""
+    """Whether `cast_pairs_kernel` casts x. It reads words of 32 bits, and a view may begin within one."""
     bf16 = x.dtype == torch.bfloat16 and x.storage_offset() % 2 == 0
     return bf16 and cast.granularity == "1x128" and torch.version.hip is None and cast.format in _PTX_FORMATS
 
