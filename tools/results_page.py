@@ -111,12 +111,27 @@ def _fusions_tables(report: Json) -> Iterator[list[Row]]:
         yield rows
 
 
+def _kernels_tables(report: Json) -> Iterator[list[Row]]:
+    """Rates of casts and products, and the shortest step that they allow."""
+    rates: list[Row] = [("measured", "what", "rate")]
+    floors: list[Row] = [("floor", "recipe", "ms", "products", "casts", "rest")]
+    for name, case in report["cases"].items():
+        for key, unit in (("gb_per_s", "GB/s"), ("tflops", "TFLOP/s")):
+            rates += [(name, what, f"{_spread(spread)} {unit}") for what, spread in case.get(key, {}).items()]
+        for recipe, floor in case.get("recipes", {}).items():
+            parts = [_number(floor[f"{part}_ms"]) for part in ("floor", "products", "casts", "rest")]
+            floors.append((name.removeprefix("floor "), recipe, *parts))
+    yield rates
+    yield floors
+
+
 _TABLES = {
     "auto": _auto_tables,
     "overhead": _overhead_tables,
     "fp8": _fp8_tables,
     "fp8-switch": _switch_tables,
     "fp8-fusions": _fusions_tables,
+    "fp8-kernels": _kernels_tables,
 }
 """By a report's name, or by its first word."""
 

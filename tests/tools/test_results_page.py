@@ -61,6 +61,19 @@ def test_fusions_have_a_table_for_each_recipe() -> None:
     assert "| all-off | - | - | - | - | failed: exit status 1 |" in page
 
 
+def test_rates_and_floors_have_tables() -> None:
+    floor = {"floor_ms": 296.01, "products_ms": 178.86, "casts_ms": 15.23, "rest_ms": 101.92}
+    cases = {
+        "cast activation": {"gb_per_s": {"1x128": SPREAD}, "check": "passed"},
+        "product 2 x 2 x 2": {"tflops": {"bf16": SPREAD}, "check": "passed"},
+        "floor decoder": {"recipes": {"block": floor}, "check": "passed"},
+    }
+    page = results_page.render([("fp8-kernels.json", report("fp8-kernels", **cases))])
+    assert "| cast activation | 1x128 | 20 (19-21) GB/s |" in page
+    assert "| product 2 x 2 x 2 | bf16 | 20 (19-21) TFLOP/s |" in page
+    assert "| decoder | block | 296.0 | 178.9 | 15.2 | 101.9 |" in page
+
+
 def test_a_case_from_another_commit_says_so() -> None:
     case = {
         "trainer_ms": SPREAD, "hand_ms": SPREAD, "ratio": {**SPREAD, "median": 1.004}, "allowed_ratio": 1.01,
