@@ -7,8 +7,8 @@ from deepseek_mp.precision import RECIPES, Recipe, as_fnuz
 
 BEST_FP8 = {"sm_90": "block"}
 """By row of the capability table. Block scales are the finest that Hopper's products keep at full rate. Other
-FP8 units take a scale per row; data-centre Blackwell could apply 1x32 scales in hardware, but `mx` has no kernel
-in this release."""
+FP8 units take a scale per row; data-centre Blackwell could apply 1x32 scales in hardware, but the kernel of `mx`
+does not use it in this release."""
 FP8_ELSEWHERE = "row"
 
 

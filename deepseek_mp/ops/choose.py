@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepseek_mp.backends.capabilities import UNKNOWN, Capabilities, table
 from deepseek_mp.errors import ConfigError, FormatError, explain
+from deepseek_mp.ops.layouts import PAIRS
 from deepseek_mp.ops.operands import Cast, Operands
 
 IMPLEMENTATIONS = {
@@ -35,7 +36,6 @@ _NATIVE_NAMES = {
 }
 """What the capability table calls a pair of granularities."""
 _BLOCKS_SINCE_CUDA = (12, 9)
-_TRITON_GRANULARITIES = frozenset({"tensor", "row", "1x128", "128x128"})
 
 Quantise = Callable[[Tensor, Cast, Tensor | None], Operands]
 """Of a tensor, how it is cast, and the seed where it is rounded stochastically."""
@@ -107,9 +107,9 @@ def _why_not_triton(granularities: Granularities, device: Capabilities) -> str |
         return f"Triton has no code for {device.device_name}"
     if not _has_units(device):
         return f"{device.device_name} has no FP8 units"
-    named = {name for entry in granularities for name in ((entry,) if isinstance(entry, str) else entry)}
-    if not named <= _TRITON_GRANULARITIES:
-        return f"there is no kernel for {', '.join(sorted(named - _TRITON_GRANULARITIES))} scales"
+    missing = [" with ".join(pair) for pair in granularities if not isinstance(pair, str) and pair not in PAIRS]
+    if missing:
+        return f"there is no kernel for products of {', '.join(missing)} scales"
     return None if _has_triton() else "the package triton is not installed"
 
 

@@ -21,6 +21,8 @@ from deepseek_mp.errors import ShapeError, explain
 
 ALIGNMENT: Mapping[str, int] = MappingProxyType({"tensor": 16, "row": 16, "1x32": 32, "1x128": 128, "128x128": 128})
 """Both extents of an operand are multiples of this: what matrix units take, or whole groups."""
+PAIRS = (("tensor", "tensor"), ("row", "row"), ("1x128", "128x128"), ("1x128", "1x128"), ("1x32", "1x32"))
+"""The granularities, left and right, of operands that Triton's kernel multiplies; the reference takes any two."""
 
 
 def alignment(granularity: str) -> int:

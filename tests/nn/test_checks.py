@@ -341,7 +341,9 @@ def test_recipes_of_equal_name_are_equal() -> None:
 @pytest.mark.parametrize("row", ["sm_90", "sm_100"])
 def test_scales_without_a_kernel_are_refused_or_labelled(row: str) -> None:
     model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
-    with pytest.raises(FormatError, match=r"recipe 'mx' has no kernel for its scales.*'?row"):
-        apply(model, "mx", capabilities=_device(row))
-    plan = apply(model, "mx", capabilities=_device(row), emulate=True)
+    of_row, of_tensor = (RECIPES[name].fprop for name in ("row", "tensor"))
+    mixed = replace(RECIPES["row"], name="mixed", fprop=replace(of_row, right=of_tensor.right))
+    with pytest.raises(FormatError, match=r"recipe 'mixed' has no kernel for its scales.*'?row"):
+        apply(model, mixed, capabilities=_device(row))
+    plan = apply(model, mixed, capabilities=_device(row), emulate=True)
     assert [decision.reason for decision in plan.decisions] == [Reason.EMULATED, Reason.OUTPUT_LAYER]

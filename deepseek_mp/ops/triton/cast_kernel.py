@@ -5,6 +5,9 @@ threads is what makes a transposing cast slow. So the tile is read as four sub-t
 the rows 4i + j: the four bytes that stand one below the other in a column are then in one thread, are
 packed into a 32-bit word, and the transposed tile is written in words.
 
+With 1x32 scales a row of the tile has four groups, and a column too: rows 8n to 8n + 7 of the four sub-tiles
+are rows 32n to 32n + 31 of the tile.
+
 The kernel is limited by instructions before it is limited by memory: no value is clamped, since none is
 larger than what its scale was taken from (with a delayed scale the cast itself saturates), and in groups of one
 row NaN travels through the scale. On NVIDIA the cast is written in PTX: compiled by Triton 3.6, bytes that are
@@ -43,6 +46,74 @@ def _tile_top(values, PTX: tl.constexpr):
     low = tl.maximum(finite_magnitude(values[0], PTX), finite_magnitude(values[1], PTX))
     high = tl.maximum(finite_magnitude(values[2], PTX), finite_magnitude(values[3], PTX))
     return tl.max(tl.maximum(low, high))
+
+
+@triton.jit
+def _row_tops(value, GRANULARITY: tl.constexpr):
+    """The largest magnitude of every row of a sub-tile [32], of every 1x32 group [32, 4]; NaN if there is one."""
+    if GRANULARITY == "1x32":
+        top = tl.reduce(tl.reshape(tl.abs(value), (32, 4, 32)), 2, larger)
+    else:
+        top = tl.reduce(tl.abs(value), 1, larger)
+    return top
+
+
+@triton.jit
+def _column_tops(values, GRANULARITY: tl.constexpr):
+    """The largest magnitude of every column of a tile [128], of every 1x32 group [4, 128]; NaN if there is one."""
+    # The four sub-tiles value by value first: that costs no exchange between threads.
+    size = larger(larger(tl.abs(values[0]), tl.abs(values[1])), larger(tl.abs(values[2]), tl.abs(values[3])))
+    if GRANULARITY == "1x32":
+        top = tl.reduce(tl.reshape(size, (4, 8, 128)), 1, larger)
+    else:
+        top = tl.reduce(size, 0, larger)
+    return top
+
+
+@triton.jit
+def _by_row(value, inverse, GRANULARITY: tl.constexpr):
+    """A sub-tile times the inverses of its rows or groups, shaped as `_row_tops`."""
+    if GRANULARITY == "1x32":
+        scaled = tl.reshape(tl.reshape(value, (32, 4, 32)) * inverse[:, :, None], (32, 128))
+    else:
+        scaled = value * inverse[:, None]
+    return scaled
+
+
+@triton.jit
+def _by_column(value, inverse, GRANULARITY: tl.constexpr):
+    """A sub-tile times the inverses of the tile's columns or groups, shaped as `_column_tops`."""
+    if GRANULARITY == "1x32":
+        scaled = tl.reshape(tl.reshape(value, (4, 8, 128)) * inverse[:, None, :], (32, 128))
+    else:
+        scaled = value * inverse[None, :]
+    return scaled
+
+
+@triton.jit
+def _store_row_scales(s, scale, tile_k, m, K, P, GRANULARITY: tl.constexpr):
+    """The scales of rows m, or of their groups in a tile, to where `ops.layouts` has them."""
+    if GRANULARITY == "1x32":
+        group = tile_k * 4 + tl.arange(0, 4)
+        inside = (m < P)[:, None] & (group < K // 32)[None, :]
+        tl.store(s + group[None, :].to(tl.int64) * P + m[:, None], scale, mask=inside)
+    elif GRANULARITY == "1x128":
+        tl.store(s + tile_k.to(tl.int64) * P + m, scale, mask=m < P)
+    elif tile_k == 0:
+        tl.store(s + m, scale, mask=m < P)
+
+
+@triton.jit
+def _store_column_scales(st, scale, tile_m, k, K, P, GRANULARITY: tl.constexpr):
+    """The scales of columns k, or of their groups in a tile, to where `ops.layouts` has them."""
+    if GRANULARITY == "1x32":
+        group = tile_m * 4 + tl.arange(0, 4)
+        inside = (group < P // 32)[:, None] & (k < K)[None, :]
+        tl.store(st + group[:, None].to(tl.int64) * K + k[None, :], scale, mask=inside)
+    elif GRANULARITY == "1x128":
+        tl.store(st + tile_m.to(tl.int64) * K + k, scale, mask=k < K)
+    elif tile_m == 0:
+        tl.store(st + k, scale, mask=k < K)
 
 
 @triton.jit
@@ -183,12 +254,10 @@ def cast_tile(
     quarter = tile_m * 128 + 4 * tl.arange(0, 32)
     inside_k = k < K
 
-    if GRANULARITY == "1x128":
-        # The four sub-tiles value by value first: that costs no exchange between threads.
-        size = larger(larger(tl.abs(values[0]), tl.abs(values[1])), larger(tl.abs(values[2]), tl.abs(values[3])))
-        column_scale, column_inverse = scales(tl.reduce(size, 0, larger), LARGEST, POWER_OF_TWO, PTX)
+    if GRANULARITY == "1x128" or GRANULARITY == "1x32":
+        column_scale, column_inverse = scales(_column_tops(values, GRANULARITY), LARGEST, POWER_OF_TWO, PTX)
         if COLUMNS:
-            tl.store(st + tile_m.to(tl.int64) * K + k, column_scale, mask=inside_k)
+            _store_column_scales(st, column_scale, tile_m, k, K, P, GRANULARITY)
     elif GRANULARITY == "128x128":
         whole_scale, whole_inverse = scales(_tile_top(values, PTX), LARGEST, POWER_OF_TWO, PTX)
         if ROWS:
@@ -210,29 +279,27 @@ def cast_tile(
     else:
         given = tl.load(column_amax + k, mask=inside_k, other=0.0)
         column_scale, column_inverse = scales(given, LARGEST, POWER_OF_TWO, PTX)
-        if COLUMNS and tile_m == 0:
-            tl.store(st + k, column_scale, mask=inside_k)
+        if COLUMNS:
+            _store_column_scales(st, column_scale, tile_m, k, K, P, GRANULARITY)
 
     column_bytes = ()
     for j in tl.static_range(4):
         m = quarter + j
         inside_m = m < P
         value = values[j]
-        if GRANULARITY == "1x128" or GRANULARITY == "row":
+        if GRANULARITY == "1x128" or GRANULARITY == "1x32" or GRANULARITY == "row":
             if ROWS:
-                if GRANULARITY == "1x128":
-                    row_top = tl.reduce(tl.abs(value), 1, larger)
-                else:
+                if GRANULARITY == "row":
                     row_top = tl.load(amax + m, mask=inside_m, other=0.0)
+                else:
+                    row_top = _row_tops(value, GRANULARITY)
                 row_scale, row_inverse = scales(row_top, LARGEST, POWER_OF_TWO, PTX)
-                if GRANULARITY == "1x128":
-                    tl.store(s + tile_k.to(tl.int64) * P + m, row_scale, mask=inside_m)
-                elif tile_k == 0:
-                    tl.store(s + m, row_scale, mask=inside_m)
-                scaled = _rounded(value * row_inverse[:, None], uniform[j], LARGEST, EPSILON, SMALLEST)
+                _store_row_scales(s, row_scale, tile_k, m, K, P, GRANULARITY)
+                scaled = _rounded(_by_row(value, row_inverse, GRANULARITY), uniform[j], LARGEST, EPSILON, SMALLEST)
                 row_byte = _bytes(scaled, FORMAT, PTX)
             if COLUMNS:
-                scaled = _rounded(value * column_inverse[None, :], uniform[j], LARGEST, EPSILON, SMALLEST)
+                scaled = _by_column(value, column_inverse, GRANULARITY)
+                scaled = _rounded(scaled, uniform[j], LARGEST, EPSILON, SMALLEST)
                 column_bytes = column_bytes + (_bytes(scaled, FORMAT, PTX),)
         else:
             # One scale for many rows: only what is not finite itself may become NaN. The second product is

@@ -2,7 +2,8 @@
 
 FP8 matrix units add with fewer bits than FP32 has (about 14 on Hopper). Leaving them every 128
 products bounds that error, and it is where the scales of 1x128 and 128x128 blocks change anyway
-(DeepSeek-V3 report, arXiv 2412.19437, section 3.3.2).
+(DeepSeek-V3 report, arXiv 2412.19437, section 3.3.2). Scales of 1x32 change every 32 products: there
+BLOCK_C is 32, one instruction of Hopper's matrix units, which have no 1x32 scales of their own.
 
 Tiles are read through tensor descriptors, which the copy engine of newer devices serves, and a program
 goes on to the next tile until none is left.
@@ -19,8 +20,12 @@ def product_kernel(
     left, left_scale, right, right_scale, bias, out, A, B, C,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+    SCALES_AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """out [A, B] = (left [A, C] * scales) @ (right [B, C] * scales).T (+ bias [B]); all three are descriptors."""
+    """out [A, B] = (left [A, C] * scales) @ (right [B, C] * scales).T (+ bias [B]); all three are descriptors.
+
+    Tiles are read some steps ahead of their product; SCALES_AHEAD has their scales read so many ahead too, if not None.
+    """
     tiles_a = tl.cdiv(A, BLOCK_A)
     tiles_b = tl.cdiv(B, BLOCK_B)
     for tile in range(tl.program_id(0), tiles_a * tiles_b, tl.num_programs(0)):
@@ -33,9 +38,9 @@ def product_kernel(
         b = column + tl.arange(0, BLOCK_B)
 
         total = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
-        for step in range(tl.cdiv(C, BLOCK_C)):
+        for step in tl.range(tl.cdiv(C, BLOCK_C), num_stages=SCALES_AHEAD):
             partial = tl.dot(left.load([row, step * BLOCK_C]), right.load([column, step * BLOCK_C]).T)
-            if LEFT == "1x128":
+            if LEFT == "1x128" or LEFT == "1x32":
                 scale = tl.load(left_scale + step * A + a, mask=a < A, other=0.0)
                 if RIGHT == "128x128":
                     whole = tl.load(right_scale + (column // 128) * (C // 128) + step)

@@ -1,6 +1,6 @@
 """`quantise` and `quantise_delayed` as Triton kernels: one pass where the scale's group lies in a tile.
 
-1x128 and 128x128 groups lie in one tile of 128 x 128: each value is read once. A scale of a whole
+1x32, 1x128 and 128x128 groups lie in one tile of 128 x 128: each value is read once. A scale of a whole
 tensor or row needs the maximum first, so the matrix is read twice. A delayed scale is known before: where it
 is not, the same two kernels find the maximum after all, so that the host need not know which case it is.
 """
@@ -27,9 +27,10 @@ _TRITON_FORMATS = {
 }
 _PTX_FORMATS = ("fp8_e4m3", "fp8_e5m2")
 AMAX_BLOCK = 16384
-WARPS = {"tensor": 4, "row": 4, "1x128": 8, "128x128": 8, "delayed": 8}
+WARPS = {"tensor": 4, "row": 4, "1x32": 8, "1x128": 8, "128x128": 8, "delayed": 8}
 """Warps per tile, by measurement on an H200: fewer keep more of a tile in each thread, more hide more latency.
-"delayed" is not measured: it has the reduction that 128x128 has."""
+Two are not measured: "delayed" has the reduction that 128x128 has, and with 1x32 four warps take twice the registers
+of a thread that eight take (248 and 121, compiled for sm_90)."""
 PAIR_WARPS = 4
 """By measurement on an H200: with eight, `cast_pairs_kernel` is a quarter slower."""
 STOCHASTIC_WARPS = 8

@@ -11,15 +11,20 @@ from deepseek_mp.precision import find_format
 pytestmark = pytest.mark.gpu
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")
-GRANULARITIES = ["tensor", "row", "1x128", "128x128"]
+GRANULARITIES = ["tensor", "row", "1x32", "1x128", "128x128"]
+SHAPES = [(256, 384), (1000, 512), (77, 128), (1, 128)]
+OF_GROUPS_OF_32 = [(160, 32), (33, 96), (1000, 224)]
+CASES = [(granularity, shape) for granularity in GRANULARITIES for shape in SHAPES]
+CASES += [("1x32", shape) for shape in OF_GROUPS_OF_32]
 
 
 def hard_matrix(rows, columns, dtype, seed):
-    """Rows over seven decades, a row of zeros, an infinity and a NaN."""
+    """Rows over seven decades, a row and a column of zeros, an infinity and a NaN."""
     generator = torch.Generator("cuda").manual_seed(seed)
     x = torch.randn(rows, columns, device="cuda", generator=generator)
     x *= 10 ** (torch.rand(rows, 1, device="cuda", generator=generator) * 7 - 5)
     x[rows // 2] = 0
+    x[:, columns // 5] = 0
     x[rows // 3, columns // 2] = float("inf")
     x[rows // 4, columns // 3] = float("nan")
     return x.to(dtype)
@@ -33,11 +38,10 @@ def assert_equal(ours, expected):
 
 
 @hopper
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("granularity", "shape"), CASES)
 @pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(256, 384), (1000, 512), (77, 128), (1, 128)])
-def test_the_cast_kernel_gives_the_reference_bit_for_bit(granularity, format, dtype, shape):
+def test_the_cast_kernel_gives_the_reference_bit_for_bit(granularity, shape, format, dtype):
     x = hard_matrix(*shape, dtype, seed=shape[0])
     for power_of_two in (False, True):
         ours = quantise(x, format, granularity, power_of_two, True, True, "triton")
@@ -47,11 +51,10 @@ def test_the_cast_kernel_gives_the_reference_bit_for_bit(granularity, format, dt
 
 
 @hopper
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("granularity", "shape"), CASES)
 @pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
-@pytest.mark.parametrize("shape", [(256, 384), (1000, 512), (77, 128), (1, 128)])
 @pytest.mark.parametrize("seed", [0, 12345, 2**63 - 1, -3])
-def test_a_seed_gives_the_reference_bit_for_bit(granularity, format, shape, seed):
+def test_a_seed_gives_the_reference_bit_for_bit(granularity, shape, format, seed):
     drawn = torch.tensor(seed, device="cuda")
     for dtype in (torch.bfloat16, torch.float32):
         x = hard_matrix(*shape, dtype, seed=shape[0])
@@ -89,6 +92,18 @@ def test_a_view_may_begin_anywhere(offset):
         strict=True,
     ):
         assert_equal(made, wanted)
+
+
+@hopper
+def test_infinities_and_nan_spoil_their_group_of_32_and_no_other():
+    x = torch.randn(256, 256, device="cuda")
+    x[70, 200], x[135, 5] = float("inf"), float("nan")
+    q, s, qt, st = quantise(x, "fp8_e4m3", "1x32", True, True, True, "triton")
+    for values, scales, groups in ((q, s, {(70, 6), (135, 0)}), (qt, st, {(200, 2), (5, 4)})):
+        assert {tuple(place) for place in scales.T.isnan().nonzero().tolist()} == groups
+        spoiled = values.float().isnan().view(256, 8, 32)
+        assert torch.equal(spoiled.any(2), spoiled.all(2))
+        assert torch.equal(spoiled.all(2), scales.T.isnan())
 
 
 def relative_error(ours, expected):
