@@ -5,8 +5,8 @@ tensor [] and []; row [A, 1] and [1, B]; 1x128 [A, C/128] with the outer extent 
 [C/128, B]; 128x128 on the right [C/128, B/128] with the contraction contiguous.
 
 Products with row scales give BF16 only, except where cuBLAS makes them: since CUDA 12.9, on Hopper
-(aten/src/ATen/native/cuda/ScaledBlas.cpp). Row scales are the same along the whole sum, so they leave
-it: for other types the unscaled FP32 product is scaled afterwards.
+(aten/src/ATen/native/cuda/ScaledBlas.cpp). On a CPU some builds of PyTorch have none (oneDNN in torch 2.11).
+Row scales are the same along the whole sum, so they leave it: there the unscaled FP32 product is scaled afterwards.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def product(
     if not contraction or not outer:
         out = left.new_zeros((outer, right.shape[0]), dtype=dtype)
         return out if bias is None else out + bias.to(dtype)
-    if pair == ("row", "row") and dtype is not torch.bfloat16 and not _rows_in_any_type(left.device):
+    if pair == ("row", "row") and not _has_row_scales(left.device, dtype):
         return _scaled_afterwards(left, left_scale, right, right_scale, bias, dtype)
     if pair[1] == "128x128" and contraction // BLOCK % READ_TOGETHER:
         # By row, which has no such rule: the same scale 128 times.
@@ -73,9 +73,11 @@ def _scaled_afterwards(
 
 
 @cache
-def _rows_in_any_type(device: torch.device) -> bool:
-    """Whether products with row scales give other types than bf16 there."""
+def _has_row_scales(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library makes products with row scales there, with results of this type."""
     if device.type != "cuda":
+        return False
+    if dtype is torch.bfloat16:
         return True
     version = torch.version.cuda
     if version is None or torch.cuda.get_device_capability(device)[0] != 9:
