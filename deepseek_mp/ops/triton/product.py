@@ -34,7 +34,7 @@ class Tiling:
 TILINGS: Mapping[tuple[str, str], Tiling] = MappingProxyType(
     {
         ("1x128", "128x128"): Tiling(a=64, group=16, warps=4, stages=3, per_processor=2),
-        ("1x128", "1x128"): Tiling(b=64, warps=4, per_processor=2),
+        ("1x128", "1x128"): Tiling(b=64, group=16, warps=4, stages=3, per_processor=2),
         # A step of 32 is too short to wait for its scales.
         ("1x32", "1x32"): Tiling(c=32, scales_ahead=4),
     }
