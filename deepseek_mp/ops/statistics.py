@@ -1,0 +1,95 @@
+"""What the values of a tensor are like, and what rounding does to them: a few numbers, left on the device.
+
+Every function gives one FP32 vector whose places are named beside it, so that a caller can keep many in one
+buffer and read them together, when it suits. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ERROR_FIELDS = ("relative", "by_row", "bias", "underflow", "overflow")
+"""What `rounding_error` gives.
+
+relative   error energy over energy, sum (q - x)^2 / sum x^2; the noise-to-signal ratio of the format
+by_row     the mean of the same ratio over the rows: sees what happens to rows of small values, which `relative`
+           does not
+bias       the mean of (q - x) / x, cut to [-1, 1]: errors that do not cancel in a sum. Sees what happens to small
+           values between large ones in a row
+underflow  share of the values other than zero that become zero
+overflow   share of the finite values that become infinite or NaN
+"""
+SPREAD_FIELDS = ("amax", "rms", "smallest", "octaves", "kurtosis", "non_finite")
+"""What `spread` gives, of the finite values.
+
+amax        largest magnitude
+rms         root of the mean square
+smallest    smallest magnitude other than zero; 0 if there is none
+octaves     log2(amax / smallest): the powers of two that a format would have to span
+kurtosis    mean x^4 / (mean x^2)^2: 3 for normal values, far more with outliers
+non_finite  share of all values that are infinite or NaN
+"""
+
+
+@torch.no_grad()
+def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
+    """`ERROR_FIELDS` [5] of a matrix [rows, columns] and the same matrix rounded; 0 where nothing can be said.
+
+    Values of `x` that are not finite are left out. Values that rounding makes infinite count in `overflow` only.
+    """
+    x, rounded = x.float(), rounded.float()
+    finite = x.isfinite()
+    over = finite & ~rounded.isfinite()
+    counted = finite & ~over
+    error = torch.where(counted, rounded - x, 0.0)
+    value = torch.where(counted, x, 0.0)
+    error_rows, energy_rows = error.square().sum(1), value.square().sum(1)
+    filled = energy_rows > 0
+    nonzero = value != 0
+    ratio = torch.where(nonzero, error / torch.where(nonzero, value, 1.0), 0.0).clamp(-1, 1)
+    return torch.stack(
+        [
+            _share(error_rows.sum(), energy_rows.sum()),
+            _share(_quotient(error_rows, energy_rows).sum(), filled.sum()),
+            _share(ratio.sum(), nonzero.sum()),
+            _share((nonzero & (rounded == 0)).sum(), nonzero.sum()),
+            _share(over.sum(), finite.sum()),
+        ]
+    )
+
+
+@torch.no_grad()
+def spread(x: Tensor) -> Tensor:
+    """`SPREAD_FIELDS` [6] of a tensor of any shape; zeros for an empty one."""
+    if not x.numel():
+        return torch.zeros(len(SPREAD_FIELDS), device=x.device)
+    size = x.float().abs()
+    finite = size < float("inf")
+    size = torch.where(finite, size, 0.0)
+    count = finite.sum()
+    amax = size.amax()
+    # In units of the largest value, so that fourth powers neither overflow nor vanish.
+    square = _quotient(size, amax).square()
+    mean_square = _share(square.sum(), count)
+    smallest = torch.where(size > 0, size, float("inf")).amin()
+    smallest = torch.where(smallest < float("inf"), smallest, 0.0)
+    return torch.stack(
+        [
+            amax,
+            mean_square.sqrt() * amax,
+            smallest,
+            torch.where(smallest > 0, _quotient(amax, smallest), 1.0).log2(),
+            _quotient(_share(square.square().sum(), count), mean_square.square()),
+            1 - count / x.numel(),
+        ]
+    )
+
+
+def _quotient(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, 0 where whole is 0."""
+    return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return _quotient(part.float(), whole.float())

@@ -1,0 +1,89 @@
+"""Numbers that describe a tensor and its rounding, against their definitions."""
+
+import pytest
+import torch
+
+from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS, rounding_error, spread
+
+
+def named(fields, vector):
+    return dict(zip(fields, vector.tolist(), strict=True))
+
+
+def errors(x, rounded):
+    return named(ERROR_FIELDS, rounding_error(x, rounded))
+
+
+def test_bf16_of_normal_values_has_the_error_of_its_format():
+    x = torch.randn(512, 256)
+    found = errors(x, x.bfloat16())
+    assert found["relative"] == pytest.approx(2.8e-6, rel=0.05)  # 2^-16 of mantissa steps, averaged over a binade
+    assert found["by_row"] == pytest.approx(found["relative"], rel=0.05)
+    assert abs(found["bias"]) < 1e-4
+    assert found["underflow"] == found["overflow"] == 0
+
+
+def test_rows_of_small_values_are_seen_by_row_only():
+    x = torch.randn(64, 32)
+    x[1:] *= 1e-6
+    rounded = x.clone()
+    rounded[1:] = 0
+    found = errors(x, rounded)
+    assert found["relative"] < 1e-9
+    assert found["by_row"] == pytest.approx(63 / 64)
+    assert found["underflow"] == pytest.approx(63 / 64)
+
+
+def test_small_values_between_large_ones_are_seen_by_the_bias_only():
+    x = torch.full((8, 100), 1e-5)
+    x[:, 0] = 1.0
+    rounded = torch.zeros_like(x)
+    rounded[:, 0] = 1.0
+    found = errors(x, rounded)
+    assert found["by_row"] < 1e-6
+    assert found["bias"] == pytest.approx(-0.99)
+
+
+def test_what_overflows_is_counted_and_spoils_nothing_else():
+    x = torch.tensor([[1.0, 70000.0, float("nan"), float("inf")]])
+    found = errors(x, x.half())
+    assert found["overflow"] == pytest.approx(0.5)
+    assert found["relative"] == 0
+    assert found["bias"] == 0
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.zeros(0, 4), torch.full((2, 2), float("nan"))])
+def test_nothing_to_say_is_zero(x):
+    assert not rounding_error(x, x).any()
+
+
+def test_the_spread_of_known_values():
+    found = named(SPREAD_FIELDS, spread(torch.tensor([0.0, 2.0, -8.0, float("inf")])))
+    square = (0 + 4 + 64) / 3
+    assert found["amax"] == 8
+    assert found["rms"] == pytest.approx(square**0.5)
+    assert found["smallest"] == 2
+    assert found["octaves"] == 2
+    assert found["kurtosis"] == pytest.approx((16 + 4096) / 3 / square**2)
+    assert found["non_finite"] == 0.25
+
+
+def test_normal_values_have_a_kurtosis_of_three_and_outliers_show():
+    x = torch.randn(200_000)
+    assert named(SPREAD_FIELDS, spread(x))["kurtosis"] == pytest.approx(3, rel=0.05)
+    x[::1000] *= 1000
+    assert named(SPREAD_FIELDS, spread(x))["kurtosis"] > 100
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_fourth_power_neither_overflows_nor_vanishes(scale):
+    found = named(SPREAD_FIELDS, spread(torch.randn(10_000) * scale))
+    assert found["kurtosis"] == pytest.approx(3, rel=0.2)
+    assert found["rms"] == pytest.approx(scale, rel=0.05)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(5), torch.zeros(0), torch.full((3,), float("nan"))])
+def test_the_spread_of_nothing_is_finite(x):
+    found = named(SPREAD_FIELDS, spread(x))
+    assert found["amax"] == found["kurtosis"] == found["octaves"] == 0
+    assert found["non_finite"] == float(x.isnan().any())
