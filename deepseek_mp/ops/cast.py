@@ -27,6 +27,7 @@ from torch import Tensor
 
 from deepseek_mp.errors import FormatError, explain
 from deepseek_mp.ops.dtypes import DTYPES, torch_dtype
+from deepseek_mp.ops.grid import keep_mantissa
 from deepseek_mp.precision import FORMATS, Format, find_format
 
 CASTABLE = tuple(name for name in DTYPES if name not in ("e8m0", "int8"))
@@ -120,9 +121,4 @@ def _limited(values: Tensor, overflow: Tensor, target: Format, saturate: bool) -
 def _rounded(values: Tensor, target: Format) -> Tensor:
     if target.name not in _ROUNDED:
         return values.to(torch_dtype(target.name))
-    dropped = FORMATS["fp32"].mantissa_bits - target.mantissa_bits
-    bits = values.float().view(torch.int32)
-    half = (1 << (dropped - 1)) - 1
-    even = (bits >> dropped) & 1
-    rounded = (bits + half + even) & -(1 << dropped)
-    return torch.where(values.isnan(), values, rounded.view(torch.float32))
+    return keep_mantissa(values.float(), target.mantissa_bits)

@@ -15,7 +15,7 @@ from typing import Any
 
 from deepseek_mp.errors import ConfigError, PlanError, explain
 from deepseek_mp.precision.checks import find_member, read_object, require, shown
-from deepseek_mp.precision.formats import Format, find_format
+from deepseek_mp.precision.formats import FORMATS, Format, find_format
 from deepseek_mp.precision.roles import OPERANDS, Operand, Role
 from deepseek_mp.precision.scaling import TENSOR, Granularity, ScaleRule, find_granularity
 
@@ -23,6 +23,8 @@ DEFAULT_REGION = "bf16"
 """What runs beside scaled products: it has the range of FP32, so what leaves a unit needs no scale."""
 NARROWEST_PLAIN_BITS = 16
 """Below, the values of a model do not fit a format without scales."""
+SCALE_BITS = 8
+"""What a scale takes in memory where it is not FP32."""
 
 
 class Rounding(StrEnum):
@@ -49,6 +51,9 @@ class OperandRecipe:
     """Round scales to powers of two, so that scaling itself is exact."""
     rounding: Rounding = Rounding.NEAREST
     """Stochastic only under the rule 'current'."""
+    scale_format: Format | None = None
+    """The FP8 format that scales are rounded to, each divided by one FP32 scale of the whole tensor before, such that
+    the largest of them is the largest value of the format. None: scales are FP32. Only under the rule 'current'."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", find_format(self.format))
@@ -61,6 +66,23 @@ class OperandRecipe:
             passed = f"stochastic rounding of an operand with the scale rule {self.rule.value!r}"
             change = "Use rule 'current', or rounding 'nearest'"
             raise PlanError(explain(passed, "stochastic rounding with scales of the tensor itself", change))
+        if self.scale_format is not None:
+            object.__setattr__(self, "scale_format", find_format(self.scale_format))
+            self._check_scale_format()
+
+    def _check_scale_format(self) -> None:
+        """`PlanError` if scales of this format are not what the other fields say."""
+        format = self.scale_format
+        assert format is not None
+        if not format.is_float or format.storage_bits != SCALE_BITS or not format.mantissa_bits:
+            passed, change = f"scale_format {format}", "Use one of these; scales of E8M0 are power_of_two=True"
+            allowed = ", ".join(f.name for f in FORMATS.values() if f.storage_bits == SCALE_BITS and f.epsilon < 1)
+        elif self.power_of_two or self.rule != ScaleRule.CURRENT:
+            passed = f"scale_format {format}, power_of_two={self.power_of_two} and the scale rule {self.rule.value!r}"
+            allowed, change = "rule 'current' without power_of_two", "Change them, or leave out the scale_format"
+        else:
+            return
+        raise PlanError(explain(passed, allowed, change))
 
     @property
     def is_scaled(self) -> bool:
@@ -73,14 +95,18 @@ class OperandRecipe:
             "rule": self.rule.value,
             "power_of_two": self.power_of_two,
         }
-        # Named only where it is stochastic: what was written before it could be, and its digest, stay as they are.
-        return values if self.rounding == Rounding.NEAREST else {**values, "rounding": self.rounding.value}
+        # Named only where they are not the default: what was written before they existed, and its digest, stay.
+        if self.rounding != Rounding.NEAREST:
+            values["rounding"] = self.rounding.value
+        if self.scale_format is not None:
+            values["scale_format"] = self.scale_format.name
+        return values
 
     @classmethod
     def from_json(cls, data: object) -> OperandRecipe:
         fields = ["format", "granularity", "rule", "power_of_two"]
-        if isinstance(data, Mapping) and "rounding" in data:
-            fields.append("rounding")
+        if isinstance(data, Mapping):
+            fields += [name for name in ("rounding", "scale_format") if name in data]
         return cls(**read_object("an operand", data, fields))
 
 

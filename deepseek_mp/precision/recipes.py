@@ -1,4 +1,4 @@
-"""The recipes with names: one per plain format, and the published ways to train in FP8.
+"""The recipes with names: one per plain format, and the published ways to train in FP8 and FP4.
 
     name       input          weight           gradient       notes
     tensor     E4M3 tensor    E4M3 tensor      E5M2 tensor    one scale per tensor
@@ -8,16 +8,20 @@
     block      E4M3 1x128     E4M3 128x128     E4M3 1x128     as DeepSeek-V3 trains
     mx         E4M3 1x32      E4M3 1x32        E4M3 1x32      scales are powers of two
     fp8        stands for the best of these on a device
+    nvfp4      E2M1 1x16      E2M1 1x16        E2M1 1x16      scales are E4M3 times one FP32 scale; emulated only
 
-Each but `fp8` and `mx` also with scales that are powers of two (`block_pow2`), and each but `fp8` in the FP8 kind
-of AMD's gfx942 (`row_fnuz`).
+Each FP8 recipe but `fp8` and `mx` also with scales that are powers of two (`block_pow2`), and each but `fp8` in the
+FP8 kind of AMD's gfx942 (`row_fnuz`).
 
 `fp8` is a name for a plan that does not know its device yet. It reads as `row`, which every FP8 device
 can run, and is replaced when a plan is applied (`backends.fp8_recipe`); the applied plan says by what.
 
 Sources: tensor and row, "FP8 formats for deep learning", arXiv 2209.05433, with the recipes of torchao;
 block, the DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3; mx, OCP microscaling formats 1.0
-and "Recipes for pre-training LLMs with MXFP8", arXiv 2506.08027.
+and "Recipes for pre-training LLMs with MXFP8", arXiv 2506.08027; nvfp4, "Pretraining large language models with NVFP4",
+arXiv 2509.25149, for its number format. That report also scales weights by blocks of 16x16, rounds gradients
+stochastically, rotates the operands of wgrad by a Hadamard transform and keeps some layers in BF16. The recipe has
+none of these: all operands are 1x16 and rounded to the nearest, and layers are chosen by the rules of a plan.
 """
 
 from __future__ import annotations
@@ -28,10 +32,28 @@ from types import MappingProxyType
 from typing import Any
 
 from deepseek_mp.precision.checks import find
-from deepseek_mp.precision.formats import BF16, FORMATS, FP8_E4M3, FP8_E4M3FNUZ, FP8_E5M2, FP8_E5M2FNUZ, Format
+from deepseek_mp.precision.formats import (
+    BF16,
+    FORMATS,
+    FP4_E2M1,
+    FP8_E4M3,
+    FP8_E4M3FNUZ,
+    FP8_E5M2,
+    FP8_E5M2FNUZ,
+    Format,
+)
 from deepseek_mp.precision.recipe import OperandRecipe, Recipe, RoleRecipe
 from deepseek_mp.precision.roles import Role
-from deepseek_mp.precision.scaling import BLOCK_1X128, BLOCK_128X128, MX_1X32, ROW, TENSOR, Granularity, ScaleRule
+from deepseek_mp.precision.scaling import (
+    BLOCK_1X128,
+    BLOCK_128X128,
+    MX_1X32,
+    NV_1X16,
+    ROW,
+    TENSOR,
+    Granularity,
+    ScaleRule,
+)
 
 PLAIN = ("fp64", "fp32", "tf32", "hf32", "bf16", "fp16")
 _FNUZ = {FP8_E4M3: FP8_E4M3FNUZ, FP8_E5M2: FP8_E5M2FNUZ}
@@ -43,8 +65,13 @@ def uniform(format: Format) -> Recipe:
 
 
 def with_power_of_two(recipe: Recipe) -> Recipe:
-    """The recipe with scales rounded to powers of two, named with `_pow2`; itself where they are already."""
-    return _changed(recipe, "pow2", lambda side: replace(side, power_of_two=side.is_scaled))
+    """The recipe with scales rounded to powers of two, named with `_pow2`; itself where they are already.
+
+    Scales that have a format of their own stay as they are.
+    """
+    return _changed(
+        recipe, "pow2", lambda side: replace(side, power_of_two=side.is_scaled and side.scale_format is None)
+    )
 
 
 def as_fnuz(recipe: Recipe) -> Recipe:
@@ -103,11 +130,15 @@ def _fp8() -> list[Recipe]:
     ]
 
 
+def _nvfp4() -> Recipe:
+    return _everywhere("nvfp4", replace(_scaled(FP4_E2M1, NV_1X16), scale_format=FP8_E4M3))
+
+
 def _named() -> list[Recipe]:
     scaled = _fp8()
     own = [recipe for recipe in scaled if recipe.name != "fp8"]
     rounded = [with_power_of_two(recipe) for recipe in own if recipe.name != "mx"]
-    return [*(uniform(FORMATS[name]) for name in PLAIN), *scaled, *rounded, *map(as_fnuz, own)]
+    return [*(uniform(FORMATS[name]) for name in PLAIN), *scaled, _nvfp4(), *rounded, *map(as_fnuz, own)]
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _named()})

@@ -51,9 +51,10 @@ ROW = Granularity(name="row", rows=1, columns=None)
 BLOCK_1X128 = Granularity(name="1x128", rows=1, columns=128)
 BLOCK_128X128 = Granularity(name="128x128", rows=128, columns=128)
 MX_1X32 = Granularity(name="1x32", rows=1, columns=32)
+NV_1X16 = Granularity(name="1x16", rows=1, columns=16)
 
 GRANULARITIES: Mapping[str, Granularity] = MappingProxyType(
-    {g.name: g for g in (TENSOR, ROW, BLOCK_1X128, BLOCK_128X128, MX_1X32)}
+    {g.name: g for g in (TENSOR, ROW, BLOCK_1X128, BLOCK_128X128, MX_1X32, NV_1X16)}
 )
 
 

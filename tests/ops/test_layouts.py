@@ -7,8 +7,8 @@ from deepseek_mp.ops.layouts import ALIGNMENT, alignment, check_width, padded_ro
 from deepseek_mp.precision.scaling import GRANULARITIES
 
 
-def test_every_granularity_of_the_vocabulary_has_a_layout():
-    assert set(ALIGNMENT) == set(GRANULARITIES)
+def test_every_granularity_of_fp8_has_a_layout():
+    assert set(ALIGNMENT) == set(GRANULARITIES) - {"1x16"}  # of NVFP4, which nothing here multiplies
 
 
 @pytest.mark.parametrize("granularity", ALIGNMENT)

@@ -1,4 +1,4 @@
-"""Stochastic rounding to FP8 in plain PyTorch: random numbers of a counter, and the choice between two neighbours.
+"""Stochastic rounding in plain PyTorch: random numbers of a counter, and the choice between two neighbours.
 
 The numbers are those of Philox4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", Salmon et al., SC 2011), which
 Triton has too: so `triton` rounds as `reference` does, on every device, and nobody needs a generator's state.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepseek_mp.ops.grid import spacing
 from deepseek_mp.precision import Format
 
 WORDS = 4
@@ -17,7 +18,6 @@ _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 _FACTORS = 0xD2511F53, 0xCD9E8D57
 _STEPS = 0x9E3779B9, 0xBB67AE85
-_EXPONENT = 0x7F800000
 
 
 def uniform(seed: Tensor, rows: int, width: int) -> Tensor:
@@ -52,15 +52,14 @@ def round_stochastically(x: Tensor, target: Format, uniform: Tensor) -> Tensor:
 
     Args:
         x: fp32 of any shape, no larger than `target.max`; NaN stays NaN.
-        target: an FP8 format.
+        target: a format of at most fp32's exponent and mantissa bits.
         uniform: numbers of [0, 1), of the shape of x.
 
     Returns:
         fp32 numbers that the format holds, so that a cast to it changes nothing.
     """
     size = x.abs()
-    power = (size.view(torch.int32) & _EXPONENT).view(torch.float32)
-    step = (power * target.epsilon).clamp_min(target.smallest_subnormal)
+    step = spacing(size, target)
     # All exact: the step is a power of two, and what is left of a number beyond its whole part has fewer bits.
     steps = size / step
     below = steps.floor()
