@@ -1,0 +1,161 @@
+"""What a recipe does to the loss and to the gradients through one unit, from a sample of its tensors.
+
+With rows of the input X [m, K] and of the gradient G [m, N] of the mean loss with respect to the output:
+
+    dY       output in the recipe - output in FP32          [m, N]
+    r_t      <G_t, dY_t>, added up over the rows of a term
+    first    M/m sum_t r_t                                  expected change of the loss, first order
+    second   M/m * c N/2 sum_t r_t^2                        second order: the Fisher information along dY
+
+for M terms in the batch, N that the loss averages over, c the loss's curvature (`sampling.Terms`). That is the score of
+NVIDIA's ModelOpt (`auto_quantize`, gradient mode) without its diagonal approximation of the Fisher information.
+
+The gradient of a weight is a sum over terms, so batches scatter by about `energy`; rounding the two operands of wgrad
+by eta_x and eta_g (relative error energies) adds (eta_x + eta_g) `row_energy`:
+
+    energy      M/m sum_t |G_t|^2 |X_t|^2 , for terms of several rows |G_t^T X_t|^2
+    row_energy  the same sum over rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from deepseek_mp.nn.unit import CONVOLUTIONS, original_class
+from deepseek_mp.ops.rounding import rounded
+from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS, rounding_error, spread
+from deepseek_mp.precision import OPERANDS, Operand, Recipe, Role
+from deepseek_mp.precision.recipe import OperandRecipe
+from deepseek_mp.sensitivity.outputs import output_in, round_sample
+from deepseek_mp.sensitivity.sampling import Sample, Terms
+
+EFFECT_FIELDS = ("first", "variance", "second")
+"""Of `effect`; `variance` is that of `first` over samples, one batch's worth."""
+PRODUCT_OPERANDS: tuple[tuple[Role, Operand], ...] = tuple((role, side) for role in Role for side in OPERANDS[role])
+"""The six operands, in the order of `operand_errors`."""
+ENERGY_FIELDS = ("energy", "row_energy")
+TENSORS = (Operand.INPUT, Operand.WEIGHT, Operand.GRAD_OUTPUT)
+_LEAST_FOR_VARIANCE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What was drawn of one call of a unit, in FP32: rows or items of its input and of the gradient of its output."""
+
+    x: Tensor
+    g: Tensor
+    largest_x: Tensor
+    """Largest magnitude of the whole input, []."""
+    largest_g: Tensor
+    sample: Sample
+    terms: Terms
+
+
+@torch.no_grad()
+def effect(module: nn.Module, recipe: Recipe, exact: Tensor, seen: Seen) -> Tensor:
+    """`EFFECT_FIELDS` [3] of the recipe's fprop; `exact` is the output in FP32. Infinite where the output overflows."""
+    sample, terms = seen.sample, seen.terms
+    change = output_in(module, seen.x, recipe, seen.largest_x) - exact
+    by_term = (seen.g * change).flatten(1).sum(1)
+    # An infinite output has no finite effect, also where its gradient is zero.
+    by_term = torch.where(by_term.isfinite(), by_term, float("inf"))
+    drawn = by_term.numel()
+    scale = sample.groups / max(drawn, 1)
+    spread_of = by_term.var() if drawn >= _LEAST_FOR_VARIANCE else by_term.new_tensor(float("inf"))
+    second = 0.5 * scale * terms.count * terms.curvature * by_term.square().sum()
+    return torch.stack([scale * by_term.sum(), sample.groups**2 / max(drawn, 1) * spread_of, second])
+
+
+@torch.no_grad()
+def operand_errors(module: nn.Module, recipes: Sequence[Recipe], seen: Seen) -> list[Tensor]:
+    """For each recipe `ERROR_FIELDS` of the six operands [6, 5], in the order of `PRODUCT_OPERANDS`."""
+    known: dict[tuple[Operand, bool, OperandRecipe], Tensor] = {}
+    weight = _weight(module)
+    tensors = {Operand.INPUT: seen.x, Operand.GRAD_OUTPUT: seen.g, Operand.WEIGHT: weight}
+    amax = {Operand.INPUT: seen.largest_x, Operand.GRAD_OUTPUT: seen.largest_g}
+    nothing = seen.g.new_zeros(len(ERROR_FIELDS), dtype=torch.float32)
+
+    def errors(recipe: Recipe, role: Role, which: Operand) -> Tensor:
+        side, tensor = recipe.operand(role, which), tensors[which]
+        if tensor is None or not tensor.is_floating_point():
+            return nothing
+        turned = _is_turned(role, which) and original_class(module) is nn.Linear
+        key = which, turned and side.is_scaled, side
+        if key not in known:
+            matrix = tensor.reshape(-1, tensor.shape[-1]) if original_class(module) is nn.Linear else _items(tensor)
+            matrix = matrix.t().contiguous() if key[1] else matrix
+            made = round_sample(matrix, side, amax[which]) if which in amax else rounded(matrix, side)
+            known[key] = rounding_error(matrix, made)
+        return known[key]
+
+    return [torch.stack([errors(recipe, role, which) for role, which in PRODUCT_OPERANDS]) for recipe in recipes]
+
+
+@torch.no_grad()
+def energies(module: nn.Module, seen: Seen) -> Tensor:
+    """`ENERGY_FIELDS` [2]; zeros for a unit without products of its own."""
+    kind, x, g, sample = original_class(module), seen.x, seen.g, seen.sample
+    scale = sample.groups / max(x.shape[0], 1)
+    if kind is nn.Linear:
+        by_row = (g.square().sum(-1) * x.square().sum(-1)).sum()
+        if sample.by_row:
+            return torch.stack([by_row, by_row]) * scale
+        by_item = sum((_rows(a).t() @ _rows(b)).square().sum() for a, b in zip(g, x, strict=True))
+        return torch.stack([torch.as_tensor(by_item, device=x.device), by_row]) * scale
+    if kind in _CONVOLVE and not isinstance(module.padding, str) and module.padding_mode == "zeros":
+        return _convolution_energies(module, x, g) * scale
+    return x.new_zeros(len(ENERGY_FIELDS), dtype=torch.float32)
+
+
+@torch.no_grad()
+def spreads(module: nn.Module, seen: Seen) -> Tensor:
+    """`SPREAD_FIELDS` of input, weight and output gradient [3, 6], in the order of `TENSORS`."""
+    tensors = (seen.x, _weight(module), seen.g)
+    nothing = seen.g.new_zeros(len(SPREAD_FIELDS), dtype=torch.float32)
+    return torch.stack([nothing if t is None or not t.is_floating_point() else spread(t) for t in tensors])
+
+
+def _is_turned(role: Role, which: Operand) -> bool:
+    """Whether the product reads the tensor transposed (`precision.roles`)."""
+    return role is Role.WGRAD or (role is Role.DGRAD and which is Operand.WEIGHT)
+
+
+def _items(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.dim() > 1 else x[:, None]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    weight = module._parameters.get("weight")  # noqa: SLF001
+    return None if weight is None else weight.detach().float()
+
+
+_CONVOLVE: dict[type[nn.Module], tuple[Any, Any]] = {
+    nn.Conv1d: (F.conv1d, conv1d_weight),
+    nn.Conv2d: (F.conv2d, conv2d_weight),
+    nn.Conv3d: (F.conv3d, conv3d_weight),
+}
+assert CONVOLUTIONS.issuperset(_CONVOLVE)
+
+
+def _convolution_energies(module: Any, x: Tensor, g: Tensor) -> Tensor:
+    """Those of the items of a convolution, not scaled up yet."""
+    convolve, weight_gradient = _CONVOLVE[original_class(module)]
+    where = module.stride, module.padding, module.dilation
+    by_item = x.new_zeros(())
+    for item, gradient in zip(x.split(1), g.split(1), strict=True):
+        by_item += weight_gradient(item, module.weight.shape, gradient, *where, module.groups).square().sum()
+    # Energy of the window behind every output: squares added up over channels and over the kernel.
+    ones = x.new_ones((1, 1, *module.kernel_size))
+    windows = convolve(x.square().sum(1, keepdim=True), ones, None, *where) / module.groups
+    return torch.stack([by_item, (windows * g.square().sum(1, keepdim=True)).sum()])

@@ -1,0 +1,96 @@
+"""The scores against their formulas, written out."""
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.precision import RECIPES, Operand, Role
+from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS, Seen, effect, energies, operand_errors, spreads
+from deepseek_mp.sensitivity.outputs import exact_output, largest_of, output_in
+from deepseek_mp.sensitivity.sampling import Sample, Terms
+
+
+def seen_of(x, g, *, by_row=True, groups=None, count=10, curvature=1.0):
+    sample = Sample(index=None, by_row=by_row, groups=groups or x.shape[0])
+    terms = Terms(count=count, loss=torch.tensor(1.0), curvature=curvature)
+    return Seen(x=x, g=g, largest_x=largest_of(x), largest_g=largest_of(g), sample=sample, terms=terms)
+
+
+def test_both_orders_of_a_linear_layer():
+    layer, x, g = nn.Linear(32, 16), torch.randn(8, 32), torch.randn(8, 16)
+    recipe, exact = RECIPES["tensor"], exact_output(layer, x)
+    found = effect(layer, recipe, exact, seen_of(x, g, groups=80, count=100, curvature=0.5))
+    by_row = (g * (output_in(layer, x, recipe, largest_of(x)) - exact)).sum(1)
+    assert float(found[0]) == pytest.approx(10 * float(by_row.sum()), rel=1e-4)
+    assert float(found[1]) == pytest.approx(80**2 / 8 * float(by_row.var()), rel=1e-4)
+    assert float(found[2]) == pytest.approx(10 * 0.5 * 100 * 0.5 * float(by_row.square().sum()), rel=1e-4)
+
+
+def test_rows_of_an_item_are_added_before_they_are_squared():
+    layer, x, g = nn.Linear(8, 4), torch.randn(3, 5, 8), torch.randn(3, 5, 4)
+    exact = exact_output(layer, x)
+    found = effect(layer, RECIPES["bf16"], exact, seen_of(x, g, by_row=False))
+    by_item = (g * (output_in(layer, x, RECIPES["bf16"], largest_of(x)) - exact)).sum((1, 2))
+    assert float(found[2]) == pytest.approx(5 * float(by_item.square().sum()), rel=1e-4)
+
+
+def test_an_overflow_is_an_infinite_effect_also_where_no_gradient_flows():
+    layer = nn.Linear(4, 2, bias=False)
+    nn.init.constant_(layer.weight, 300.0)
+    x = torch.full((3, 4), 300.0)
+    found = effect(layer, RECIPES["fp16"], exact_output(layer, x), seen_of(x, torch.zeros(3, 2)))
+    assert found[0] == float("inf")
+    assert found[2] == float("inf")
+
+
+def test_each_operand_is_rounded_along_its_own_sum():
+    """One input channel is tiny: only groups that run over the tokens of that channel keep it."""
+    layer, x, g = nn.Linear(128, 128), torch.randn(128, 128), torch.randn(128, 128)
+    x[:, 0] *= 1e-6
+    errors = operand_errors(layer, [RECIPES["block"]], seen_of(x, g))[0]
+    underflow = dict(zip(PRODUCT_OPERANDS, errors[:, 3].tolist(), strict=True))
+    assert underflow[Role.FPROP, Operand.INPUT] > 0.005
+    assert underflow[Role.WGRAD, Operand.INPUT] < 0.001
+
+
+@pytest.mark.parametrize(("name", "expected"), [("bf16", 2.8e-6), ("block", 7.0e-4), ("nvfp4", 8.5e-3)])
+def test_normal_operands_have_the_error_of_their_format(name, expected):
+    layer = nn.Linear(256, 256)
+    nn.init.normal_(layer.weight)
+    errors = operand_errors(layer, [RECIPES[name]], seen_of(torch.randn(256, 256), torch.randn(256, 256)))[0]
+    assert errors[:, 0].tolist() == pytest.approx([expected] * 6, rel=0.12)
+
+
+def test_the_energy_of_rows_is_that_of_their_outer_products():
+    layer, x, g = nn.Linear(6, 3), torch.randn(5, 6), torch.randn(5, 3)
+    outer = torch.einsum("tn,tk->tnk", g, x).square().sum()
+    assert energies(layer, seen_of(x, g, groups=50)).tolist() == pytest.approx([10 * float(outer)] * 2, rel=1e-5)
+
+
+def test_the_energy_of_items_is_that_of_their_gradients():
+    layer, x, g = nn.Linear(6, 3), torch.randn(4, 5, 6), torch.randn(4, 5, 3)
+    by_item = torch.einsum("btn,btk->bnk", g, x).square().sum()
+    by_row = torch.einsum("btn,btk->btnk", g, x).square().sum()
+    found = energies(layer, seen_of(x, g, by_row=False)).tolist()
+    assert found == pytest.approx([float(by_item), float(by_row)], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"groups": 2}, {"dilation": 2}])
+def test_the_energies_of_a_convolution(settings):
+    layer, x = nn.Conv2d(4, 6, 3, **settings), torch.randn(3, 4, 9, 9)
+    g = torch.randn_like(layer(x))
+    found = energies(layer, seen_of(x, g, by_row=False)).tolist()
+    by_item = 0.0
+    for item, gradient in zip(x.split(1), g.split(1), strict=True):
+        by_item += float(torch.autograd.grad(layer(item), layer.weight, gradient)[0].square().sum())
+    assert found[0] == pytest.approx(by_item, rel=1e-4)
+    if layer.groups == 1:
+        windows = nn.functional.unfold(x, 3, layer.dilation, layer.padding, layer.stride)
+        by_row = (windows.square().sum(1) * g.flatten(2).square().sum(1)).sum()
+        assert found[1] == pytest.approx(float(by_row), rel=1e-4)
+
+
+def test_units_without_products_have_no_energy_and_no_weight_may_be_missing():
+    norm, x = nn.LayerNorm(4, elementwise_affine=False), torch.randn(3, 4)
+    assert not energies(norm, seen_of(x, x)).any()
+    assert spreads(norm, seen_of(x, x))[1].tolist() == [0.0] * 6

@@ -1,0 +1,125 @@
+"""Hooks that measure: what they see, what they leave alone, and what they say they did not see."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_mp.nn.call import parse_batch, run
+from deepseek_mp.precision import RECIPES, Operand
+from deepseek_mp.sensitivity import Probe
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.norm = nn.LayerNorm(16)
+        self.second = nn.Linear(16, 4)
+        self.unused = nn.Linear(4, 4)
+        self.side = nn.Linear(8, 4)
+
+    def forward(self, x):
+        self.side(x)
+        return self.second(torch.relu_(self.norm(self.first(x))))
+
+
+NAMES = ["first", "norm", "second", "unused", "side"]
+
+
+def step(probe, model, data, names=None):
+    call = parse_batch(data)
+    with probe.watching(call, names):
+        found = run(model, call, None)
+        probe.loss_is(found, None)
+        found.loss.backward()
+
+
+def watched(model, batches, **settings):
+    recipes = [RECIPES["bf16"], RECIPES["tensor"]]
+    probe = Probe({name: model.get_submodule(name) for name in NAMES}, recipes, **settings)
+    for data in batches:
+        step(probe, model, data)
+    return probe
+
+
+def batch(size=32):
+    return torch.randn(size, 8), torch.randint(0, 4, (size,))
+
+
+def test_units_are_read_in_the_order_of_their_calls():
+    probe = watched(Model(), [batch(), batch()])
+    readings = probe.read()
+    assert list(readings) == ["first", "norm", "second"]
+    assert readings["second"].batches == readings["second"].calls == 2
+    assert set(readings["first"].effects) == {"bf16", "tensor"}
+    assert set(readings["norm"].effects) == {"bf16"}
+    assert probe.loss > 0
+    assert "never called" in probe.unmeasured["unused"]
+    assert "does not depend" in probe.unmeasured["side"]
+
+
+def test_the_gradient_seen_is_that_of_the_output_before_it_is_overwritten():
+    model, data = Model(), batch()
+    reading = watched(model, [data], rows=1000).read()["norm"]
+    normed = model.norm(model.first(data[0])).detach().requires_grad_()
+    loss = nn.functional.cross_entropy(model.second(torch.relu(normed)), data[1])
+    (g,) = torch.autograd.grad(loss, normed)
+    assert reading.spreads[Operand.GRAD_OUTPUT]["amax"] == pytest.approx(float(g.abs().max()), rel=1e-4)
+
+
+def test_a_unit_called_twice_counts_once_a_batch():
+    model = Model()
+    model.second = nn.Linear(16, 16)
+    model.forward = lambda x: model.second(model.second(model.first(x)))
+    reading = watched(model, [batch()]).read()["second"]
+    assert (reading.batches, reading.calls) == (1, 2)
+
+
+def test_a_checkpointed_unit_is_seen_once():
+    model = Model()
+    model.forward = lambda x: model.second(checkpoint(model.first, x, use_reentrant=False))
+    assert watched(model, [batch()]).read()["first"].calls == 1
+
+
+def test_hooks_and_random_numbers_are_as_before_also_after_an_exception():
+    model = Model()
+    probe = Probe({"first": model.first}, [RECIPES["bf16"]], rows=4)
+    state = torch.get_rng_state()
+    call = parse_batch((torch.zeros(32, 8), torch.zeros(32, dtype=torch.long)))
+    with pytest.raises(RuntimeError, match="on purpose"), probe.watching(call):
+        run(model, call, None)
+        raise RuntimeError("on purpose")
+    assert not model.first._forward_hooks
+    assert torch.equal(torch.get_rng_state(), state)
+    assert probe.read() == {}
+
+
+def test_a_backward_after_the_watching_is_not_seen():
+    model = Model()
+    probe = Probe({"first": model.first}, [RECIPES["bf16"]])
+    call = parse_batch(batch())
+    with probe.watching(call):
+        found = run(model, call, None)
+        probe.loss_is(found, None)
+    found.loss.backward()
+    assert probe.read() == {}
+
+
+def test_only_those_named_are_watched():
+    model = Model()
+    probe = Probe({"first": model.first, "second": model.second}, [RECIPES["bf16"]])
+    step(probe, model, batch(), ["second"])
+    assert list(probe.read()) == ["second"]
+
+
+def test_an_embedding_is_measured_by_its_weight_and_output():
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10))
+    probe = Probe(dict(model.named_children()), [RECIPES["bf16"]], rows=8)
+    step(probe, model, (torch.randint(0, 10, (4, 16)), torch.randint(0, 10, (4, 16))))
+    assert probe.read()["0"].effects["bf16"].second > 0
+
+
+def test_the_same_batches_give_the_same_numbers():
+    model, data = Model(), [batch(), batch()]
+    assert watched(model, data, rows=8).read() == watched(model, data, rows=8).read()
