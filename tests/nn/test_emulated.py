@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from deepseek_mp import autocast
 from deepseek_mp.errors import ShapeError
 from deepseek_mp.nn import apply, register_unit, revert
 from deepseek_mp.nn.emulated import can_be_emulated, can_be_rounded, emulated_linear
+from deepseek_mp.nn.held import HeldWeights
 from deepseek_mp.nn.windows import as_rows, padded, windows_of
 from deepseek_mp.ops.rounding import rounded
 from deepseek_mp.precision import FORMATS, GRANULARITIES, RECIPES, PrecisionPlan, Reason, Recipe, Rounding, ScaleRule
@@ -324,6 +327,23 @@ def test_it_stands_beside_layers_in_fp8() -> None:
     assert relative(y, product(values, model[2].weight, NVFP4.fprop) + model[2].bias) < 0.004
     y.sum().backward()
     assert model[0].weight.grad.isfinite().all()
+
+
+def test_copies_and_pickles_are_emulated_too() -> None:
+    model = network()
+    apply(model, "nvfp4", emulate=True)
+    x = torch.randn(2, 3, 8, 8)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other[0].unit_precision is model[0].unit_precision
+        assert torch.equal(other[0](x), model[0](x))
+
+
+def test_its_weight_is_not_held() -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128), nn.Linear(128, 8))
+    apply(model, PrecisionPlan.of("bf16", {"0": "nvfp4", "1": "block"}), emulate=True)
+    held = HeldWeights(model)
+    with held.lent(0):
+        assert [unit.held_weight is not None for unit in model] == [False, True, False]
 
 
 def test_under_an_fp64_base_inputs_are_fp32_first() -> None:
