@@ -142,7 +142,6 @@ class _Rows(Function):
             dw = _product(gradient.t(), _rows(x, windows).t(), recipe.wgrad).to(weight.dtype)
             if windows is not None:
                 dw = dw.view(len(weight), *weight.shape[2:], weight.shape[1]).movedim(-1, 1)
-            dw = torch.empty_like(weight).copy_(dw)  # with the strides of the weight, which fused optimizers want
         if ctx.needs_input_grad[2]:
             db = gradient.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, db, None, None

@@ -191,9 +191,7 @@ class Unit(nn.Module):
         return output if precision.outputs is None else output.to(precision.outputs)
 
     def _emulated(self, precision: UnitPrecision, input: Tensor) -> Tensor:
-        """The forward of a linear layer or convolution with rounded operands."""
-        if precision.inputs is not None:
-            input = input.to(precision.inputs)
+        """The forward of a linear layer or convolution with rounded operands, of an input of any type."""
         if self.original_class is nn.Linear:
             output = emulated_linear(input, self.weight, self.bias, precision.recipe)  # type: ignore[arg-type]
         else:

@@ -164,8 +164,9 @@ def _two_levels(amax: Tensor, target: Format, stored: Format) -> tuple[Tensor, T
     top = torch.where(finite, amax, 0.0).amax()
     whole = torch.maximum(top, most * SMALLEST_SCALE) / most
     scale = torch.where(finite, round_to_format(amax / largest / whole, stored), float("nan"))
+    # Finite, so that zeros stay zeros: the scale may be zero, and its product with a tiny `whole` subnormal.
     inverse = (torch.ones_like(amax) / (scale * whole)).clamp_max(torch.finfo(torch.float32).max)
-    return scale, torch.where(scale == 0, 0.0, inverse), whole
+    return scale, inverse, whole
 
 
 def _nearest(x: Tensor, target: Format) -> Tensor:
