@@ -130,7 +130,8 @@ def why_not(recipe: Recipe, module: nn.Module, *, is_output: bool) -> tuple[Reas
         return Reason.NO_KERNEL, f"{recipe.name} is emulated in nn.Linear and convolutions without groups only"
     if other is not None:
         return Reason.NO_KERNEL, f"{recipe.name} multiplies in nn.Linear and 1x1 convolutions only, not in {other}"
-    multiple, sizes = multiple_of(recipe), _sizes(module)
+    multiple = multiple_of(recipe) if has_products(recipe) else 1  # operands that are only rounded take all sizes
+    sizes = _sizes(module)
     fits = all(size and not size % multiple for size in sizes)
     # A convolution that does not fit says so: a rule for it would not be obeyed.
     if is_output and (fits or original_class(module) is nn.Linear):

@@ -164,9 +164,7 @@ def _is_fp8(role: RoleRecipe) -> bool:
 
 
 def multiple_of(recipe: Recipe) -> int:
-    """What both sizes of a weight must be multiples of; operands that are only rounded take all sizes."""
-    if not has_products(recipe):
-        return 1
+    """What both sizes of a weight must be multiples of, in a recipe that `has_products`."""
     return max(alignment(side.granularity.name) for side in recipe.sides() if side.is_scaled)
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp.errors import ShapeError
 from deepseek_mp.nn import functional
-from deepseek_mp.nn.functional import Cast, Pair, Products, has_products, low_precision_linear, multiple_of
+from deepseek_mp.nn.functional import Cast, Pair, Products, has_products, low_precision_linear
 from deepseek_mp.ops.reference.product import dequantise
 from deepseek_mp.precision import RECIPES, Operand, Recipe, Role, Rounding, as_fnuz, with_power_of_two
 from deepseek_mp.precision.recipe import RoleRecipe
@@ -485,7 +485,6 @@ def test_recipes_that_layers_multiply_in() -> None:
     for change in ({"scale_format": "fp8_e4m3"}, {"granularity": "1x16"}, {"format": "fp4_e2m1"}, {"rule": "none"}):
         other = replace(side, **change)
         assert not has_products(replace(RECIPES["row"], fprop=RoleRecipe(left=other, right=side)))
-    assert multiple_of(RECIPES["nvfp4"]) == 1
 
 
 def test_equal_products_are_equal_values() -> None:
