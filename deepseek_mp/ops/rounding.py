@@ -5,7 +5,7 @@ result is what `quantise` gives when it is taken back to fp32, bit for bit; FP4 
 need no multiple: groups at the far edges may be short.
 
 **Scales of a format of their own** (`OperandRecipe.scale_format`) have two levels, as NVFP4 has them ("Pretraining
-large language models with NVFP4", arXiv 2509.25149, appendix C). With fmax the largest value of the format and smax
+large language models with NVFP4", arXiv 2509.25149). With fmax the largest value of the format and smax
 that of the scale format, all in fp32:
 
     whole = amax of the tensor / (fmax * smax)
