@@ -25,7 +25,7 @@ def nearest_recipe(recipe: Recipe, capabilities: Capabilities) -> str:
     The same in the device's own kind of FP8, else its best in FP8, else its nearest plain format.
     """
     for candidate in (as_fnuz(recipe), fp8_recipe(capabilities)):
-        if formats_of(candidate) <= capabilities.matmul_formats:
+        if candidate != recipe and formats_of(candidate) <= capabilities.matmul_formats:
             return candidate.name
     return capabilities.nearest(recipe.fprop.left.format.name)
 

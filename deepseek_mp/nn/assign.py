@@ -7,6 +7,7 @@ published FP8 recipes keep it in BF16. A rule that names it is obeyed.
 
 Where emulation was agreed to, a convolution that is no such product has its operands rounded (`nn.emulated`) in the
 recipes that allow it. One that is a product is computed as one, since that is what a device with FP8 would compute.
+Recipes that nothing multiplies in (nvfp4) are all emulation: linear layers and convolutions of any size are rounded.
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ from torch import nn
 from deepseek_mp.backends import Capabilities, default_device, fp8_recipe
 from deepseek_mp.backends import capabilities as device_capabilities
 from deepseek_mp.nn.conv1x1 import KINDS, Convolution, obstacle
-from deepseek_mp.nn.emulated import can_be_emulated
-from deepseek_mp.nn.functional import Products, multiple_of
+from deepseek_mp.nn.emulated import can_be_emulated, how_it_is_multiplied
+from deepseek_mp.nn.functional import Products, has_products, multiple_of
 from deepseek_mp.nn.survey import Survey
 from deepseek_mp.nn.unit import multiplies, original_class
 from deepseek_mp.ops.choose import choose
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Reason, Recipe, Role
-
-EMULATED = "rounded to FP8 and multiplied in BF16, to study accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Assigned:
     products: Products | None = None
     """For a unit in a scaled recipe."""
     rounds: bool = False
-    """Its operands are rounded only, and its own forward multiplies them."""
+    """Its operands are rounded only (`nn.emulated`)."""
     reason: Reason | None = None
     """Why it does not run in the recipe that the plan asks for; None if it does."""
     detail: str = ""
@@ -82,11 +81,9 @@ def assign(
         why = None if recipe.is_plain else why_not(recipe, module, is_output=is_base and name == last)
         if recipe.is_plain:
             assigned[name] = Assigned(recipe=recipe)
-        elif why is not None and emulate and _is_rounded(recipe, module, why[0]):
-            products = _interned(recipe, "reference", "reference")
-            assigned[name] = Assigned(
-                recipe=recipe, products=products, rounds=True, reason=Reason.EMULATED, detail=EMULATED
-            )
+        elif emulate and _is_rounded(recipe, module, None if why is None else why[0]):
+            detail = how_it_is_multiplied(recipe, original_class(module))
+            assigned[name] = Assigned(recipe=recipe, rounds=True, reason=Reason.EMULATED, detail=detail)
         elif why is not None:
             assigned[name] = Assigned(recipe=around(recipe), reason=why[0], detail=why[1])
         else:
@@ -97,9 +94,15 @@ def assign(
     return assigned
 
 
-def _is_rounded(recipe: Recipe, module: nn.Module, why: Reason) -> bool:
-    """Whether a unit that cannot multiply in the recipe, for this reason, is to have its operands rounded."""
-    return why is not Reason.OUTPUT_LAYER and can_be_emulated(recipe, original_class(module))
+def _is_rounded(recipe: Recipe, module: nn.Module, why: Reason | None) -> bool:
+    """Whether a unit that cannot multiply in the recipe, for this reason, is to have its operands rounded.
+
+    None: it could, were there kernels for the recipe.
+    """
+    kind = original_class(module)
+    if why is Reason.OUTPUT_LAYER or (why is None and has_products(recipe)) or "_conv_forward" in vars(module):
+        return False
+    return can_be_emulated(recipe, kind, groups=getattr(module, "groups", 1))
 
 
 def around(recipe: Recipe) -> Recipe:
@@ -123,9 +126,12 @@ def output_layer(model: nn.Module, found: Survey) -> str | None:
 def why_not(recipe: Recipe, module: nn.Module, *, is_output: bool) -> tuple[Reason, str] | None:
     """Why the unit cannot run in a scaled recipe, or None if it can."""
     other = _no_product(module)
+    if other is not None and not has_products(recipe):
+        return Reason.NO_KERNEL, f"{recipe.name} is emulated in nn.Linear and convolutions without groups only"
     if other is not None:
         return Reason.NO_KERNEL, f"{recipe.name} multiplies in nn.Linear and 1x1 convolutions only, not in {other}"
-    multiple, sizes = multiple_of(recipe), _sizes(module)
+    multiple = multiple_of(recipe) if has_products(recipe) else 1  # operands that are only rounded take all sizes
+    sizes = _sizes(module)
     fits = all(size and not size % multiple for size in sizes)
     # A convolution that does not fit says so: a rule for it would not be obeyed.
     if is_output and (fits or original_class(module) is nn.Linear):

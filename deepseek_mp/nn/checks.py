@@ -11,14 +11,15 @@ from torch.nn.parameter import is_lazy
 from deepseek_mp.backends import Capabilities, formats_of, nearest_recipe
 from deepseek_mp.errors import ConfigError, FormatError, PlanError, explain, suggest
 from deepseek_mp.nn.assign import products_of
+from deepseek_mp.nn.emulated import can_be_rounded
+from deepseek_mp.nn.functional import has_products
 from deepseek_mp.nn.survey import Survey
 from deepseek_mp.nn.unit import UNIT_FORMATS, multiplies, original_class
-from deepseek_mp.ops.cast import FP8
 from deepseek_mp.ops.choose import IMPLEMENTATIONS
 from deepseek_mp.ops.dtypes import format_of, torch_dtype
 from deepseek_mp.ops.layouts import alignment
-from deepseek_mp.precision import FORMATS, GRANULARITIES, RECIPES, PrecisionPlan, Recipe, Role, ScaleRule, find_format
-from deepseek_mp.precision.recipe import DEFAULT_REGION, OperandRecipe, RoleRecipe
+from deepseek_mp.precision import FORMATS, RECIPES, PrecisionPlan, Recipe, ScaleRule
+from deepseek_mp.precision.recipe import OperandRecipe
 from deepseek_mp.precision.scaling import TENSOR
 
 KERNELS = IMPLEMENTATIONS["product"]
@@ -51,8 +52,8 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_recipes(plan: PrecisionPlan) -> None:
-    """`PlanError` for a recipe that no unit can run: neither plain nor made of scaled FP8 products."""
+def check_recipes(plan: PrecisionPlan, *, emulate: bool) -> None:
+    """`PlanError` for a recipe that no unit can run: neither plain, nor made of scaled FP8 products, nor emulated."""
     for recipe in _recipes(plan):
         if RECIPES.get(recipe.name, recipe) != recipe:
             raise _refuse(
@@ -62,7 +63,6 @@ def check_recipes(plan: PrecisionPlan) -> None:
             )
         if recipe.is_plain:
             continue
-        roles = [recipe.role(role) for role in Role]
         finer = {side.granularity.name for side in recipe.sides() if _is_delayed(side)} - {TENSOR.name}
         if finer:
             raise _refuse(
@@ -70,12 +70,17 @@ def check_recipes(plan: PrecisionPlan) -> None:
                 "delayed scales of whole tensors: other groups have a scale of their own in every step",
                 "Use granularity 'tensor', or rule 'current'",
             )
-        if not (all(map(_is_product, roles)) and any(role.left.is_scaled for role in roles)):
+        if not has_products(recipe):
+            # Whether the device emulates a known one is asked later, where the device is known.
+            possible = can_be_rounded(recipe)
+            if possible and (emulate or recipe.name in RECIPES):
+                continue
             raise _refuse(
                 f"recipe {recipe.name!r}, which is not one unscaled format for all products, nor one whose "
                 f"products are FP8 with scales or {recipe.region}",
                 f"in this release units run {', '.join(UNIT_FORMATS)} and scaled FP8",
-                f"Choose one of {', '.join(RECIPES)}, or change only its formats and granularities",
+                f"Choose one of {', '.join(RECIPES)}, or change only its formats and granularities"
+                + (", or pass emulate=True to have its operands rounded" if possible else ""),
             )
         rows = {alignment(side.granularity.name) for side in (recipe.wgrad.left, recipe.wgrad.right) if side.is_scaled}
         if len(rows) > 1:
@@ -89,16 +94,6 @@ def check_recipes(plan: PrecisionPlan) -> None:
 
 def _is_delayed(side: OperandRecipe) -> bool:
     return side.rule == ScaleRule.DELAYED
-
-
-def _is_product(role: RoleRecipe) -> bool:
-    """Whether units can multiply so: both operands in scaled FP8, or both in the region's format."""
-    plain = OperandRecipe(format=find_format(DEFAULT_REGION))
-    scaled = all(
-        side.format.name in FP8 and side.is_scaled and GRANULARITIES.get(side.granularity.name) == side.granularity
-        for side in (role.left, role.right)
-    )
-    return scaled or role.left == role.right == plain
 
 
 def check_kernels(kernels: object) -> None:
@@ -212,6 +207,10 @@ def check_devices(
     emulated = set()
     for recipe in dict.fromkeys(_recipes(plan)):
         for device in devices:
+            if not recipe.is_plain and not has_products(recipe):
+                _require_rounding(recipe, device, emulate=emulate)
+                emulated.add(recipe.name)
+                continue
             native = [_require(recipe, format, device, emulate=emulate) for format in sorted(formats_of(recipe))]
             if not all(native) or not _has_product(recipe, device, emulate=emulate, kernels=kernels):
                 emulated.add(recipe.name)
@@ -225,7 +224,7 @@ def _has_product(recipe: Recipe, device: Capabilities, *, emulate: bool, kernels
     if emulate:
         return False
     others = [
-        name for name, other in RECIPES.items() if not other.is_plain and formats_of(other) <= device.matmul_formats
+        name for name, other in RECIPES.items() if has_products(other) and formats_of(other) <= device.matmul_formats
     ]
     possible = [name for name in others if not products_of(RECIPES[name], device, None).is_emulated]
     raise FormatError(
@@ -233,6 +232,20 @@ def _has_product(recipe: Recipe, device: Capabilities, *, emulate: bool, kernels
             f"recipe {recipe.name!r} has no kernel for its scales on {device.device_name} ({device.id})",
             f"recipes that have one: {', '.join(possible) or 'none'}",
             "Use one of these, or pass emulate=True to run it slowly in plain PyTorch",
+        )
+    )
+
+
+def _require_rounding(recipe: Recipe, device: Capabilities, *, emulate: bool) -> None:
+    """`FormatError` for a recipe that nothing multiplies in, unless its operands may be rounded on the device."""
+    if emulate:
+        _require(recipe, recipe.region, device, emulate=True)
+        return
+    raise FormatError(
+        explain(
+            f"recipe {recipe.name!r}, which this release multiplies nowhere, on {device.device_name} ({device.id})",
+            "emulation of it: operands are rounded to its values and multiplied in a wider format",
+            f"Use {nearest_recipe(recipe, device)!r}, the nearest it has, or pass emulate=True to run it slowly",
         )
     )
 

@@ -82,8 +82,12 @@ def conv1x1(
         held = HeldWeight(matrix, held.operands) if held.weight is weight else None
     pixels = x.movedim(channels, -1)
     y = low_precision_linear(pixels, matrix, bias, products, held, scaling).movedim(-1, channels)
-    # As PyTorch's own convolution gives it.
-    given_last = x.dim() == weight.dim() and pixels.is_contiguous()
+    return in_layout_of(y, x, weight)
+
+
+def in_layout_of(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y, whose channels come last in memory, in the memory format that PyTorch's convolution of x gives."""
+    given_last = x.dim() == weight.dim() and x.movedim(1, -1).is_contiguous()
     stays = weight.dim() > 3 and (given_last or _channels_come_last(weight))
     return y if stays else y.contiguous()
 

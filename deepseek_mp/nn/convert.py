@@ -67,7 +67,7 @@ def prepare(
     found = survey(model)
     devices = devices_of(model, capabilities)
     plan = for_device(plan, devices)
-    checks.check_recipes(plan)
+    checks.check_recipes(plan, emulate=emulate)
     checks.check_rules(plan, found)
     checks.check_parameters(model, plan, found)
     checks.check_fp32_arithmetic(plan, found)
@@ -99,7 +99,7 @@ def apply(
     """
     prepared = prepare(model, plan, emulate=emulate, kernels=kernels, capabilities=capabilities)
     resolved, found = prepared.plan, prepared.found
-    if not resolved.base.is_plain and not any(unit.products for unit in prepared.assigned.values()):
+    if not resolved.base.is_plain and not any(unit.products or unit.rounds for unit in prepared.assigned.values()):
         warnings.warn(f"no layer of this model runs in {resolved.base.name}; the decisions say why", stacklevel=2)
     base = resolved.base.region
     changes: list[tuple[nn.Module, type[nn.Module], UnitPrecision]] = []

@@ -50,12 +50,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from deepseek_mp.errors import ShapeError, explain
 from deepseek_mp.nn.lazy import Lazy, Made, is_traced, lazy
-from deepseek_mp.ops.layouts import alignment
+from deepseek_mp.ops.cast import FP8
+from deepseek_mp.ops.layouts import ALIGNMENT, alignment
 from deepseek_mp.ops.schema import product, quantise, quantise_delayed
 from deepseek_mp.ops.schema_made import quantise_made, quantise_made_delayed
 from deepseek_mp.ops.sources import can_make
-from deepseek_mp.precision import Recipe, Role, ScaleRule
-from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe, Rounding
+from deepseek_mp.precision import GRANULARITIES, Recipe, Role, Rounding, ScaleRule, find_format
+from deepseek_mp.precision.recipe import DEFAULT_REGION, OperandRecipe, RoleRecipe
 
 Layout = tuple[Tensor, ...]
 """An operand [outer, contraction]: quantised values and their scales, or alone and not quantised."""
@@ -143,8 +144,27 @@ class Products:
         object.__setattr__(self, "reads_promises", reads)
 
 
+def has_products(recipe: Recipe) -> bool:
+    """Whether layers multiply in the recipe: some products in scaled FP8, and all others in the region's format."""
+    roles = [recipe.role(role) for role in Role]
+    plain = OperandRecipe(format=find_format(DEFAULT_REGION))
+    return any(map(_is_fp8, roles)) and all(_is_fp8(role) or role.left == role.right == plain for role in roles)
+
+
+def _is_fp8(role: RoleRecipe) -> bool:
+    """Whether both operands are what `quantise` makes."""
+    return all(
+        side.is_scaled
+        and side.format.name in FP8
+        and side.scale_format is None
+        and side.granularity.name in ALIGNMENT
+        and GRANULARITIES[side.granularity.name] == side.granularity
+        for side in (role.left, role.right)
+    )
+
+
 def multiple_of(recipe: Recipe) -> int:
-    """What both sizes of a weight must be multiples of."""
+    """What both sizes of a weight must be multiples of, in a recipe that `has_products`."""
     return max(alignment(side.granularity.name) for side in recipe.sides() if side.is_scaled)
 
 

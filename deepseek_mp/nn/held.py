@@ -63,7 +63,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[Unit, Tensor, Products]]:
         if not isinstance(module, Unit):
             continue
         precision = module.unit_precision
-        if precision.products is not None and not precision.rounds:
+        if precision.products is not None:
             weight = module.weight
             if isinstance(weight, nn.Parameter) and weight.requires_grad:
                 yield module, weight, precision.products

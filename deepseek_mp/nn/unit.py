@@ -15,7 +15,8 @@ What a unit's forward does follows from its format and from the plan's base:
 - bf16, fp16: an autocast region of that format. Where the model around it has no region of its own
   (an FP32 base) the output is cast back, since the next module expects FP32;
 - a linear layer in FP8: not the original forward but `functional.low_precision_linear`, which needs no
-  region and gives BF16, cast as above; a 1x1 convolution likewise, by `conv1x1`.
+  region and gives BF16, cast as above; a 1x1 convolution likewise, by `conv1x1`;
+- a layer in an emulated recipe: its operands rounded and multiplied by `nn.emulated`, which gives BF16 too.
 
 The frozen value is interned: equal values are one object. Compiled code that once ran for a value is found
 again when the value comes back.
@@ -41,7 +42,7 @@ from torch.nn.utils.rnn import PackedSequence
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn.conv1x1 import check_settings, conv1x1
-from deepseek_mp.nn.emulated import emulated_convolution
+from deepseek_mp.nn.emulated import emulated_convolution, emulated_linear
 from deepseek_mp.nn.functional import HeldWeight, Products, UnitScaling, low_precision_linear
 from deepseek_mp.nn.lent_cast import LentCast
 from deepseek_mp.nn.nested import first_tensor, map_leaves
@@ -82,7 +83,7 @@ class UnitPrecision:
     products: Products | None = None
     """What the unit multiplies with instead of its original forward; None: that forward."""
     rounds: bool = False
-    """With products: they only say how a convolution's operands are rounded, for its own forward to multiply."""
+    """Operands are rounded as the recipe says and multiplied by `nn.emulated`, instead of the original forward."""
     inputs: torch.dtype | None = None
     """Floating inputs are cast to this type first."""
     outputs: torch.dtype | None = None
@@ -157,8 +158,9 @@ class Unit(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         precision = self.unit_precision
         if precision.products is not None:
-            run = self._emulated if precision.rounds else self._low_precision
-            return run(precision, precision.products, *args, **kwargs)
+            return self._low_precision(precision, precision.products, *args, **kwargs)
+        if precision.rounds:
+            return self._emulated(precision, *args, **kwargs)
         if precision.region is None:
             if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and self.lent_cast is not None:
                 return self._with_lent_cast(self.lent_cast, args[0])
@@ -188,12 +190,12 @@ class Unit(nn.Module):
             output = conv1x1(input, weight, bias, products, held, scaling)  # type: ignore[arg-type]
         return output if precision.outputs is None else output.to(precision.outputs)
 
-    def _emulated(self, precision: UnitPrecision, products: Products, input: Tensor) -> Tensor:
-        """The forward of a convolution with rounded operands."""
-        convolve: Any = super()._conv_forward  # type: ignore[misc]
-        weight, bias = self.weight, self.bias
-        with _region(input.device, precision.recipe.region):
-            output = emulated_convolution(convolve, input, weight, bias, products)  # type: ignore[arg-type]
+    def _emulated(self, precision: UnitPrecision, input: Tensor) -> Tensor:
+        """The forward of a linear layer or convolution with rounded operands, of an input of any type."""
+        if self.original_class is nn.Linear:
+            output = emulated_linear(input, self.weight, self.bias, precision.recipe)  # type: ignore[arg-type]
+        else:
+            output = emulated_convolution(input, self, precision.recipe)  # type: ignore[arg-type]
         return output if precision.outputs is None else output.to(precision.outputs)
 
     def _forward_in_region(

@@ -117,7 +117,7 @@ def _is_cast_whole(unit: Unit) -> bool:
     precision = unit.unit_precision
     kind = unit.original_class
     known = kind in _FORWARDS and kind.forward is _FORWARDS[kind]
-    return known and precision.region is None and precision.products is None
+    return known and precision.region is None and precision.products is None and not precision.rounds
 
 
 def _is_trained(parameter: nn.Parameter) -> bool:

@@ -5,7 +5,7 @@ result is what `quantise` gives when it is taken back to fp32, bit for bit; FP4 
 need no multiple: groups at the far edges may be short.
 
 **Scales of a format of their own** (`OperandRecipe.scale_format`) have two levels, as NVFP4 has them ("Pretraining
-large language models with NVFP4", arXiv 2509.25149, appendix C). With fmax the largest value of the format and smax
+large language models with NVFP4", arXiv 2509.25149). With fmax the largest value of the format and smax
 that of the scale format, all in fp32:
 
     whole = amax of the tensor / (fmax * smax)
@@ -79,23 +79,21 @@ def factored(x: Tensor, side: OperandRecipe, *, generator: torch.Generator | Non
     _check(x, side)
     if not side.is_scaled or not x.numel():
         return Factored(rounded(x.float(), side) if x.numel() else x.float(), None)
-    rows, columns = side.granularity.rows, side.granularity.columns
-    if rows is None and columns is None:
-        groups = x.float().contiguous().view(1, 1, 1, -1)
-    else:
-        groups = _grouped(x.float(), side.granularity)
-    values, factor = _rounded_groups(groups, side, generator)
-    if rows is None and columns is None:
-        return Factored(values.view(x.shape), factor)
-    height, length = groups.shape[0] * groups.shape[1], groups.shape[2] * groups.shape[3]
-    return Factored(values.view(height, length)[: x.shape[0], : x.shape[1]], factor)
+    if _is_whole(side.granularity):
+        return _rounded_groups(x.float(), side, generator)
+    values, factor = _rounded_groups(_grouped(x.float(), side.granularity), side, generator)
+    return Factored(values.flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]], factor)
+
+
+def can_round(side: OperandRecipe) -> bool:
+    """Whether tensors can be rounded to the operand's values and FP32 holds them."""
+    return side.format.bits <= _WIDEST.bits and side.format.special != "scale"
 
 
 def fits_bf16(side: OperandRecipe) -> bool:
     """Whether `factored` gives values that BF16 holds exactly, but for subnormal ones."""
     bits = side.format.mantissa_bits + 1
-    whole = side.granularity.rows is None and side.granularity.columns is None
-    if side.is_scaled and not whole and not side.power_of_two:
+    if side.is_scaled and not _is_whole(side.granularity) and not side.power_of_two:
         if side.scale_format is None:
             return False
         bits += side.scale_format.mantissa_bits + 1
@@ -106,12 +104,16 @@ def fits_bf16(side: OperandRecipe) -> bool:
 def _check(x: Tensor, side: OperandRecipe) -> None:
     if not side.is_scaled:
         return
-    if side.format.bits > _WIDEST.bits or side.format.special == "scale":
+    if not can_round(side):
         allowed = ", ".join(name for name, f in FORMATS.items() if f.bits <= _WIDEST.bits and f.special != "scale")
         raise FormatError(explain(f"an operand of {side.format} with scales", allowed, "Use one of these formats"))
-    if x.dim() != 2 and (side.granularity.rows, side.granularity.columns) != (None, None):
+    if x.dim() != 2 and not _is_whole(side.granularity):
         passed = f"a tensor of shape {list(x.shape)} to round with {side.granularity.name} scales"
         raise ShapeError(explain(passed, "matrices [outer, contraction]", "Flatten it to the operand of its product"))
+
+
+def _is_whole(granularity: Granularity) -> bool:
+    return granularity.rows is None and granularity.columns is None
 
 
 def _grouped(x: Tensor, granularity: Granularity) -> Tensor:
@@ -126,14 +128,16 @@ def _grouped(x: Tensor, granularity: Granularity) -> Tensor:
 
 
 def _rounded_groups(groups: Tensor, side: OperandRecipe, generator: torch.Generator | None) -> Factored:
-    """Groups, as `_grouped` gives them, each rounded under its own scale."""
+    """Groups, as `_grouped` gives them, each rounded under its own scale; or a tensor of any shape under one scale."""
     target = side.format
     size = groups.abs()
     # As `quantise` does: what is not finite makes a group of one row NaN, and takes no part in the scale of others.
     spans = side.granularity.rows != 1
-    amax = (torch.where(size < float("inf"), size, 0.0) if spans else size).amax(3, keepdim=True)
-    if groups.shape[1] > 1:
-        amax = amax.amax(1, keepdim=True)
+    considered = torch.where(size < float("inf"), size, 0.0) if spans else size
+    if _is_whole(side.granularity):
+        amax = considered.amax()
+    else:
+        amax = considered.amax(3, keepdim=True).amax(1, keepdim=True)
     factor = None
     if side.scale_format is not None:
         scale, inverse, factor = _two_levels(amax, target, side.scale_format)
@@ -147,8 +151,8 @@ def _rounded_groups(groups: Tensor, side: OperandRecipe, generator: torch.Genera
         values = round_stochastically(scaled, target, drawn)
     else:
         values = _nearest(scaled, target)
-    if scale.numel() == 1 and factor is None:
-        return Factored(values, scale.view(()))
+    if factor is None and not scale.dim():
+        return Factored(values, scale)
     return Factored(values * scale, factor)
 
 
@@ -160,8 +164,9 @@ def _two_levels(amax: Tensor, target: Format, stored: Format) -> tuple[Tensor, T
     top = torch.where(finite, amax, 0.0).amax()
     whole = torch.maximum(top, most * SMALLEST_SCALE) / most
     scale = torch.where(finite, round_to_format(amax / largest / whole, stored), float("nan"))
+    # Finite, so that zeros stay zeros: the scale may be zero, and its product with a tiny `whole` subnormal.
     inverse = (torch.ones_like(amax) / (scale * whole)).clamp_max(torch.finfo(torch.float32).max)
-    return scale, torch.where(scale == 0, 0.0, inverse), whole
+    return scale, inverse, whole
 
 
 def _nearest(x: Tensor, target: Format) -> Tensor:

@@ -46,6 +46,10 @@ def test_a_device_with_fp8_multiplies_in_the_formats_of_its_best_recipe(row: str
         ("x86_avx2", RECIPES["tensor"], "fp32"),
         ("gfx942", RECIPES["block"], "block_fnuz"),
         ("sm_90", as_fnuz(RECIPES["tensor"]), "block"),
+        ("sm_80", RECIPES["nvfp4"], "bf16"),
+        ("sm_90", RECIPES["nvfp4"], "block"),
+        ("sm_100", RECIPES["nvfp4"], "row"),  # which has FP4, but no kernel of ours
+        ("gfx942", RECIPES["nvfp4"], "row_fnuz"),
     ],
 )
 def test_the_nearest_recipe_is_one_the_device_has(row: str, asked: object, nearest: str) -> None:

@@ -309,6 +309,51 @@ def test_recipes_mixed_by_product_are_taken() -> None:
         model(torch.randn(3, 128)).sum().backward()
 
 
+# -- recipes that are emulated only --------------------------------------------------------------------
+
+INT8 = OperandRecipe(format=FORMATS["int8"], rule=ScaleRule.CURRENT)
+
+
+@pytest.mark.parametrize(
+    ("row", "nearest"),
+    [("x86_avx2", "fp32"), ("x86_avx512_bf16", "bf16"), ("sm_80", "bf16"), ("sm_90", "block"), ("sm_100", "row")],
+)
+@pytest.mark.parametrize("place", ["base", "rule"])
+def test_nvfp4_is_refused_without_emulation(row: str, nearest: str, place: str) -> None:
+    model = _model()
+    before = _state(model)
+    plan = PrecisionPlan.of("nvfp4") if place == "base" else PrecisionPlan.of("fp32", {"0": "nvfp4"})
+    match = rf"recipe 'nvfp4', which .* multiplies nowhere, on some chip \({row}\)\. .* Use '{nearest}', the nearest it"
+    for kernels in (None, "reference"):
+        with pytest.raises(FormatError, match=match):
+            apply(model, plan, capabilities=_device(row), kernels=kernels)
+    assert _state(model) == before
+    found = apply(model, plan, capabilities=_device(row), emulate=True).decisions[0]
+    assert (found.new, found.reason) == ("nvfp4", Reason.EMULATED)
+
+
+def test_a_device_without_the_region_around_cannot_emulate_it() -> None:
+    device = resolve(Identity(row="mps", device_name="M"), vendor="apple", backend="mps", executes=frozenset({"fp16"}))
+    lacks_bf16 = replace(device, matmul_formats=frozenset({"fp32"}), emulated_formats=frozenset())
+    with pytest.raises(FormatError, match=r"recipe 'nvfp4' needs bf16, which M .*Use 'fp32', the nearest it has\.$"):
+        apply(_model(), "nvfp4", emulate=True, capabilities=lacks_bf16)
+
+
+def test_own_recipes_are_rounded_where_emulation_was_agreed_to(refused: Callable[..., None]) -> None:
+    mine = replace(RECIPES["row"], name="mine", fprop=RoleRecipe(left=INT8, right=INT8))
+    refused(_model(), PrecisionPlan.of(mine), "recipe 'mine', which is not one .* or pass emulate=True to have its")
+    assert apply(_model(), mine, emulate=True).decisions[0].reason is Reason.EMULATED
+
+
+@pytest.mark.parametrize(
+    "side", [replace(INT8, rule=ScaleRule.DELAYED), OperandRecipe(format=FORMATS["fp64"])], ids=["delayed", "fp64"]
+)
+def test_what_cannot_be_rounded_is_refused_under_emulation_too(side: OperandRecipe) -> None:
+    mine = replace(RECIPES["row"], name="mine", fprop=RoleRecipe(left=side, right=side))
+    with pytest.raises(PlanError, match=r"recipe 'mine', which is not one unscaled.* its formats and granularities.$"):
+        apply(_model(), mine, emulate=True)
+
+
 @pytest.mark.parametrize("name", ["cutlass", "Triton", 3])
 def test_kernels_have_names(name: Any) -> None:
     with pytest.raises(ConfigError, match=r"kernels=.*Allowed: None, 'native', 'triton', 'reference'"):

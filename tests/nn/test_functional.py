@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp.errors import ShapeError
 from deepseek_mp.nn import functional
-from deepseek_mp.nn.functional import Cast, Pair, Products, low_precision_linear
+from deepseek_mp.nn.functional import Cast, Pair, Products, has_products, low_precision_linear
 from deepseek_mp.ops.reference.product import dequantise
 from deepseek_mp.precision import RECIPES, Operand, Recipe, Role, Rounding, as_fnuz, with_power_of_two
+from deepseek_mp.precision.recipe import RoleRecipe
 
 NAMED = [RECIPES[name] for name in ("tensor", "row", "row_gw_hp", "block", "mx")]
 VARIANTS = [with_power_of_two(RECIPES["block"]), as_fnuz(RECIPES["tensor"]), as_fnuz(RECIPES["block"])]
@@ -475,6 +476,15 @@ def test_products_are_laid_out_by_role() -> None:
     tensor = products(with_power_of_two(RECIPES["tensor"]))
     assert tensor.dgrad == Pair(Cast("fp8_e5m2", "tensor", True), Cast("fp8_e4m3", "tensor", True))
     assert RECIPES["tensor"].operand(Role.DGRAD, Operand.WEIGHT).format.name == "fp8_e4m3"
+
+
+def test_recipes_that_layers_multiply_in() -> None:
+    others = {name for name, recipe in RECIPES.items() if not has_products(recipe)}
+    assert others == {"fp64", "fp32", "tf32", "hf32", "bf16", "fp16", "nvfp4"}
+    side = RECIPES["row"].fprop.left
+    for change in ({"scale_format": "fp8_e4m3"}, {"granularity": "1x16"}, {"format": "fp4_e2m1"}, {"rule": "none"}):
+        other = replace(side, **change)
+        assert not has_products(replace(RECIPES["row"], fprop=RoleRecipe(left=other, right=side)))
 
 
 def test_equal_products_are_equal_values() -> None:

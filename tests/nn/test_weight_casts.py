@@ -207,6 +207,10 @@ def test_units_outside_of_the_base_format_are_not_lent_to() -> None:
     with casts.lent(current_plan(model)):
         assert LENT not in vars(model[4])
         assert LENT in vars(model[0])
+    apply(model, PrecisionPlan.of("bf16", pin={"2": "nvfp4"}), emulate=True)
+    with casts.lent(current_plan(model)):
+        assert LENT not in vars(model[2])
+        assert LENT in vars(model[0])
 
 
 def test_a_weight_that_is_written_or_replaced_inside_is_what_counts() -> None:

@@ -63,6 +63,41 @@ def test_rounding_is_written_where_it_is_stochastic_and_read_where_it_is_named()
         OperandRecipe.from_json({**NARROW.to_json(), "rounding": "up"})
 
 
+def test_a_format_of_scales_is_written_where_there_is_one() -> None:
+    scaled = replace(NARROW, power_of_two=False, scale_format="fp8_e4m3")
+    assert scaled.scale_format is FORMATS["fp8_e4m3"]  # by its name
+    assert scaled.to_json() == {**NARROW.to_json(), "power_of_two": False, "scale_format": "fp8_e4m3"}
+    assert OperandRecipe.from_json(json.loads(json.dumps(scaled.to_json()))) == scaled
+    assert "scale_format" not in NARROW.to_json()
+    both = replace(scaled, rounding=Rounding.STOCHASTIC)
+    assert OperandRecipe.from_json(json.loads(json.dumps(both.to_json()))) == both != scaled
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scale_format": "fp9"}, FormatError, r"^unknown format 'fp9'\."),
+        ({"scale_format": "bf16"}, PlanError, r"^scale_format bf16\. Allowed: fp8_e4m3, .*fp8_e5m2fnuz\. Use one"),
+        (
+            {"scale_format": "int8"},
+            PlanError,
+            r"^scale_format int8\. Allowed: fp8_e4m3, fp8_e5m2, .*fp8_e5m2fnuz\. Use",
+        ),
+        ({"scale_format": "e8m0"}, PlanError, r"scales of E8M0 are power_of_two=True"),
+        ({"power_of_two": True}, PlanError, r"scale_format fp8_e4m3, power_of_two=True and .*Allowed: rule 'current'"),
+        ({"rule": "delayed"}, PlanError, r"the scale rule 'delayed'\. Allowed: rule 'current' without"),
+        ({"rule": "none"}, PlanError, r"the scale rule 'none'\. .* or leave out the scale_format"),
+    ],
+)
+def test_scales_with_a_format_follow_from_the_tensor(change: Any, error: type[Exception], message: str) -> None:
+    values: dict[str, Any] = {
+        "format": "fp4_e2m1", "granularity": "1x16", "rule": "current", "scale_format": "fp8_e4m3",
+    }  # fmt: skip
+    assert OperandRecipe(**values) in RECIPES["nvfp4"].sides()
+    with pytest.raises(error, match=message):
+        OperandRecipe(**(values | change))
+
+
 @pytest.mark.parametrize("rule", [ScaleRule.DELAYED, ScaleRule.NONE])
 def test_only_operands_with_scales_of_their_own_are_rounded_stochastically(rule: ScaleRule) -> None:
     with pytest.raises(PlanError, match=rf"scale rule '{rule.value}'\. Allowed: .* of the tensor itself\. Use rule"):

@@ -65,6 +65,15 @@ def test_what_the_names_mean() -> None:
     assert rounded == {"mx", "mx_fnuz", *(r.name for r in SCALED if r.name.endswith("_pow2"))}
 
 
+def test_nvfp4_is_e2m1_in_groups_of_16_with_e4m3_scales_for_everything() -> None:
+    recipe = RECIPES["nvfp4"]
+    assert table(recipe) == each(*["fp4_e2m1 1x16 current"] * 3)
+    assert {side.scale_format for side in recipe.sides()} == {FORMATS["fp8_e4m3"]}
+    assert not any(side.scale_format for other in RECIPES.values() if other is not recipe for side in other.sides())
+    assert with_power_of_two(recipe) is recipe  # scales that have a format stay
+    assert as_fnuz(recipe) is recipe
+
+
 def test_fp8_reads_as_row_until_the_device_is_known() -> None:
     assert RECIPES["fp8"] == replace(RECIPES["row"], name="fp8")
     assert PrecisionPlan.of("bf16", {"mlp": "fp8"}).to_json()["rules"] == [{"pattern": "mlp", "recipe": "fp8"}]

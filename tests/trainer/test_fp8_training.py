@@ -123,6 +123,23 @@ def test_every_recipe_learns_as_bf16_does(name, recipe):
     assert all(abs(a - b) < 0.01 * b for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_nvfp4_learns_with_more_noise(name):
+    ours, theirs = losses(name, "nvfp4"), losses(name, "bf16")
+    assert all(abs(a - b) < 0.05 * b for a, b in zip(ours, theirs, strict=True))
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > 0.001
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nvfp4_with_accumulation_compiled_and_changed_for_another(compiled):
+    trainer = make(mlp(), "nvfp4", compile=compiled, gradient_accumulation_steps=2)
+    data = list(mlp_batches(6))
+    assert all(math.isfinite(trainer.step(batch).loss) for batch in data[:4])
+    trainer.change_plan("row")
+    assert {decision.new for decision in trainer.plan.decisions} == {"row", "bf16"}
+    assert all(math.isfinite(trainer.step(batch).loss) for batch in data[4:])
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_1x1_convolutions_train_in_fp8_and_others_beside_them_do_not(layout):
     trainer = make(pixels(), replace(PrecisionPlan.of("block"), memory_format=layout), gradient_accumulation_steps=2)
