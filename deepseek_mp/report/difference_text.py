@@ -108,11 +108,12 @@ def _parting(parting: Parting, tolerance: float) -> str:
     if parting.first_unequal is None:
         return f"equal in {shared}"
     parts = [f"first differs at {_point(parting.first_unequal)}"]
+    limit = f"{100 * tolerance:.3g} %"
     if parting.first_beyond is None:
-        parts.append(f"never by more than {100 * tolerance:.3g} %")
+        parts.append(f"never by more than {limit} in {shared}")
     else:
-        parts.append(f"by more than {100 * tolerance:.3g} % first at {_point(parting.first_beyond)}")
-    parts[-1] += f", in {parting.beyond} of {shared}"
+        first = _point(parting.first_beyond)
+        parts.append(f"by more than {limit} first at {first}, in {parting.beyond} of {shared}")
     if parting.largest is not None and parting.largest != parting.first_unequal:
         parts.append(f"most at {_point(parting.largest)}")
     if parting.final is not None:

@@ -82,8 +82,13 @@ def read_history(run: Run) -> History:
 
 
 def number(value: object) -> float | None:
-    """The value if it is a number, NaN and infinities included."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """The value if it is a number, NaN and infinities included (None for all else)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return None
 
 
 def _step(line: Mapping[str, Any]) -> Step:

@@ -83,7 +83,7 @@ def _choice(line: Mapping[str, Any]) -> Choice:
     return Choice(
         step=line["step"],
         layer=str(line.get("layer", "")),
-        role=None if role is None else str(role),
+        role=str(role) if role else None,
         old=str(line.get("old", "")),
         new=str(line.get("new", "")),
         reason=str(line.get("reason", "")),

@@ -102,18 +102,18 @@ def _attempts(report: RunReport, width: int) -> list[str]:
             str(attempt.attempt),
             str(attempt.resume_step),
             str(report.attempt_steps.get(attempt.attempt, 0)),
-            attempt.started,
+            str(attempt.started).removesuffix("+00:00").replace("T", " "),
             _took(attempt),
             attempt.outcome or "did not end",
-            "; ".join(
-                f"{name} {as_text(old)} -> {as_text(new)}"
-                for name, old, new in report.attempt_changes.get(attempt.attempt, ())
-            ),
         )
         for attempt in report.attempts
     ]
-    heading = ("attempt", "after step", "steps in force", "started", "took", "outcome", "what changed")
-    return table(heading, rows, width)
+    heading = ("attempt", "after step", "steps in force", "started (UTC)", "took", "outcome")
+    changed = [
+        (f"changed in attempt {number}", "; ".join(f"{name} {as_text(a)} -> {as_text(b)}" for name, a, b in settings))
+        for number, settings in report.attempt_changes.items()
+    ]
+    return [*table(heading, rows, width), *listing(changed, width)]
 
 
 def _took(attempt: Attempt) -> str:
