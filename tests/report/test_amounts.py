@@ -24,8 +24,8 @@ def test_values(number: float | None, text: str) -> None:
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (2e-6, "2 µs"), (0.0123, "12.3 ms"), (1.5, "1.5 s"), (119.0, "119 s"), (600.0, "10 min"), (9000.0, "2 h 30 min"),
-        (None, "-"), (math.inf, "Infinity"),
+        (2e-6, "2 µs"), (0.0123, "12.3 ms"), (1.5, "1.5 s"), (119.0, "119 s"), (600.0, "10 min"),
+        (9000.0, "2 h 30 min"), (None, "-"), (math.inf, "Infinity"),
     ],
 )  # fmt: skip
 def test_durations(number: float | None, text: str) -> None:

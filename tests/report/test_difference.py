@@ -77,7 +77,7 @@ def test_json_of_runs_that_are_not_finite(record: Record) -> None:
 @pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])
 def test_a_tolerance_is_a_number_from_zero(record: Record, tolerance: float) -> None:
     path = record()
-    with pytest.raises(ConfigError, match="tolerance=.*finite number from 0"):
+    with pytest.raises(ConfigError, match=r"tolerance=.*finite number from 0"):
         compare_runs(path, path, tolerance=tolerance)
 
 
