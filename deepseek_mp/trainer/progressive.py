@@ -125,7 +125,7 @@ def _made(make_model: Any, seed: int | None) -> nn.Module:
     """The model that every stage starts from; `ConfigError` if there is none."""
     if isinstance(make_model, nn.Module):
         return make_model
-    if not callable(make_model) or isinstance(make_model, type):
+    if not callable(make_model):
         allowed = "a torch.nn.Module, or a function without arguments that gives one"
         raise ConfigError(explain(f"make_model={make_model!r}", allowed, "Pass for example lambda: Net(width=256)"))
     seed_everything(seed)

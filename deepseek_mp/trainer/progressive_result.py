@@ -15,6 +15,8 @@ from deepseek_mp.trainer.curves import Point, Verdict, tail_mean
 
 WIDTH = 110
 """Characters a line of the table."""
+HEADING = ("stage", "lowered", "steps", "last loss", "worst", "at the end", "gradients", "step", "verdict", "reason")
+"""`worst` and `at the end`: the smoothed loss against the baseline's; `gradients`: the median ratio of their norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +103,9 @@ class ProgressiveResult:
         }
 
     def __str__(self) -> str:
-        heading = ("stage", "lowered", "steps", "last loss", "worst", "at the end", "gradients", "step", "verdict", "reason")
         rows = [_row(stage, self.layers) for stage in self.stages]
         last = "no model" if self.last_good is None else f"the model is that of stage {self.last_good.name!r}"
-        return "\n".join([*table(heading, rows, WIDTH), *paragraph(f"{self.reason}; {last}", WIDTH)])
+        return "\n".join([*table(HEADING, rows, WIDTH), *paragraph(f"{self.reason}; {last}", WIDTH)])
 
 
 def _row(stage: StageResult, layers: int) -> Sequence[str]:

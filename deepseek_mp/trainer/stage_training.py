@@ -179,7 +179,7 @@ def check_setting(setting: Setting) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not (least < value < math.inf):
             raise ConfigError(explain(f"{name}={value!r}", f"a finite number above {least:g}", f"Change {name}"))
     for name, made in (("optimizer", setting.optimizer), ("scheduler", setting.options.get("scheduler"))):
-        if made is not None and (not callable(made) or isinstance(made, type)):
+        if made is not None and not callable(made):
             allowed = f"None, or a function that makes one: each stage has its own {name}"
             raise ConfigError(explain(f"{name}={made!r}", allowed, f"Pass a function, as for a trainer's {name}"))
 
