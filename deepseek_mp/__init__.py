@@ -7,7 +7,7 @@ from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import convert, register_unit, revert
 from deepseek_mp.ops.cast import cast
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Rule
-from deepseek_mp.trainer import Callback, FitResult, MixedPrecisionTrainer, StepResult
+from deepseek_mp.trainer import Callback, FitResult, MixedPrecisionTrainer, ProgressiveResult, StepResult, progressive
 from deepseek_mp.version import __version__
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "PrecisionMonitor",
     "PrecisionPlan",
+    "ProgressiveResult",
     "Reason",
     "Rule",
     "StepResult",
@@ -29,6 +30,7 @@ __all__ = [
     "cast",
     "convert",
     "math_mode",
+    "progressive",
     "register_unit",
     "revert",
 ]

@@ -52,6 +52,7 @@ PURE = {
     "version.py": frozenset[str](),
     "records/": frozenset[str](),
     "precision/": frozenset({"numpy"}),
+    "report/": frozenset[str](),
 }
 """Parts that need the standard library alone, with what they may use besides."""
 

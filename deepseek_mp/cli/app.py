@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from deepseek_mp.cli.demo import demo
 from deepseek_mp.cli.doctor import doctor
+from deepseek_mp.cli.report import report
 from deepseek_mp.errors import MixedPrecisionError
 from deepseek_mp.version import __version__
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(report)
 
 
 def _show_version(asked: bool) -> None:

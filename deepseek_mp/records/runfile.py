@@ -48,7 +48,7 @@ def load_attempts(path: Path) -> list[Attempt]:
     try:
         run = json.loads(file.read_bytes())
         version = int(run["version"]) if run["format"] == RECORD_FORMAT else 0
-        attempts = [Attempt(**from_plain(entry)) for entry in run["attempts"]] if version == RECORD_VERSION else []
+        attempts = list(map(_attempt, run["attempts"])) if version == RECORD_VERSION else []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             explain(
@@ -66,6 +66,17 @@ def load_attempts(path: Path) -> list[Attempt]:
             )
         )
     return attempts
+
+
+def _attempt(entry: Any) -> Attempt:
+    """An attempt as `save_attempts` wrote it; `TypeError` for values of other types."""
+    attempt = Attempt(**from_plain(entry))
+    numbers, texts = (attempt.attempt, attempt.resume_step), (attempt.started, attempt.ended, attempt.outcome)
+    if any(type(number) is not int for number in numbers) or not isinstance(attempt.info, dict):
+        raise TypeError(f"attempt {attempt.attempt!r} has a number or an info of another type")
+    if any(text is not None and not isinstance(text, str) for text in texts):
+        raise TypeError(f"attempt {attempt.attempt!r} has a time or an outcome that is no text")
+    return attempt
 
 
 def save_attempts(path: Path, attempts: list[Attempt]) -> None:

@@ -16,9 +16,7 @@ from deepseek_mp.sensitivity.outputs import largest_of, output_in
 @contextmanager
 def outputs_in(recipes: Mapping[nn.Module, Recipe]) -> Iterator[None]:
     """Inside, the forward of each module gives its output in the recipe, emulated; for forwards without gradients."""
-    handles = [
-        module.register_forward_hook(_replacing(recipe), with_kwargs=True) for module, recipe in recipes.items()
-    ]
+    handles = [module.register_forward_hook(_replacing(recipe), with_kwargs=True) for module, recipe in recipes.items()]
     try:
         yield
     finally:

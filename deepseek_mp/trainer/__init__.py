@@ -2,6 +2,16 @@
 
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+from deepseek_mp.trainer.progressive import progressive
+from deepseek_mp.trainer.progressive_result import ProgressiveResult
 from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
 
-__all__ = ["Callback", "FitResult", "MixedPrecisionTrainer", "StepFacts", "StepResult"]
+__all__ = [
+    "Callback",
+    "FitResult",
+    "MixedPrecisionTrainer",
+    "ProgressiveResult",
+    "StepFacts",
+    "StepResult",
+    "progressive",
+]

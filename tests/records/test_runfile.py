@@ -38,6 +38,15 @@ def test_a_file_of_another_kind_or_version_is_one_clear_error(tmp_path: Path, ch
         load_attempts(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"resume_step": "7"}, {"attempt": True}, {"info": None}, {"ended": 3}, {"outcome": ["completed"]}]
+)
+def test_an_attempt_with_a_value_of_another_type_is_one_clear_error(tmp_path: Path, change: dict[str, object]) -> None:
+    save_attempts(tmp_path, [replace(FIRST, **change)])
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read \(TypeError: attempt"):
+        load_attempts(tmp_path)
+
+
 def test_a_missing_or_torn_file_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no run\.json"):
         load_attempts(tmp_path)

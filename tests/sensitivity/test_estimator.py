@@ -51,7 +51,7 @@ def compared(model, loss_fn, batches, recipes, *, steps, calibration, held_out):
         if can_estimate(module, RECIPES[recipe])
     }
     predicted = {key: readings[key[0]].effects[key[1]].loss_change for key in cases}
-    together = {("", recipe): {module: RECIPES[recipe] for module in modules.values()} for recipe in recipes}
+    together = {("", recipe): dict.fromkeys(modules.values(), RECIPES[recipe]) for recipe in recipes}
     true = {key: [] for key in (*cases, *together)}
     for _ in range(held_out):
         call = parse_batch(next(batches))

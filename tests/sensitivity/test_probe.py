@@ -82,14 +82,18 @@ def test_a_checkpointed_unit_is_seen_once():
     assert watched(model, [batch()]).read()["first"].calls == 1
 
 
+def fail(*_):
+    raise RuntimeError("on purpose")
+
+
 def test_hooks_and_random_numbers_are_as_before_also_after_an_exception():
     model = Model()
     probe = Probe({"first": model.first}, [RECIPES["bf16"]], rows=4)
     state = torch.get_rng_state()
     call = parse_batch((torch.zeros(32, 8), torch.zeros(32, dtype=torch.long)))
+    model.second.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"), probe.watching(call):
         run(model, call, None)
-        raise RuntimeError("on purpose")
     assert not model.first._forward_hooks
     assert torch.equal(torch.get_rng_state(), state)
     assert probe.read() == {}

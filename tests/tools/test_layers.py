@@ -59,6 +59,8 @@ def test_imports_downwards_are_kept(package: Path) -> None:
         ("cli", "import deepseek_mp.testing"),
         ("records", "import deepseek_mp.precision"),
         ("precision", "import torch"),
+        ("report", "import torch"),
+        ("report", "import deepseek_mp.backends"),
     ],
 )
 def test_violation_breaks_a_contract(package: Path, folder: str, violation: str) -> None:
