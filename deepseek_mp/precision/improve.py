@@ -1,22 +1,21 @@
 """From an allocation near the best one to a good one that meets the budgets: repair, fill, swap.
 
 All of it is in the scaled numbers of `knapsack`, where each budget is 1. A move gives one group another option.
-Its price is what it changes the cost by, with its uses priced: at the prices of the relaxation no move from a
+Its price is what it changes the cost by, with its uses priced. At the prices of the relaxation no move from a
 cheapest allocation has a price below 0, and moves of a low price are those that a best allocation may need.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from deepseek_mp.precision.knapsack import Group, Option, Prices
+from deepseek_mp.precision.knapsack import Group, Option, Prices, sums
 
 EPSILON = 1e-12
+MOST_PASSES = 20
 PAIRED_MOVES = 90
 """Moves that are tried two at a time: pairs grow with the square."""
-MOST_SWAPS = 40
 
 
 class Move(NamedTuple):
@@ -32,24 +31,26 @@ class Move(NamedTuple):
 
 
 class Picks:
-    """An allocation that is changed step by step, with its sums."""
+    """An allocation that is changed move by move, with its sums."""
 
-    def __init__(self, picks: Sequence[Option]) -> None:
-        self.options = list(picks)
-        self.cost, self.loss, self.noise, self.bytes = sums(picks)
+    def __init__(self, options: Sequence[Option]) -> None:
+        self.options = list(options)
+        self.settle()
 
     @property
     def fits(self) -> bool:
-        return self.loss <= 1.0 and self.noise <= 1.0 and self.bytes <= 1.0
+        return self.allows(0.0, 0.0, 0.0)
 
-    @property
-    def excess(self) -> float:
-        """By how much the budgets are exceeded, summed."""
-        return max(self.loss - 1.0, 0.0) + max(self.noise - 1.0, 0.0) + max(self.bytes - 1.0, 0.0)
+    def allows(self, loss: float, noise: float, memory: float) -> bool:
+        """Whether the budgets are met with so much more used."""
+        return self.loss + loss <= 1.0 and self.noise + noise <= 1.0 and self.bytes + memory <= 1.0
 
-    def allows(self, move: Move) -> bool:
-        """Whether the budgets are met after the move."""
-        return self.loss + move.loss <= 1.0 and self.noise + move.noise <= 1.0 and self.bytes + move.bytes <= 1.0
+    def excess(self, loss: float = 0.0, noise: float = 0.0, memory: float = 0.0) -> float:
+        """By how much the budgets are exceeded, summed, with so much more used."""
+        loss += self.loss - 1.0
+        noise += self.noise - 1.0
+        memory += self.bytes - 1.0
+        return (loss if loss > 0.0 else 0.0) + (noise if noise > 0.0 else 0.0) + (memory if memory > 0.0 else 0.0)
 
     def make(self, move: Move) -> None:
         self.options[move.group] = move.option
@@ -59,98 +60,89 @@ class Picks:
         self.bytes += move.bytes
 
     def settle(self) -> None:
-        """Sum again, so that rounding does not add up."""
+        """Sum again, so that the rounding of single moves does not add up."""
         self.cost, self.loss, self.noise, self.bytes = sums(self.options)
 
 
-def sums(picks: Sequence[Option]) -> tuple[float, float, float, float]:
-    """The cost and the uses of an allocation."""
-    if not picks:
-        return 0.0, 0.0, 0.0, 0.0
-    cost, loss, noise, memory, _ = map(math.fsum, zip(*picks, strict=True))
-    return cost, loss, noise, memory
-
-
-def improve(groups: Sequence[Group], start: Sequence[Option], prices: Prices) -> Picks | None:
-    """An allocation that meets the budgets, near `start`; None when repair finds none."""
-    picks = Picks(start)
-    if not repair(groups, picks, prices):
-        return None
-    fill(groups, picks, prices)
-    for _ in range(MOST_SWAPS):
-        if not swap(groups, picks, prices):
-            break
-    picks.settle()
-    return picks
-
-
-def moves(groups: Sequence[Group], picks: Picks, prices: Prices) -> list[Move]:
-    """Every move from an allocation."""
+def moves(
+    groups: Sequence[Group],
+    picks: Picks,
+    prices: Prices,
+    wanted: Callable[[float, float, float, float], bool] | None = None,
+) -> list[Move]:
+    """The moves from an allocation; `wanted` is asked with the change of cost and uses."""
     x, y, z = prices
     found = []
-    for index, (group, now) in enumerate(zip(groups, picks.options, strict=True)):
-        cost, loss, noise, memory, at = now
+    for index, (group, (cost, loss, noise, memory, at)) in enumerate(zip(groups, picks.options, strict=True)):
         for option in group:
             if option[4] != at:
                 t, a, b, c = option[0] - cost, option[1] - loss, option[2] - noise, option[3] - memory
-                found.append(Move(t + x * a + y * b + z * c, t, a, b, c, index, option))
+                if wanted is None or wanted(t, a, b, c):
+                    found.append(Move(t + x * a + y * b + z * c, t, a, b, c, index, option))
     return found
 
 
 def repair(groups: Sequence[Group], picks: Picks, prices: Prices) -> bool:
-    """Take the moves that remove most excess for their price, until the budgets are met."""
-    while not picks.fits:
-        before = picks.excess
-        best, best_rate = None, math.inf
-        for move in moves(groups, picks, prices):
-            gain = before - (
-                max(picks.loss + move.loss - 1.0, 0.0)
-                + max(picks.noise + move.noise - 1.0, 0.0)
-                + max(picks.bytes + move.bytes - 1.0, 0.0)
-            )
-            if gain > EPSILON:
-                rate = (max(move.price, 0.0) + EPSILON) / gain
-                if rate < best_rate:
-                    best, best_rate = move, rate
-        if best is None:
-            return False
-        picks.make(best)
-        picks.settle()
-    return True
+    """Make the moves that remove most excess for their price, until the budgets are met; False when none are left."""
+    for _ in range(MOST_PASSES):
+        if picks.fits or not _relieve(groups, picks, prices):
+            break
+    return picks.fits
+
+
+def _relieve(groups: Sequence[Group], picks: Picks, prices: Prices) -> bool:
+    """One pass of repair; False when it removed nothing."""
+    before = now = picks.excess()
+    useful = moves(groups, picks, prices, lambda _, *use: picks.excess(*use) < before - EPSILON)
+    ranked = sorted((_rate(move, before - picks.excess(*move[2:5])), move) for move in useful)
+    moved = set()
+    for _, move in ranked:
+        if move.group not in moved and picks.excess(*move[2:5]) < now - EPSILON:
+            picks.make(move)
+            moved.add(move.group)
+            now = picks.excess()
+            if not now:
+                break
+    picks.settle()
+    return bool(moved)
+
+
+def _rate(move: Move, gain: float) -> float:
+    """What a move costs for the excess that it removes; moves without a price differ by what they remove."""
+    return (max(move.price, 0.0) + EPSILON) / gain
 
 
 def fill(groups: Sequence[Group], picks: Picks, prices: Prices) -> None:
-    """Take the moves that save cost and still fit, those of the lowest price first."""
-    while True:
-        saving = sorted(move for move in moves(groups, picks, prices) if move.cost < -EPSILON and picks.allows(move))
-        if not saving:
-            return
+    """Make the moves that save cost and fit, those of the lowest price first."""
+    moved = {-1}
+    while moved:
         moved = set()
-        for move in saving:
-            if move.group not in moved and picks.allows(move):
+        for move in sorted(moves(groups, picks, prices, lambda t, *use: t < -EPSILON and picks.allows(*use))):
+            if move.group not in moved and picks.allows(*move[2:5]):
                 picks.make(move)
                 moved.add(move.group)
+        picks.settle()
 
 
 def swap(groups: Sequence[Group], picks: Picks, prices: Prices) -> bool:
-    """Make the two moves together that save most cost and fit; False when there are none."""
+    """Make the two moves that together save most cost and fit; False when there are none."""
     near = sorted(moves(groups, picks, prices))[:PAIRED_MOVES]
     loss, noise, memory = 1.0 - picks.loss, 1.0 - picks.noise, 1.0 - picks.bytes
     best, most = None, -EPSILON
     for i, one in enumerate(near):
         _, cost, a, b, c, group, _ = one
         for other in near[:i]:
-            total = cost + other[1]
             if (
-                total < most
+                cost + other[1] < most
                 and a + other[2] <= loss
                 and b + other[3] <= noise
                 and c + other[4] <= memory
                 and group != other[5]
             ):
-                best, most = (one, other), total
+                best, most = (one, other), cost + other[1]
     if best is None:
         return False
     for move in best:
         picks.make(move)
+    picks.settle()
     return True

@@ -8,30 +8,20 @@ every group takes its least. So costs and uses are at least 0, and each budget i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from deepseek_mp.precision.allocation import Budget, Choice, Item, Objective
-
-TOLERANCE = 1e-9
-"""A sum meets a budget when it exceeds it by no more than this part: sums are rounded, budgets are not that exact."""
+from deepseek_mp.precision.allocation import TOLERANCE, Budget, Choice, Item, Objective
 
 Prices = tuple[float, float, float]
 """One number for each budget: loss, noise, bytes."""
 
 
-class Option(NamedTuple):
-    """A choice in scaled numbers."""
+Option = tuple[float, float, float, float, int]
+"""A choice in scaled numbers: its cost, its uses of loss, noise and bytes, and its place among the item's choices.
 
-    cost: float
-    loss: float
-    noise: float
-    bytes: float
-    at: int
-    """Where it stands among the choices of its item."""
-
-
+A plain tuple, since a problem makes thousands: with names the time to build them would be seen.
+"""
 Group = list[Option]
 
 
@@ -51,19 +41,15 @@ class Knapsack:
     """The amount of each budget that one unit of use stands for; infinite where there is no budget."""
 
 
-def amounts(choice: Choice) -> Prices:
-    """What a choice takes of the three budgets."""
-    return max(choice.loss, 0.0), max(choice.noise, 0.0), choice.bytes
+def priced(option: Option, prices: Prices) -> float:
+    """An option's cost with its uses priced."""
+    return option[0] + prices[0] * option[1] + prices[1] * option[2] + prices[2] * option[3]
 
 
-def limits(budget: Budget) -> Prices:
-    """The three budgets."""
-    return budget.loss, budget.noise, math.inf if budget.bytes is None else budget.bytes
-
-
-def fits(total: float, limit: float) -> bool:
-    """Whether a sum meets a budget."""
-    return total <= limit * (1.0 + TOLERANCE)
+def sums(options: Iterable[Option]) -> tuple[float, float, float, float]:
+    """The cost and the uses of an allocation."""
+    cost, loss, noise, memory, _ = map(math.fsum, tuple(zip(*options, strict=True)) or ((),) * 5)
+    return cost, loss, noise, memory
 
 
 def build(items: Sequence[Item], budget: Budget, objective: Objective) -> Knapsack | None:
@@ -74,7 +60,7 @@ def build(items: Sequence[Item], budget: Budget, objective: Objective) -> Knapsa
     base, loss, noise, memory = (math.fsum(low[k] for low in least) for k in range(4))
     # Half of the tolerance is kept for the rounding of sums that are updated step by step.
     loss, noise, memory = (
-        limit * (1.0 + TOLERANCE / 2) - used for limit, used in zip(limits(budget), (loss, noise, memory), strict=True)
+        limit * (1.0 + TOLERANCE / 2) - used for limit, used in zip(budget.limits, (loss, noise, memory), strict=True)
     )
     if min(loss, noise, memory) < 0.0:
         return None
@@ -88,9 +74,10 @@ def build(items: Sequence[Item], budget: Budget, objective: Objective) -> Knapsa
 
 def _options(choices: Sequence[Choice], objective: Objective) -> Group:
     """The choices that may be chosen, not yet scaled."""
+    by_bytes = objective == "bytes"
     return [
-        Option(getattr(choice, objective), *amounts(choice), index)
-        for index, choice in enumerate(choices)
+        (choice.bytes if by_bytes else choice.seconds, *choice.amounts, at)
+        for at, choice in enumerate(choices)
         if choice.loss != math.inf
     ]
 
@@ -100,7 +87,7 @@ def _scaled(group: Group, least: tuple[float, ...], spread: float, room: Prices)
     cost0, loss0, noise0, bytes0, _ = least
     loss_room, noise_room, bytes_room = room
     kept: Group = []
-    for cost, loss, noise, memory, index in sorted(group):
+    for cost, loss, noise, memory, at in sorted(group):
         loss -= loss0
         noise -= noise0
         memory -= bytes0
@@ -110,6 +97,9 @@ def _scaled(group: Group, least: tuple[float, ...], spread: float, room: Prices)
         loss = loss / loss_room if loss else 0.0
         noise = noise / noise_room if noise else 0.0
         memory = memory / bytes_room if memory else 0.0
-        if not any(o[1] <= loss and o[2] <= noise and o[3] <= memory for o in kept):
-            kept.append(Option((cost - cost0) / spread, loss, noise, memory, index))
+        for _, a, b, c, _ in kept:
+            if a <= loss and b <= noise and c <= memory:
+                break
+        else:
+            kept.append(((cost - cost0) / spread, loss, noise, memory, at))
     return kept

@@ -13,13 +13,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepseek_mp.precision.knapsack import Group, Option, Prices
+from deepseek_mp.precision.knapsack import Group, Option, Prices, sums
 
 ROWS = 4
 EPSILON = 1e-11
 PENALTY = 1e4
 """Cost of exceeding all budgets by their own size, while no mix of allocations meets them; prices sum to no more."""
+MOST_COST = 1.0 + 1e-6
+"""No allocation costs more than 1, so a bound above shows that none meets the budgets."""
 MOST_ROUNDS = 150
+CAUTION = 0.3
+"""Part of a step that is not made."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,28 @@ class Relaxed:
     columns: tuple[Column, ...]
     """The allocations that were met, those of the final mix first."""
 
+    @property
+    def is_infeasible(self) -> bool:
+        """Whether no allocation can meet the budgets; when not, there may be none still."""
+        return self.bound > MOST_COST
 
-def relax(groups: Sequence[Group], precision: float) -> Relaxed:
-    """The highest bound, to within `precision`."""
-    prices = (0.0, 0.0, 0.0)
+
+def relax(groups: Sequence[Group], precision: float, base: float) -> Relaxed:
+    """The highest bound, to within `precision` relative to the cost with `base` added."""
+    best = prices = (0.0, 0.0, 0.0)
     column = cheapest(groups, prices)
-    best, bound = prices, column.cost
+    bound = column.cost
     master = Master(column)
     for _ in range(MOST_ROUNDS):
         prices, value = master.solve()
-        column = cheapest(groups, prices)
-        reached = column.cost + math.fsum(p * (u - 1.0) for p, u in zip(prices, column.rows, strict=False))
-        if reached > bound:
-            best, bound = prices, reached
-        if value - bound <= precision:
+        if value - bound <= precision * abs(base + bound) or bound > MOST_COST:
             break
+        # Prices of few columns jump about: a step towards them from the best so far converges sooner.
+        x, y, z = ((1.0 - CAUTION) * there + CAUTION * here for there, here in zip(prices, best, strict=True))
+        column = cheapest(groups, (x, y, z))
+        reached = column.cost + math.fsum(p * (u - 1.0) for p, u in zip((x, y, z), column.rows, strict=False))
+        if reached > bound:
+            best, bound = (x, y, z), reached
         master.add(column)
     return Relaxed(best, bound, master.columns())
 
@@ -72,8 +83,8 @@ def cheapest(groups: Sequence[Group], prices: Prices) -> Column:
     for group in groups:
         values = [cost + x * loss + y * noise + z * memory for cost, loss, noise, memory, _ in group]
         picks.append(group[values.index(min(values))])
-    cost, loss, noise, memory, _ = map(math.fsum, zip(*picks, strict=True))
-    return Column(cost, (loss, noise, memory, 1.0), tuple(picks))
+    cost, *uses = sums(picks)
+    return Column(cost, (uses[0], uses[1], uses[2], 1.0), tuple(picks))
 
 
 class Master:
