@@ -57,11 +57,9 @@ def allocate(items: Sequence[Item], budget: Budget, objective: Objective = "seco
 def _safest(items: Sequence[Item], budget: Budget) -> list[Choice]:
     """The first choices if they meet the budget, else those of least loss."""
     first = [item.choices[0] for item in items]
-    return (
-        first
-        if _meets(_totals(first), budget)
-        else [min(item.choices, key=lambda choice: choice.amounts) for item in items]
-    )
+    if _meets(_totals(first), budget):
+        return first
+    return [min(item.choices, key=lambda choice: choice.amounts) for item in items]
 
 
 def _totals(chosen: Sequence[Choice]) -> Totals:

@@ -18,7 +18,7 @@ LARGEST = 1e100
 """No cost is larger in size, so that no sum of them overflows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One way to run an item, with its predicted costs.
 
@@ -36,6 +36,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         where = f"choice {shown(self.name)}"
+        _check_name(where, self.name)
         _check_number(f"{where}: seconds", self.seconds)
         _check_number(f"{where}: noise", self.noise)
         _check_number(f"{where}: bytes", self.bytes, low=0.0)
@@ -59,6 +60,7 @@ class Item:
         object.__setattr__(self, "choices", tuple(self.choices))
         names = [choice.name for choice in self.choices]
         where = f"item {shown(self.name)}"
+        _check_name(where, self.name)
         if all(choice.loss == math.inf for choice in self.choices):
             passed = f"{where} has {len(names)} choices, none of finite loss"
             raise ConfigError(explain(passed, "one choice of finite loss or more", "Add the choice that is in use now"))
@@ -202,6 +204,11 @@ def _check_unique(what: str, names: list[str]) -> None:
         return
     twice = next(name for index, name in enumerate(names) if name in names[:index])
     raise ConfigError(explain(f"{what}: two are named {shown(twice)}", "names that differ", "Rename one of them"))
+
+
+def _check_name(what: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(explain(f"{what}: its name is of type {type(name).__name__}", "a string", "Pass str(name)"))
 
 
 def _check_number(what: str, value: Any, *, low: float = -LARGEST, above: float = -math.inf, also: str = "") -> None:

@@ -16,7 +16,6 @@ from deepseek_mp.precision.allocation import TOLERANCE, Budget, Choice, Item, Ob
 Prices = tuple[float, float, float]
 """One number for each budget: loss, noise, bytes."""
 
-
 Option = tuple[float, float, float, float, int]
 """A choice in scaled numbers: its cost, its uses of loss, noise and bytes, and its place among the item's choices.
 
@@ -55,51 +54,69 @@ def sums(options: Iterable[Option]) -> tuple[float, float, float, float]:
 def build(items: Sequence[Item], budget: Budget, objective: Objective) -> Knapsack | None:
     """The problem without the options that no best allocation needs; None where it is plain that none fits."""
     order = sorted(range(len(items)), key=lambda i: items[i].name)
-    groups = [_options(items[i].choices, objective) for i in order]
-    least = [tuple(map(min, zip(*group, strict=True))) for group in groups]
-    base, loss, noise, memory = (math.fsum(low[k] for low in least) for k in range(4))
+    options = [_options(items[i].choices, objective, counts_bytes=budget.bytes is not None) for i in order]
+    least = [tuple(map(min, zip(*group, strict=True))) for group in options]
     # Half of the tolerance is kept for the rounding of sums that are updated step by step.
     loss, noise, memory = (
-        limit * (1.0 + TOLERANCE / 2) - used for limit, used in zip(budget.limits, (loss, noise, memory), strict=True)
+        limit * (1.0 + TOLERANCE / 2) - math.fsum(low[k] for low in least)
+        for k, limit in enumerate(budget.limits, start=1)
     )
     if min(loss, noise, memory) < 0.0:
         return None
-    spread = math.fsum(max(group)[0] - low[0] for group, low in zip(groups, least, strict=True)) or 1.0
     room = (loss, noise, memory)
-    scaled = [_scaled(group, low, spread, room) for group, low in zip(groups, least, strict=True)]
-    if not all(scaled):
+    useful = [_useful(group, low, room) for group, low in zip(options, least, strict=True)]
+    if not all(useful):
         return None
-    return Knapsack(groups=scaled, order=order, base=base, spread=spread, room=room)
+    spread = math.fsum(group[-1][0] - group[0][0] for group in useful) or 1.0
+    return Knapsack(
+        groups=[_scaled(group, low, spread, room) for group, low in zip(useful, least, strict=True)],
+        order=order,
+        base=math.fsum(group[0][0] for group in useful),
+        spread=spread,
+        room=room,
+    )
 
 
-def _options(choices: Sequence[Choice], objective: Objective) -> Group:
+def _options(choices: Sequence[Choice], objective: Objective, *, counts_bytes: bool) -> Group:
     """The choices that may be chosen, not yet scaled."""
-    by_bytes = objective == "bytes"
-    return [
-        (choice.bytes if by_bytes else choice.seconds, *choice.amounts, at)
-        for at, choice in enumerate(choices)
-        if choice.loss != math.inf
-    ]
+    options = []
+    for at, choice in enumerate(choices):
+        if choice.loss != math.inf:
+            loss, noise, memory = choice.amounts
+            cost = choice.seconds if objective == "seconds" else choice.bytes
+            options.append((cost, loss, noise, memory if counts_bytes else 0.0, at))
+    return options
 
 
-def _scaled(group: Group, least: tuple[float, ...], spread: float, room: Prices) -> Group:
-    """The options scaled and sorted by cost, less those that never fit and those that another one dominates."""
-    cost0, loss0, noise0, bytes0, _ = least
-    loss_room, noise_room, bytes_room = room
+def _useful(group: Group, least: tuple[float, ...], room: Prices) -> Group:
+    """The options by cost, less those that never fit and those that another one dominates."""
+    most_loss, most_noise, most_bytes = (low + left for low, left in zip(least[1:4], room, strict=True))
     kept: Group = []
-    for cost, loss, noise, memory, at in sorted(group):
-        loss -= loss0
-        noise -= noise0
-        memory -= bytes0
-        if loss > loss_room or noise > noise_room or memory > bytes_room:
+    for option in sorted(group):
+        _, loss, noise, memory, _ = option
+        if loss > most_loss or noise > most_noise or memory > most_bytes:
             continue
-        # Where no room is left, what remains takes none.
-        loss = loss / loss_room if loss else 0.0
-        noise = noise / noise_room if noise else 0.0
-        memory = memory / bytes_room if memory else 0.0
         for _, a, b, c, _ in kept:
             if a <= loss and b <= noise and c <= memory:
                 break
         else:
-            kept.append(((cost - cost0) / spread, loss, noise, memory, at))
+            kept.append(option)
     return kept
+
+
+def _scaled(group: Group, least: tuple[float, ...], spread: float, room: Prices) -> Group:
+    """The options, sorted by cost, in units of the spread and of the room."""
+    cheapest = group[0][0]
+    _, low_loss, low_noise, low_bytes, _ = least
+    # Without room there is nothing to scale: what still fits takes the least.
+    loss_room, noise_room, bytes_room = (left or math.inf for left in room)
+    return [
+        (
+            (cost - cheapest) / spread,
+            (loss - low_loss) / loss_room,
+            (noise - low_noise) / noise_room,
+            (memory - low_bytes) / bytes_room,
+            at,
+        )
+        for cost, loss, noise, memory, at in group
+    ]

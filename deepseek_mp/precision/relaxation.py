@@ -64,7 +64,7 @@ def relax(groups: Sequence[Group], precision: float, base: float) -> Relaxed:
     master = Master(column)
     for _ in range(MOST_ROUNDS):
         prices, value = master.solve()
-        if value - bound <= precision * abs(base + bound) or bound > MOST_COST:
+        if value - bound <= precision * abs(base + bound) + EPSILON or bound > MOST_COST:
             break
         # Prices of few columns jump about: a step towards them from the best so far converges sooner.
         x, y, z = ((1.0 - CAUTION) * there + CAUTION * here for there, here in zip(prices, best, strict=True))

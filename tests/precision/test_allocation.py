@@ -38,6 +38,13 @@ def test_choices_of_an_item_have_different_names() -> None:
         Item("a", (Choice("bf16", 1.0, 0.0, 0.0), Choice("bf16", 2.0, 0.0, 0.0)))
 
 
+def test_names_are_strings() -> None:
+    with pytest.raises(ConfigError, match=r"^choice 8: its name is of type int\. Allowed: a string\."):
+        Choice(8, 1.0, 0.0, 0.0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^item \('fc1', 'fprop'\): its name is of type tuple\."):
+        Item(("fc1", "fprop"), FP8.choices)  # type: ignore[arg-type]
+
+
 def test_a_budget_of_bytes_may_be_left_out() -> None:
     assert Budget(1.0, 2.0).limits == (1.0, 2.0, math.inf)
     assert Budget(1.0, 2.0, 3.0).limits == (1.0, 2.0, 3.0)

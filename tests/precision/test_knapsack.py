@@ -83,6 +83,13 @@ def test_a_budget_may_be_used_up() -> None:
     assert [[option[-1] for option in group] for group in problem.groups] == [[0], [0], [0]]
 
 
+def test_a_choice_that_never_fits_does_not_blur_the_others() -> None:
+    item = Item("a", (Choice("high", 2.0, 0.0, 0.0), Choice("low", 1.0, 1.0, 0.0), Choice("never", -1e9, 9.0, 0.0)))
+    problem = build([item], Budget(1.0, 1.0), "seconds")
+    assert problem is not None
+    assert (problem.base, problem.spread) == (1.0, 1.0)
+
+
 def test_no_items() -> None:
     problem = build([], WIDE, "seconds")
     assert problem is not None
