@@ -34,6 +34,13 @@ def test_repair_needs_several_moves() -> None:
     assert chosen(picks) == [1, 1, 1, 1]
 
 
+def test_repair_weighs_the_price_against_what_is_removed() -> None:
+    groups = [group((0.0, 0.7), (0.12, 0.5)), group((0.0, 0.7), (0.2, 0.0))]
+    picks = Picks([g[0] for g in groups])
+    assert repair(groups, picks, (0.0, 0.0, 0.0))
+    assert chosen(picks) == [0, 1]
+
+
 def test_repair_says_that_it_cannot() -> None:
     groups = [group((0.0, 0.9), (0.1, 0.6)), group((0.0, 0.9))]
     picks = Picks([g[0] for g in groups])
@@ -52,6 +59,14 @@ def test_fill_saves_until_nothing_fits() -> None:
     picks = Picks([g[0] for g in groups])
     fill(groups, picks, PRICES)
     assert chosen(picks) == [1, 1, 0]
+    assert picks.fits
+
+
+def test_fill_counts_what_a_group_gives_back_once() -> None:
+    groups = [group((0.4, 0.5), (0.3, 0.2), (0.2, 0.2)), *[group((0.1, 0.0), (0.0, 0.5))] * 2]
+    picks = Picks([g[0] for g in groups])
+    fill(groups, picks, PRICES)
+    assert chosen(picks) == [2, 1, 0]
     assert picks.fits
 
 

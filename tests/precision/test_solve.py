@@ -66,9 +66,11 @@ def test_swaps_and_search_each_improve_what_was_filled(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "FEW_GROUPS", -1)
     monkeypatch.setattr(module, "MOST_GROUPS", -1)
     unsearched = sum(solved(problem)[1] for problem in problems)
+    monkeypatch.setattr(module, "MOST_SWAPS", 1)
+    swapped_once = sum(solved(problem)[1] for problem in problems)
     monkeypatch.setattr(module, "MOST_SWAPS", 0)
     filled = sum(solved(problem)[1] for problem in problems)
-    assert full < unsearched < filled
+    assert full < unsearched < swapped_once < filled
 
 
 def test_what_repair_cannot_reach_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
