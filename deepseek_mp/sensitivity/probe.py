@@ -94,6 +94,7 @@ class Probe:
         self._sums: dict[str, _Sums] = {}
         self._order: dict[str, int] = {}
         self._losses: list[Tensor] = []
+        self._curvatures: list[Tensor] = []
         self._layout: BatchLayout | None = None
         self._terms: Terms | None = None
         self._batch = 0
@@ -121,11 +122,17 @@ class Probe:
         """The loss that the backward will start from; it is to be that of the mean, not scaled."""
         self._terms = Terms.of(found, loss_fn)
         self._losses.append(self._terms.loss)
+        self._curvatures.append(torch.as_tensor(self._terms.curvature, dtype=torch.float32))
 
     @property
     def loss(self) -> float:
         """The mean of the losses seen; 0 before the first. Waits for the device."""
         return float(torch.stack(self._losses).mean()) if self._losses else 0.0
+
+    @property
+    def curvature(self) -> float:
+        """The mean curvature of the losses seen, as `sampling.Terms` has it. Waits for the device."""
+        return float(torch.stack(self._curvatures).mean()) if self._curvatures else 1.0
 
     def read(self) -> dict[str, UnitReading]:
         """What was measured so far, by unit, in the order of their calls. Waits for the device.
