@@ -24,7 +24,11 @@ class Search:
 
     def __init__(self, groups: Sequence[Group], prices: Prices, best: Sequence[Option] | None, nodes: int) -> None:
         """`best` is the best allocation so far; `nodes` is how many may be visited in all."""
-        self._order = sorted(range(len(groups)), key=lambda i: (min(groups[i])[0] - max(groups[i])[0], i))
+        # Groups with one option are no depth: recursion goes as deep as there are groups to decide.
+        self._decided = {i: group[0] for i, group in enumerate(groups) if len(group) == 1}
+        self._start = sums(self._decided.values())
+        undecided = [i for i in range(len(groups)) if i not in self._decided]
+        self._order = sorted(undecided, key=lambda i: (min(groups[i])[0] - max(groups[i])[0], i))
         self._groups = [sorted(groups[i], key=lambda o: (priced(o, prices), o)) for i in self._order]
         self._prices = price_sets(prices)
         self._rest = [_suffix_sums([min(priced(o, p) for o in g) for g in self._groups], -sum(p)) for p in self._prices]
@@ -40,12 +44,13 @@ class Search:
         self._tolerance = max(tolerance, EPSILON)
         self._cut = self.cost - self._tolerance
         self._path = []
-        return self._descend(0, 0.0, 0.0, 0.0, 0.0)
+        return self._descend(0, *self._start)
 
     def _descend(self, depth: int, cost: float, loss: float, noise: float, memory: float) -> bool:
         """Visit every branch below a node; False when the nodes ran out."""
         if depth == len(self._groups):
-            self._found(cost)
+            if cost < self._cut and max(loss, noise, memory) <= 1.0:  # not yet asked where nothing is undecided
+                self._found(cost)
             return True
         loss_rest, noise_rest, memory_rest = (least[depth + 1] for least in self._least)
         (u, v, w, first_rest), *others = [
@@ -72,7 +77,7 @@ class Search:
         return True
 
     def _found(self, cost: float) -> None:
-        best = dict(zip(self._order, self._path, strict=True))
+        best = {**self._decided, **dict(zip(self._order, self._path, strict=True))}
         self.best = [best[i] for i in range(len(best))]
         self.cost = cost
         self._cut = cost - self._tolerance

@@ -68,6 +68,27 @@ def test_what_cannot_be_met_has_no_best() -> None:
     assert search.best is None
 
 
+def test_nothing_to_decide() -> None:
+    groups: list[Group] = [[(0.0, 0.6, 0.0, 0.0, 0)]]
+    search = Search(groups, (0.0, 0.0, 0.0), None, nodes=10)
+    assert search.run(0.0)
+    assert search.best == [groups[0][0]]
+    too_much = Search(groups * 2, (0.0, 0.0, 0.0), None, nodes=10)
+    assert too_much.run(0.0)
+    assert too_much.best is None
+
+
+def test_thousands_of_decided_groups_are_no_depth() -> None:
+    decided: Group = [(0.0, 1e-4, 0.0, 0.0, 0)]
+    open_group: Group = [(0.5, 0.0, 0.0, 0.0, 0), (0.2, 0.4, 0.0, 0.0, 1), (0.0, 0.8, 0.0, 0.0, 2)]
+    groups = [decided] * 2000 + [open_group] + [decided] * 1000
+    search = Search(groups, (0.1, 0.0, 0.0), None, nodes=100)
+    assert search.run(0.0)
+    assert search.best is not None
+    assert search.best[2000][-1] == 1
+    assert len(search.best) == 3001
+
+
 def test_prices_around_those_of_the_relaxation() -> None:
     assert price_sets((1.0, 0.0, 0.0)) == [(1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.6, 0.0, 0.0), (1.6, 0.0, 0.0)]
     sets = price_sets((1.0, 0.0, 2.0))
