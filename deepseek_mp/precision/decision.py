@@ -47,6 +47,8 @@ class Reason(StrEnum):
     """The module's own forward is not what computes with its parameters."""
     SATURATED = "saturated"
     """Values of a tensor were cut: it grew faster than the past that its scale comes from."""
+    ALLOCATED = "allocated"
+    """The solver chose it: what it saves against what it costs of the loss and of the gradient's accuracy."""
     RESUMED = "resumed"
     """Taken from the plan stored with a checkpoint."""
 

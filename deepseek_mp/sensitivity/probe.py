@@ -55,7 +55,17 @@ class _Sums:
     spreads: Tensor | None = None
     calls: int = 0
     batches: int = 0
-    last_batch: int = -1
+
+    def add(self, other: _Sums) -> None:
+        """Put another batch's sums on top."""
+        for own, more in ((self.effects, other.effects), (self.errors, other.errors)):
+            for name, value in more.items():
+                _add_to(own, name, value)
+        assert self.energies is not None and other.energies is not None
+        assert self.spreads is not None and other.spreads is not None
+        self.energies, self.spreads = self.energies + other.energies, self.spreads + other.spreads
+        self.calls += other.calls
+        self.batches += other.batches
 
 
 class Probe:
@@ -92,6 +102,7 @@ class Probe:
         self._rows, self._items, self._seed = rows, items, seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self._sums: dict[str, _Sums] = {}
+        self._pending: dict[str, _Sums] = {}
         self._order: dict[str, int] = {}
         self._losses: list[Tensor] = []
         self._curvatures: list[Tensor] = []
@@ -103,26 +114,43 @@ class Probe:
     def watching(self, call: Call, names: Iterable[str] | None = None) -> Iterator[None]:
         """Look at the units (all, or those named) in the forward and backward made inside, for this call's batch.
 
-        Tell `loss_is` between the two. Hooks are gone afterwards, also after an exception.
+        Tell `loss_is` between the two, and `discard` if the batch is not to count. Hooks are gone afterwards, also
+        after an exception, and then the batch does not count.
         """
         self._layout, self._terms = BatchLayout.of(call), None
+        self._pending = {}
         chosen = self._units if names is None else {name: self._units[name] for name in names if name in self._units}
         handles = [
             module.register_forward_hook(self._forward_hook(name), with_kwargs=True) for name, module in chosen.items()
         ]
         try:
             yield
+            self._commit()
         finally:
             for handle in handles:
                 handle.remove()
-            self._layout, self._terms = None, None
+            self._layout, self._terms, self._pending = None, None, {}
             self._batch += 1
 
     def loss_is(self, found: Result, loss_fn: LossFn | None) -> None:
         """The loss that the backward will start from; it is to be that of the mean, not scaled."""
         self._terms = Terms.of(found, loss_fn)
+
+    def discard(self) -> None:
+        """What the batch being watched gave does not count."""
+        self._terms, self._pending = None, {}
+
+    def _commit(self) -> None:
+        if self._terms is None:
+            return
         self._losses.append(self._terms.loss)
         self._curvatures.append(torch.as_tensor(self._terms.curvature, dtype=torch.float32))
+        for name, found in self._pending.items():
+            found.batches = 1
+            if name in self._sums:
+                self._sums[name].add(found)
+            else:
+                self._sums[name] = found
 
     @property
     def loss(self) -> float:
@@ -184,7 +212,7 @@ class Probe:
                     sample=sample,
                     terms=terms,
                 )
-                self._add(self._sums.setdefault(name, _Sums(order=order)), name, module, seen)
+                self._add(self._pending.setdefault(name, _Sums(order=order)), name, module, seen)
 
         output.register_hook(measure)
 
@@ -199,8 +227,6 @@ class Probe:
         sums.energies = own if sums.energies is None else sums.energies + own
         sums.spreads = wide if sums.spreads is None else sums.spreads + wide
         sums.calls += 1
-        sums.batches += sums.last_batch != self._batch
-        sums.last_batch = self._batch
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

@@ -91,6 +91,43 @@ class UnitReading:
             "spreads": {operand.value: dict(values) for operand, values in self.spreads.items()},
         }
 
+    def joined(self, other: UnitReading) -> UnitReading:
+        """This reading with that of more batches, weighted by their numbers."""
+        mine, both = self.batches, self.batches + other.batches
+        share = mine / both
+        calls = self.calls / (self.calls + other.calls)
+
+        def mean(a: float, b: float, weight: float = share) -> float:
+            return weight * a + (1 - weight) * b
+
+        effects = {}
+        for name, own in self.effects.items():
+            more = other.effects[name]
+            errors = {
+                which: {field: mean(value, more.errors[which][field], calls) for field, value in values.items()}
+                for which, values in own.errors.items()
+            }
+            error = math.hypot(share * own.standard_error, (1 - share) * more.standard_error)
+            effects[name] = Effect(
+                first=mean(own.first, more.first),
+                standard_error=error,
+                second=mean(own.second, more.second),
+                errors=errors,
+            )
+        spreads = {
+            which: {field: mean(value, other.spreads[which][field], calls) for field, value in values.items()}
+            for which, values in self.spreads.items()
+        }
+        return UnitReading(
+            order=self.order,
+            batches=both,
+            calls=self.calls + other.calls,
+            effects=effects,
+            energy=mean(self.energy, other.energy),
+            row_energy=mean(self.row_energy, other.row_energy),
+            spreads=spreads,
+        )
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> UnitReading:
         plain = {name: data[name] for name in ("order", "batches", "calls", "energy", "row_energy")}

@@ -127,3 +127,28 @@ def test_an_embedding_is_measured_by_its_weight_and_output():
 def test_the_same_batches_give_the_same_numbers():
     model, data = Model(), [batch(), batch()]
     assert watched(model, data, rows=8).read() == watched(model, data, rows=8).read()
+
+
+def test_a_batch_that_is_discarded_does_not_count():
+    model, good = Model(), batch()
+    probe = watched(model, [good])
+    before = probe.read(), probe.loss
+    call = parse_batch((torch.full((32, 8), float("nan")), torch.zeros(32, dtype=torch.long)))
+    with probe.watching(call):
+        found = run(model, call, None)
+        probe.loss_is(found, None)
+        found.loss.backward()
+        probe.discard()
+    assert (probe.read(), probe.loss) == before
+
+
+def test_readings_of_two_halves_join_to_that_of_all():
+    model, data = Model(), [batch(), batch(), batch()]
+    whole = watched(model, data, rows=1000).read()["first"]
+    joined = watched(model, data[:1], rows=1000).read()["first"].joined(
+        watched(model, data[1:], rows=1000).read()["first"]
+    )
+    assert joined.batches == 3
+    assert joined.energy == pytest.approx(whole.energy)
+    for name in ("first", "second", "standard_error"):
+        assert getattr(joined.effects["tensor"], name) == pytest.approx(getattr(whole.effects["tensor"], name), rel=1e-4)

@@ -1,0 +1,155 @@
+"""From what was predicted for every unit to a plan within budgets, by the solver that a live controller uses too.
+
+An item of the allocation is a unit; its choices are the recipes that it can take, and with `by_role` also those that
+leave some of its products in the plan's base. Seconds are measured where they were; elsewhere they are multiply-adds
+over a rate that doubles with every halving of the width, and every decision says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from deepseek_mp.errors import ConfigError, PlanError, explain
+from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe, Role, Rule
+from deepseek_mp.precision.allocate import allocate
+from deepseek_mp.precision.allocation import Allocation, Budget, Choice, Item
+from deepseek_mp.precision.composite import with_roles
+
+SMALL_LOSS = 1e-3
+NOISE_BUDGET = 0.05
+"""Default budgets: a tenth of a percent of the loss; a twentieth more examples, half of what activation compression
+warns at (GACT, arXiv 2206.11357)."""
+TYPICAL_RATE = 1e11
+"""Multiply-adds a second in FP32 that stand for a device nothing was timed on; only ratios matter."""
+_SPEEDS = {"fp64": 0.5, "fp32": 1.0, "hf32": 2.0, "tf32": 2.0, "bf16": 4.0, "fp16": 4.0}
+_FP8_SPEED, _FP4_SPEED = 8.0, 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What a recipe costs in one product of a unit."""
+
+    loss: float
+    noise: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitCosts:
+    """What an allocation needs to know of a unit: for each recipe the costs by role, and seconds of a whole step."""
+
+    name: str
+    macs: float
+    predicted: Mapping[str, Mapping[Role, Predicted]]
+    seconds: Mapping[str, float]
+    """Measured, by recipe; empty: not measured."""
+
+
+def speed_of(recipe: Recipe) -> float:
+    """How many times the rate of FP32 a product in the recipe is taken to have, where nothing was timed."""
+    name = recipe.fprop.left.format.name
+    if recipe.is_plain:
+        return _SPEEDS.get(name, 1.0)
+    return _FP4_SPEED if recipe.fprop.left.format.storage_bits < 8 else _FP8_SPEED
+
+
+def choices_of(unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_role: bool) -> dict[str, Recipe]:
+    """The recipes that the unit can choose from, by name: FP32, the base, then those asked for, and mixtures."""
+    found = {recipe.name: recipe for recipe in (RECIPES["fp32"], base)}
+    for recipe in recipes:
+        if recipe.name not in unit.predicted:
+            continue
+        found[recipe.name] = recipe
+        if by_role and not recipe.is_plain:
+            for count in (1, 2):
+                for roles in combinations(Role, count):
+                    mixed = with_roles(recipe, roles, base)
+                    found[mixed.name] = mixed
+    return found
+
+
+def choice_for(unit: UnitCosts, recipe: Recipe) -> Choice:
+    """Its costs for the solver: those of its products, each in the recipe it comes from."""
+    loss = noise = seconds = 0.0
+    for role in Role:
+        part = _origin(recipe, role)
+        predicted = unit.predicted.get(part.name, {}).get(role)
+        if predicted is not None:
+            loss += predicted.loss
+            noise += predicted.noise
+        # A third of a step's time is each product's.
+        whole = unit.seconds.get(part.name)
+        seconds += (unit.macs / (TYPICAL_RATE * speed_of(part)) if whole is None else whole) / len(Role)
+    return Choice(recipe.name, seconds, loss if math.isfinite(noise) else math.inf, noise if math.isfinite(noise) else 0.0)
+
+
+def _origin(recipe: Recipe, role: Role) -> Recipe:
+    """The recipe with a name of its own that this product of a mixture has."""
+    if "[" not in recipe.name:
+        return recipe
+    own, roles = recipe.name.rstrip("]").split("[")
+    if role.value in roles.split("+"):
+        return RECIPES[own]
+    return RECIPES[recipe.role(role).left.format.name]
+
+
+def plan_for(
+    units: Sequence[UnitCosts],
+    recipes: Sequence[Recipe],
+    base: Recipe,
+    budget: Budget,
+    *,
+    by_role: bool,
+) -> tuple[PrecisionPlan, Allocation | None]:
+    """A plan of one rule for each unit that leaves the base, with a decision for every unit.
+
+    Raises:
+        PlanError: not even FP32 in every unit meets the budget.
+    """
+    options = {unit.name: choices_of(unit, recipes, base, by_role=by_role) for unit in units}
+    items = [
+        Item(unit.name, tuple(choice_for(unit, recipe) for recipe in options[unit.name].values())) for unit in units
+    ]
+    if not items:
+        return PrecisionPlan(base=base), None
+    found = allocate(items, budget)
+    if not found.is_feasible:
+        raise PlanError(explain(f"no allocation: {found.exceeded}", "a budget that FP32 meets", "Raise the budget"))
+    rules, decisions = [], []
+    for unit, item in zip(units, items, strict=True):
+        chosen = found.choices[unit.name]
+        recipe = options[unit.name][chosen.name]
+        if recipe.name != base.name:
+            rules.append(Rule(pattern=unit.name, recipe=recipe))
+        decisions.append(
+            Decision(
+                layer=unit.name,
+                old=base.name,
+                new=recipe.name,
+                reason=Reason.ALLOCATED,
+                detail=found.explain(item),
+                evidence=_evidence(unit, chosen, measured=bool(unit.seconds)),
+            )
+        )
+    return PrecisionPlan(base=base, rules=tuple(rules), decisions=tuple(decisions)), found
+
+
+def _evidence(unit: UnitCosts, chosen: Choice, *, measured: bool) -> dict[str, Any]:
+    return {
+        "loss": chosen.loss,
+        "noise": chosen.noise,
+        "seconds": chosen.seconds,
+        "seconds_are": "measured" if measured else "multiply-adds over a rate by width; nothing was timed",
+    }
+
+
+def check_budget(budget: float, noise_budget: float) -> Budget:
+    """`ConfigError` naming what a budget may be."""
+    for name, value in (("budget", budget), ("noise_budget", noise_budget)):
+        if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
+            allowed = "a number above zero: the relative rise of the loss, or of the gradient's variance"
+            raise ConfigError(explain(f"{name}={value!r}", allowed, "Pass for example budget=1e-3"))
+    return Budget(loss=float(budget), noise=float(noise_budget))

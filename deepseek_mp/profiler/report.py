@@ -1,0 +1,200 @@
+"""The report of a profile: a mapping from units to what was found, the plan that follows, a table, and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek_mp.errors import PlanError, explain, suggest
+from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe, Role
+from deepseek_mp.precision.allocation import Allocation
+from deepseek_mp.profiler.planning import NOISE_BUDGET, SMALL_LOSS, Predicted, UnitCosts, check_budget, plan_for
+from deepseek_mp.profiler.unit_profile import FAMILIES, UnitProfile
+
+REPORT_VERSION = 1
+Basis = str
+"""'weights': no data was seen. 'batches': measured on data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Predictions beside the true change of the loss of single units, on a batch that was not part of the estimate."""
+
+    pairs: int
+    rank_correlation: float | None
+    """Spearman's, of the predicted change and the size of the true one; None for fewer than three pairs."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"pairs": self.pairs, "rank_correlation": self.rank_correlation}
+
+
+class ProfileReport(Mapping[str, UnitProfile]):
+    """`report['layer4.conv1']['fp16_loss']`; iterates over the units in the model's order."""
+
+    def __init__(
+        self,
+        units: Mapping[str, UnitProfile],
+        *,
+        basis: str,
+        base: str,
+        recipes: Sequence[str],
+        batches: int = 0,
+        loss: float | None = None,
+        skipped: Sequence[str] = (),
+        verification: Verification | None = None,
+    ) -> None:
+        self._units = dict(units)
+        self.basis = basis
+        """'weights' (no data was seen) or 'batches'."""
+        self.base = base
+        """The plan's base: what a unit runs in that nothing else is recommended for."""
+        self.recipes = tuple(recipes)
+        self.batches = batches
+        self.loss = loss
+        """Mean loss of the batches."""
+        self.skipped = tuple(skipped)
+        """Batches that were left out, and why."""
+        self.verification = verification
+
+    def __getitem__(self, name: str) -> UnitProfile:
+        try:
+            return self._units[name]
+        except KeyError:
+            hint = suggest(name, self._units)
+            raise KeyError(f"no unit {name!r} in this report.{hint}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def plan(
+        self,
+        budget: float = SMALL_LOSS,
+        *,
+        noise_budget: float = NOISE_BUDGET,
+        by_role: bool = False,
+        recipes: Sequence[str | Recipe] | None = None,
+    ) -> PrecisionPlan:
+        """The plan that saves most time within the budgets, for `MixedPrecisionTrainer(precision_mode=...)`.
+
+        Args:
+            budget: relative rise of the loss that all units together may cause, 1e-3 for a tenth of a percent.
+            noise_budget: variance that rounding may add to the gradient, relative to that of a batch.
+            by_role: let a unit's three products have different recipes.
+            recipes: what to choose from; by default all that were profiled and, of FP4, none.
+
+        Raises:
+            ConfigError: a budget that is not a positive number.
+            PlanError: this report saw no data, so there is nothing to weigh a budget with; a recipe not profiled.
+        """
+        return self.allocation(budget, noise_budget=noise_budget, by_role=by_role, recipes=recipes)[0]
+
+    def allocation(
+        self,
+        budget: float = SMALL_LOSS,
+        *,
+        noise_budget: float = NOISE_BUDGET,
+        by_role: bool = False,
+        recipes: Sequence[str | Recipe] | None = None,
+    ) -> tuple[PrecisionPlan, Allocation | None]:
+        """`plan`, with what the solver found: totals, prices, what is left of the budgets."""
+        limits = check_budget(budget, noise_budget)
+        if self.basis != "batches":
+            allowed = "a report of analyze(batches)"
+            raise PlanError(explain("a plan from a report without data", allowed, "Pass batches to analyze"))
+        chosen = self._chosen(recipes)
+        costs = [_costs(name, unit) for name, unit in self._units.items() if _is_allocated(unit)]
+        return plan_for(costs, chosen, RECIPES[self.base], limits, by_role=by_role)
+
+    def _chosen(self, recipes: Sequence[str | Recipe] | None) -> list[Recipe]:
+        if recipes is None:
+            return [RECIPES[name] for name in self.recipes if not name.startswith("nvfp4")]
+        names = [recipe if isinstance(recipe, str) else recipe.name for recipe in recipes]
+        for name in names:
+            if name not in self.recipes:
+                allowed = ", ".join(self.recipes)
+                raise PlanError(explain(f"recipe {name!r}, which was not profiled", allowed, "Profile it too"))
+        return [RECIPES[name] for name in names]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": REPORT_VERSION,
+            "basis": self.basis,
+            "base": self.base,
+            "recipes": list(self.recipes),
+            "batches": self.batches,
+            "loss": self.loss,
+            "skipped": list(self.skipped),
+            "verification": None if self.verification is None else self.verification.to_json(),
+            "units": {name: unit.to_json() for name, unit in self._units.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ProfileReport:
+        """The report that `to_json` wrote; `PlanError` for another version."""
+        if data.get("version") != REPORT_VERSION:
+            passed = f"a profile of version {data.get('version')!r}"
+            raise PlanError(explain(passed, f"version {REPORT_VERSION}", "Profile the model again"))
+        checked = data["verification"]
+        return cls(
+            {name: UnitProfile.from_json(unit) for name, unit in data["units"].items()},
+            basis=data["basis"],
+            base=data["base"],
+            recipes=data["recipes"],
+            batches=data["batches"],
+            loss=data["loss"],
+            skipped=data["skipped"],
+            verification=None if checked is None else Verification(**checked),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProfileReport:
+        """Read a report that `save` wrote."""
+        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def __repr__(self) -> str:
+        return f"<ProfileReport of {len(self)} units, by {self.basis}>"
+
+    def __str__(self) -> str:
+        heading = {"weights": "No data was seen: relative errors of outputs, from weights and shapes."}
+        lines = [heading.get(self.basis, f"{self.batches} batches, mean loss {self.loss:.5g}")]
+        shown = [f for f in FAMILIES if any(f"{f}_loss" in unit for unit in self._units.values())]
+        lines.append(f"{'unit':40} {' '.join(f'{f:>9}' for f in shown)}  recommended")
+        for name, unit in self._units.items():
+            cells = " ".join(f"{_cell(unit.get(f'{f}_loss')):>9}" for f in shown)
+            lines.append(f"{name:40} {cells}  {unit['recommended']}: {unit['reason']}")
+        if self.verification is not None:
+            lines.append(f"verified: rank correlation {self.verification.rank_correlation}")
+        return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "."
+    return "overflow" if math.isinf(value) else f"{value:.1e}"
+
+
+def _is_allocated(unit: UnitProfile) -> bool:
+    return unit["not_analysed"] is None and "macs" in unit
+
+
+def _costs(name: str, unit: UnitProfile) -> UnitCosts:
+    predicted = {
+        recipe: {
+            role: Predicted(loss=values["loss"] if role is Role.FPROP else 0.0, noise=values["noise"][role.value])
+            for role in Role
+        }
+        for recipe, values in unit["recipes"].items()
+    }
+    seconds = {recipe: ms / 1e3 for recipe, ms in unit.get("milliseconds", {}).items()}
+    return UnitCosts(name=name, macs=unit["macs"], predicted=predicted, seconds=seconds)

@@ -1,0 +1,81 @@
+"""What a report knows of one unit: a read-only mapping, and plain JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+FAMILIES = ("tf32", "bf16", "fp16", "fp8", "fp4")
+"""What has a `<family>_loss` of its own; of several recipes the worst that the unit can take counts."""
+_NO_LOSS = ("fp32", "fp64", "hf32")
+
+
+def family_of(recipe: str) -> str | None:
+    """The family of a recipe's name: itself for plain formats, fp4 for nvfp4, else fp8; None for fp32 and wider."""
+    if recipe in FAMILIES:
+        return recipe
+    if recipe in _NO_LOSS:
+        return None
+    return "fp4" if recipe.startswith("nvfp4") else "fp8"
+
+
+class UnitProfile(Mapping[str, Any]):
+    """A mapping with these keys, the later ones only where they were measured:
+
+    kind, parameters, shape       class of the module, how many numbers, shape of its weight or None
+    fp16_loss, bf16_loss, ...     predicted relative change of the loss by that format in fprop, emulated if need be;
+                                  of several FP8 recipes the worst; infinite where values overflow. A report without
+                                  data has the relative error of the output in its place
+    recommended, reason           recipe, and one line why
+    not_analysed                  why there are no numbers, or None
+    recipes                       by recipe: `loss`, the absolute changes `first`, `standard_error` and `second`,
+                                  `noise` by role, and `errors` by role and operand (`ops.statistics.ERROR_FIELDS`)
+    spreads                       of input, weight and grad_output (`ops.statistics.SPREAD_FIELDS`)
+    milliseconds, saved_bytes     by recipe: measured time of its calls in a step, and bytes kept for backward less
+    true_change                   by recipe, absolute, where the estimate was verified
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = deepcopy(dict(values))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def with_values(self, **values: Any) -> UnitProfile:
+        """The same profile with these keys set."""
+        return UnitProfile({**self._values, **values})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an infinite loss is the text 'inf', since JSON has no such number."""
+        return _written(self._values)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> UnitProfile:
+        return cls(_read(data))
+
+    def __repr__(self) -> str:
+        losses = ", ".join(f"{key}={value:.1e}" for key, value in self.items() if key.endswith("_loss") and value)
+        return f"<UnitProfile {self['kind']}: {self['recommended']}{f' ({losses})' if losses else ''}>"
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _written(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_written(item) for item in value]
+    return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _read(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read(item) for item in value]
+    return float(value) if value in ("inf", "-inf") else value
