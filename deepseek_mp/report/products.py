@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from deepseek_mp.precision import Recipe, Role, Rounding
+from deepseek_mp.precision import Recipe, Role
 from deepseek_mp.precision.recipe import OperandRecipe
 from deepseek_mp.report.layers import ROLES, LayerHistory
 
 Recipes = Mapping[str, Recipe]
 ABSENT = "(no decision)"
+USUAL = ("format", "granularity", "rule", "power_of_two")
+"""What the record of every operand has; more is there only where it is not the usual, such as stochastic rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,10 @@ def product(recipes: Recipes, name: str, role: str) -> str:
 
 
 def _operand(operand: OperandRecipe) -> str:
+    """Format, granularity and scale rule, and what else its record names because it is not the usual."""
     words = [operand.format.name]
     if operand.is_scaled:
         words += [operand.granularity.name, operand.rule.value]
     if operand.power_of_two:
         words.append("power_of_two")
-    if operand.rounding != Rounding.NEAREST:
-        words.append(operand.rounding.value)
-    return " ".join(words)
+    return " ".join([*words, *(str(value) for name, value in operand.to_json().items() if name not in USUAL)])

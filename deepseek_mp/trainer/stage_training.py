@@ -118,6 +118,9 @@ class StageTraining:
             trainer = self.trainer(stage.plan, run_dir=run_dir, callbacks=[watcher], pin=None)
             try:
                 trainer.fit(self.setting.loader, self._epochs(), max_steps=self.setting.steps)
+                if run_dir is not None:
+                    trainer.callbacks = ()  # a run that goes on from here has no watcher, and must find none
+                    trainer.save(run_dir)
             except NonFiniteError as error:
                 diverged = str(error)
         verdict = self._verdict(watcher.points, baseline, diverged)

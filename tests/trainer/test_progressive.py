@@ -62,6 +62,17 @@ def test_every_stage_is_good_and_the_model_is_that_of_the_last(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(result.model.parameters(), alone.parameters(), strict=True))
 
 
+def test_a_stage_can_be_trained_on(tmp_path):
+    result = progressive(net, batches(), steps=4, precision="bf16", optimizer=sgd, run_dir=tmp_path, seed=1, **QUIET)
+    onward = MixedPrecisionTrainer(net(), result.plan, optimizer=sgd, run_dir=tmp_path / "all", **QUIET)
+    onward.fit(batches(), epochs=2, resume=tmp_path / "all")
+    straight = net()
+    MixedPrecisionTrainer(straight, "bf16", optimizer=sgd, seed=1, **QUIET).fit(batches(), epochs=2)
+    assert all(torch.equal(p, q) for p, q in zip(onward.model.parameters(), straight.parameters(), strict=True))
+    again = MixedPrecisionTrainer(result.model, result.plan, optimizer=sgd, **QUIET)
+    assert again.fit(batches()).steps_applied == 5
+
+
 def test_the_stages_are_runs_that_can_be_compared(tmp_path):
     result = progressive(net, batches(), steps=10, precision="bf16", optimizer=sgd, run_dir=tmp_path, seed=1, **QUIET)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "fp32", "half"]

@@ -10,6 +10,7 @@ from small_runs import INPUTS, LABELS, batches, net, sgd
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from deepseek_mp.controller.loss_scale import DynamicLossScale
 from deepseek_mp.errors import ConfigError, LoaderError
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.curves import Limits
@@ -144,14 +145,17 @@ def test_errors_of_the_user_s_code_pass_with_the_stage():
 
 
 def test_a_policy_object_is_each_stage_s_own():
-    class Kept:
-        pass
-
-    policy = {"loss_scale_policy": "dynamic"}
-    training = StageTraining(setting(options=policy), net())
+    policy = DynamicLossScale()
+    training = StageTraining(setting(options={"loss_scale_policy": policy}), net())
     one, other = training.trainer("fp16"), training.trainer("fp16")
-    assert one.scaler.policy is not other.scaler.policy
+    assert len({id(policy), id(one.scaler.policy), id(other.scaler.policy)}) == 3
     assert one.model is not other.model
+
+
+def test_pins_are_no_part_of_the_baseline():
+    training = StageTraining(setting(options={"pin": {"4": "bf16"}}), net())
+    baseline, _ = training.train(baseline_stage(training.model))
+    assert {decision.new for decision in baseline.plan.decisions} == {"fp32"}
 
 
 @pytest.mark.parametrize(
