@@ -7,6 +7,7 @@ from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import convert, register_unit, revert
 from deepseek_mp.ops.cast import cast
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Rule
+from deepseek_mp.profiler import PrecisionProfiler, ProfileReport
 from deepseek_mp.trainer import Callback, FitResult, MixedPrecisionTrainer, ProgressiveResult, StepResult, progressive
 from deepseek_mp.version import __version__
 
@@ -21,6 +22,8 @@ __all__ = [
     "NonFiniteError",
     "PrecisionMonitor",
     "PrecisionPlan",
+    "PrecisionProfiler",
+    "ProfileReport",
     "ProgressiveResult",
     "Reason",
     "Rule",

@@ -1,6 +1,6 @@
 """Modules: which of a model's layers are units, and how a plan is put in force on them."""
 
-from deepseek_mp.nn.convert import apply, convert, current_plan, fp32_arithmetic, kernels_in_force, revert
+from deepseek_mp.nn.convert import apply, convert, current_plan, fp32_arithmetic, kernels_in_force, revert, unconverted
 from deepseek_mp.nn.delayed import Saturated, saturated_tensors, update_scales
 from deepseek_mp.nn.layout import memory_format_of
 from deepseek_mp.nn.survey import uncontrollable, units
@@ -20,6 +20,7 @@ __all__ = [
     "revert",
     "saturated_tensors",
     "uncontrollable",
+    "unconverted",
     "units",
     "update_scales",
 ]

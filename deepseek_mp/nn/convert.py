@@ -8,7 +8,8 @@ refused plan leaves the model as it was. The plan in force is kept on the model 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,6 +34,7 @@ __all__ = [
     "kernels_in_force",
     "revert",
     "uncontrollable",
+    "unconverted",
     "units",
 ]
 
@@ -188,3 +190,19 @@ def _forget_plans(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop(_PLAN, None)
         module.__dict__.pop(_KERNELS, None)
+
+
+@contextmanager
+def unconverted(model: nn.Module) -> Iterator[None]:
+    """Takes conversions back for the time being, and puts the same plans in force again afterwards."""
+    plans = [
+        (module, plan, kernels_in_force(module))
+        for module in model.modules()
+        if (plan := current_plan(module)) is not None
+    ]
+    revert(model)
+    try:
+        yield
+    finally:
+        for module, plan, kernels in plans:
+            apply(module, plan, emulate=True, kernels=kernels)  # it was in force, so what it emulates was agreed to

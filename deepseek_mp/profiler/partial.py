@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.records.durable import write_durably
+from deepseek_mp.records.durable import replace_text
 from deepseek_mp.sensitivity import UnitReading
 
 
@@ -56,7 +56,7 @@ class Partial:
             "unmeasured": dict(self.unmeasured),
             "skipped": list(self.skipped),
         }
-        write_durably(Path(path), (json.dumps(data) + "\n").encode())
+        replace_text(Path(path), json.dumps(data) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, asked: Mapping[str, Any]) -> Partial:
@@ -66,7 +66,9 @@ class Partial:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if data["asked"] != json.loads(json.dumps(asked)):
             allowed = "the file of a profile of the same model, recipes and seed"
-            raise ConfigError(explain(f"resume={str(path)!r}, which is of another profile", allowed, "Name another file"))
+            raise ConfigError(
+                explain(f"resume={str(path)!r}, which is of another profile", allowed, "Name another file")
+            )
         return cls(
             seen=data["seen"],
             counted=data["counted"],

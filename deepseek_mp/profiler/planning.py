@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from deepseek_mp.costs.layers import PAYS
 from deepseek_mp.errors import ConfigError, PlanError, explain
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe, Role, Rule
 from deepseek_mp.precision.allocate import allocate
@@ -57,10 +58,10 @@ def speed_of(recipe: Recipe) -> float:
 
 
 def choices_of(unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_role: bool) -> dict[str, Recipe]:
-    """The recipes that the unit can choose from, by name: FP32, the base, then those asked for, and mixtures."""
+    """The recipes that the unit can choose from, by name: FP32, the base, then those that pay, and mixtures of them."""
     found = {recipe.name: recipe for recipe in (RECIPES["fp32"], base)}
     for recipe in recipes:
-        if recipe.name not in unit.predicted:
+        if recipe.name not in unit.predicted or not _pays(unit, recipe, base):
             continue
         found[recipe.name] = recipe
         if by_role and not recipe.is_plain:
@@ -69,6 +70,12 @@ def choices_of(unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_r
                     mixed = with_roles(recipe, roles, base)
                     found[mixed.name] = mixed
     return found
+
+
+def _pays(unit: UnitCosts, recipe: Recipe, base: Recipe) -> bool:
+    """Whether leaving the base for the recipe saves enough time to count; what is wider than the base need not."""
+    wider = recipe.is_plain and speed_of(recipe) < speed_of(base)
+    return wider or _seconds(unit, recipe) * PAYS < _seconds(unit, base)
 
 
 def choice_for(unit: UnitCosts, recipe: Recipe) -> Choice:
@@ -80,10 +87,18 @@ def choice_for(unit: UnitCosts, recipe: Recipe) -> Choice:
         if predicted is not None:
             loss += predicted.loss
             noise += predicted.noise
-        # A third of a step's time is each product's.
-        whole = unit.seconds.get(part.name)
-        seconds += (unit.macs / (TYPICAL_RATE * speed_of(part)) if whole is None else whole) / len(Role)
-    return Choice(recipe.name, seconds, loss if math.isfinite(noise) else math.inf, noise if math.isfinite(noise) else 0.0)
+        seconds += _seconds(unit, part) / len(Role)  # each product is taken to have a third of a step's time
+    if not math.isfinite(noise):
+        loss, noise = math.inf, 0.0
+    return Choice(recipe.name, seconds, loss, noise)
+
+
+def _seconds(unit: UnitCosts, recipe: Recipe) -> float:
+    """A step's time: measured, or by the widths of formats, from what was measured in FP32 if anything was."""
+    if recipe.name in unit.seconds:
+        return unit.seconds[recipe.name]
+    fp32 = unit.seconds.get("fp32", unit.macs / TYPICAL_RATE)
+    return fp32 / speed_of(recipe)
 
 
 def _origin(recipe: Recipe, role: Role) -> Recipe:
@@ -130,19 +145,20 @@ def plan_for(
                 old=base.name,
                 new=recipe.name,
                 reason=Reason.ALLOCATED,
-                detail=found.explain(item),
-                evidence=_evidence(unit, chosen, measured=bool(unit.seconds)),
+                detail=found.explain(item).removeprefix(f"{recipe.name}: "),
+                evidence=_evidence(unit, chosen),
             )
         )
     return PrecisionPlan(base=base, rules=tuple(rules), decisions=tuple(decisions)), found
 
 
-def _evidence(unit: UnitCosts, chosen: Choice, *, measured: bool) -> dict[str, Any]:
+def _evidence(unit: UnitCosts, chosen: Choice) -> dict[str, Any]:
+    measured = chosen.name.split("[")[0] in unit.seconds
     return {
         "loss": chosen.loss,
         "noise": chosen.noise,
         "seconds": chosen.seconds,
-        "seconds_are": "measured" if measured else "multiply-adds over a rate by width; nothing was timed",
+        "seconds_are": "measured" if measured else "guessed from the width of its formats",
     }
 
 

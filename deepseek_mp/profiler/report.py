@@ -16,8 +16,6 @@ from deepseek_mp.profiler.planning import NOISE_BUDGET, SMALL_LOSS, Predicted, U
 from deepseek_mp.profiler.unit_profile import FAMILIES, UnitProfile
 
 REPORT_VERSION = 1
-Basis = str
-"""'weights': no data was seen. 'batches': measured on data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +25,11 @@ class Verification:
     pairs: int
     rank_correlation: float | None
     """Spearman's, of the predicted change and the size of the true one; None for fewer than three pairs."""
+    held_out: bool
+    """Whether the batch was one more than those of the estimate; else it was the last of them."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"pairs": self.pairs, "rank_correlation": self.rank_correlation}
+        return {"pairs": self.pairs, "rank_correlation": self.rank_correlation, "held_out": self.held_out}
 
 
 class ProfileReport(Mapping[str, UnitProfile]):
@@ -45,6 +45,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
         batches: int = 0,
         loss: float | None = None,
         skipped: Sequence[str] = (),
+        native: Sequence[str] = (),
         verification: Verification | None = None,
     ) -> None:
         self._units = dict(units)
@@ -58,6 +59,8 @@ class ProfileReport(Mapping[str, UnitProfile]):
         """Mean loss of the batches."""
         self.skipped = tuple(skipped)
         """Batches that were left out, and why."""
+        self.native = tuple(native)
+        """Recipes that the device multiplies without emulation."""
         self.verification = verification
 
     def __getitem__(self, name: str) -> UnitProfile:
@@ -87,7 +90,8 @@ class ProfileReport(Mapping[str, UnitProfile]):
             budget: relative rise of the loss that all units together may cause, 1e-3 for a tenth of a percent.
             noise_budget: variance that rounding may add to the gradient, relative to that of a batch.
             by_role: let a unit's three products have different recipes.
-            recipes: what to choose from; by default all that were profiled and, of FP4, none.
+            recipes: what to choose from; by default what was profiled and the device multiplies, but for fp16 beside
+                another base: it would need a loss scale.
 
         Raises:
             ConfigError: a budget that is not a positive number.
@@ -114,13 +118,27 @@ class ProfileReport(Mapping[str, UnitProfile]):
 
     def _chosen(self, recipes: Sequence[str | Recipe] | None) -> list[Recipe]:
         if recipes is None:
-            return [RECIPES[name] for name in self.recipes if not name.startswith("nvfp4")]
+            return [RECIPES[name] for name in self.recipes if name in self.native and name != "fp16"]
         names = [recipe if isinstance(recipe, str) else recipe.name for recipe in recipes]
         for name in names:
             if name not in self.recipes:
                 allowed = ", ".join(self.recipes)
                 raise PlanError(explain(f"recipe {name!r}, which was not profiled", allowed, "Profile it too"))
         return [RECIPES[name] for name in names]
+
+    def replaced(self, units: Mapping[str, UnitProfile]) -> ProfileReport:
+        """The same report with other profiles of these units."""
+        return ProfileReport(
+            {**self._units, **units},
+            basis=self.basis,
+            base=self.base,
+            recipes=self.recipes,
+            batches=self.batches,
+            loss=self.loss,
+            skipped=self.skipped,
+            native=self.native,
+            verification=self.verification,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -131,6 +149,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
             "batches": self.batches,
             "loss": self.loss,
             "skipped": list(self.skipped),
+            "native": list(self.native),
             "verification": None if self.verification is None else self.verification.to_json(),
             "units": {name: unit.to_json() for name, unit in self._units.items()},
         }
@@ -150,6 +169,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
             batches=data["batches"],
             loss=data["loss"],
             skipped=data["skipped"],
+            native=data["native"],
             verification=None if checked is None else Verification(**checked),
         )
 
@@ -166,15 +186,21 @@ class ProfileReport(Mapping[str, UnitProfile]):
         return f"<ProfileReport of {len(self)} units, by {self.basis}>"
 
     def __str__(self) -> str:
-        heading = {"weights": "No data was seen: relative errors of outputs, from weights and shapes."}
-        lines = [heading.get(self.basis, f"{self.batches} batches, mean loss {self.loss:.5g}")]
+        lines = ["No data was seen: relative errors of outputs, from weights and shapes"]
+        if self.loss is not None:
+            lines = [f"{self.batches} batches, mean loss {self.loss:.5g}; predicted relative change of the loss"]
+        lines += [f"left out: {why}" for why in self.skipped]
         shown = [f for f in FAMILIES if any(f"{f}_loss" in unit for unit in self._units.values())]
         lines.append(f"{'unit':40} {' '.join(f'{f:>9}' for f in shown)}  recommended")
         for name, unit in self._units.items():
             cells = " ".join(f"{_cell(unit.get(f'{f}_loss')):>9}" for f in shown)
             lines.append(f"{name:40} {cells}  {unit['recommended']}: {unit['reason']}")
         if self.verification is not None:
-            lines.append(f"verified: rank correlation {self.verification.rank_correlation}")
+            batch = "a held-out batch" if self.verification.held_out else "the last batch of the estimate"
+            lines.append(
+                f"true change of {self.verification.pairs} pairs of unit and recipe on {batch}: rank correlation "
+                f"{self.verification.rank_correlation}"
+            )
         return "\n".join(lines)
 
 
@@ -195,6 +221,7 @@ def _costs(name: str, unit: UnitProfile) -> UnitCosts:
             for role in Role
         }
         for recipe, values in unit["recipes"].items()
+        if values["taken"]
     }
     seconds = {recipe: ms / 1e3 for recipe, ms in unit.get("milliseconds", {}).items()}
     return UnitCosts(name=name, macs=unit["macs"], predicted=predicted, seconds=seconds)

@@ -1,7 +1,8 @@
 """The lowest precision of each part of a simulation or model that holds a given error on a given metric.
 
-A black box: nothing is known of it but what the metric is when its parts run in some formats. Each part alone first, from
-the lowest format up; then all together, and while the error is too large the part that alone had the largest is raised.
+A black box: nothing is known of it but what the metric is when its parts run in some formats. Each part alone first,
+from the lowest format up; then all together, and while the error is too large the part that alone had the largest is
+raised.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def lowest_precision(
     reference = float(run({}))
     if not math.isfinite(reference):
         allowed = "a metric that is finite in the highest format"
-        raise ConfigError(explain(f"a metric of {reference} in {formats[0]}", allowed, "Correct the metric or its input"))
+        raise ConfigError(
+            explain(f"a metric of {reference} in {formats[0]}", allowed, "Correct the metric or its input")
+        )
     counted = [1]
 
     def error_of(assignment: Mapping[str, str]) -> float:

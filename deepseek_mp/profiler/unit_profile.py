@@ -21,7 +21,7 @@ def family_of(recipe: str) -> str | None:
 
 
 class UnitProfile(Mapping[str, Any]):
-    """A mapping with these keys, the later ones only where they were measured:
+    """A mapping with the keys below, the later ones only where they were measured.
 
     kind, parameters, shape       class of the module, how many numbers, shape of its weight or None
     fp16_loss, bf16_loss, ...     predicted relative change of the loss by that format in fprop, emulated if need be;
@@ -54,7 +54,8 @@ class UnitProfile(Mapping[str, Any]):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an infinite loss is the text 'inf', since JSON has no such number."""
-        return _written(self._values)
+        written: dict[str, Any] = _written(self._values)
+        return written
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> UnitProfile:

@@ -25,11 +25,11 @@ from deepseek_mp.precision import Operand, Recipe, Role
 from deepseek_mp.sensitivity.reading import Effect, UnitReading
 
 KAPPA = 12.0
-"""Noise per second-order change of a log-likelihood. On a small GPT in FP4 and FP8: median of the layers 5-8, of all layers
-together 14-16 (docs/profiler.md)."""
+"""Noise per second-order change of a log-likelihood. On a small GPT in FP4 and FP8 it was 5-8 in the median of the
+layers and 14-16 for all of them together (docs/profiler.md)."""
 PATH = 0.15
-"""The share of the gradients before a unit that passes through it. One in a plain chain of layers; in a residual network
-a branch carries a part only: on the same GPT 0.10-0.15, median of the layers."""
+"""The share of the gradients before a unit that passes through it. One in a plain chain of layers; in a residual
+network a branch carries a part only: on the same GPT 0.10-0.15, median of the layers."""
 
 
 class Predictor:

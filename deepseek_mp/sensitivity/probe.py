@@ -61,8 +61,10 @@ class _Sums:
         for own, more in ((self.effects, other.effects), (self.errors, other.errors)):
             for name, value in more.items():
                 _add_to(own, name, value)
-        assert self.energies is not None and other.energies is not None
-        assert self.spreads is not None and other.spreads is not None
+        assert self.energies is not None
+        assert other.energies is not None
+        assert self.spreads is not None
+        assert other.spreads is not None
         self.energies, self.spreads = self.energies + other.energies, self.spreads + other.spreads
         self.calls += other.calls
         self.batches += other.batches

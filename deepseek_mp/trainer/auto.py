@@ -15,8 +15,7 @@ with the same inputs on the same machine is measured once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +40,7 @@ from deepseek_mp.costs.layers import PAYS, LayerTimes, measure_layers
 from deepseek_mp.costs.restore import preserved
 from deepseek_mp.costs.whole_step import Recording, Stage
 from deepseek_mp.errors import PlanError
-from deepseek_mp.nn import apply, current_plan, kernels_in_force, revert
+from deepseek_mp.nn import unconverted
 from deepseek_mp.nn.assign import output_layer, products_of
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe
@@ -89,7 +88,7 @@ def choose_plan(
     if formats == ["fp32"]:
         return _only_fp32(pins, capabilities)
     report = progress or (lambda text, fraction: None)
-    with preserved(model, device) as snapshot, _unconverted(model):
+    with preserved(model, device) as snapshot, unconverted(model):
         stage = Stage(
             model=model,
             run=run,
@@ -300,19 +299,3 @@ def _cached(cache: CostCache, key: Mapping[str, Any]) -> PrecisionPlan | None:
         cache.discard(key)
         return None
     return replace(plan, decisions=(replace(whole, evidence={**whole.evidence, "from_cache": True}), *layers))
-
-
-@contextmanager
-def _unconverted(model: nn.Module) -> Iterator[None]:
-    """Takes conversions back for the time being, and puts the same plans in force again afterwards."""
-    plans = [
-        (module, plan, kernels_in_force(module))
-        for module in model.modules()
-        if (plan := current_plan(module)) is not None
-    ]
-    revert(model)
-    try:
-        yield
-    finally:
-        for module, plan, kernels in plans:
-            apply(module, plan, emulate=True, kernels=kernels)  # it was in force, so what it emulates was agreed to

@@ -145,10 +145,12 @@ def test_a_batch_that_is_discarded_does_not_count():
 def test_readings_of_two_halves_join_to_that_of_all():
     model, data = Model(), [batch(), batch(), batch()]
     whole = watched(model, data, rows=1000).read()["first"]
-    joined = watched(model, data[:1], rows=1000).read()["first"].joined(
-        watched(model, data[1:], rows=1000).read()["first"]
+    joined = (
+        watched(model, data[:1], rows=1000).read()["first"].joined(watched(model, data[1:], rows=1000).read()["first"])
     )
     assert joined.batches == 3
     assert joined.energy == pytest.approx(whole.energy)
     for name in ("first", "second", "standard_error"):
-        assert getattr(joined.effects["tensor"], name) == pytest.approx(getattr(whole.effects["tensor"], name), rel=1e-4)
+        assert getattr(joined.effects["tensor"], name) == pytest.approx(
+            getattr(whole.effects["tensor"], name), rel=1e-4
+        )

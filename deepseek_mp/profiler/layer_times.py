@@ -1,0 +1,77 @@
+"""Multiply-adds, measured times and kept bytes of the units, by recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from deepseek_mp.backends import Capabilities
+from deepseek_mp.backends.low_precision import formats_of
+from deepseek_mp.costs import Candidate, CostCache, UnitCall, measure_layers, record_units
+from deepseek_mp.costs.fingerprint import environment
+from deepseek_mp.precision import Recipe, Role
+
+SECONDS = 6.0
+"""Time for all layers together; what is in the cache costs none of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCosts:
+    """By unit, over all its calls in one step."""
+
+    macs: Mapping[str, int] = field(default_factory=dict)
+    milliseconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By recipe, for those that the device multiplies; units that could not be timed alone are not there."""
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    """Numbers in the unit's input, which is kept for backward."""
+
+
+def layer_costs(
+    model: nn.Module,
+    forward: Callable[[], object],
+    recipes: Sequence[Recipe],
+    capabilities: Capabilities,
+    device: torch.device,
+    *,
+    timed: bool,
+    progress: Callable[[float], None],
+) -> LayerCosts:
+    """What the units cost in one step of `forward`; times only where `timed`."""
+    calls = record_units(model, forward)
+    macs: dict[str, int] = {}
+    inputs: dict[str, int] = {}
+    for call in calls:
+        for name in call.names:
+            macs[name] = macs.get(name, 0) + call.macs
+            inputs[name] = inputs.get(name, 0) + _numbers(call)
+    times: Mapping[str, Mapping[str, float]] = {}
+    if timed:
+        native = [recipe for recipe in recipes if formats_of(recipe) <= capabilities.matmul_formats]
+        names = dict.fromkeys(["fp32", *(recipe.name for recipe in native)])
+        found = measure_layers(
+            calls,
+            [Candidate(format=name) for name in names],
+            device=device,
+            budget_s=SECONDS,
+            cache=CostCache(),
+            environment=environment(device, capabilities),
+            progress=progress,
+        )
+        times = found.of_layers()
+    return LayerCosts(macs=macs, milliseconds=times, inputs=inputs)
+
+
+def kept_bytes(recipe: Recipe, numbers: int) -> int:
+    """Bytes of a unit's input as it is kept for the product that makes the weight's gradient."""
+    side = recipe.role(Role.WGRAD).right
+    return numbers * side.format.storage_bits // 8
+
+
+def _numbers(call: UnitCall) -> int:
+    count = 1
+    for size in call.inputs[0].shape:
+        count *= size
+    return count

@@ -1,0 +1,202 @@
+"""The profiler as a user calls it."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp import PrecisionPlan, PrecisionProfiler, convert
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.nn import current_plan
+
+
+def state_of(model):
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return tensors, gradients, [m.training for m in model.modules()], torch.get_rng_state(), random.getstate()
+
+
+def assert_same(model, before):
+    tensors, gradients, training, generator, python = before
+    assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is gradients[name] for name, p in model.named_parameters())
+    assert [m.training for m in model.modules()] == training
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert random.getstate() == python
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_every_unit_is_reported_with_its_losses(report):
+    assert list(report) == ["embedding", "up", "norm", "down", "head", "unused"]
+    for name in ("up", "down", "head"):
+        unit = report[name]
+        assert 0 < unit["bf16_loss"] < unit["fp8_loss"] < 0.1
+        assert unit["fp16_loss"] < unit["fp8_loss"]
+        assert unit["recommended"] in ("fp32", "bf16")
+        assert unit["reason"]
+    assert report["norm"]["bf16_loss"] >= 0
+    assert "fp8_loss" not in report["norm"]
+    assert "never called" in report["unused"]["not_analysed"]
+    assert report.batches == 4
+    assert "overflow" not in str(report)
+
+
+def test_the_loss_of_fp8_is_that_of_the_worst_recipe_the_unit_takes(report):
+    taken = {name: r["loss"] for name, r in report["up"]["recipes"].items() if r["taken"]}
+    assert set(taken) == {"bf16", "fp16", "tensor", "row"}  # 64 inputs are no multiple of 128, which block needs
+    assert report["up"]["fp8_loss"] == max(taken["tensor"], taken["row"])
+
+
+def test_the_model_is_as_before(model, batches):
+    model.up.weight.grad = torch.ones_like(model.up.weight)
+    model.norm.eval()
+    before = state_of(model)
+    PrecisionProfiler(model).analyze(batches, max_batches=2, verify=2, time_layers=True)
+    assert_same(model, before)
+
+
+def test_the_model_is_as_before_after_an_exception(model, batches):
+    model.up.weight.grad = torch.ones_like(model.up.weight)
+    before = state_of(model)
+
+    def failing(output, target):
+        torch.rand(1)
+        random.random()
+        raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        PrecisionProfiler(model, loss_fn=failing).analyze(batches)
+    assert_same(model, before)
+
+
+def test_running_statistics_are_as_before():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    batch = torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8,))
+    before = state_of(model)
+    report = PrecisionProfiler(model).analyze([batch], time_layers=False)
+    assert_same(model, before)
+    assert report["0"]["fp8_loss"] > report["0"]["bf16_loss"]
+    assert report["1"]["bf16_loss"] > 0
+
+
+def test_a_converted_model_is_profiled_in_fp32_and_stays_converted(model, batches):
+    plain = PrecisionProfiler(model).analyze(batches, max_batches=2, time_layers=False)
+    plan = convert(model, PrecisionPlan.of("bf16"))
+    converted = PrecisionProfiler(model).analyze(batches, max_batches=2, time_layers=False)
+    assert current_plan(model) == plan
+    assert converted["down"]["fp8_loss"] == plain["down"]["fp8_loss"]
+
+
+def test_a_batch_without_a_finite_loss_is_left_out_and_named(batches):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    good = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(2)]
+    bad = (torch.full((8, 4), float("nan")), torch.zeros(8, dtype=torch.long))
+    model = Model()
+    with_bad = PrecisionProfiler(model).analyze([good[0], bad, good[1]], time_layers=False)
+    assert with_bad.skipped == ("batch 1: its loss is nan",)
+    assert with_bad.batches == 2
+    assert with_bad["layer"]["bf16_loss"] > 0
+    with pytest.raises(ConfigError, match="no batch to profile: batch 0: its loss is nan"):
+        PrecisionProfiler(model).analyze([bad])
+
+
+def test_a_layer_the_loss_does_not_depend_on_is_named(batches):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.side = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            self.side(x)
+            return self.layer(x)
+
+    report = PrecisionProfiler(Model()).analyze([(torch.randn(8, 4), torch.randint(0, 3, (8,)))], time_layers=False)
+    assert "does not depend" in report["side"]["not_analysed"]
+    assert report["side"]["recommended"] == report.base
+
+
+def test_a_model_without_units_is_refused():
+    with pytest.raises(ConfigError, match="a model without units"):
+        PrecisionProfiler(nn.Sequential(nn.ReLU())).analyze()
+
+
+def test_no_batches_are_refused(model):
+    with pytest.raises(ConfigError, match="no batch to profile"):
+        PrecisionProfiler(model).analyze([])
+
+
+def test_fp16_that_overflows_is_infinite(batches):
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32))
+    nn.init.constant_(model[0].weight, 300.0)
+    nn.init.constant_(model[1].weight, 300.0)
+    report = PrecisionProfiler(model).analyze(batches[:1], time_layers=False)
+    assert report["1"]["fp16_loss"] == float("inf")
+    assert report["1"]["bf16_loss"] < float("inf")
+    assert "overflow" in str(report)
+
+
+def test_a_profile_is_resumed_where_it_stood(model, batches, tmp_path):
+    file = tmp_path / "profile.json"
+    whole = PrecisionProfiler(model).analyze(batches, max_batches=6, time_layers=False)
+    seen = []
+
+    def counted():
+        for batch in batches:
+            seen.append(1)
+            yield batch
+
+    PrecisionProfiler(model).analyze(batches, max_batches=2, time_layers=False, resume=file)
+    resumed = PrecisionProfiler(model).analyze(counted(), max_batches=6, time_layers=False, resume=file)
+    assert resumed.batches == 6
+    # Rows are all looked at here, so that draws play no part.
+    assert resumed["up"]["fp8_loss"] == pytest.approx(whole["up"]["fp8_loss"], rel=1e-3)
+    assert resumed.loss == pytest.approx(whole.loss)
+    with pytest.raises(ConfigError, match="of another profile"):
+        PrecisionProfiler(model, seed=5).analyze(batches, resume=file)
+
+
+def test_verification_stands_beside_the_predictions(model, batches):
+    report = PrecisionProfiler(model).analyze(batches, max_batches=3, verify=2, time_layers=False)
+    assert report.verification.pairs == 10
+    assert report.verification.held_out
+    assert sum("true_change" in unit for unit in report.values()) == 2
+    last = PrecisionProfiler(model).analyze(batches, max_batches=6, verify=1, time_layers=False)
+    assert not last.verification.held_out
+
+
+def test_weights_alone_say_how_far_outputs_would_be(model):
+    report = PrecisionProfiler(model).analyze()
+    assert report.basis == "weights"
+    assert "No data" in str(report)
+    assert report["up"]["bf16_loss"] == pytest.approx(5.6e-6, rel=0.15)
+    assert report["up"]["fp8_loss"] == pytest.approx(1.4e-3, rel=0.15)
+    assert "bf16_loss" not in report["norm"]
+
+
+def test_parts_hold_a_metric_together(model, batches):
+    tokens = batches[0][0]
+    report = PrecisionProfiler(model).analyze(
+        metric=lambda m: float(m(tokens).square().mean()), tolerance=1e-5, parts=["up", "down", "head"]
+    )
+    assert report.error <= 1e-5
+    assert set(report.formats) == {"up", "down", "head"}
+    assert "fp32" in report.formats.values() or "fp16" in report.formats.values()
+
+
+def test_a_metric_asks_for_a_tolerance_and_parts_that_exist(model):
+    profiler = PrecisionProfiler(model)
+    with pytest.raises(ConfigError, match="a metric without tolerance"):
+        profiler.analyze(metric=lambda m: 1.0)
+    with pytest.raises(ConfigError, match=r"parts \['nothing'\] without units"):
+        profiler.analyze(metric=lambda m: 1.0, tolerance=1e-3, parts=["nothing"])
+    with pytest.raises(ConfigError, match="a metric of nan"):
+        profiler.analyze(metric=lambda m: float("nan"), tolerance=1e-3)
