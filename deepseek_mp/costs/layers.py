@@ -19,9 +19,8 @@ from deepseek_mp.costs.decide import Candidate
 from deepseek_mp.costs.timing import Timing
 from deepseek_mp.costs.units import UnitCall, measure_unit, takes
 from deepseek_mp.precision import RECIPES
+from deepseek_mp.precision.planning import PAYS
 
-PAYS = 1.05
-"""How much faster a layer must be in a scaled recipe to leave the format of the region around it."""
 MEASURE_S = 0.02
 """Time for one unit in one candidate, beyond the first three calls."""
 

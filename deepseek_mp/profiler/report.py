@@ -12,7 +12,7 @@ from typing import Any
 from deepseek_mp.errors import PlanError, explain, suggest
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe, Role
 from deepseek_mp.precision.allocation import Allocation
-from deepseek_mp.profiler.planning import NOISE_BUDGET, SMALL_LOSS, Predicted, UnitCosts, check_budget, plan_for
+from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS, Predicted, UnitCosts, check_budget, plan_for
 from deepseek_mp.profiler.unit_profile import FAMILIES, UnitProfile
 
 REPORT_VERSION = 1

@@ -36,7 +36,7 @@ from deepseek_mp.costs.decide import (
     next_trial,
 )
 from deepseek_mp.costs.fingerprint import environment, first_inputs, model_digest
-from deepseek_mp.costs.layers import PAYS, LayerTimes, measure_layers
+from deepseek_mp.costs.layers import LayerTimes, measure_layers
 from deepseek_mp.costs.restore import preserved
 from deepseek_mp.costs.whole_step import Recording, Stage
 from deepseek_mp.errors import PlanError
@@ -44,6 +44,7 @@ from deepseek_mp.nn import unconverted
 from deepseek_mp.nn.assign import output_layer, products_of
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe
+from deepseek_mp.precision.planning import PAYS
 
 TOTAL_S = 40.0
 COMPILED_TOTAL_S = 160.0

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from deepseek_mp.backends import autocast, capabilities, formats_of, fp8_recipe, math_mode
 from deepseek_mp.costs import is_out_of_memory, time_call
-from deepseek_mp.costs.layers import PAYS
 from deepseek_mp.nn.assign import products_of
 from deepseek_mp.nn.functional import Products, low_precision_linear
+from deepseek_mp.precision.planning import PAYS
 
 WIDTHS = (512, 1024, 2048, 4096)
 ROWS = 8192

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from deepseek_mp.costs.layers import PAYS
 from deepseek_mp.errors import ConfigError, PlanError, explain
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe, Role, Rule
 from deepseek_mp.precision.allocate import allocate
 from deepseek_mp.precision.allocation import Allocation, Budget, Choice, Item
 from deepseek_mp.precision.composite import with_roles
 
+PAYS = 1.05
+"""How much faster a layer must be in a scaled recipe to leave the format of the region around it."""
 SMALL_LOSS = 1e-3
 NOISE_BUDGET = 0.05
 """Default budgets: a tenth of a percent of the loss; a twentieth more examples, half of what activation compression

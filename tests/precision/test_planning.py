@@ -8,7 +8,7 @@ from deepseek_mp.errors import PlanError
 from deepseek_mp.precision import RECIPES, Reason, Role
 from deepseek_mp.precision.allocation import Budget
 from deepseek_mp.precision.composite import with_roles
-from deepseek_mp.profiler.planning import Predicted, UnitCosts, choice_for, choices_of, plan_for, speed_of
+from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for, choices_of, plan_for, speed_of
 
 BF16, ROW, FP32 = RECIPES["bf16"], RECIPES["row"], RECIPES["fp32"]
 TIMES = {"fp32": 4e-3, "bf16": 1e-3, "row": 0.6e-3}
