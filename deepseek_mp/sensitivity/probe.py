@@ -17,8 +17,6 @@ from deepseek_mp.nn.call import Call, LossFn, Result
 from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS
 from deepseek_mp.precision import Recipe
 from deepseek_mp.sensitivity.measure import (
-    EFFECT_FIELDS,
-    ENERGY_FIELDS,
     PRODUCT_OPERANDS,
     TENSORS,
     Seen,
@@ -37,6 +35,7 @@ from deepseek_mp.sensitivity.outputs import (
 )
 from deepseek_mp.sensitivity.reading import Effect, UnitReading
 from deepseek_mp.sensitivity.sampling import BatchLayout, Terms, draw
+from deepseek_mp.sensitivity.transfer import Transfer
 
 ROWS = 1024
 ITEMS = 16
@@ -55,6 +54,13 @@ class _Sums:
     spreads: Tensor | None = None
     calls: int = 0
     batches: int = 0
+
+    def tensors(self) -> list[Tensor]:
+        """Effects and errors of each recipe, then energies and spreads."""
+        assert self.energies is not None
+        assert self.spreads is not None
+        by_recipe = [tensor for name in self.effects for tensor in (self.effects[name], self.errors[name])]
+        return [*by_recipe, self.energies, self.spreads]
 
     def add(self, other: _Sums) -> None:
         """Put another batch's sums on top."""
@@ -174,8 +180,11 @@ class Probe:
                 self.unmeasured[name] = NO_GRADIENT if name in self._order else NEVER_CALLED
             else:
                 self.unmeasured.pop(name, None)
-        measured = sorted(self._sums.items(), key=lambda item: item[1].order)
-        return {name: _reading(sums) for name, sums in measured}
+        return self.send().read().readings
+
+    def send(self) -> Sent:
+        """What was measured so far, on its way to the host; further batches are not part of it."""
+        return Sent(self._sums, self._losses, self._curvatures)
 
     def _forward_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -245,30 +254,76 @@ def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def _reading(sums: _Sums) -> UnitReading:
-    assert sums.energies is not None
-    assert sums.spreads is not None
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a probe measured, on the host."""
+
+    readings: dict[str, UnitReading]
+    loss: float
+    """The mean of the losses seen; 0 without any."""
+    curvature: float
+
+
+class Sent:
+    """What a probe had measured at one moment, on its way to the host."""
+
+    def __init__(self, sums: Mapping[str, _Sums], losses: Sequence[Tensor], curvatures: Sequence[Tensor]) -> None:
+        self._units = [
+            (name, found.order, found.calls, found.batches, tuple(found.effects))
+            for name, found in sorted(sums.items(), key=lambda item: item[1].order)
+        ]
+        tensors: list[Tensor] = []
+        for name, *_ in self._units:
+            tensors += sums[name].tensors()
+        if losses:
+            tensors += [
+                torch.stack(list(losses)).mean(),
+                torch.stack([c.to(losses[0].device) for c in curvatures]).mean(),
+            ]
+        self._has_loss = bool(losses)
+        self._transfer = Transfer(tensors)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `read` would not wait."""
+        return self._transfer.ready
+
+    def read(self) -> Measured:
+        """The measurements; waits for the device."""
+        tensors = iter(self._transfer.read())
+        readings = {
+            name: _reading(
+                order, calls, batches, {recipe: (next(tensors), next(tensors)) for recipe in recipes}, tensors
+            )
+            for name, order, calls, batches, recipes in self._units
+        }
+        loss, curvature = (float(next(tensors)), float(next(tensors))) if self._has_loss else (0.0, 1.0)
+        return Measured(readings=readings, loss=loss, curvature=curvature)
+
+
+def _reading(
+    order: int, calls: int, batches: int, by_recipe: Mapping[str, tuple[Tensor, Tensor]], rest: Iterator[Tensor]
+) -> UnitReading:
+    """A unit's reading of its effects and errors by recipe; its energies and spreads are next in `rest`."""
     effects = {}
-    for name, total in sums.effects.items():
-        first, variance, second = (total / sums.batches).tolist()
-        errors = (sums.errors[name] / sums.calls).tolist()
+    for name, (effects_sum, errors_sum) in by_recipe.items():
+        first, variance, second = (effects_sum / batches).tolist()
+        errors = (errors_sum / calls).tolist()
         effects[name] = Effect(
             first=first,
-            standard_error=(variance / sums.batches) ** 0.5,
+            standard_error=(variance / batches) ** 0.5,
             second=second,
             errors={
                 which: dict(zip(ERROR_FIELDS, values, strict=True))
                 for which, values in zip(PRODUCT_OPERANDS, errors, strict=True)
             },
         )
-    assert len(EFFECT_FIELDS) == total.numel()
-    energy, row_energy = (sums.energies / sums.batches).tolist()
-    assert len(ENERGY_FIELDS) == sums.energies.numel()
-    wide = (sums.spreads / sums.calls).tolist()
+    energy, row_energy = (next(rest) / batches).tolist()
+    wide = (next(rest) / calls).tolist()
     return UnitReading(
-        order=sums.order,
-        batches=sums.batches,
-        calls=sums.calls,
+        order=order,
+        batches=batches,
+        calls=calls,
         effects=effects,
         energy=energy,
         row_energy=row_energy,
