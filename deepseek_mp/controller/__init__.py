@@ -1,5 +1,6 @@
-"""Decides while training runs: the loss scale, and whether a step is applied."""
+"""Decides while training runs: the loss scale, whether a step is applied, and which layers run in which recipe."""
 
+from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
 from deepseek_mp.controller.loss_scale import (
     DynamicLossScale,
     LossScalePolicy,
@@ -9,8 +10,13 @@ from deepseek_mp.controller.loss_scale import (
     make_policy,
 )
 from deepseek_mp.controller.scaler import LossScaler, Verdict
+from deepseek_mp.controller.settings import AdaptiveSettings
 
 __all__ = [
+    "AdaptiveController",
+    "AdaptiveSettings",
+    "AdaptiveUnit",
+    "Comparison",
     "DynamicLossScale",
     "LossScalePolicy",
     "LossScaler",

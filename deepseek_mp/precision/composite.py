@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from deepseek_mp.precision.recipe import Recipe
+from deepseek_mp.precision.recipes import find_recipe
 from deepseek_mp.precision.roles import Role
 
 
@@ -21,3 +22,9 @@ def with_roles(recipe: Recipe, roles: Collection[Role], other: Recipe) -> Recipe
         return recipe
     parts = {role.value: other.role(role) for role in Role if role not in chosen}
     return replace(recipe, name=f"{recipe.name}[{'+'.join(role.value for role in chosen)}]", **parts)
+
+
+def named_mixture(name: str, other: Recipe) -> Recipe:
+    """The mixture of that name, `block[dgrad+wgrad]`, with `other` in the rest."""
+    own, roles = name.rstrip("]").split("[")
+    return with_roles(find_recipe(own), [Role(role) for role in roles.split("+")], other)

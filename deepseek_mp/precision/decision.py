@@ -49,6 +49,10 @@ class Reason(StrEnum):
     """Values of a tensor were cut: it grew faster than the past that its scale comes from."""
     ALLOCATED = "allocated"
     """The solver chose it: what it saves against what it costs of the loss and of the gradient's accuracy."""
+    GUARDED = "guarded"
+    """A guard raised it while training: it broke a limit, made a bad number, or the loss jumped."""
+    COMPARED = "compared"
+    """The loss was compared with that in FP32 on the same batch."""
     RESUMED = "resumed"
     """Taken from the plan stored with a checkpoint."""
 

@@ -117,6 +117,7 @@ class Probe:
         self._layout: BatchLayout | None = None
         self._terms: Terms | None = None
         self._batch = 0
+        self._outputs: list[Tensor] = []
 
     @contextmanager
     def watching(self, call: Call, names: Iterable[str] | None = None) -> Iterator[None]:
@@ -126,7 +127,7 @@ class Probe:
         after an exception, and then the batch does not count.
         """
         self._layout, self._terms = BatchLayout.of(call), None
-        self._pending = {}
+        self._pending, self._outputs = {}, []
         chosen = self._units if names is None else {name: self._units[name] for name in names if name in self._units}
         handles = [
             module.register_forward_hook(self._forward_hook(name), with_kwargs=True) for name, module in chosen.items()
@@ -137,12 +138,20 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
-            self._layout, self._terms, self._pending = None, None, {}
+            self._layout, self._terms, self._pending, self._outputs = None, None, {}, []
             self._batch += 1
 
     def loss_is(self, found: Result, loss_fn: LossFn | None) -> None:
         """The loss that the backward will start from; it is to be that of the mean, not scaled."""
         self._terms = Terms.of(found, loss_fn)
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward of the loss as far as the units watched need it: no parameter gets a gradient.
+
+        It goes down to the outputs of the units watched. One that comes first and is overwritten in place is not seen.
+        """
+        if self._outputs:
+            torch.autograd.grad(loss, self._outputs, allow_unused=True)
 
     def discard(self) -> None:
         """What the batch being watched gave does not count."""
@@ -193,6 +202,7 @@ class Probe:
                 return
             given = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(given, Tensor) and given.numel() and output.numel():
+                self._outputs.append(output)
                 self._sample(name, module, given, output)
 
         return hook

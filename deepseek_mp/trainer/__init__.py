@@ -1,5 +1,6 @@
 """The trainer: fit, step, save and resume."""
 
+from deepseek_mp.trainer.adaptive import AdaptivePrecision
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.progressive import progressive
@@ -7,6 +8,7 @@ from deepseek_mp.trainer.progressive_result import ProgressiveResult
 from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
 
 __all__ = [
+    "AdaptivePrecision",
     "Callback",
     "FitResult",
     "MixedPrecisionTrainer",

@@ -22,6 +22,9 @@ class Callback:
     def on_fit_start(self, trainer: MixedPrecisionTrainer) -> None:
         """Before the first batch, after a resume."""
 
+    def on_step_start(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:
+        """Before the first micro-batch of a step, given as loaded; with 'auto', not before the plan is known."""
+
     def on_gradients(self, trainer: MixedPrecisionTrainer) -> None:
         """The gradients of a full window are ready: unscaled, not yet checked, clipped or applied.
 

@@ -30,6 +30,15 @@ class Fitting:
     metrics: Mapping[str, Metric] | None
     shown: Progress
 
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps of the whole run; None where the loader does not say how long it is and nothing else does."""
+        batches = length(self.loader)
+        if batches is None:
+            return self.max_steps
+        steps = self.epochs * -(-batches // self.trainer.config.gradient_accumulation_steps)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
     def run(self) -> None:
         """Train until the run has seen its epochs, or applied its steps."""
         position = self.trainer.position

@@ -138,7 +138,7 @@ class MixedPrecisionTrainer:
         )
         self._policy = make_policy(loss_scale_policy)
         self._unused_policy = deepcopy(self._policy)  # for when fp16 comes in again
-        self._loss_fn = loss_fn
+        self.loss_fn = loss_fn
         self.callbacks = check_callbacks(callbacks)
         self._progress = progress
         self.device = choose_device(model, device)
@@ -161,6 +161,7 @@ class MixedPrecisionTrainer:
         self.steps_applied = 0
         self.history: list[dict[str, Any]] = []
         self.loader: Any = None
+        self.planned_steps: int | None = None
         self._stepper: Stepper | None = None
         if self._plan is not None:
             self._install(self._plan)
@@ -226,7 +227,7 @@ class MixedPrecisionTrainer:
                 self.model,
                 batch,
                 self.config,
-                loss_fn=self._loss_fn,
+                loss_fn=self.loss_fn,
                 device=self.device,
                 capabilities=self.capabilities,
                 progress=shown.stage,
@@ -240,8 +241,8 @@ class MixedPrecisionTrainer:
         wants_gradients = any(overrides(c, "on_gradients") for c in self.callbacks)
         self._stepper = Stepper(
             self.model,
-            compute=compiled_run(self.model, self._loss_fn, self.config.compile),
-            loss_fn=self._loss_fn,
+            compute=compiled_run(self.model, self.loss_fn, self.config.compile),
+            loss_fn=self.loss_fn,
             optimizer=self.optimizer,
             scaler=self.scaler,
             region=Region(plan, self.device, search=True),
@@ -313,6 +314,9 @@ class MixedPrecisionTrainer:
         if not self.model.training:
             self.model.train()
         stepper = self._ready(batch)
+        if not stepper.window.micro_batches:
+            for callback in self.callbacks:
+                callback.on_step_start(self, batch)
         try:
             return stepper.run(batch, index=max(self.position.batch - 1, 0), close=close)
         except RuntimeError as error:
@@ -389,9 +393,7 @@ class MixedPrecisionTrainer:
         if self.position.epoch >= epochs:
             log.warning("nothing to train: the run already has %d of %d epochs", self.position.epoch, epochs)
         with self.recorder, Progress(self._progress) as shown, unfinished_discarded(self):
-            for callback in self.callbacks:
-                callback.on_fit_start(self)
-            Fitting(
+            fitting = Fitting(
                 trainer=self,
                 loader=train_loader,
                 epochs=epochs,
@@ -399,7 +401,11 @@ class MixedPrecisionTrainer:
                 val_loader=val_loader,
                 metrics=metrics,
                 shown=shown,
-            ).run()
+            )
+            self.planned_steps = fitting.planned_steps
+            for callback in self.callbacks:
+                callback.on_fit_start(self)
+            fitting.run()
             result = self._result(time.monotonic() - started)
             for callback in self.callbacks:
                 callback.on_fit_end(self, result)
@@ -440,7 +446,7 @@ class MixedPrecisionTrainer:
         check_loader(loader, "loader")
         check_metrics(metrics)
         with self._inference() as region:
-            return evaluate(self.model, loader, self._loss_fn, metrics or {}, self.device, region)
+            return evaluate(self.model, loader, self.loss_fn, metrics or {}, self.device, region)
 
     def predict(self, batch: Any) -> Any:
         """The model's output for one batch, on the device and in the format the plan gives it.

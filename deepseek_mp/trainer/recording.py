@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,15 @@ class Recorder:
             **({"reason": facts.reason, "first_bad_module": facts.first_bad_module} if not applied else {}),
             **self._counters(),
         )
+
+    def decided(self, decisions: Sequence[Decision]) -> None:
+        """Decisions taken between two steps; those that change nothing are said here only."""
+        for decision in decisions:
+            log.info("step %d: %s", self._trainer.steps_attempted, decision)
+        out = self._out(done=self._trainer.steps_attempted)
+        if out is not None:
+            for decision in decisions:
+                out.decision({"step": self._trainer.steps_attempted, **decision.to_json()})
 
     def _saturated(self, found: Saturated) -> Decision:
         """What became of a tensor that outgrew its scale; it is said once aloud."""

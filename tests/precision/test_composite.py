@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe, Role
-from deepseek_mp.precision.composite import with_roles
+from deepseek_mp.precision.composite import named_mixture, with_roles
 
 BLOCK, BF16 = RECIPES["block"], RECIPES["bf16"]
 
@@ -30,3 +30,8 @@ def test_a_composite_survives_a_plan_on_disk(roles):
     assert Recipe.from_json(json.loads(json.dumps(made.to_json()))) == made
     plan = PrecisionPlan.of("bf16", {"up": made})
     assert PrecisionPlan.from_json(json.loads(json.dumps(plan.to_json()))).recipe_for("up") == made
+
+
+def test_a_mixture_is_found_by_its_name():
+    made = with_roles(BLOCK, [Role.DGRAD, Role.WGRAD], BF16)
+    assert named_mixture(made.name, BF16) == made

@@ -1,0 +1,51 @@
+"""Hard limits on what a recipe does to a tensor, whatever the budgets say: each sees harm that the loss shows late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepseek_mp.precision import OPERANDS, Format, Operand, Recipe, Role
+from deepseek_mp.sensitivity import Effect
+
+BY_ROW = 5.0
+"""Row-balanced error over that of normal values: rows of small values are lost, which the error of the whole tensor
+does not show. 128x128 blocks of output gradients diverged in the DeepSeek-V3 report while their error was normal."""
+UNDERFLOW_FORWARD, UNDERFLOW_GRADIENT = 0.005, 0.05
+"""Share of the values that become zero."""
+BIAS = 0.02
+"""Mean relative error of a gradient's values. Errors of one sign add up over steps: on a small GPT in FP4 one biased
+gradient made two thirds of what FP4 cost."""
+
+EASE = 1.5
+"""How many times what is unavoidable in the format comes on top: what becomes zero is an error of one sign too."""
+
+
+def ideal_error(format: Format) -> float:
+    """The relative error energy of normal values in range, rounded to the nearest: 0.044 / 4^mantissa bits."""
+    return 0.044 * 4.0**-format.mantissa_bits
+
+
+def ideal_underflow(format: Format) -> float:
+    """The share of normal values that become zero at best: those below half the smallest value, where a group's largest
+    is about two standard deviations and takes the format's largest value. 7 % for 4 bits, nothing for 8.
+    """
+    return 0.8 * format.smallest_subnormal / format.max
+
+
+def violations(effect: Effect, recipe: Recipe, role: Role) -> Iterator[str]:
+    """What a recipe does to the operands of one product beyond the limits, in words with numbers."""
+    for operand in OPERANDS[role]:
+        side, errors = recipe.operand(role, operand), effect.errors[role, operand]
+        if errors["overflow"] > 0:
+            yield f"{errors['overflow']:.2%} of {operand} overflow"
+        if not side.is_scaled:
+            continue
+        ideal, lost = ideal_error(side.format), EASE * ideal_underflow(side.format)
+        if errors["by_row"] > BY_ROW * ideal:
+            yield f"row-balanced error of {operand} is {errors['by_row'] / ideal:.1f} times the format's"
+        is_gradient = operand is Operand.GRAD_OUTPUT
+        most = lost + (UNDERFLOW_GRADIENT if is_gradient else UNDERFLOW_FORWARD)
+        if errors["underflow"] > most:
+            yield f"{errors['underflow']:.2%} of {operand} become zero"
+        if is_gradient and abs(errors["bias"]) > BIAS + lost:
+            yield f"{operand} is biased by {errors['bias']:.3f}"

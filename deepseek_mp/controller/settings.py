@@ -1,0 +1,75 @@
+"""Settings of live precision, each with what it rests on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.precision import find_recipe
+from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveSettings:
+    """What a live controller may spend, and how fast it moves. Defaults suit a first run."""
+
+    loss_budget: float = SMALL_LOSS
+    """Relative rise of the loss that all lowered products together may cause: 40 % of the 0.25 % that the DeepSeek-V3
+    report accepted of FP8 (arXiv 2412.19437, appendix B)."""
+    noise_budget: float = NOISE_BUDGET
+    """Variance that rounding may add to the gradient, relative to that of a batch."""
+    recipes: tuple[str, ...] | None = None
+    """What layers may be lowered to; None: the FP8 recipes that the device multiplies."""
+    by_role: bool = False
+    """Let the three products of a layer have recipes of their own."""
+    warm_up: int = 200
+    """Steps before the first decision: low precision in the first steps can do lasting harm (arXiv 2403.02243)."""
+    probe_every: int = 64
+    """Steps between two probes; each is a forward and half a backward on `share` of a batch."""
+    share: float = 0.125
+    decide_every: int | None = None
+    """Steps between two decisions; None: a 64th of the run, from 32 to 256."""
+    confirmations: int = 3
+    """Decisions in a row that must agree before a layer is lowered, after the first allocation. Raising needs none."""
+    patience: int = 1024
+    """Steps that a layer stays raised after a guard raised it; doubles with every repetition."""
+    longest_patience: int = 16384
+    most_at_once: float = 0.05
+    """Share of the layers that one decision may lower, at least one; the first allocation may lower all."""
+    pays: float = 4.0
+    """How many times what it costs in steps a layer must save in time to be lowered."""
+    compare_every: int = 1024
+    """Steps between two comparisons of the loss with that in FP32, on the batch of a probe."""
+
+    def __post_init__(self) -> None:
+        for name in ("loss_budget", "noise_budget", "share", "most_at_once", "pays"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
+                raise ConfigError(explain(f"{name}={value!r}", "a number above zero", f"Change {name}"))
+        for name in ("probe_every", "confirmations", "patience", "longest_patience", "compare_every"):
+            self._check_count(name, 1)
+        self._check_count("warm_up", 0)
+        if self.decide_every is not None:
+            self._check_count("decide_every", 1)
+        if self.share > 1 or self.most_at_once > 1:
+            raise ConfigError(explain("a share above one", "at most 1", "Change share or most_at_once"))
+        for recipe in self.recipes or ():
+            find_recipe(recipe)
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+            raise ConfigError(explain(f"{name}={value!r}", f"a whole number from {least}", f"Change {name}"))
+
+    def interval(self, total_steps: int | None) -> int:
+        """Steps between two decisions in a run of this length."""
+        if self.decide_every is not None:
+            return self.decide_every
+        return 256 if total_steps is None else min(256, max(32, total_steps // 64))
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in fields(self)
+        }

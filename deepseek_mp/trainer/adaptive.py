@@ -1,0 +1,300 @@
+"""`AdaptivePrecision`: a callback that decides each layer's recipe while training runs, by what its probes measure.
+
+Every so many steps, before the step, it runs a probe: forward and half a backward on a part of the batch, eagerly also
+where the model is compiled, on the weights and in the precision of that moment. What a probe measures is copied to the
+host while training goes on, and read once it has arrived; the device is not waited for. Buffers and random numbers are
+afterwards as they were. When layers change, the trainer changes its plan between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.backends.low_precision import formats_of
+from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
+from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.costs.restore import Snapshot, preserved
+from deepseek_mp.nn.assign import output_layer, why_not
+from deepseek_mp.nn.call import Call, batch_size, move, parse_batch, run
+from deepseek_mp.nn.nested import map_leaves
+from deepseek_mp.nn.survey import survey
+from deepseek_mp.nn.unit import Unit, multiplies, original_class
+from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Recipe, Rule
+from deepseek_mp.precision.composite import named_mixture
+from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
+from deepseek_mp.sensitivity import Probe, Sent
+from deepseek_mp.sensitivity.transfer import Transfer
+from deepseek_mp.sensitivity.truth import outputs_in
+from deepseek_mp.trainer.callbacks import Callback
+from deepseek_mp.trainer.result import StepFacts
+
+if TYPE_CHECKING:
+    from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+
+log = logging.getLogger("deepseek_mp")
+CANDIDATES = ("tensor", "row", "block")
+BASES = ("bf16", "fp32", "tf32")
+"""Regions beside which layers can be lowered one by one; fp16 needs a loss scale that a probe does not have."""
+ROWS = 1024
+LEAST_ITEMS = 8
+"""Norms of the batch are another function for very few items, with other gradients."""
+
+
+class AdaptivePrecision(Callback):
+    """Live precision, as a callback of `MixedPrecisionTrainer`.
+
+    Example:
+        MixedPrecisionTrainer(model, "bf16", callbacks=[AdaptivePrecision()])
+
+    Layers are lowered from the plan's region to the FP8 recipes that the device multiplies (with `emulate=True` of the
+    trainer, to all that are asked for), and raised again. Layers that a pin or a rule of the user's plan names are left
+    alone. Every decision is in `decisions.jsonl` and in `decisions` here.
+    """
+
+    def __init__(self, settings: AdaptiveSettings | None = None) -> None:
+        self.settings = settings or AdaptiveSettings()
+        self.decisions: list[Decision] = []
+        self.controller: AdaptiveController | None = None
+        self.disabled = ""
+        """Why nothing is decided; empty while something is."""
+        self._modules: dict[str, nn.Module] = {}
+        self._recipes: list[Recipe] = []
+        self._sent: Sent | None = None
+        self._compared: Transfer | None = None
+        self._next_probe, self._next_comparison = 0, self.settings.compare_every
+        self._pending: list[Decision] = []
+        self._saved: Mapping[str, Any] | None = None
+
+    # -- hooks ------------------------------------------------------------------------------------
+
+    def on_step_start(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:
+        """Read what has arrived, decide, and start the next probe, each when it is due."""
+        if self.disabled:
+            return
+        if self.controller is None:
+            self._begin(trainer, batch)
+        controller = self.controller
+        if controller is None:
+            return
+        step = trainer.steps_attempted
+        if self._sent is not None and self._sent.ready:
+            controller.learn(self._sent.read())
+            self._sent = None
+        if self._compared is not None and self._compared.ready:
+            now, exact = (float(value) for value in self._compared.read())
+            self._compared = None
+            found = Comparison(loss=now, exact=exact, standard_error=controller.standard_error)
+            decision = controller.compare(step, found)
+            if decision is not None:
+                self._note(trainer, [decision])
+        if controller.due(step):
+            self._pending += controller.decide(step)
+        if self._pending:
+            self._put_in_force(trainer, self._pending)
+            self._pending = []
+        if step >= self._next_probe and self._sent is None:
+            self._next_probe = step + self.settings.probe_every
+            self._probe(trainer, batch, compare=step >= self._next_comparison)
+
+    def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
+        """Show the outcome to the guards; what they raise is raised before the next step."""
+        if self.controller is not None and facts.status in ("applied", "skipped"):
+            self._pending += self.controller.see(
+                trainer.steps_attempted,
+                facts.loss,
+                applied=facts.status == "applied",
+                first_bad_module=facts.first_bad_module,
+            )
+
+    # -- the beginning ----------------------------------------------------------------------------
+
+    def _begin(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:
+        region = trainer.plan.base.region
+        if region not in BASES:
+            self._disable(f"layers are not lowered one by one beside {region}")
+            return
+        asked = self.settings.recipes or CANDIDATES
+        native = trainer.capabilities.matmul_formats
+        self._recipes = [RECIPES[n] for n in asked if trainer.config.emulate or formats_of(RECIPES[n]) <= native]
+        if not self._recipes:
+            self._disable(f"this device multiplies in none of {', '.join(asked)}")
+            return
+        taken = self._takers(trainer)
+        self._modules = {name: module for name, (module, _) in taken.items()}
+        if not taken:
+            self._disable("no layer can be lowered")
+            return
+        costs = self._costs(trainer, batch)
+        units = {
+            name: AdaptiveUnit(
+                macs=float(costs.macs.get(name, 1)),
+                seconds={recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()},
+                recipes=recipes,
+            )
+            for name, (_, recipes) in taken.items()
+        }
+        self.controller = AdaptiveController(units, RECIPES[region], self.settings, total_steps=trainer.planned_steps)
+        for name, state in self.controller.states.items():
+            state.recipe = _recipe_now(self._modules[name], region)
+        self._restore(trainer)
+
+    def _takers(self, trainer: MixedPrecisionTrainer) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+        """The layers that can be lowered, and to what."""
+        found = survey(trainer.model)
+        last = output_layer(trainer.model, found)
+        mode = trainer.config.precision_mode
+        rules = [Rule(pattern=p, recipe=r) for p, r in (trainer.config.pin or {}).items()]  # type: ignore[arg-type]
+        rules += mode.rules if isinstance(mode, PrecisionPlan) else ()
+        taken = {}
+        for name, module in found.units.items():
+            if not multiplies(original_class(module)) or any(rule.matches(name) for rule in rules):
+                continue
+            recipes = [r.name for r in self._recipes if why_not(r, module, is_output=name == last) is None]
+            if recipes:
+                taken[name] = module, tuple(recipes)
+        return taken
+
+    def _costs(self, trainer: MixedPrecisionTrainer, batch: Any) -> LayerCosts:
+        """Measured times of the layers; with emulation multiply-adds only, since its times mean nothing."""
+        call = parse_batch(move(batch, trainer.device))
+        region = trainer.stepper.region
+
+        def forward() -> Tensor:
+            with region.autocast(cache=False):
+                return run(trainer.model, call, trainer.loss_fn).loss
+
+        recipes = [RECIPES[region.format], *self._recipes]
+        with preserved(trainer.model, trainer.device), region.flags(), trainer.monitor.paused():
+            return layer_costs(
+                trainer.model,
+                forward,
+                recipes,
+                trainer.capabilities,
+                trainer.device,
+                timed=not trainer.config.emulate,
+                progress=lambda share: None,
+            )
+
+    def _disable(self, why: str) -> None:
+        self.disabled = why
+        log.info("live precision is off: %s", why)
+
+    # -- while it runs ----------------------------------------------------------------------------
+
+    def _probe(self, trainer: MixedPrecisionTrainer, batch: Any, *, compare: bool) -> None:
+        """One forward and half a backward on a part of the batch; then the same forward with lowered layers in FP32."""
+        assert self.controller is not None
+        call = part_of(parse_batch(move(batch, trainer.device)), self.settings.share)
+        if not batch_size(call):
+            return
+        region, snapshot = trainer.stepper.region, Snapshot(trainer.model, trainer.device)
+        probe = Probe(self._modules, [self.controller.base, *self._recipes], rows=ROWS, seed=trainer.steps_attempted)
+        with trainer.monitor.paused(), torch.enable_grad(), region.flags(), probe.watching(call):
+            with region.autocast(cache=False):
+                found = run(trainer.model, call, trainer.loss_fn)
+            probe.loss_is(found, trainer.loss_fn)
+            probe.backward(found.loss)
+        self._sent = probe.send()
+        states = self.controller.states
+        lowered = {
+            m: RECIPES["fp32"] for n, m in self._modules.items() if states[n].recipe != self.controller.base.name
+        }
+        if compare and lowered:
+            self._next_comparison = trainer.steps_attempted + self.settings.compare_every
+            snapshot.restore()
+            quiet = trainer.monitor.paused(), torch.no_grad(), region.flags()
+            with quiet[0], quiet[1], quiet[2], outputs_in(lowered), region.autocast(cache=False):
+                exact = run(trainer.model, call, trainer.loss_fn)
+            self._compared = Transfer([found.loss, exact.loss])
+        snapshot.restore()
+
+    def _put_in_force(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> None:
+        assert self.controller is not None
+        self._note(trainer, decisions)
+        trainer.change_plan(self._plan(trainer, decisions))
+
+    def _plan(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> PrecisionPlan:
+        """The plan of the controller's states: a rule for every layer that is not in the base."""
+        assert self.controller is not None
+        mode, base = trainer.config.precision_mode, self.controller.base
+        options = {name: recipe for decision in self.decisions for name, recipe in _named(decision, base)}
+        rules = tuple(
+            Rule(pattern=name, recipe=options.get(state.recipe) or RECIPES[state.recipe])
+            for name, state in self.controller.states.items()
+            if state.recipe != base.name
+        )
+        own = mode.rules if isinstance(mode, PrecisionPlan) else ()
+        return PrecisionPlan(
+            base=base,
+            rules=rules + own,
+            memory_format=trainer.plan.memory_format,
+            decisions=tuple(decision for decision in decisions if decision.layer),
+        )
+
+    def _note(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> None:
+        self.decisions += decisions
+        trainer.recorder.decided(decisions)
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Part of the trainer's checkpoint. A probe on its way is not: the next one is due at once then."""
+        return {
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "next_probe": self._next_probe,
+            "next_comparison": self._next_comparison,
+            "pending": [decision.to_json() for decision in self._pending],
+            "decisions": [decision.to_json() for decision in self.decisions],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._saved = state
+        self.controller = None
+
+    def _restore(self, trainer: MixedPrecisionTrainer) -> None:
+        """Go on where a checkpoint stood, in its plan."""
+        if self._saved is None or self.controller is None:
+            return
+        saved, self._saved = self._saved, None
+        self._next_probe, self._next_comparison = saved["next_probe"], saved["next_comparison"]
+        self._pending = [Decision.from_json(value) for value in saved["pending"]]
+        self.decisions = [Decision.from_json(value) for value in saved["decisions"]]
+        if saved["controller"] is None:
+            return
+        before = {name: state.recipe for name, state in self.controller.states.items()}
+        self.controller.load_state_dict(saved["controller"])
+        if before != {name: state.recipe for name, state in self.controller.states.items()}:
+            trainer.change_plan(self._plan(trainer, []))
+
+
+def part_of(call: Call, share: float) -> Call:
+    """The first items of the batch, at least `LEAST_ITEMS`: every tensor that begins with the batch's extent is cut."""
+    items = batch_size(call)
+    wanted = max(LEAST_ITEMS, round(share * items))
+    if wanted >= items:
+        return call
+
+    parts: dict[int, Tensor] = {}
+
+    def cut(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == items):
+            return leaf
+        return parts.setdefault(id(leaf), leaf[:wanted])  # labels that are the target stay the same object
+
+    args, kwargs, target = map_leaves((call.args, call.kwargs, call.target), cut)
+    return replace(call, args=args, kwargs=kwargs, target=target)
+
+
+def _recipe_now(module: nn.Module, region: str) -> str:
+    return module.unit_precision.recipe.name if isinstance(module, Unit) else region
+
+
+def _named(decision: Decision, base: Recipe) -> list[tuple[str, Recipe]]:
+    """A mixture that a decision names, as a recipe."""
+    return [(decision.new, named_mixture(decision.new, base))] if "[" in decision.new else []

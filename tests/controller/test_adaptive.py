@@ -1,0 +1,222 @@
+"""Every rule of the controller, with made-up measurements."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
+from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.ops.statistics import ERROR_FIELDS
+from deepseek_mp.precision import RECIPES, Operand, Reason
+from deepseek_mp.sensitivity import Effect, Measured, UnitReading
+from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS
+
+SECONDS = {"bf16": 1e-3, "row": 0.6e-3, "fp32": 4e-3}
+SETTINGS = AdaptiveSettings(warm_up=10, decide_every=10, patience=100, most_at_once=0.5)
+
+
+def effect(second, **errors):
+    found = {which: dict.fromkeys(ERROR_FIELDS, 0.0) | errors for which in PRODUCT_OPERANDS}
+    return Effect(first=0.0, standard_error=1e-5, second=second, errors=found)
+
+
+def reading(order, second=1e-5, kurtosis=3.0, **errors):
+    return UnitReading(
+        order=order,
+        batches=1,
+        calls=1,
+        effects={"bf16": effect(0.0), "row": effect(second, **errors)},
+        energy=1.0,
+        row_energy=1.0,
+        spreads={operand: {"kurtosis": kurtosis} for operand in Operand},
+    )
+
+
+def measured(**units):
+    readings = {name: reading(order, **values) for order, (name, values) in enumerate(units.items())}
+    return Measured(readings=readings, loss=2.0, curvature=1.0)
+
+
+def controller(names=("a", "b"), settings=SETTINGS, total_steps=1000, **values):
+    units = {name: AdaptiveUnit(macs=1e9, seconds=SECONDS, recipes=("row",)) for name in names}
+    return AdaptiveController(units, RECIPES["bf16"], settings, total_steps=total_steps, **values)
+
+
+def allocated(**units):
+    made = controller(tuple(units) or ("a", "b"))
+    for _ in range(2):
+        made.learn(measured(**(units or {"a": {}, "b": {}})))
+    made.decide(10)
+    return made
+
+
+def recipes(made):
+    return {name: state.recipe for name, state in made.states.items()}
+
+
+def test_nothing_is_decided_before_the_warm_up_and_two_probes():
+    made = controller()
+    made.learn(measured(a={}, b={}))
+    assert not made.due(10)
+    made.learn(measured(a={}, b={}))
+    assert not made.due(9)
+    assert made.due(10)
+
+
+def test_the_first_allocation_is_applied_at_once_with_evidence():
+    made = controller()
+    for _ in range(2):
+        made.learn(measured(a={}, b={}))
+    decisions = made.decide(10)
+    assert [(d.layer, d.old, d.new, d.reason) for d in decisions] == [
+        ("a", "bf16", "row", Reason.ALLOCATED), ("b", "bf16", "row", Reason.ALLOCATED),
+    ]  # fmt: skip
+    assert decisions[0].evidence["step"] == 10
+    assert recipes(made) == {"a": "row", "b": "row"}
+    assert not made.due(19)
+    assert made.due(20)
+
+
+def test_a_layer_whose_loss_exceeds_the_budget_stays():
+    assert recipes(allocated(a={}, b={"second": 0.1})) == {"a": "row", "b": "bf16"}
+
+
+def test_later_lowering_needs_agreement_in_a_row():
+    made = allocated(a={}, b={"second": 0.1})
+    for _ in range(40):
+        made.learn(measured(a={}, b={"second": 1e-5}))
+    assert made.decide(20) == []
+    assert made.decide(30) == []
+    assert [d.layer for d in made.decide(40)] == ["b"]
+
+
+def test_few_are_lowered_at_once():
+    names = tuple("abcdefgh")
+    made = controller(names, replace(SETTINGS, most_at_once=0.2, confirmations=1))
+    for _ in range(2):
+        made.learn(measured(**{name: {"second": 0.1} for name in names}))
+    made.decide(10)
+    for _ in range(20):
+        made.learn(measured(**{name: {"second": 1e-6} for name in names}))
+    assert len(made.decide(20)) == 2
+
+
+def test_a_layer_is_raised_as_soon_as_the_budget_is_exceeded():
+    made = allocated()
+    for _ in range(12):
+        made.learn(measured(a={}, b={"second": 0.1}))
+    (decision,) = made.decide(20)
+    assert (decision.layer, decision.new, decision.reason) == ("b", "bf16", Reason.ALLOCATED)
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [({"underflow": 0.1}, "become zero"), ({"bias": 0.1}, "biased"), ({"by_row": 0.1}, "row-balanced")],
+)
+def test_a_hard_limit_raises_whatever_the_budget_says(errors, words):
+    made = allocated()
+    for _ in range(12):
+        made.learn(measured(a=errors, b={}))
+    (decision,) = made.decide(20)
+    assert (decision.layer, decision.new, decision.reason) == ("a", "bf16", Reason.GUARDED)
+    assert words in decision.detail
+
+
+def test_growing_outliers_raise_and_lock():
+    made = allocated()
+    for _ in range(12):
+        made.learn(measured(a={"kurtosis": 40.0}, b={}))
+    (decision,) = made.decide(20)
+    assert decision.evidence["guard"] == "kurtosis"
+    assert decision.evidence["when_lowered"] == 3.0
+    assert made.states["a"].locked_until == 120
+
+
+def test_the_layer_that_made_a_bad_number_is_raised_and_stays_for_a_time_that_doubles():
+    made = allocated()
+    assert made.see(15, float("nan"), applied=False, first_bad_module="elsewhere") == []
+    (decision,) = made.see(15, float("nan"), applied=False, first_bad_module="a")
+    assert (decision.layer, decision.new, decision.reason) == ("a", "bf16", Reason.GUARDED)
+    assert decision.evidence["guard"] == "non_finite"
+    for step in range(20, 115, 10):
+        assert made.decide(step) == []
+    lowered = [made.decide(step) for step in (120, 130, 140)]
+    assert [d.layer for decisions in lowered for d in decisions] == ["a"]
+    made.see(150, float("nan"), applied=False, first_bad_module="a")
+    assert made.states["a"].locked_until == 150 + 200
+
+
+def test_a_jump_of_the_loss_raises_all_that_is_lowered():
+    made = allocated(a={}, b={"second": 0.1})
+    for step in range(50):
+        assert made.see(step, 2.0, applied=True) == []
+    assert made.see(50, 9.0, applied=True) == []
+    (decision,) = made.see(51, 9.0, applied=True)
+    assert decision.layer == "a"
+    assert decision.evidence["guard"] == "loss_spike"
+
+
+def test_what_does_not_pay_is_not_lowered():
+    """Late in training the loss hardly falls, so a rise costs many steps."""
+    made = controller(total_steps=4000)
+    for step in range(3900):
+        made.see(step, 2.0 + 1e-7 * (3900 - step), applied=True)
+    for _ in range(2):
+        made.learn(measured(a={"second": 4e-4}, b={"second": 1e-12}))
+    made.decide(3900)
+    assert recipes(made) == {"a": "bf16", "b": "row"}
+
+
+def test_what_stops_paying_is_raised():
+    made = allocated(a={"second": 1e-6}, b={"second": 1e-12})
+    assert recipes(made) == {"a": "row", "b": "row"}
+    for step in range(11, 950):
+        made.see(step, 2.0 + 1e-9 * (950 - step), applied=True)
+    (decision,) = made.decide(950)
+    assert decision.layer == "a"
+    assert "would save" in decision.detail
+
+
+def test_a_rise_beyond_the_prediction_halves_the_budgets():
+    made = allocated()
+    decision = made.compare(20, Comparison(loss=2.5, exact=2.0, standard_error=0.01))
+    assert made.scale == 0.5
+    assert decision.reason is Reason.COMPARED
+    assert decision.evidence["true_rise"] == pytest.approx(0.5)
+    assert made.compare(30, Comparison(loss=2.02, exact=2.0, standard_error=0.01)).evidence["budget_scale"] == 0.625
+    for _ in range(10):
+        made.compare(40, Comparison(loss=2.5, exact=2.0, standard_error=0.0))
+    assert made.scale == 0.125
+    for _ in range(20):
+        made.compare(40, Comparison(loss=2.0, exact=2.0, standard_error=0.0))
+    assert made.scale == 1.0
+    assert made.compare(50, Comparison(loss=2.0, exact=2.0, standard_error=0.0)) is None
+
+
+def test_a_smaller_budget_raises():
+    made = allocated(a={"second": 4e-4}, b={"second": 6e-4})
+    assert recipes(made) == {"a": "row", "b": "row"}
+    for _ in range(3):
+        made.compare(20, Comparison(loss=2.5, exact=2.0, standard_error=0.0))
+    assert [d.layer for d in made.decide(30)]
+
+
+def test_products_may_be_lowered_one_by_one():
+    settings = replace(SETTINGS, by_role=True)
+    made = controller(("a",), settings)
+    for _ in range(2):
+        made.learn(measured(a={"second": 0.1}))
+    (decision,) = made.decide(10)
+    assert decision.new == "row[dgrad+wgrad]"
+
+
+def test_equal_numbers_give_equal_decisions_and_a_restored_controller_goes_on():
+    one, other = allocated(), allocated()
+    other = controller()
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for made in (one, other):
+        for _ in range(12):
+            made.learn(measured(a={"second": 0.1}, b={}))
+    assert one.decide(20) == other.decide(20)
+    assert one.state_dict() == other.state_dict()

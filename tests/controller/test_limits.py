@@ -1,0 +1,52 @@
+"""Hard limits: each named with its number, healthy tensors pass."""
+
+import pytest
+import torch
+
+from deepseek_mp.controller.limits import ideal_error, violations
+from deepseek_mp.ops.rounding import rounded
+from deepseek_mp.ops.statistics import ERROR_FIELDS, rounding_error
+from deepseek_mp.precision import RECIPES, Role
+from deepseek_mp.sensitivity import Effect
+from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS
+
+
+def effect(**changed):
+    """Errors of nothing, but for those named of grad_output or input of every product."""
+    errors = {which: dict.fromkeys(ERROR_FIELDS, 0.0) for which in PRODUCT_OPERANDS}
+    for (_, operand), values in errors.items():
+        values.update(changed.get(operand.value, {}))
+    return Effect(first=0.0, standard_error=0.0, second=0.0, errors=errors)
+
+
+@pytest.mark.parametrize(
+    ("operand", "errors", "role", "words"),
+    [
+        ("input", {"underflow": 0.006}, Role.FPROP, "0.60% of input become zero"),
+        ("grad_output", {"underflow": 0.06}, Role.WGRAD, "6.00% of grad_output become zero"),
+        ("grad_output", {"bias": -0.03}, Role.DGRAD, "grad_output is biased by -0.030"),
+        ("input", {"by_row": 0.01}, Role.FPROP, "row-balanced error of input is 14.5 times the format's"),
+        ("input", {"overflow": 0.5}, Role.FPROP, "50.00% of input overflow"),
+    ],
+)
+def test_each_limit_is_named_with_its_number(operand, errors, role, words):
+    assert list(violations(effect(**{operand: errors}), RECIPES["block"], role)) == [words]
+
+
+def test_limits_hold_for_the_products_that_read_the_tensor():
+    found = effect(grad_output={"bias": 0.5})
+    assert list(violations(found, RECIPES["block"], Role.FPROP)) == []
+    assert len(list(violations(found, RECIPES["block"], Role.DGRAD))) == 1
+
+
+def test_plain_formats_have_only_their_range():
+    found = effect(input={"underflow": 0.5, "by_row": 1.0})
+    assert list(violations(found, RECIPES["bf16"], Role.FPROP)) == []
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "tensor", "row", "nvfp4"])
+def test_normal_values_are_healthy_in_every_recipe(name):
+    side, x = RECIPES[name].fprop.left, torch.randn(256, 512)
+    errors = dict(zip(ERROR_FIELDS, rounding_error(x, rounded(x, side)).tolist(), strict=True))
+    assert errors["relative"] == pytest.approx(ideal_error(side.format), rel=0.25)
+    assert list(violations(effect(input=errors), RECIPES[name], Role.FPROP)) == []
