@@ -24,7 +24,7 @@ def teacher_data(
     outputs: int,
     batch_size: int,
     seed: int,
-    examples: int = 8192,
+    examples: int,
     validation: int = 2048,
     weight: float = 1.0,
 ) -> Data:
@@ -45,7 +45,7 @@ def domain_data(
     seed: int,
     domains: int = 8,
     decades: float = DECADES,
-    examples: int = 8192,
+    examples: int,
     validation: int = 2048,
 ) -> Data:
     """Examples of several domains, each with features of its own, whose weights fall from one domain to the next.

@@ -108,8 +108,7 @@ class OutlierChannel(Stress):
 class TinyGradients(Stress):
     """In steps `start` to `end`, the gradient of a layer's output is 2**-`bits` times as large as it would be.
 
-    What flows on to the layer's input is multiplied by 2**`bits`, in the type it has, and so is the gradient of the
-    weight, just before the optimizer reads it.
+    What flows on to the layer's input is multiplied by 2**`bits`, in the type it has, and so is the weight's gradient.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, layer: str, bits: int, start: int, end: int) -> None:
@@ -120,7 +119,7 @@ class TinyGradients(Stress):
         layer = self.layer(self.name)
         self.keep(layer.register_forward_pre_hook(lambda _, args: self._scaled(args[0], self.factor)))
         self.keep(layer.register_forward_hook(lambda _, __, y: self._scaled(y, 1 / self.factor)))
-        self.keep(self.optimizer.register_step_pre_hook(lambda *_: self._scale_back(layer)))
+        self.keep(layer.weight.register_hook(lambda grad: grad * self.factor if self._active else grad))
 
     @property
     def _active(self) -> bool:
@@ -131,10 +130,6 @@ class TinyGradients(Stress):
             return None
         scaled: Tensor = _ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
         return scaled
-
-    def _scale_back(self, layer: nn.Linear) -> None:
-        if self._active and layer.weight.grad is not None:
-            layer.weight.grad.mul_(self.factor)
 
 
 class DriftingGain(Stress):
@@ -184,7 +179,7 @@ class AlignedGate(Stress):
         self._direction = row / row.norm()
         with torch.no_grad():
             down.weight[:, self.channel] = 0
-        self.keep(self.optimizer.register_step_pre_hook(lambda *_: self._hold(down)))
+        self.keep(down.weight.register_hook(self._without_channel))
 
     @torch.no_grad()
     def begin(self, step: int) -> None:
@@ -194,9 +189,10 @@ class AlignedGate(Stress):
         for name in ("gate", "up"):
             self.layer(f"{self.block}.{name}").weight[self.channel] = row
 
-    def _hold(self, down: nn.Linear) -> None:
-        if down.weight.grad is not None:
-            down.weight.grad[:, self.channel] = 0
+    def _without_channel(self, grad: Tensor) -> Tensor:
+        kept = torch.ones(grad.shape[1], dtype=torch.bool, device=grad.device)
+        kept[self.channel] = False
+        return torch.where(kept, grad, 0.0)
 
 
 class RateSpike(Stress):

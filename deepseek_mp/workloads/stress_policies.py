@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import MixedPrecisionTrainer, StepFacts
-from deepseek_mp.workloads.data import Batches
+from deepseek_mp.trainer.evaluation import eval_mode
+from deepseek_mp.workloads.data import Batches, Pair
 from deepseek_mp.workloads.stress_scenarios import Scenario
 
 
@@ -99,14 +100,14 @@ class PureBF16:
         return {"loss": mean_loss(self.model, loader, self.loss_fn)}
 
 
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Batches, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The mean over all examples, of a model that is called on the device and in the type of its parameters."""
+def mean_loss(model: nn.Module, batches: Iterable[Pair], loss_fn: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The mean over all examples, of a model in eval mode, on the device and in the type of its parameters."""
     weight = next(model.parameters())
     total, count = 0.0, 0
-    for inputs, target in batches:
-        loss = loss_fn(model(inputs.to(weight.device, weight.dtype)), target.to(weight.device))
-        total, count = total + float(loss) * len(inputs), count + len(inputs)
+    with torch.no_grad(), eval_mode(model):
+        for inputs, target in batches:
+            loss = loss_fn(model(inputs.to(weight.device, weight.dtype)), target.to(weight.device))
+            total, count = total + float(loss) * len(inputs), count + len(inputs)
     return total / count
 
 

@@ -19,6 +19,7 @@ import torch
 
 from deepseek_mp.errors import NonFiniteError
 from deepseek_mp.precision import Decision, PrecisionPlan
+from deepseek_mp.records.lines import to_plain
 from deepseek_mp.workloads.data import Batches, Pair
 from deepseek_mp.workloads.stress_policies import POLICIES, Policy, mean_loss
 from deepseek_mp.workloads.stress_scenarios import Scenario
@@ -70,11 +71,11 @@ class Outcome:
         return not (self.finite and max(self.gap, self.own_gap) <= LARGEST_GAP)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        values = {name: value for name, value in vars(self).items() if name != "decisions"}
-        decisions = [{"step": step, **decision.to_json()} for step, decision in self.decisions]
+        """Plain JSON values; numbers that are not finite as the words of `records.lines`."""
         found = {"gap": self.gap, "own_gap": self.own_gap, "finite": self.finite, "broken": self.broken}
-        return {**values, **found, "decisions": decisions}
+        decisions = [{"step": step, **decision.to_json()} for step, decision in self.decisions]
+        values: dict[str, Any] = to_plain({**vars(self), **found, "decisions": decisions}, "outcome")
+        return values
 
 
 def run(

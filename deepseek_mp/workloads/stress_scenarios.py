@@ -47,12 +47,13 @@ class Size:
     hidden: int
     layers: int
     batch_size: int
+    examples: int
     steps: int
 
 
-SMALL = Size(width=128, hidden=256, layers=2, batch_size=128, steps=160)
+SMALL = Size(width=128, hidden=256, layers=2, batch_size=128, examples=8192, steps=160)
 """Seconds for each policy on one core of a CPU."""
-LARGE = Size(width=1024, hidden=4096, layers=4, batch_size=1024, steps=400)
+LARGE = Size(width=512, hidden=2048, layers=4, batch_size=512, examples=65536, steps=320)
 """For an accelerator."""
 
 
@@ -63,10 +64,10 @@ class Scenario:
     name: str
     stresses: str
     """What is hard about it."""
-    layers: tuple[str, ...]
-    """The layers whose precision matters; none: all."""
     breaks: str
     """The policy that it is meant to break."""
+    layers: tuple[str, ...]
+    """The layers that need more precision than that policy gives them; none: the weights themselves do."""
     model: Callable[[int], nn.Module]
     """Seed to a model in fp32, on the CPU."""
     data: Callable[[int], Data]
@@ -138,6 +139,7 @@ def rate_spike(size: Size = SMALL, *, calm: bool = False) -> Scenario:
         ),
         name="rate_spike",
         stresses="a learning rate that is five times as high for a quarter of the steps, near FP16's largest number",
+        layers=tuple(f"blocks.{block}.{name}" for block in range(size.layers) for name in ("up", "down")),
         breaks="fp16_amp",
     )
 
@@ -223,7 +225,11 @@ def _scenario(
         breaks="",
         model=lambda seed: residual_net(config, seed=seed),
         data=lambda seed: batches(
-            features=config.features, outputs=config.outputs, batch_size=size.batch_size, seed=seed
+            features=config.features,
+            outputs=config.outputs,
+            batch_size=size.batch_size,
+            examples=size.examples,
+            seed=seed,
         ),
         loss_fn=weighted_error,
         optimizer=partial(_adamw, lr=recipe.lr, eps=recipe.eps),
