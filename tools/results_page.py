@@ -125,6 +125,24 @@ def _kernels_tables(report: Json) -> Iterator[list[Row]]:
     yield floors
 
 
+def _stress_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each scenario, what each policy lost against FP32 in percent, broken ones in bold."""
+    policies = list(dict.fromkeys(name for case in report["cases"].values() for name in case.get("policies", ())))
+    rows: list[Row] = [("scenario", *policies, "check")]
+    for name, case in report["cases"].items():
+        found = case.get("policies", {})
+        rows.append((name, *(_survival(found[policy]) if policy in found else "-" for policy in policies),
+                     case["check"]))  # fmt: skip
+    yield rows
+
+
+def _survival(summary: Json) -> str:
+    """Gap of the final weights in FP32, and in the policy's precision; in bold if it broke at most seeds."""
+    finite = summary["finite"] == summary["seeds"]
+    text = f"{100 * summary['gap']:+.2f} / {100 * summary['own_gap']:+.2f}" if finite else "not finite"
+    return f"**{text}**" if 2 * summary["broken"] > summary["seeds"] else text
+
+
 _TABLES = {
     "auto": _auto_tables,
     "overhead": _overhead_tables,
@@ -132,6 +150,7 @@ _TABLES = {
     "fp8-switch": _switch_tables,
     "fp8-fusions": _fusions_tables,
     "fp8-kernels": _kernels_tables,
+    "stress": _stress_tables,
 }
 """By a report's name, or by its first word."""
 

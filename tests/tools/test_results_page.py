@@ -49,6 +49,22 @@ def test_changes_of_recipe_have_a_row_each() -> None:
     assert "| ours-row | - | - | - | - | - | failed: exit status 1 |" in page
 
 
+def test_policies_that_broke_are_in_bold() -> None:
+    kept = {"gap": 0.001, "own_gap": 0.0049, "finite": 3, "broken": 1, "seeds": 3}
+    lost = {"gap": 0.0461, "own_gap": 0.07, "finite": 3, "broken": 2, "seeds": 3}
+    gone = {"gap": 0.5, "own_gap": float("inf"), "finite": 0, "broken": 3, "seeds": 3}
+    cases = {
+        "outlier": {"policies": {"fp32": kept, "fp8_block": lost}, "check": "passed"},
+        "drift": {"policies": {"fp16_amp": gone}, "check": "passed"},
+        "other": {"check": "failed", "error": "out of memory"},
+    }
+    page = results_page.render([("stress-cpu.json", report("stress", **cases))])
+    assert "| scenario | fp32 | fp8_block | fp16_amp | check |" in page
+    assert "| outlier | +0.10 / +0.49 | **+4.61 / +7.00** | - | passed |" in page
+    assert "| drift | - | - | **not finite** | passed |" in page
+    assert "| other | - | - | - | failed |" in page
+
+
 def test_fusions_have_a_table_for_each_recipe() -> None:
     variants = {
         "all-on": {"step_ms": SPREAD, "more_step_ms": 0.0, "peak_gib": 46.66, "more_peak_gib": 0.0, "check": "passed"},
