@@ -5,19 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.monitor import internals
+from deepseek_mp.monitor.alarms import Alarm, Limits
+from deepseek_mp.monitor.layer_statistics import LayerStatistics
+from deepseek_mp.monitor.sampling import Sampling
+from deepseek_mp.monitor.statistics import Statistics
 from deepseek_mp.monitor.tally import Steps, Tally
 from deepseek_mp.monitor.usage import Usage, render
 from deepseek_mp.monitor.watch import Watch
 from deepseek_mp.monitor.window import Window
 
 log = logging.getLogger("deepseek_mp.monitor")
+
+_SAMPLING, _LIMITS = Sampling(), Limits()
 
 
 class PrecisionMonitor:
@@ -41,7 +49,15 @@ class PrecisionMonitor:
     pass the result. `ConfigError` if an argument has a wrong value.
     """
 
-    def __init__(self, model: nn.Module, *, sample_every: int | None = 100) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        sample_every: int | None = 100,
+        sampling: Sampling | None = _SAMPLING,
+        limits: Limits = _LIMITS,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(explain(f"model is a {type(model).__name__}", "a torch.nn.Module", "Pass the model"))
         whole = isinstance(sample_every, int) and not isinstance(sample_every, bool)
@@ -60,6 +76,9 @@ class PrecisionMonitor:
         """The open window, if any, is the last; those before it still have something to sweep."""
         self._closed = False
         self._paused = False
+        self._reported = 0
+        """Alarms that were in a report."""
+        self._statistics = None if sampling is None else Statistics(model, optimizer, sampling, limits)
         self._watch = Watch(model, self._called)
         self._watch.attach()
 
@@ -69,16 +88,27 @@ class PrecisionMonitor:
         return self._tally.train.sampled > 0 or any(window.is_open for window in self._windows)
 
     def log_precision_usage(self) -> Usage:
-        """Log the table of what ran since the last call, at level INFO, and return it."""
+        """Log the table of what ran since the last call, at level INFO, and return it.
+
+        Statistics are those of `statistics()`, and wait for the device as it does.
+        """
         self._end_window()
         compiled_since = not self._closed and self._watch.attach()
         tally, self._tally = self._tally, Tally()
         for window in self._windows:
             window.recorder.tally = self._tally
         _say_what_is_missing(tally, compiled_since=compiled_since)
-        usage = tally.usage()
+        usage = replace(tally.usage(), statistics=self.statistics(), alarms=self._new_alarms())
         log.info("%s", render(usage))
         return usage
+
+    def _new_alarms(self) -> tuple[Alarm, ...]:
+        """Those raised since the last report, as far as they are remembered."""
+        if self._statistics is None:
+            return ()
+        raised = self._statistics.log.raised
+        new, self._reported = raised - self._reported, raised
+        return self.alarms[-new:] if new else ()
 
     @contextmanager
     def sample(self, *, compiled: bool = False) -> Iterator[None]:
@@ -104,6 +134,8 @@ class PrecisionMonitor:
             return
         window = Window(self._model, self._tally)
         self._windows.append(window)
+        if compiled and self._statistics is not None:
+            self._statistics.is_compiled = True
         self._tally.compiled_counted_eagerly |= compiled
         try:
             with window.held():
@@ -115,34 +147,52 @@ class PrecisionMonitor:
     def paused(self) -> Iterator[None]:
         """Calls of the model inside the `with` statement are no steps: trials, or a step run again."""
         before, self._paused = self._paused, True
+        if self._statistics is not None:
+            self._statistics.leave_modules()
         try:
             yield
         finally:
             self._paused = before
+
+    def statistics(self, *, wait: bool = True) -> dict[str, LayerStatistics]:
+        """Statistics by layer, of the layers with a weight of two dimensions or more; empty without sampling.
+
+        Waits for the device, to report all that was sampled. Without `wait` it reports what has arrived on the host by
+        now: the sampled steps but for the last one or two.
+        """
+        return {} if self._statistics is None else self._statistics.layers(wait=wait)
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """The alarms that were raised, the last 256 of them. Each kind is also logged once for a layer."""
+        return () if self._statistics is None else tuple(self._statistics.log.alarms)
 
     def close(self) -> None:
         """Remove every hook. What was counted can still be reported; nothing more will be."""
         self._closed = True
         self._end_window()
         self._watch.detach()
+        if self._statistics is not None:
+            self._statistics.close()
 
     def _called(self, entered: bool) -> None:
         """The model is called; `entered` if its entry hooks have run already."""
         if self._paused or internals.backward_task() != internals.NO_TASK:
             return  # activation checkpointing runs it again
         train = torch.is_grad_enabled()
+        if any(window.inside for window in self._windows[-1:]):
+            return  # the model calls itself
         steps = self._tally.steps(train=train)
         due = self._every is not None and steps.seen % self._every == 0
+        steps.seen += 1
         if due or self._windows:
             self._begin(steps, due=due, train=train, entered=entered)
-        else:
-            steps.seen += 1
+        if self._statistics is not None:
+            opened = next((window for window in self._windows if window.is_open), None)
+            self._statistics.called(train=train, window=opened)
 
     def _begin(self, steps: Steps, *, due: bool, train: bool, entered: bool) -> None:
         window = self._windows[-1] if self._windows else None
-        if window is not None and window.inside:
-            return  # the model calls itself
-        steps.seen += 1
         if window is not None and window.takes(train=train):
             steps.sampled += 1
             return

@@ -36,6 +36,8 @@ non_finite  share of all values that are infinite or NaN
 def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
     """`ERROR_FIELDS` [5] of a matrix [rows, columns] and the same matrix rounded; 0 where nothing can be said.
 
+    Rounded in several ways [ways, rows, columns] it gives [ways, 5], by as many operations as one.
+
     Values of `x` that are not finite are left out. Values that rounding makes infinite count in `overflow` only.
     """
     x, rounded = x.float(), rounded.float()
@@ -44,18 +46,19 @@ def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
     counted = finite & ~over
     error = torch.where(counted, rounded - x, 0.0)
     value = torch.where(counted, x, 0.0)
-    error_rows, energy_rows = error.square().sum(1), value.square().sum(1)
+    error_rows, energy_rows = error.square().sum(-1), value.square().sum(-1)
     filled = energy_rows > 0
     nonzero = value != 0
     ratio = torch.where(nonzero, error / torch.where(nonzero, value, 1.0), 0.0).clamp(-1, 1)
     return torch.stack(
         [
-            _share(error_rows.sum(), energy_rows.sum()),
-            _share(_quotient(error_rows, energy_rows).sum(), filled.sum()),
-            _share(ratio.sum(), nonzero.sum()),
-            _share((nonzero & (rounded == 0)).sum(), nonzero.sum()),
-            _share(over.sum(), finite.sum()),
-        ]
+            _share(error_rows.sum(-1), energy_rows.sum(-1)),
+            _share(_quotient(error_rows, energy_rows).sum(-1), filled.sum(-1)),
+            _share(ratio.sum((-2, -1)), nonzero.sum((-2, -1))),
+            _share((nonzero & (rounded == 0)).sum((-2, -1)), nonzero.sum((-2, -1))),
+            _share(over.sum((-2, -1)), finite.sum((-2, -1))),
+        ],
+        dim=-1,
     )
 
 

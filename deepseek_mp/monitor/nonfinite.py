@@ -1,0 +1,141 @@
+"""Which modules meet infinities and NaN in one step, and which one made them of finite numbers.
+
+A module is a *producer* in the forward if its inputs are finite and its outputs are not, or if its own weights are not;
+in the backward if the gradients of its outputs are finite and one of an input is not. Modules that pass on what they
+were given are none. Modules inside of others are looked at first.
+
+Infinities can be meant: masks are made of them. So producers count only if the model's output, or the gradient of one
+of the outputs watched, was not finite in the end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.monitor.module_calls import Look
+from deepseek_mp.monitor.own_work import own_work
+from deepseek_mp.monitor.store import NOWHERE, PHASES, SEEN, Store
+from deepseek_mp.monitor.subjects import is_plain
+from deepseek_mp.nn.lazy import peeked
+from deepseek_mp.nn.nested import numbers, tensors
+
+_FORWARD, _BACKWARD = range(len(PHASES))
+
+
+class NonFiniteWatch:
+    """Counts on the device, at calls of modules and on the way back, in one step.
+
+    What it learns goes into the store at `close`.
+    """
+
+    def __init__(self, store: Store, modules: Mapping[nn.Module, int], step: int) -> None:
+        """`modules`: those to watch, with their places in the store."""
+        self._store, self._modules, self._step = store, modules, step
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        """id of a tensor -> the tensor, its version and how many of its values are not finite."""
+        device = store.device
+        self._bad = torch.zeros_like(store.parts.bad)
+        self._produced = torch.zeros_like(store.parts.produced)
+        self._first = torch.full((2,), NOWHERE, device=device)
+        """Module and phase of the first producer."""
+        self._ended_badly = torch.zeros((), dtype=torch.bool, device=device)
+        self.is_open = True
+
+    def looks(self) -> dict[nn.Module, Look]:
+        """What is to look at each module."""
+        return {module: self._look_at(module, place) for module, place in self._modules.items()}
+
+    def close(self) -> None:
+        """The step is over."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        self._seen = {}
+        parts, ended = self._store.parts, self._ended_badly
+        with own_work():
+            parts.bad.add_(self._bad)
+            parts.produced.add_(torch.where(ended, self._produced, 0.0))
+            found = ended & (self._first[0] >= 0)
+            latest = torch.cat([torch.full_like(self._first[:1], self._step), self._first])
+            parts.origin[1] = torch.where(found, latest, NOWHERE)
+            parts.origin[0] = torch.where(found & (parts.origin[0, 0] < 0), latest, parts.origin[0])
+
+    def look_at_root(self, _args: Any, _kwargs: Any, output: Any) -> None:
+        """See whether the model's output is finite."""
+        if self.is_open and torch.is_grad_enabled():
+            with own_work():
+                self._ended_badly |= self._count(output) > 0
+
+    def _look_at(self, module: nn.Module, place: int) -> Look:
+        def look(args: Any, kwargs: Any, output: Any) -> None:
+            if not self.is_open or not torch.is_grad_enabled():
+                return
+            with own_work():
+                given = self._count((args, kwargs))
+                made = self._count(output)
+                own = self._count(list(module.parameters(recurse=False)))
+                for where, found in (("input", given), ("output", made), ("weight", own)):
+                    self._bad[place, SEEN.index(where)] += found
+                self._judge(place, _FORWARD, (made > 0) & ((given == 0) | (own > 0)))
+                self._watch_backward(place, (args, kwargs), output)
+
+        return look
+
+    def _watch_backward(self, place: int, inputs: Any, outputs: Any) -> None:
+        """Modules inside of others come first, so that their hooks on a shared tensor do too."""
+        arrived = torch.zeros((), device=self._store.device)
+
+        def leaving(grad: Tensor) -> None:
+            if self.is_open:
+                with own_work():
+                    found = self._count(grad)
+                    arrived.add_(found)
+                    self._bad[place, SEEN.index("grad_output")] += found
+                    self._ended_badly |= found > 0
+
+        def entering(grad: Tensor) -> None:
+            if self.is_open:
+                with own_work():
+                    found = self._count(grad) > 0
+                    self._ended_badly |= found
+                    self._judge(place, _BACKWARD, found & (arrived == 0))
+
+        made = [tensor for tensor in tensors(outputs) if tensor.requires_grad]
+        for tensor in made:
+            tensor.register_hook(leaving)
+        for tensor in tensors(inputs):
+            if tensor.requires_grad and not any(tensor is other for other in made):
+                tensor.register_hook(entering)
+
+    def _judge(self, place: int, phase: int, is_producer: Tensor) -> None:
+        """Note the verdict about a module; the first one is kept."""
+        counted = self._produced[place, phase]
+        torch.maximum(counted, is_producer.float(), out=counted)
+        is_first = is_producer & (self._first[0] < 0)
+        self._first[0].masked_fill_(is_first, place)
+        self._first[1].masked_fill_(is_first, phase)
+
+    def _count(self, tree: Any) -> Tensor:
+        """How many numbers of the tensors in `tree` are not finite, FP32 [] where the store is."""
+        total = torch.zeros((), device=self._store.device)
+        for tensor in numbers(tree):
+            if is_plain(tensor):
+                total += self._of(tensor)
+        return total
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        """The same of one tensor, which is looked at once: the output of a module is the input of the next."""
+        known = self._seen.get(id(tensor))
+        version = tensor._version  # noqa: SLF001 - there is no public one
+        if known is not None and known[0]() is tensor and known[1] == version:
+            return known[2]
+        values = peeked(tensor)
+        found = values.numel() - values.isfinite().sum()
+        found = found.to(self._store.device, torch.float32, non_blocking=True)
+        self._seen[id(tensor)] = (weakref.ref(tensor), version, found)
+        return found
