@@ -12,7 +12,7 @@ from torch import Tensor
 from deepseek_mp.monitor.alarms import Alarm, Judge, Limits
 from deepseek_mp.monitor.observed import Observed
 from deepseek_mp.monitor.sides import sides_of
-from deepseek_mp.monitor.store import TENSORS, Parts
+from deepseek_mp.monitor.store import PHASES, TENSORS, Parts
 from deepseek_mp.monitor.symptoms import symptoms
 
 log = logging.getLogger("deepseek_mp.monitor")
@@ -42,38 +42,51 @@ class AlarmLog:
         """Alarms so far, those forgotten included."""
         self._limits, self._judge = limits, Judge(limits)
         self._counts: Tensor | None = None
-        self._bad = 0.0
+        self._bad: Tensor | None = None
+        self._backward_in_a_row = 0
+        """Sampled steps in a row in which a gradient went bad."""
         self._said: set[tuple[str, str]] = set()
+
+    def since(self, raised: int) -> tuple[Alarm, ...]:
+        """The alarms after the first `raised` ones, as far as they are remembered."""
+        new = self.raised - raised
+        return tuple(self.alarms)[-new:] if new > 0 else ()
 
     def take_in(self, seen: Observed, sampled: Sampled) -> bool:
         """Judge the copy that has just arrived; whether its step met values that are not finite."""
         parts = seen.parts(seen.copies.latest)
-        before = self._counts if self._counts is not None else parts.count.new_zeros(parts.count.shape)
-        self._counts = parts.count.clone()
-        for alarm in self._of_step(seen, sampled, parts, before):
+        counts = parts.count.clone() if self._counts is None else parts.count - self._counts
+        bad = parts.bad.clone() if self._bad is None else parts.bad - self._bad
+        self._counts, self._bad = parts.count.clone(), parts.bad.clone()
+        for alarm in (*self._of_layers(seen, sampled, parts, counts), *self._of_numbers(seen, sampled, parts, bad)):
             self.raised += 1
             self.alarms.append(alarm)
             if (alarm.layer, alarm.kind) not in self._said:
                 self._said.add((alarm.layer, alarm.kind))
                 log.warning("%s", alarm)
-        was, self._bad = self._bad, float(parts.bad.sum())
-        return self._bad > was
+        return bool(bad.any())
 
-    def _of_step(self, seen: Observed, sampled: Sampled, parts: Parts, before: Tensor) -> Iterator[Alarm]:
+    def _of_layers(self, seen: Observed, sampled: Sampled, parts: Parts, counts: Tensor) -> Iterator[Alarm]:
         for unit in sampled.units:
-            now = [name for t, name in enumerate(TENSORS) if parts.count[unit, t] != before[unit, t]]
-            if not now:
-                continue
-            sides = sides_of(seen.recipes[unit]) if unit in seen.recipes else {}
-            readings = symptoms(parts, unit, now, sides, self._limits)
-            yield from self._judge.judge(sampled.step, seen.subjects[unit].name, readings)
+            now = [name for name, count in zip(TENSORS, counts[unit].tolist(), strict=True) if count]
+            if now:
+                sides = sides_of(seen.recipes[unit]) if unit in seen.recipes else {}
+                readings = symptoms(parts, unit, now, sides, self._limits, step=sampled.step)
+                yield from self._judge.judge(sampled.step, seen.subjects[unit].name, readings)
+
+    def _of_numbers(self, seen: Observed, sampled: Sampled, parts: Parts, bad: Tensor) -> Iterator[Alarm]:
+        """The producer of non-finite values in this step, if there was one and it is not to be waited for others."""
         step, place, phase = (int(number) for number in parts.origin[1].tolist())
-        if self._limits.non_finite and step == sampled.step:
+        found = step == sampled.step
+        in_backward = found and PHASES[phase] == "backward"
+        self._backward_in_a_row = self._backward_in_a_row + 1 if in_backward else 0
+        waits = in_backward and self._backward_in_a_row != self._limits.in_a_row
+        if self._limits.non_finite and found and not waits:
             yield Alarm(
                 step=step,
                 layer=seen.modules[place],
                 tensor=_MADE_IN[phase],
                 kind="non_finite",
-                value=float(parts.bad[place].sum()),
+                value=float(bad[place].sum()),
                 limit=0.0,
             )

@@ -9,6 +9,9 @@ from typing import Any
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import Format
 
+_WHOLE = {"in_a_row": 1, "spikes_in_a_row": 1, "warmup": 0, "rms_after": 0}
+"""Whole numbers among the limits, and the smallest each can be."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -28,32 +31,37 @@ class Limits:
     """Mean error energy of a row over its energy, in units of what the format does to values it can hold
     (`ideal_error`). Above, rows lie outside the format's range and are not rounded but cut."""
     kurtosis: float | None = 4.0
-    """Of an input, over its first value (at least 3, that of normal values): outliers have grown, and take the range
-    from everything that shares a scale with them."""
+    """Of an input, over its first value (at least 3, that of normal values), where a scaled format in use makes more
+    than a quarter of `underflow` zero: outliers have grown, and take the range from what shares a scale with them. It
+    comes before the underflow does. Kurtosis alone is no harm: activations grow sparse as they should."""
     spike: float | None = 5.0
     """A gradient's norm over its usual one."""
     rms: float | None = 2.3
     """Of the gradient over its second moment; losses spike some steps after ("Stable and low-precision training",
     arXiv 2304.13013)."""
+    rms_after: int = 1000
+    """Calls of the model before `rms` counts: as long as the second moment has not seen the 1 / (1 - 0.999) steps that
+    it spans, every gradient that begins to grow looks like a spike."""
     edq: float | None = 0.95
     """What an update must still do of what it should, of weights that are stored in 16 bits. Their lost share must
     not exceed what is missing to 1, since the update that was meant is not known of them."""
     non_finite: bool = True
-    """The first module that made an infinity or NaN of finite numbers."""
+    """The first module that made an infinity or NaN of finite numbers; in the backward, where a loss scale is found by
+    trying, only if sampled steps in a row have one."""
     in_a_row: int = 3
     """Samples of a layer that must be beyond a limit one after the other: a sample of rows is noisy, and single batches
-    are unlike the others. Overflow in the forward and non-finite values count at once."""
+    are unlike the others. In the forward, overflow and values that are not finite count at once."""
     spikes_in_a_row: int = 2
-    """The same for `spike` and `rms`, whose own past grows along with what is to be noticed."""
+    """The same for `spike`, whose own past grows along with what is to be noticed."""
     warmup: int = 5
-    """Samples before `spike` and `rms` count: a mean of fewer is none, and second moments are still filling."""
+    """Samples before `spike` counts: a mean of fewer is none."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("in_a_row", "spikes_in_a_row", "warmup"):
-                good = isinstance(value, int) and not isinstance(value, bool) and value >= (field.name != "warmup")
-                allowed = "a whole number of samples"
+            if field.name in _WHOLE:
+                good = isinstance(value, int) and not isinstance(value, bool) and value >= _WHOLE[field.name]
+                allowed = f"a whole number from {_WHOLE[field.name]}"
             elif field.name == "non_finite":
                 good, allowed = isinstance(value, bool), "True or False"
             else:

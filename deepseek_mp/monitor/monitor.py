@@ -1,4 +1,4 @@
-"""`PrecisionMonitor`: counts the operations of a model by number format, on sampled steps of any training loop."""
+"""`PrecisionMonitor`: what a model computes in which format, and what its tensors are like, on sampled steps."""
 
 from __future__ import annotations
 
@@ -29,24 +29,32 @@ _SAMPLING, _LIMITS = Sampling(), Limits()
 
 
 class PrecisionMonitor:
-    """Counts which operations ran in which format, layer by layer, in the forward and in the backward.
+    """Counts which operations ran in which format, and measures the tensors of each layer, on sampled steps.
 
-        monitor = PrecisionMonitor(model)
+        monitor = PrecisionMonitor(model, optimizer)
         for epoch in range(10):
             ...                                      # any loop; the model is called as usual
-            usage = monitor.log_precision_usage()    # logs the table, returns it, starts again
+            usage = monitor.log_precision_usage()    # logs the tables, returns them, counts from zero again
 
-    Steps are sampled: the first after each report and then every `sample_every`-th is counted
-    completely, operation by operation as PyTorch dispatches them; the others cost one call of a
-    hook. On a sampled step compiled parts of the model run uncompiled. A step is one call of the
-    model and what follows it, up to the optimizer's step, the next call or the report. Calls with
-    gradients off are sampled apart, and end with the call.
+    **Operations** are counted on the first step after each report and then on every `sample_every`-th, completely, as
+    PyTorch dispatches them; the others cost one call of a hook. On a counted step compiled parts of the model run
+    uncompiled. A step is one call of the model and what follows it, up to the optimizer's step, the next call or the
+    report. Calls with gradients off are sampled apart, and end with the call.
 
-    With `sample_every=None` nothing is counted outside `sample()`, for loops that choose the steps
-    themselves. `close()`, or leaving the monitor used as a context manager, removes every hook.
+    **Statistics** have a rate of their own, `Sampling.every`: on such a step a few layers, which take turns, are
+    measured, and `statistics()` gives what is known of all. Nothing waits for the device. They are of calls with
+    gradients on. In a model with compiled parts they are taken on counted steps only, which run uncompiled.
 
-    If the model is to be compiled by `model.compile()`, do that first; of `torch.compile(model)`
-    pass the result. `ConfigError` if an argument has a wrong value.
+    Args:
+        model: if it is to be compiled by `model.compile()`, do that first; of `torch.compile(model)` pass the result.
+        optimizer: whose updates to measure; None measures none.
+        sample_every: steps between two whose operations are counted; None counts nothing outside `sample()`, for loops
+            that choose the steps themselves.
+        sampling: how statistics are sampled; None takes none.
+        limits: beyond which numbers there is an alarm.
+
+    `close()`, or leaving the monitor used as a context manager, removes every hook. `ConfigError` if an argument has a
+    wrong value.
     """
 
     def __init__(
@@ -69,6 +77,14 @@ class PrecisionMonitor:
                     "Use 1 to count every step",
                 )
             )
+        for name, value, kinds in (
+            ("optimizer", optimizer, Optimizer | None),
+            ("sampling", sampling, Sampling | None),
+            ("limits", limits, Limits),
+        ):
+            if not isinstance(value, kinds):
+                shown = getattr(kinds, "__name__", str(kinds))
+                raise ConfigError(explain(f"{name} is a {type(value).__name__}", shown, f"Change {name}"))
         self._model = model
         self._every = sample_every
         self._tally = Tally()
@@ -98,17 +114,11 @@ class PrecisionMonitor:
         for window in self._windows:
             window.recorder.tally = self._tally
         _say_what_is_missing(tally, compiled_since=compiled_since)
-        usage = replace(tally.usage(), statistics=self.statistics(), alarms=self._new_alarms())
+        statistics = self.statistics()
+        usage = replace(tally.usage(), statistics=statistics, alarms=self.alarms_since(self._reported))
+        self._reported = self.alarms_raised
         log.info("%s", render(usage))
         return usage
-
-    def _new_alarms(self) -> tuple[Alarm, ...]:
-        """Those raised since the last report, as far as they are remembered."""
-        if self._statistics is None:
-            return ()
-        raised = self._statistics.log.raised
-        new, self._reported = raised - self._reported, raised
-        return self.alarms[-new:] if new else ()
 
     @contextmanager
     def sample(self, *, compiled: bool = False) -> Iterator[None]:
@@ -166,6 +176,15 @@ class PrecisionMonitor:
     def alarms(self) -> tuple[Alarm, ...]:
         """The alarms that were raised, the last 256 of them. Each kind is also logged once for a layer."""
         return () if self._statistics is None else tuple(self._statistics.log.alarms)
+
+    @property
+    def alarms_raised(self) -> int:
+        """How many alarms there were, those that are forgotten included."""
+        return 0 if self._statistics is None else self._statistics.log.raised
+
+    def alarms_since(self, raised: int) -> tuple[Alarm, ...]:
+        """The alarms after the first `raised` ones, as far as they are remembered."""
+        return () if self._statistics is None else self._statistics.log.since(raised)
 
     def close(self) -> None:
         """Remove every hook. What was counted can still be reported; nothing more will be."""

@@ -4,8 +4,9 @@ A module is a *producer* in the forward if its inputs are finite and its outputs
 in the backward if the gradients of its outputs are finite and one of an input is not. Modules that pass on what they
 were given are none. Modules inside of others are looked at first.
 
-Infinities can be meant: masks are made of them. So producers count only if the model's output, or the gradient of one
-of the outputs watched, was not finite in the end.
+Infinities can be meant: masks are made of them. So a producer counts only if the model's output, or a gradient that was
+watched, was not finite in the end. Where the output is not, what the backward makes of it is nobody's fault: if no module
+made it, the batch was bad.
 """
 
 from __future__ import annotations
@@ -40,10 +41,9 @@ class NonFiniteWatch:
         """id of a tensor -> the tensor, its version and how many of its values are not finite."""
         device = store.device
         self._bad = torch.zeros_like(store.parts.bad)
-        self._produced = torch.zeros_like(store.parts.produced)
         self._first = torch.full((2,), NOWHERE, device=device)
         """Module and phase of the first producer."""
-        self._ended_badly = torch.zeros((), dtype=torch.bool, device=device)
+        self._output_bad, self._gradient_bad = torch.zeros(2, dtype=torch.bool, device=device).unbind()
         self.is_open = True
 
     def looks(self) -> dict[nn.Module, Look]:
@@ -56,11 +56,12 @@ class NonFiniteWatch:
             return
         self.is_open = False
         self._seen = {}
-        parts, ended = self._store.parts, self._ended_badly
+        parts = self._store.parts
         with own_work():
             parts.bad.add_(self._bad)
-            parts.produced.add_(torch.where(ended, self._produced, 0.0))
-            found = ended & (self._first[0] >= 0)
+            found = (self._output_bad | self._gradient_bad) & (self._first[0] >= 0)
+            place = (self._first[0] * len(PHASES) + self._first[1]).clamp_min(0).long()
+            parts.produced.view(-1).index_add_(0, place.view(1), found.float().view(1))
             latest = torch.cat([torch.full_like(self._first[:1], self._step), self._first])
             parts.origin[1] = torch.where(found, latest, NOWHERE)
             parts.origin[0] = torch.where(found & (parts.origin[0, 0] < 0), latest, parts.origin[0])
@@ -69,7 +70,7 @@ class NonFiniteWatch:
         """See whether the model's output is finite."""
         if self.is_open and torch.is_grad_enabled():
             with own_work():
-                self._ended_badly |= self._count(output) > 0
+                self._output_bad |= self._count(output) > 0
 
     def _look_at(self, module: nn.Module, place: int) -> Look:
         def look(args: Any, kwargs: Any, output: Any) -> None:
@@ -96,14 +97,14 @@ class NonFiniteWatch:
                     found = self._count(grad)
                     arrived.add_(found)
                     self._bad[place, SEEN.index("grad_output")] += found
-                    self._ended_badly |= found > 0
+                    self._gradient_bad |= found > 0
 
         def entering(grad: Tensor) -> None:
             if self.is_open:
                 with own_work():
                     found = self._count(grad) > 0
-                    self._ended_badly |= found
-                    self._judge(place, _BACKWARD, found & (arrived == 0))
+                    self._gradient_bad |= found
+                    self._judge(place, _BACKWARD, found & (arrived == 0) & ~self._output_bad)
 
         made = [tensor for tensor in tensors(outputs) if tensor.requires_grad]
         for tensor in made:
@@ -113,9 +114,7 @@ class NonFiniteWatch:
                 tensor.register_hook(entering)
 
     def _judge(self, place: int, phase: int, is_producer: Tensor) -> None:
-        """Note the verdict about a module; the first one is kept."""
-        counted = self._produced[place, phase]
-        torch.maximum(counted, is_producer.float(), out=counted)
+        """Note a producer if it is the first."""
         is_first = is_producer & (self._first[0] < 0)
         self._first[0].masked_fill_(is_first, place)
         self._first[1].masked_fill_(is_first, phase)

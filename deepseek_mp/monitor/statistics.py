@@ -53,6 +53,8 @@ class Statistics:
         yet, and all modules are watched for non-finite values.
         """
         self.leave_modules()
+        if internals.only_traced() or internals.is_transformed() or internals.is_captured():
+            return
         with own_work():
             self._read()
             if train:
@@ -63,14 +65,15 @@ class Statistics:
         self._window = window
         due = opened or self._search or self._calls % self._sampling.every == 0
         self._calls += 1
-        if due and (window is not None or not self._runs_compiled()) and not internals.only_traced():
-            self._begin(whole=opened or self._search)
+        if due and (window is not None or not self._runs_compiled()):
+            # Where only such steps can be sampled, each is for all layers.
+            self._begin(whole=opened or self._search, all_layers=opened and self._runs_compiled())
 
     def _runs_compiled(self) -> bool:
         self.is_compiled = self.is_compiled or any(internals.is_compiled(module) for module in self._model.modules())
         return self.is_compiled
 
-    def _begin(self, *, whole: bool) -> None:
+    def _begin(self, *, whole: bool, all_layers: bool) -> None:
         self._finish()
         if self._updates is not None:
             self._updates.remove()
@@ -80,7 +83,8 @@ class Statistics:
             self._observed = Observed.of(self._model, self._sampling)
         seen = self._observed
         count = len(seen.subjects)
-        chosen = [seen.subjects[(self._next + i) % count] for i in range(min(self._sampling.units, count))]
+        wanted = count if all_layers else min(self._sampling.units, count)
+        chosen = [seen.subjects[(self._next + i) % count] for i in range(wanted)]
         self._next = (self._next + len(chosen)) % max(count, 1)
         self._sampled = Sampled(self._calls, tuple(subject.index for subject in chosen), whole)
         watched = seen.places if whole else {subject.module: seen.places[subject.module] for subject in chosen}

@@ -25,7 +25,13 @@ class Subject:
     """Its place among all subjects."""
     name: str
     module: nn.Module
-    weight: nn.Parameter
+    parameter: str
+    """The name of its weight among its own parameters."""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """As it is now: moving a model may replace its parameters."""
+        return self.module.get_parameter(self.parameter)
 
     @property
     def kind(self) -> type[nn.Module]:
@@ -36,17 +42,17 @@ def subjects_of(model: nn.Module) -> list[Subject]:
     """The subjects of a model in its order; the part of a name that `torch.compile` adds is left out."""
     found: list[Subject] = []
     for name, module in units(model).items():
-        weight = _main_weight(module)
-        if weight is not None:
+        parameter = _main_weight(module)
+        if parameter is not None:
             shown = ".".join(part for part in name.split(".") if part != "_orig_mod")
-            found.append(Subject(index=len(found), name=shown, module=module, weight=weight))
+            found.append(Subject(index=len(found), name=shown, module=module, parameter=parameter))
     return found
 
 
-def _main_weight(module: nn.Module) -> nn.Parameter | None:
-    """Its `weight`, or the first parameter of its own that is a matrix."""
-    own = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() > 1 and p.is_floating_point()}
-    return own.get("weight", next(iter(own.values()), None))
+def _main_weight(module: nn.Module) -> str | None:
+    """`weight`, or the first parameter of its own that is a matrix."""
+    own = [name for name, p in module.named_parameters(recurse=False) if p.dim() > 1 and p.is_floating_point()]
+    return "weight" if "weight" in own else next(iter(own), None)
 
 
 class Choice:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import isnan
 
 from torch import Tensor
 
@@ -12,25 +13,34 @@ from deepseek_mp.monitor.store import TENSORS, UPDATE, Parts
 from deepseek_mp.monitor.updates import UPDATE_FIELDS
 from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS
 from deepseek_mp.precision import Operand
+from deepseek_mp.precision.recipe import OperandRecipe
 
 IN_USE = 1
 """The row of a block with the errors of the format in use."""
 NORMAL_KURTOSIS = 3.0
+HARM = 0.25
+"""Share of the limit on underflow from which on outliers are taken to do harm."""
 
 
-def symptoms(parts: Parts, unit: int, sampled: list[str], sides: Sides, limits: Limits) -> Iterator[Reading]:
+def symptoms(
+    parts: Parts, unit: int, sampled: Sequence[str], sides: Sides, limits: Limits, *, step: int
+) -> Iterator[Reading]:
     """Readings of those tensors of a layer that were sampled; `parts` on the host, `sides` those in use."""
     for operand in Operand:
         if operand.value in sampled:
-            yield from _of_rounding(parts.last[unit, TENSORS.index(operand.value), IN_USE], operand, sides, limits)
-    if Operand.INPUT.value in sampled:
-        yield from _of_outliers(parts, unit, limits)
+            errors = _named(ERROR_FIELDS, parts.last[unit, TENSORS.index(operand.value), IN_USE])
+            yield from _of_rounding(errors, operand, sides[operand], limits)
+            if operand is Operand.INPUT:
+                yield from _of_outliers(parts, unit, errors["underflow"], sides[operand], limits)
     if TENSORS[UPDATE] in sampled:
-        yield from _of_update(parts, unit, limits)
+        yield from _of_update(parts, unit, limits, step)
 
 
-def _of_rounding(errors: Tensor, operand: Operand, sides: Sides, limits: Limits) -> Iterator[Reading]:
-    found = dict(zip(ERROR_FIELDS, errors.tolist(), strict=False))
+def _named(fields: Sequence[str], line: Tensor) -> dict[str, float]:
+    return dict(zip(fields, line.tolist(), strict=False))
+
+
+def _of_rounding(found: dict[str, float], operand: Operand, side: OperandRecipe, limits: Limits) -> Iterator[Reading]:
     tensor, is_gradient = operand.value, operand is Operand.GRAD_OUTPUT
     underflow = limits.gradient_underflow if is_gradient else limits.underflow
     if underflow is not None:
@@ -39,26 +49,28 @@ def _of_rounding(errors: Tensor, operand: Operand, sides: Sides, limits: Limits)
         yield tensor, "overflow", found["overflow"], limits.overflow, limits.in_a_row if is_gradient else 1
     if limits.bias is not None and is_gradient:
         yield tensor, "bias", abs(found["bias"]), limits.bias, limits.in_a_row
-    ideal = ideal_error(sides[operand].format)
+    ideal = ideal_error(side.format)
     if limits.by_row is not None and ideal is not None:
         yield tensor, "by_row", found["by_row"], limits.by_row * ideal, limits.in_a_row
 
 
-def _of_outliers(parts: Parts, unit: int, limits: Limits) -> Iterator[Reading]:
+def _of_outliers(parts: Parts, unit: int, underflow: float, side: OperandRecipe, limits: Limits) -> Iterator[Reading]:
     if limits.kurtosis is None:
         return
-    place = unit, TENSORS.index("input"), 0, SPREAD_FIELDS.index("kurtosis")
+    place = unit, TENSORS.index(Operand.INPUT.value), 0, SPREAD_FIELDS.index("kurtosis")
+    harm = side.is_scaled and underflow > (limits.underflow or 0.0) * HARM
     now, first = float(parts.last[place]), float(parts.first[place])
-    yield "input", "kurtosis", now, limits.kurtosis * max(first, NORMAL_KURTOSIS), limits.in_a_row
+    limit = limits.kurtosis * max(first, NORMAL_KURTOSIS)
+    yield Operand.INPUT.value, "kurtosis", now if harm else 0.0, limit, limits.in_a_row
 
 
-def _of_update(parts: Parts, unit: int, limits: Limits) -> Iterator[Reading]:
-    found = dict(zip(UPDATE_FIELDS, parts.last[unit, UPDATE, 0].tolist(), strict=True))
+def _of_update(parts: Parts, unit: int, limits: Limits, step: int) -> Iterator[Reading]:
+    found = _named(UPDATE_FIELDS, parts.last[unit, UPDATE, 0])
     tensor = TENSORS[UPDATE]
-    if float(parts.count[unit, UPDATE]) > limits.warmup:
-        for kind, limit in (("spike", limits.spike), ("rms", limits.rms)):
-            if limit is not None and found[kind] == found[kind]:  # not NaN: the optimizer has second moments
-                yield tensor, kind, found[kind], limit, limits.spikes_in_a_row
+    if limits.spike is not None and float(parts.count[unit, UPDATE]) > limits.warmup:
+        yield tensor, "spike", found["spike"], limits.spike, limits.spikes_in_a_row
+    if limits.rms is not None and not isnan(found["rms"]) and step > limits.rms_after:
+        yield tensor, "rms", found["rms"], limits.rms, limits.in_a_row
     # Of a weight in 32 bits BF16 would lose it, but nothing does.
-    if limits.edq is not None and found["edq"] != found["edq"]:
+    if limits.edq is not None and isnan(found["edq"]):
         yield tensor, "edq", found["lost"], 1 - limits.edq, limits.in_a_row

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from deepseek_mp.monitor.own_work import own_work
 from deepseek_mp.monitor.store import UPDATE, Store
 from deepseek_mp.monitor.subjects import Choice, Subject, outputs_first, weight_rows
+from deepseek_mp.ops.gradients import l2_norm
 
 UPDATE_FIELDS = ("ratio", "lost", "edq", "grad_norm", "spike", "rms")
 """What is known of an update, with w the weight, dw what the step adds to it and g the gradient that the optimizer is
@@ -75,7 +76,7 @@ class UpdateWatch:
                 gradient = subject.weight.grad
                 if gradient is None or gradient.layout != torch.strided or not gradient.numel():
                     continue
-                norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+                norm = l2_norm([gradient]).float()
                 rows = self._choice.of(outputs_first(subject.weight, subject).shape[0])
                 part = weight_rows(gradient, subject, rows, 1).float()
                 if divisor is not None:
