@@ -45,6 +45,7 @@ class AlarmLog:
         self._bad: Tensor | None = None
         self._backward_in_a_row = 0
         """Sampled steps in a row in which a gradient went bad."""
+        self._last_step = 0
         self._said: set[tuple[str, str]] = set()
 
     def since(self, raised: int) -> tuple[Alarm, ...]:
@@ -64,7 +65,7 @@ class AlarmLog:
             if (alarm.layer, alarm.kind) not in self._said:
                 self._said.add((alarm.layer, alarm.kind))
                 log.warning("%s", alarm)
-        return bool(bad.any())
+        return any(bad.flatten().tolist())
 
     def _of_layers(self, seen: Observed, sampled: Sampled, parts: Parts, counts: Tensor) -> Iterator[Alarm]:
         for unit in sampled.units:
@@ -75,7 +76,13 @@ class AlarmLog:
                 yield from self._judge.judge(sampled.step, seen.subjects[unit].name, readings)
 
     def _of_numbers(self, seen: Observed, sampled: Sampled, parts: Parts, bad: Tensor) -> Iterator[Alarm]:
-        """The producer of non-finite values in this step, if there was one and it is not to be waited for others."""
+        """The producer of non-finite values in this step, if there was one and it is not to be waited for others.
+
+        Asked once about a step, though there are two copies of one whose update comes late.
+        """
+        again, self._last_step = sampled.step == self._last_step, sampled.step
+        if again:
+            return
         step, place, phase = (int(number) for number in parts.origin[1].tolist())
         found = step == sampled.step
         in_backward = found and PHASES[phase] == "backward"
@@ -87,6 +94,6 @@ class AlarmLog:
                 layer=seen.modules[place],
                 tensor=_MADE_IN[phase],
                 kind="non_finite",
-                value=float(bad[place].sum()),
+                value=sum(bad[place].tolist()),
                 limit=0.0,
             )

@@ -5,8 +5,8 @@ in the backward if the gradients of its outputs are finite and one of an input i
 were given are none. Modules inside of others are looked at first.
 
 Infinities can be meant: masks are made of them. So a producer counts only if the model's output, or a gradient that was
-watched, was not finite in the end. Where the output is not, what the backward makes of it is nobody's fault: if no module
-made it, the batch was bad.
+watched, was not finite in the end. Where the output is not, what the backward makes of it is nobody's fault: if no
+module made it, the batch was bad.
 """
 
 from __future__ import annotations

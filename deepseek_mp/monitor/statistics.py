@@ -37,7 +37,8 @@ class Statistics:
         self._watch: NonFiniteWatch | None = None
         self._updates: UpdateWatch | None = None
         self._sampled: Sampled | None = None
-        """The step that is being sampled."""
+        self._ended: Sampled | None = None
+        """The step that is being sampled, and the one that was sampled last."""
         self._modules: ModuleCalls | None = None
         self._search = False
         """Whether the next step is to look for the module that made a non-finite value."""
@@ -93,7 +94,7 @@ class Statistics:
         looks = (self._watch.looks(), {self._model: self._watch.look_at_root}, self._turn.looks())
         self._modules = ModuleCalls(self._model, looks)
         if self._optimizer is not None:
-            self._updates = UpdateWatch(self._optimizer, chosen, seen.store, self._choice, self._finish)
+            self._updates = UpdateWatch(self._optimizer, chosen, seen.store, self._choice, self._updated)
 
     def leave_modules(self) -> None:
         """Other calls begin, and hooks were for the one before."""
@@ -103,7 +104,7 @@ class Statistics:
         if self._updates is not None and self._updates.is_done:
             self._updates.remove()
             self._updates = None
-        if self._optimizer is None and self._turn is not None and self._turn.backward_seen:
+        if self._turn is not None and self._turn.backward_seen:
             self._finish()
 
     def _finish(self) -> None:
@@ -111,6 +112,7 @@ class Statistics:
         sampled, self._sampled = self._sampled, None
         if sampled is None or self._observed is None:
             return
+        self._ended = sampled
         if self._turn is not None:
             self._turn.is_open = False
         if self._watch is not None:
@@ -118,6 +120,14 @@ class Statistics:
         self._turn = self._watch = None
         with own_work():
             self._observed.copies.start(sampled)
+
+    def _updated(self) -> None:
+        """The optimizer has stepped: at the end of the sampled step, or, if it waits or skips, after later ones."""
+        if self._sampled is not None:
+            self._finish()
+        elif self._observed is not None:
+            with own_work():
+                self._observed.copies.start(self._ended)
 
     def close(self) -> None:
         """Take every hook away; what is known stays."""

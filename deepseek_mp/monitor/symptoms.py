@@ -57,9 +57,9 @@ def _of_rounding(found: dict[str, float], operand: Operand, side: OperandRecipe,
 def _of_outliers(parts: Parts, unit: int, underflow: float, side: OperandRecipe, limits: Limits) -> Iterator[Reading]:
     if limits.kurtosis is None:
         return
-    place = unit, TENSORS.index(Operand.INPUT.value), 0, SPREAD_FIELDS.index("kurtosis")
+    line = unit, TENSORS.index(Operand.INPUT.value), 0
+    now, first = (_named(SPREAD_FIELDS, plane[line])["kurtosis"] for plane in (parts.last, parts.first))
     harm = side.is_scaled and underflow > (limits.underflow or 0.0) * HARM
-    now, first = float(parts.last[place]), float(parts.first[place])
     limit = limits.kurtosis * max(first, NORMAL_KURTOSIS)
     yield Operand.INPUT.value, "kurtosis", now if harm else 0.0, limit, limits.in_a_row
 
@@ -67,7 +67,7 @@ def _of_outliers(parts: Parts, unit: int, underflow: float, side: OperandRecipe,
 def _of_update(parts: Parts, unit: int, limits: Limits, step: int) -> Iterator[Reading]:
     found = _named(UPDATE_FIELDS, parts.last[unit, UPDATE, 0])
     tensor = TENSORS[UPDATE]
-    if limits.spike is not None and float(parts.count[unit, UPDATE]) > limits.warmup:
+    if limits.spike is not None and parts.count[unit].tolist()[UPDATE] > limits.warmup:
         yield tensor, "spike", found["spike"], limits.spike, limits.spikes_in_a_row
     if limits.rms is not None and not isnan(found["rms"]) and step > limits.rms_after:
         yield tensor, "rms", found["rms"], limits.rms, limits.in_a_row
