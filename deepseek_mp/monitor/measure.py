@@ -28,6 +28,7 @@ def block(rows: Tensor, ways: Sequence[OperandRecipe], largest: Callable[[], Ten
     if not rows.numel() or not ways:
         return F.pad(lines, (0, 0, 0, len(ways)))
     found = rounding_error(rows, torch.stack([_rounded(rows, side, largest) for side in ways]))
+    found = found.nan_to_num_(0.0)  # squares beyond FP32's range: a NaN would stay in a mean for good
     return torch.cat([lines, F.pad(found, (0, WIDTH - len(ERROR_FIELDS)))])
 
 

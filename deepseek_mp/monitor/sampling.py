@@ -17,12 +17,12 @@ _FORMATS = tuple(name for name, f in FORMATS.items() if f.bits < FORMATS["fp32"]
 class Sampling:
     """Settings of the statistics of a `PrecisionMonitor`; `ConfigError` if one has a wrong value."""
 
-    every: int = 20
+    every: int = 50
     """Calls of the model, with gradients on, from one sampled step to the next; the first call is sampled."""
     units: int = 2
     """Layers that are looked at on a sampled step. All take their turn."""
-    rows: int = 128
-    """Rows of a tensor that are looked at, at most 256; fewer than 128 blur scales of 128x128 blocks."""
+    rows: int = 64
+    """Rows of a tensor that are looked at, at most 256; of a weight whose rows share scales, one block at least."""
     formats: tuple[str, ...] = WHAT_IF
     """What the tensors are rounded to beside the format in use: formats, those of 8 bits and less with the scales of
     the recipe that is best on the device; or recipes."""

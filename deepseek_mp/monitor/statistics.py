@@ -57,6 +57,8 @@ class Statistics:
         if internals.only_traced() or internals.is_transformed() or internals.is_captured():
             return
         with own_work():
+            if self._turn is not None and self._turn.backward_seen:
+                self._finish()
             self._read()
             if train:
                 self._called(window)
@@ -104,8 +106,6 @@ class Statistics:
         if self._updates is not None and self._updates.is_done:
             self._updates.remove()
             self._updates = None
-        if self._turn is not None and self._turn.backward_seen:
-            self._finish()
 
     def _finish(self) -> None:
         """The step that is sampled, if there is one, is over: copy what it left."""

@@ -52,7 +52,7 @@ class TrainerConfig:
     max_skipped_steps: int = 25
     checkpoint_every: int | None = None
     monitor_every: int = 500
-    statistics_every: int | None = 20
+    statistics_every: int | None = 50
 
     def __post_init__(self) -> None:
         self._check_mode()

@@ -119,7 +119,7 @@ class MixedPrecisionTrainer:
         max_skipped_steps: int = 25,
         checkpoint_every: int | None = None,
         monitor_every: int = 500,
-        statistics_every: int | None = 20,
+        statistics_every: int | None = 50,
         progress: bool | None = None,
     ) -> None:
         check_single_process()

@@ -67,3 +67,7 @@ def test_the_largest_magnitude() -> None:
     assert largest_magnitude(torch.tensor([1.0, float("nan")])) == 0  # the sample's own counts then
     assert largest_magnitude(torch.zeros(0)) == 0
     assert largest_magnitude(torch.ones(2, dtype=torch.float64)).dtype == torch.float32
+
+
+def test_squares_beyond_the_range_of_fp32_give_no_nan() -> None:
+    assert block(torch.full((2, 4), 1e30), WAYS, never).isfinite().all()
