@@ -3,7 +3,7 @@
 None is needed to train. Where a release lacks some, the monitor says less and says so: without
 `BACKWARD` it cannot tell the layer of an operation in the backward, without `REGIONS` it knows the
 autocast state only as it was at the entry of a module, without `OPEN_ENDED` it samples inside
-`sample()` only.
+`sample()` only, and without `FUNC` a model must not be called under `torch.func` while it is sampled.
 """
 
 # ruff: noqa: SLF001
@@ -32,6 +32,7 @@ BACKWARD = _has(torch._C, "_current_graph_task_id", "_current_autograd_node") an
 )
 REGIONS = _has(torch._C, "_RestorePythonTLSSnapshot")
 OPEN_ENDED = _has(dispatch_stack, "_push_mode", "_pop_mode", "_get_current_dispatch_mode_stack")
+FUNC = _has(torch._C, "_functorch") and _has(torch._C._functorch, "peek_interpreter_stack")
 OP_LISTS = _has(torch._C, "_dispatch_get_all_op_names", "_dispatch_has_kernel_for_dispatch_key")
 
 NO_TASK = -1
@@ -122,6 +123,20 @@ def only_traced() -> bool:
         return True
     stack = dispatch_stack._get_current_dispatch_mode_stack() if OPEN_ENDED else []
     return any(mode.is_infra_mode() for mode in stack)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work on this thread: tensors are not what they seem then."""
+    return FUNC and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_captured() -> bool:
+    """Whether the accelerator's work is being recorded as a graph, to be replayed without Python."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return False
+    captures = getattr(torch.get_device_module(accelerator), "is_current_stream_capturing", None)
+    return captures is not None and bool(captures())
 
 
 def is_temporary() -> bool:

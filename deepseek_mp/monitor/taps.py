@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from deepseek_mp.monitor import internals
 from deepseek_mp.monitor.classify import classify, computes, op_name
 from deepseek_mp.monitor.counts import Phase
+from deepseek_mp.monitor.own_work import is_own_work
 from deepseek_mp.monitor.places import OUTSIDE, Place, Places, is_narrow
 from deepseek_mp.monitor.reasons import why_wide
 from deepseek_mp.monitor.tally import Tally
@@ -102,7 +103,8 @@ class DispatchTap(TorchDispatchMode):
     ) -> Any:
         if any(kind is not torch.Tensor and kind is not nn.Parameter for kind in types):
             return NotImplemented  # the subclass takes the operation apart, and the parts come here
-        phase = self.recorder.phase(func) if self.recorder.counting and func is not _DETACH else None
+        counts = self.recorder.counting and func is not _DETACH and not is_own_work()
+        phase = self.recorder.phase(func) if counts else None
         if phase is None:
             return func(*args, **(kwargs or {}))
         return self.recorder.run(phase, func, args, kwargs or {})

@@ -8,11 +8,14 @@ is a table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from deepseek_mp.monitor.alarms import Alarm
 from deepseek_mp.monitor.counts import CAST, Count, Fallback, OpCount
+from deepseek_mp.monitor.layer_statistics import LayerStatistics
+from deepseek_mp.monitor.statistics_table import statistics_table
 from deepseek_mp.monitor.table import columns, few
 from deepseek_mp.precision import FORMATS
 
@@ -39,6 +42,10 @@ class Usage:
     counts: tuple[OpCount, ...]
     fallbacks: tuple[Fallback, ...]
     notes: tuple[str, ...] = ()
+    statistics: Mapping[str, LayerStatistics] = field(default_factory=dict)
+    """By layer, over the whole life of the monitor: unlike counts they do not start again with each report."""
+    alarms: tuple[Alarm, ...] = ()
+    """Those raised since the last report."""
 
     @property
     def ops(self) -> dict[str, Cells]:
@@ -71,6 +78,8 @@ class Usage:
             "layers": {layer: _counts_to_json(ops) for layer, ops in self.layers.items()},
             "fallbacks": [fallback.to_json() for fallback in self.fallbacks],
             "notes": list(self.notes),
+            "statistics": {name: layer.to_json() for name, layer in self.statistics.items()},
+            "alarms": [alarm.to_json() for alarm in self.alarms],
         }
 
     def __str__(self) -> str:
@@ -96,11 +105,13 @@ def _counts_to_json(ops: dict[str, Cells]) -> dict[str, dict[str, dict[str, int]
 def render(usage: Usage, *, layers: int = 30) -> str:
     """The report as text, at most `layers` rows by layer; in the cells, forward + backward.
 
-    All numbers are counts of operations on the sampled steps.
+    All numbers above the statistics are counts of operations on the sampled steps.
     """
     parts = [_title(usage)]
     if usage.counts:
         parts += [_operations(usage), _by_layer(usage, layers), _fallbacks(usage.fallbacks)]
+    parts.append(statistics_table(usage.statistics, layers))
+    parts += [f"alarm: {alarm}" for alarm in usage.alarms]
     parts += [f"note: {note}" for note in usage.notes]
     return "\n\n".join(part for part in parts if part)
 

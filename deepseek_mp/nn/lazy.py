@@ -90,6 +90,14 @@ class Promise:
             self.operation, self.arguments = None, ()
         return self.values
 
+    def peek(self) -> Tensor:
+        """The values for reading once; what was put off is computed, and stays put off."""
+        if self.values is not None:
+            return self.values
+        return self.operation(  # type: ignore[no-any-return]
+            *[part.peek() if isinstance(part, Promise) else part for part in self.arguments], **self.options
+        )
+
     def keep_followers(self) -> None:
         """Compute what reads the values as they are now."""
         followers, self.followers = self.followers, []
@@ -282,6 +290,11 @@ def _effects(func: Any) -> _Effects | None:
 def lazy(values: Tensor) -> Lazy:
     """The values, contiguous and nobody else's, as a tensor whose activations are put off."""
     return Lazy.of(Promise(values), values)
+
+
+def peeked(tensor: Tensor) -> Tensor:
+    """An ordinary tensor with the same values for reading once, without a trace in what the tensor is used for."""
+    return tensor.promise.peek() if isinstance(tensor, Lazy) else tensor.detach()
 
 
 def is_traced(values: Tensor) -> bool:

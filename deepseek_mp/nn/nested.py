@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -45,3 +47,24 @@ def first_tensor(tree: Any) -> Tensor | None:
         if found is not None:
             return found
     return None
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        yield from tensors(list(tree.values()))
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from tensors(item)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        yield from tensors([getattr(tree, field.name) for field in fields(tree)])
+
+
+def numbers(tree: Any) -> Iterator[Tensor]:
+    """The numbers among them that can be non-finite, as dense tensors; of sparse tensors their values."""
+    for tensor in tensors(tree):
+        if tensor.is_floating_point() or tensor.is_complex():
+            summed = tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
+            yield summed if summed.layout == torch.strided else summed.values()

@@ -6,6 +6,8 @@ buffer and read them together, when it suits. Nothing here waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,27 +38,28 @@ non_finite  share of all values that are infinite or NaN
 def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
     """`ERROR_FIELDS` [5] of a matrix [rows, columns] and the same matrix rounded; 0 where nothing can be said.
 
+    Rounded in several ways [ways, rows, columns] it gives [ways, 5], by as many operations as one.
+
     Values of `x` that are not finite are left out. Values that rounding makes infinite count in `overflow` only.
     """
     x, rounded = x.float(), rounded.float()
-    finite = x.isfinite()
-    over = finite & ~rounded.isfinite()
-    counted = finite & ~over
-    error = torch.where(counted, rounded - x, 0.0)
-    value = torch.where(counted, x, 0.0)
-    error_rows, energy_rows = error.square().sum(1), value.square().sum(1)
-    filled = energy_rows > 0
+    finite, kept = x.abs() < float("inf"), rounded.abs() < float("inf")
+    dropped = ~(finite & kept)
+    error, value = (rounded - x).masked_fill_(dropped, 0.0), x.masked_fill(dropped, 0.0)
+    error_rows, energy_rows = error.square().sum(-1), value.square().sum(-1)
     nonzero = value != 0
-    ratio = torch.where(nonzero, error / torch.where(nonzero, value, 1.0), 0.0).clamp(-1, 1)
-    return torch.stack(
-        [
-            _share(error_rows.sum(), energy_rows.sum()),
-            _share(_quotient(error_rows, energy_rows).sum(), filled.sum()),
-            _share(ratio.sum(), nonzero.sum()),
-            _share((nonzero & (rounded == 0)).sum(), nonzero.sum()),
-            _share(over.sum(), finite.sum()),
-        ]
-    )
+    ratio = (error / value).masked_fill_(value == 0, 0.0).clamp_(-1, 1)
+    # Side by side, so that one division makes all shares.
+    parts = [
+        error_rows.sum(-1),
+        _quotient(error_rows, energy_rows).sum(-1),
+        ratio.sum((-2, -1)),
+        (nonzero & (rounded == 0)).sum((-2, -1)),
+        (finite & dropped).sum((-2, -1)),
+    ]
+    count = nonzero.sum((-2, -1))
+    wholes = [energy_rows.sum(-1), (energy_rows > 0).sum(-1), count, count, finite.sum().expand_as(count)]
+    return _quotient(_line(parts), _line(wholes))
 
 
 @torch.no_grad()
@@ -66,21 +69,22 @@ def spread(x: Tensor) -> Tensor:
         return torch.zeros(len(SPREAD_FIELDS), device=x.device)
     size = x.float().abs()
     finite = size < float("inf")
-    size = torch.where(finite, size, 0.0)
     count = finite.sum()
+    size.masked_fill_(~finite, 0.0)
     amax = size.amax()
     # In units of the largest value, so that fourth powers neither overflow nor vanish.
     square = _quotient(size, amax).square()
-    mean_square = _share(square.sum(), count)
-    smallest = torch.where(size > 0, size, float("inf")).amin()
-    smallest = torch.where(smallest < float("inf"), smallest, 0.0)
-    return torch.stack(
+    mean_square, mean_fourth = _quotient(_line([square.sum(), square.square().sum()]), count.float()).unbind()
+    smallest = size.masked_fill_(size == 0, float("inf")).amin()
+    smallest.masked_fill_(smallest == float("inf"), 0.0)
+    octaves, kurtosis = _quotient(_line([amax, mean_fourth]), _line([smallest, mean_square.square()])).unbind()
+    return _line(
         [
             amax,
             mean_square.sqrt() * amax,
             smallest,
-            torch.where(smallest > 0, _quotient(amax, smallest), 1.0).log2(),
-            _quotient(_share(square.square().sum(), count), mean_square.square()),
+            octaves.clamp_min(1.0).log2(),
+            kurtosis,
             1 - count / x.numel(),
         ]
     )
@@ -88,8 +92,9 @@ def spread(x: Tensor) -> Tensor:
 
 def _quotient(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, 0 where whole is 0."""
-    return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)
+    return (part / whole).masked_fill_(whole == 0, 0.0)
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return _quotient(part.float(), whole.float())
+def _line(numbers: Sequence[Tensor]) -> Tensor:
+    """The numbers side by side, as FP32."""
+    return torch.stack([number.float() for number in numbers], dim=-1)

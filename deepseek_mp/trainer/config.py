@@ -52,6 +52,7 @@ class TrainerConfig:
     max_skipped_steps: int = 25
     checkpoint_every: int | None = None
     monitor_every: int = 500
+    statistics_every: int | None = 50
 
     def __post_init__(self) -> None:
         self._check_mode()
@@ -71,8 +72,9 @@ class TrainerConfig:
         for name in ("max_skipped_steps", "monitor_every"):
             if not _is_count(getattr(self, name)):
                 raise _refuse(name, getattr(self, name), "a whole number from 1")
-        if self.checkpoint_every is not None and not _is_count(self.checkpoint_every):
-            raise _refuse("checkpoint_every", self.checkpoint_every, "None or a whole number of steps from 1")
+        for name in ("checkpoint_every", "statistics_every"):
+            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
+                raise _refuse(name, getattr(self, name), "None or a whole number of steps from 1")
 
     def _check_mode(self) -> None:
         mode = self.precision_mode

@@ -78,7 +78,7 @@ class Fitting:
             entry |= {f"val_{name}": value for name, value in means.items()}
         if isinstance(trainer.scheduler, ReduceLROnPlateau):
             trainer.scheduler.step(entry.get("val_loss", entry["loss"]))
-        trainer.recorder.epoch(entry)
+        trainer.recorder.epoch(entry, last=trainer.position.epoch >= self.epochs or self._reached())
         for callback in trainer.callbacks:
             callback.on_epoch_end(trainer, entry["epoch"], entry)
         self._save()

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from deepseek_mp import backends
 from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale, make_policy
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.monitor import PrecisionMonitor
+from deepseek_mp.monitor import PrecisionMonitor, Sampling
 from deepseek_mp.nn import apply
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
@@ -89,6 +89,7 @@ class MixedPrecisionTrainer:
         max_skipped_steps: skipped steps in a row after which training stops with `NonFiniteError`.
         checkpoint_every: applied or skipped steps between checkpoints; None: once per epoch.
         monitor_every: steps between two that `monitor` counts.
+        statistics_every: calls of the model between two on which `monitor` measures a few layers; None: never.
         progress: show a progress bar; None: only on a terminal.
 
     Raises:
@@ -118,6 +119,7 @@ class MixedPrecisionTrainer:
         max_skipped_steps: int = 25,
         checkpoint_every: int | None = None,
         monitor_every: int = 500,
+        statistics_every: int | None = 50,
         progress: bool | None = None,
     ) -> None:
         check_single_process()
@@ -135,6 +137,7 @@ class MixedPrecisionTrainer:
             max_skipped_steps=max_skipped_steps,
             checkpoint_every=checkpoint_every,
             monitor_every=monitor_every,
+            statistics_every=statistics_every,
         )
         self._policy = make_policy(loss_scale_policy)
         self._unused_policy = deepcopy(self._policy)  # for when fp16 comes in again
@@ -153,7 +156,8 @@ class MixedPrecisionTrainer:
             model.to(self.device)
             self.optimizer = make_optimizer(optimizer, model)
             self.scheduler = make_scheduler(scheduler, self.optimizer)
-        self.monitor = PrecisionMonitor(model, sample_every=None)
+        sampling = None if statistics_every is None else Sampling(every=statistics_every)
+        self.monitor = PrecisionMonitor(model, self.optimizer, sample_every=None, sampling=sampling)
         self.ema = None if ema_decay is None else WeightAverage(model, ema_decay)
         self.scaler = make_scaler(self._policy, None, self.capabilities, self.device)
         self.position = LoaderPosition(self.device)

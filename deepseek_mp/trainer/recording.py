@@ -16,6 +16,7 @@ import torch
 
 from deepseek_mp import backends
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.monitor.layer_statistics import SAMPLED
 from deepseek_mp.nn import Saturated
 from deepseek_mp.nn.delayed import HISTORY
 from deepseek_mp.precision import OPERANDS, Decision, PrecisionPlan, Reason
@@ -53,6 +54,8 @@ class Recorder:
         """A plan in force that is not written down yet."""
         self._last = time.monotonic()
         self._joules: float | None = None
+        self._alarms = 0
+        """Alarms of the monitor that are written down."""
         self.sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         """Totals of the epoch so far; part of a checkpoint, since its summary must not depend on a resume."""
 
@@ -132,6 +135,8 @@ class Recorder:
             flop_utilisation=self._utilisation(window, seconds),
             **({"reason": facts.reason, "first_bad_module": facts.first_bad_module} if not applied else {}),
             **self._counters(),
+            **self._alarmed(),
+            **(self._statistics() if not self._trainer.steps_attempted % self._trainer.config.monitor_every else {}),
         )
 
     def decided(self, decisions: Sequence[Decision]) -> None:
@@ -142,6 +147,19 @@ class Recorder:
         if out is not None:
             for decision in decisions:
                 out.decision({"step": self._trainer.steps_attempted, **decision.to_json()})
+
+    def _alarmed(self) -> dict[str, Any]:
+        """The alarms that are new, if there are any."""
+        monitor, written = self._trainer.monitor, self._alarms
+        self._alarms = monitor.alarms_raised
+        new = monitor.alarms_since(written)
+        return {"alarms": [alarm.to_json() for alarm in new]} if new else {}
+
+    def _statistics(self) -> dict[str, Any]:
+        """What the monitor knows of layers, as far as it has arrived on the host."""
+        layers = self._trainer.monitor.statistics(wait=False).items()
+        known = {name: layer.to_json() for name, layer in layers if layer.status == SAMPLED}
+        return {"statistics": known} if known else {}
 
     def _saturated(self, found: Saturated) -> Decision:
         """What became of a tensor that outgrew its scale; it is said once aloud."""
@@ -192,12 +210,13 @@ class Recorder:
             "samples_per_second": self.sums["samples"] / seconds if seconds else None,
         }
 
-    def epoch(self, entry: dict[str, Any]) -> None:
-        """An epoch and its validation are done."""
+    def epoch(self, entry: dict[str, Any], *, last: bool) -> None:
+        """An epoch and its validation are done; `last`: it ends the fit."""
         log.info("epoch %s", {key: round(v, 6) if isinstance(v, float) else v for key, v in entry.items()})
         out = self._out(done=self._trainer.steps_attempted)
         if out is not None:
-            out.metrics(step=self._trainer.steps_attempted, status="epoch", **entry)
+            more = {**self._alarmed(), **self._statistics()} if last else {}
+            out.metrics(step=self._trainer.steps_attempted, status="epoch", **entry, **more)
 
 
 def _usable(run_dir: str | os.PathLike[str]) -> Path:

@@ -9,14 +9,14 @@ in forward or in backward; modules that merely pass a NaN on are not named.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepseek_mp.nn.nested import numbers, tensors
 from deepseek_mp.trainer.rng import rng_state, set_rng, set_rng_state
 from deepseek_mp.trainer.window import MicroBatch
 
@@ -64,33 +64,12 @@ def find_first_bad_module(
     return None
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        yield from _tensors(list(tree.values()))
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from _tensors(item)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        yield from _tensors([getattr(tree, field.name) for field in fields(tree)])
-
-
-def _numbers(tree: Any) -> Iterator[Tensor]:
-    """The numbers that can be non-finite, as dense tensors; of sparse tensors their values."""
-    for tensor in _tensors(tree):
-        if tensor.is_floating_point() or tensor.is_complex():
-            summed = tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
-            yield summed if summed.layout == torch.strided else summed.values()
-
-
 def _bad(tree: Any) -> bool:
-    return any(not bool(torch.isfinite(numbers).all()) for numbers in _numbers(tree))
+    return any(not bool(torch.isfinite(part).all()) for part in numbers(tree))
 
 
 def _has_nan(tree: Any) -> bool:
-    return any(bool(torch.isnan(numbers).any()) for numbers in _numbers(tree))
+    return any(bool(torch.isnan(part).any()) for part in numbers(tree))
 
 
 class _Watch:
@@ -142,7 +121,7 @@ class _Watch:
 
     def _forward_hook(self, name: str) -> Callable[..., None]:
         def check(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(output))
+            inputs, outputs = list(tensors((args, kwargs))), list(tensors(output))
             if _bad(outputs):
                 shown = name or type(module).__name__
                 self._output_bad = self._output_bad or name == ""

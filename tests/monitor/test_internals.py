@@ -17,6 +17,7 @@ def test_this_pytorch_has_them_all() -> None:
     assert internals.REGIONS
     assert internals.OPEN_ENDED
     assert internals.OP_LISTS
+    assert internals.FUNC
 
 
 def test_without_node_numbers_the_backward_has_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +94,36 @@ def test_a_traced_model_runs_nothing() -> None:
         usage = monitor.log_precision_usage()
     assert usage.counts == ()
     assert usage.sampled_steps == 0
+
+
+def test_transforms_of_torch_func_are_noticed() -> None:
+    seen: list[bool] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(internals.is_transformed())
+        return x.sum()
+
+    function(torch.ones(2))
+    torch.func.vmap(function)(torch.ones(2, 2))
+    torch.func.grad(function)(torch.ones(2))
+    assert seen == [False, True, True]
+    assert not internals.is_transformed()
+
+
+def test_a_recorded_graph_is_noticed_where_the_accelerator_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        captures = True
+
+        @classmethod
+        def is_current_stream_capturing(cls) -> bool:
+            return cls.captures
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Device)
+    assert internals.is_captured()
+    Device.captures = False
+    assert not internals.is_captured()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: object)  # Apple GPUs have none
+    assert not internals.is_captured()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    assert not internals.is_captured()

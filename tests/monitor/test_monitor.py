@@ -16,7 +16,7 @@ from torch.optim import optimizer as optimizers
 
 from deepseek_mp.backends import autocast
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.monitor import PrecisionMonitor
+from deepseek_mp.monitor import PrecisionMonitor, Sampling
 from deepseek_mp.monitor.counts import Count
 from deepseek_mp.nn import apply
 from deepseek_mp.precision import PrecisionPlan, Reason
@@ -224,6 +224,55 @@ def test_wrong_arguments(every: Any) -> None:
         PrecisionMonitor(nn.Linear(1, 1), sample_every=every)
     with pytest.raises(ConfigError, match=r"Allowed: a torch\.nn\.Module"):
         PrecisionMonitor([nn.Linear(1, 1)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [("optimizer", [], "Optimizer"), ("sampling", 20, "Sampling"), ("limits", None, "Limits")],
+)
+def test_wrong_kinds_of_arguments(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is a .*Allowed: .*{allowed}"):
+        PrecisionMonitor(nn.Linear(1, 1), **{name: value})
+
+
+def test_a_report_has_the_statistics_and_the_alarms_since_the_last_one() -> None:
+    model, inputs, target = mlp()
+    with PrecisionMonitor(model, sampling=Sampling(every=1, units=2)) as monitor:
+        step(model, inputs, target).backward()
+        first = monitor.log_precision_usage()
+        step(model, inputs * float("inf"), target).backward()
+        with torch.no_grad():
+            model[0].weight.fill_(float("nan"))
+        step(model, inputs, target).backward()
+        second = monitor.log_precision_usage()
+        third = monitor.log_precision_usage()
+    assert {layer.status for layer in first.statistics.values()} == {"sampled"}
+    assert first.alarms == third.alarms == ()
+    assert [(alarm.layer, alarm.kind) for alarm in second.alarms] == [("0", "non_finite")]
+    assert monitor.alarms == second.alarms
+    assert monitor.alarms_raised == 1
+    assert second.statistics["0"].non_finite["weight"] == 96
+    assert second.statistics["0"].produced == {"forward": 1, "backward": 0}
+
+
+def test_without_sampling_there_are_neither() -> None:
+    model, inputs, target = mlp()
+    with PrecisionMonitor(model, sampling=None) as monitor:
+        step(model, inputs, target).backward()
+        usage = monitor.log_precision_usage()
+    assert usage.statistics == {}
+    assert monitor.alarms == monitor.alarms_since(0) == ()
+    assert monitor.alarms_raised == 0
+
+
+def test_statistics_that_are_not_waited_for() -> None:
+    model, inputs, target = mlp()
+    with PrecisionMonitor(model, sampling=Sampling(every=1)) as monitor:
+        step(model, inputs, target).backward()
+        assert monitor.statistics(wait=False)["0"].status == "not sampled yet"  # the step has not ended
+        step(model, inputs, target).backward()
+        assert monitor.statistics(wait=False)["0"].tensors["weight"].samples == 1
+        assert monitor.statistics()["0"].tensors["weight"].samples == 2
 
 
 def test_sample_refuses_to_nest_and_to_run_after_close() -> None:

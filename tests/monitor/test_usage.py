@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
-from deepseek_mp.monitor import Count, Fallback, OpCount, Usage, render
+from deepseek_mp.monitor import Alarm, Count, Fallback, LayerStatistics, OpCount, TensorStatistics, Usage, Value, render
 from deepseek_mp.precision import Reason
 
 
@@ -93,6 +94,33 @@ note: something to know"""
 
 def test_the_table() -> None:
     assert str(USAGE) == render(USAGE) == TABLE
+
+
+ALARM = Alarm(step=7, layer="body", tensor="input", kind="underflow", value=0.1, limit=0.005)
+LAYER = LayerStatistics(
+    layer="body",
+    status="sampled",
+    recipe="bf16",
+    tensors={
+        "weight": TensorStatistics(
+            samples=1,
+            spread={"amax": Value(1.0, 1.0), "kurtosis": Value(3.0, 3.0)},
+            errors={"in_use": {"by_row": Value(1e-6, 2e-6)}},
+        )
+    },
+)
+
+
+def test_statistics_and_alarms_are_part_of_a_report() -> None:
+    usage = replace(USAGE, statistics={"body": LAYER}, alarms=(ALARM,))
+    data = json.loads(json.dumps(usage.to_json()))
+    assert data["statistics"] == {"body": LAYER.to_json()}
+    assert data["alarms"] == [ALARM.to_json()]
+    text = str(usage)
+    before, _, after = text.partition("\n\nstatistics  recipe")
+    assert before + "\n\nnote: something to know" == TABLE
+    assert "body        bf16" in after
+    assert after.endswith("\n\nalarm: body, input: underflow 0.1, limit 0.005 (step 7)\n\nnote: something to know")
 
 
 def test_many_layers_are_cut_and_said_so() -> None:

@@ -21,7 +21,7 @@ from deepseek_mp import PrecisionPlan, autocast, convert
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import functional
 from deepseek_mp.nn.functional import Products, Scaling, UnitScaling, low_precision_linear
-from deepseek_mp.nn.lazy import Lazy, Made, lazy
+from deepseek_mp.nn.lazy import Lazy, Made, lazy, peeked
 from deepseek_mp.ops.sources import compute
 from deepseek_mp.precision import RECIPES
 from deepseek_mp.precision.recipe import Rounding
@@ -292,6 +292,23 @@ def test_values_are_computed_once_and_as_the_operation_computes_them() -> None:
     assert torch.equal(y * 1, F.silu(x))
     assert y.promise.values is first
     assert y.promise.made_of() is None
+
+
+def test_a_peek_sees_the_values_and_leaves_no_trace() -> None:
+    gate, up = lazy(torch.randn(4, 8)), lazy(torch.randn(4, 8))
+    expected = F.silu(gate.promise.keep()) * up.promise.keep()
+    made = F.silu(gate) * up
+    assert isinstance(made, Lazy)
+    for _ in range(2):
+        seen = peeked(made)
+        assert type(seen) is Tensor
+        assert torch.equal(seen, expected)
+        assert made.promise.values is None
+        assert made.promise.made_of() is not None  # a cast can still compute it
+    plain = torch.ones(2, requires_grad=True)
+    assert not peeked(plain).requires_grad
+    assert peeked(plain).data_ptr() == plain.data_ptr()
+    assert torch.equal(peeked(gate), gate)
 
 
 def test_hooks_on_modules_and_tensors(plainly: Any) -> None:

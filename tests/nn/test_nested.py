@@ -1,10 +1,11 @@
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import pytest
 import torch
 
-from deepseek_mp.nn.nested import first_tensor, map_leaves
+from deepseek_mp.nn.nested import first_tensor, map_leaves, numbers, tensors
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -54,3 +55,25 @@ def test_first_tensor_is_the_first_in_order() -> None:
     a, b = torch.zeros(1), torch.ones(1)
     assert first_tensor(({"x": [None, a]}, b)) is a
     assert first_tensor((1, "x", [])) is None
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+    name: str = "output"
+
+
+def test_tensors_of_every_container_in_order() -> None:
+    one, two, three, four = (torch.tensor(float(n)) for n in range(4))
+    tree = {"a": [one, 5, None], "b": Output(two, (three,)), "c": (four,)}
+    assert [float(tensor) for tensor in tensors(tree)] == [0, 1, 2, 3]
+    assert not list(tensors(Output))  # the class, not an object of it
+
+
+def test_numbers_are_dense_and_can_be_non_finite() -> None:
+    sparse = torch.sparse_coo_tensor([[1, 1]], [1.0, 2.0], (3,))
+    found = list(numbers([torch.tensor(1), sparse, torch.ones(2, dtype=torch.complex64), torch.ones(1)]))
+    assert [tensor.dtype for tensor in found] == [torch.float32, torch.complex64, torch.float32]
+    assert found[0].tolist() == [3.0]  # entries of one place are added up
+    assert next(numbers(torch.eye(2).to_sparse_csr())).tolist() == [1.0, 1.0]

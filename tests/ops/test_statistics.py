@@ -52,6 +52,13 @@ def test_what_overflows_is_counted_and_spoils_nothing_else():
     assert found["bias"] == 0
 
 
+def test_several_ways_of_rounding_at_once_are_each_of_them():
+    x = torch.randn(32, 16) * 10.0 ** torch.randint(-9, 6, (32, 16))
+    x[3, 4] = float("inf")
+    ways = torch.stack([x.bfloat16().float(), x.half().float(), torch.zeros_like(x)])
+    assert torch.equal(rounding_error(x, ways), torch.stack([rounding_error(x, way) for way in ways]))
+
+
 @pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.zeros(0, 4), torch.full((2, 2), float("nan"))])
 def test_nothing_to_say_is_zero(x):
     assert not rounding_error(x, x).any()

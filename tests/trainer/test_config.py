@@ -25,6 +25,7 @@ GOOD = [
     {"seed": 2**64 - 1},
     {"seed": np.int64(3)},
     {"checkpoint_every": 1},
+    {"statistics_every": None},
 ]
 BAD = [
     ({"precision_mode": "bf61"}, r"precision_mode='bf61'\. Allowed: 'auto', 'fp32', .*PrecisionPlan.* mean 'bf16'"),
@@ -54,6 +55,7 @@ BAD = [
     ({"max_skipped_steps": 0}, "max_skipped_steps=0"),
     ({"monitor_every": 0}, "monitor_every=0"),
     ({"checkpoint_every": 0}, "checkpoint_every=0.*None or a whole number of steps from 1"),
+    ({"statistics_every": 0}, "statistics_every=0.*None or a whole number of steps from 1"),
 ]
 
 

@@ -177,6 +177,51 @@ def test_flop_utilisation_is_told_where_the_peak_is_known(tmp_path):
         assert line["flop_utilisation"] == pytest.approx(work / (line["seconds"] * 1e12))
 
 
+def test_statistics_are_written_every_so_often_and_at_the_end_of_a_fit(tmp_path):
+    make(run_dir=tmp_path, monitor_every=3, statistics_every=2).fit(batches(4), 2)
+    run = read_run(tmp_path)
+    with_statistics = [(line["step"], line["status"]) for line in run.metrics if "statistics" in line]
+    assert with_statistics == [(3, "applied"), (6, "applied"), (8, "epoch")]
+    layer = run.metrics[-1]["statistics"]["0"]
+    assert layer["recipe"] == "fp32"
+    assert layer["updates"] >= 4  # on every second of eight steps, and where operations were counted
+    assert layer["tensors"]["input"]["errors"]["fp8_e4m3"]["relative"]["mean"] > 0
+    assert not any("alarms" in line for line in run.metrics)
+
+
+def test_without_sampling_there_are_no_statistics(tmp_path):
+    trainer = make(run_dir=tmp_path, monitor_every=1, statistics_every=None)
+    trainer.fit(batches(2))
+    assert not any("statistics" in line for line in read_run(tmp_path).metrics)
+    assert trainer.monitor.statistics() == {}
+
+
+class Fails(nn.Module):
+    """Makes NaN of finite numbers in some of its calls."""
+
+    def __init__(self, *bad):
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return x * math.nan if self.calls in self.bad else x
+
+
+def test_alarms_are_written_with_the_step_after(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), Fails(2, 3, 4, 5), nn.Linear(8, 2))  # two steps, each of which is run again
+    options = {"device": "cpu", "run_dir": tmp_path, "statistics_every": 1}
+    trainer = MixedPrecisionTrainer(model, "fp32", loss_fn=lambda y, t: y.sum(), **options)
+    trainer.fit(batches(6))
+    lines = steps(read_run(tmp_path))
+    alarms = {line["step"]: line["alarms"] for line in lines if "alarms" in line}
+    assert [alarm["kind"] for found in alarms.values() for alarm in found] == ["non_finite"]
+    (step, (alarm,)) = next(iter(alarms.items()))
+    assert (alarm["layer"], alarm["tensor"]) == ("1", "output")
+    assert alarm["step"] < step
+    assert len(trainer.monitor.alarms) == 1
+
+
 class Peak:
     """Capabilities with a peak of one TFLOP/s in fp32."""
 

@@ -1,0 +1,28 @@
+"""Marks the monitor's own operations on a thread, so that they are not counted as the model's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_here = threading.local()
+
+
+@contextmanager
+def own_work() -> Iterator[None]:
+    """Context for what the monitor computes itself: without gradients, and not counted."""
+    before = is_own_work()
+    _here.on = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _here.on = before
+
+
+def is_own_work() -> bool:
+    """Whether this thread is inside `own_work`."""
+    return getattr(_here, "on", False)

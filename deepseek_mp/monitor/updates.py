@@ -1,0 +1,149 @@
+"""What an optimizer step does to a weight, from hooks around it: how large it is, and what of it BF16 would lose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from deepseek_mp.monitor.own_work import own_work
+from deepseek_mp.monitor.store import UPDATE, Store
+from deepseek_mp.monitor.subjects import Choice, Subject, outputs_first, weight_rows
+from deepseek_mp.ops.gradients import l2_norm
+
+UPDATE_FIELDS = ("ratio", "lost", "edq", "grad_norm", "spike", "rms")
+"""What is known of an update, with w the weight, dw what the step adds to it and g the gradient that the optimizer is
+given, clipped if it was. All but the norm are over the sampled rows.
+
+ratio      |dw| / |w|
+lost       share of dw other than zero that leaves the weight as it is if that is stored in BF16: of w' = bf16(w) it is
+           bf16(w' + dw) = w'. Of a weight that is stored in 16 bits already: share of g other than zero where dw = 0
+edq        <dw_eff, dw> / |dw|^2 with dw_eff = bf16(w' + dw) - w': 1 if nothing is lost ("Collage", arXiv 2405.03637).
+           Not known of a weight that is stored in 16 bits already
+grad_norm  |g|, of the whole gradient
+spike      |g| over its exponential mean before this step
+rms        sqrt(mean(g^2 / max(v, eps^2))) with Adam's second moment v, without its bias, after this step
+           ("Stable and low-precision training", arXiv 2304.13013): above 1 if the gradient has outgrown it
+"""
+GRAD_NORM = UPDATE_FIELDS.index("grad_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """One weight as the optimizer found it."""
+
+    subject: Subject
+    rows: range
+    weight: Tensor
+    gradient: Tensor
+    norm: Tensor
+
+
+class UpdateWatch:
+    """Looks at the next step of an optimizer, once."""
+
+    def __init__(
+        self, optimizer: Optimizer, subjects: Sequence[Subject], store: Store, choice: Choice, done: Callable[[], None]
+    ) -> None:
+        self.is_done = False
+        self._optimizer, self._subjects, self._store, self._choice = optimizer, subjects, store, choice
+        self._done = done
+        self._before: list[_Before] = []
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._look),
+            optimizer.register_step_post_hook(self._compare),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks away; not from inside of them, since PyTorch goes through them then."""
+        self.is_done = True
+        self._before = []
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _look(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.is_done:
+            return
+        divisor = getattr(optimizer, "grad_scale", None)  # what a fused kernel will divide the gradients by
+        with own_work():
+            for subject in self._subjects:
+                gradient = subject.weight.grad
+                if gradient is None or gradient.layout != torch.strided or not gradient.numel():
+                    continue
+                norm = l2_norm([gradient]).float()
+                rows = self._choice.of(outputs_first(subject.weight, subject).shape[0])
+                part = weight_rows(gradient, subject, rows, 1).float()
+                if divisor is not None:
+                    norm, part = norm / divisor, part / divisor
+                weight = weight_rows(subject.weight, subject, rows, 1)
+                self._before.append(_Before(subject=subject, rows=rows, weight=weight, gradient=part, norm=norm))
+
+    def _compare(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.is_done:
+            return
+        with own_work():
+            for before in self._before:
+                self._add(optimizer, before)
+        self._before = []
+        self.is_done = True
+        self._done()
+
+    def _add(self, optimizer: Optimizer, before: _Before) -> None:
+        subject = before.subject
+        weight, after = before.weight.float(), weight_rows(subject.weight, subject, before.rows, 1).float()
+        change = after - weight
+        size = _norm(change)
+        usual = self._store.corrected(subject.index, UPDATE, GRAD_NORM)
+        norm = before.norm.to(usual.device, non_blocking=True)
+        line = [
+            _quotient(size, _norm(weight)),
+            *_lost(before, weight, change),
+            before.norm,
+            torch.where(usual > 0, _quotient(norm, usual), 1.0),
+            _rms(optimizer, before),
+        ]
+        block = torch.stack([value.to(weight.device, non_blocking=True) for value in line])[None]
+        # A step that was skipped on the device, or had a rate of zero, says nothing.
+        self._store.add(subject.index, UPDATE, block, valid=before.norm.isfinite() & (size > 0))
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm
+
+
+def _quotient(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, 0 where whole is 0: an infinity would stay in a mean for good."""
+    return torch.where(whole > 0, part / whole, 0.0)
+
+
+def _lost(before: _Before, weight: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """`lost` and `edq`."""
+    if before.weight.dtype.itemsize < torch.float32.itemsize:
+        asked = before.gradient != 0
+        unknown = torch.full((), float("nan"), device=weight.device)
+        return (asked & (change == 0)).sum() / asked.sum(), unknown
+    stored = weight.bfloat16().float()
+    kept = (stored + change).bfloat16().float() - stored
+    moved = change != 0
+    return (moved & (kept == 0)).sum() / moved.sum(), (kept * change).sum() / change.square().sum()
+
+
+def _rms(optimizer: Optimizer, before: _Before) -> Tensor:
+    """The gradient over its second moment; NaN if the optimizer keeps none."""
+    weight = before.subject.weight
+    moment = optimizer.state.get(weight, {}).get("exp_avg_sq")
+    if moment is None or moment.shape != weight.shape:
+        return torch.full((), float("nan"), device=before.norm.device)
+    second = weight_rows(moment, before.subject, before.rows, 1).float()
+    group = next(group for group in optimizer.param_groups if any(p is weight for p in group["params"]))
+    step = optimizer.state[weight].get("step")
+    if step is not None and "betas" in group:
+        second = second / (1 - group["betas"][1] ** step)
+    return (before.gradient.square() / second.clamp_min(group.get("eps", 1e-8) ** 2)).mean().sqrt()

@@ -1,0 +1,219 @@
+"""Which module made the first infinity or NaN, forward or backward, and who only passed it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.monitor.module_calls import ModuleCalls
+from deepseek_mp.monitor.nonfinite import NonFiniteWatch
+from deepseek_mp.monitor.store import PHASES, SEEN, Layout, Store
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Times(nn.Module):
+    """Multiplies the activation and, on the way back, the gradient."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+            ctx.factor = backward
+            return x * forward
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+            return grad * ctx.factor, None, None
+
+    def __init__(self, forward: float = 1.0, backward: float = 1.0) -> None:
+        super().__init__()
+        self.factors = forward, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Function.apply(x, *self.factors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Seen:
+    """What a watch of all modules found in one step."""
+
+    def __init__(
+        self, model: nn.Module, x: Any, *, loss: Callable[[Any], Tensor] = torch.sum, only: list[str] | None = None
+    ) -> None:
+        places = {module: place for place, module in enumerate(model.modules())}
+        self.names = [name for name, _ in model.named_modules()]
+        self.store = Store(Layout(units=0, ways=1, modules=len(places)), torch.device("cpu"), 0.5)
+        watched = {m: p for m, p in places.items() if only is None or self.names[p] in only}
+        watch = NonFiniteWatch(self.store, watched, 7)
+        ModuleCalls(model, (watch.looks(), {model: watch.look_at_root}))
+        loss(model(x)).backward()
+        watch.close()
+        watch.close()  # does nothing
+
+    @property
+    def origin(self) -> tuple[str, str] | None:
+        step, place, phase = (int(number) for number in self.store.parts.origin[1].tolist())
+        assert torch.equal(self.store.parts.origin[0], self.store.parts.origin[1])
+        return None if step < 0 else (self.names[place], PHASES[phase])
+
+    def bad(self, name: str) -> dict[str, int]:
+        return dict(zip(SEEN, map(int, self.store.parts.bad[self.names.index(name)].tolist()), strict=True))
+
+    def produced(self, name: str) -> list[float]:
+        return self.store.parts.produced[self.names.index(name)].tolist()
+
+
+X = torch.ones(4, 3)
+
+
+def chain(*middle: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 3), *middle, nn.Linear(3, 2))
+
+
+def test_a_finite_step_has_no_producer() -> None:
+    seen = Seen(chain(nn.Tanh(), nn.LayerNorm(3)), X)
+    assert seen.origin is None
+    assert not seen.store.parts.bad.any()
+    assert not seen.store.parts.produced.any()
+
+
+@pytest.mark.parametrize("factor", [NAN, INF])
+def test_the_producer_of_the_forward_and_not_those_that_pass_it_on(factor: float) -> None:
+    seen = Seen(chain(nn.Tanh(), Times(factor), nn.LeakyReLU(), nn.LayerNorm(3)), X)
+    assert seen.origin == ("2", "forward")
+    assert seen.produced("2") == [1, 0]
+    assert seen.store.parts.produced.sum() == 1  # not the modules around it either
+    assert seen.bad("2")["input"] == 0
+    assert seen.bad("2")["output"] == 12 == seen.bad("4")["input"]
+
+
+def test_the_producer_of_the_backward_and_not_those_below() -> None:
+    seen = Seen(chain(nn.Tanh(), Times(1.0, INF), nn.ReLU(), nn.LayerNorm(3)), X)
+    assert seen.origin == ("2", "backward")
+    assert seen.bad("2")["grad_output"] == 0
+    assert seen.bad("1")["grad_output"] == 12 == seen.bad("0")["grad_output"]
+    assert seen.produced("2") == [0, 1]
+    assert seen.store.parts.produced.sum() == 1
+
+
+def test_a_module_inside_another_is_named_and_not_the_one_around_it() -> None:
+    seen = Seen(chain(nn.Sequential(nn.Tanh(), nn.Sequential(Times(NAN)))), X)
+    assert seen.origin == ("1.1.0", "forward")
+    seen = Seen(chain(nn.Sequential(nn.Tanh(), nn.Sequential(Times(1.0, NAN), nn.Tanh()))), X)
+    assert seen.origin == ("1.1.0", "backward")
+
+
+def test_a_module_s_own_computation_is_its_own_fault() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * INF  # type: ignore[no-any-return]
+
+    assert Seen(chain(Outer()), X).origin == ("1", "forward")
+
+
+def test_a_bad_weight_makes_a_producer_of_its_layer_whatever_comes_in() -> None:
+    model = chain(nn.Tanh())
+    with torch.no_grad():
+        model[2].weight[0, 0] = NAN
+    seen = Seen(model, X)
+    assert seen.origin == ("2", "forward")
+    assert seen.bad("2")["weight"] == 1
+
+
+def test_a_bad_batch_has_no_producer_but_is_counted() -> None:
+    seen = Seen(chain(nn.Tanh()), torch.tensor([[1.0, NAN, INF]] * 4))
+    assert seen.origin is None
+    assert seen.bad("0")["input"] == 8
+    assert seen.bad("0")["output"] == 12
+
+
+def test_infinities_that_are_meant_are_no_fault() -> None:
+    class Mask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.masked_fill(torch.tensor([True, False, False]), -INF)
+
+    seen = Seen(chain(Mask(), nn.Softmax(1)), X)
+    assert seen.origin is None
+    assert seen.bad("1")["output"] == 4
+    assert not seen.store.parts.produced.any()
+
+
+def test_a_bad_loss_gradient_counts_against_nobody() -> None:
+    seen = Seen(chain(nn.Tanh()), X, loss=lambda y: (y * INF).sum())
+    assert seen.origin is None
+    assert seen.bad("0")["grad_output"] == 12
+
+
+def test_arguments_by_name_and_nested_outputs_are_seen() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.times = Times(NAN)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"parts": (self.times(x=x), x)}
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.two = nn.Linear(3, 3), Two()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(self.two(x=self.first(input=x))["parts"])  # type: ignore[return-value]
+
+    seen = Seen(Around(), X)
+    assert seen.origin == ("two.times", "forward")
+    assert seen.bad("first")["input"] == 0
+    assert seen.bad("two")["output"] == 12
+
+
+def test_modules_that_are_not_watched_are_not_judged() -> None:
+    model = chain(nn.Tanh(), Times(NAN), nn.ReLU())
+    seen = Seen(model, X, only=["4"])
+    assert seen.origin is None
+    assert seen.bad("4")["input"] == 12
+    assert Seen(model, X, only=["2"]).origin == ("2", "forward")
+
+
+def test_a_tensor_is_counted_once_for_all_who_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[torch.Size] = []
+    original = Tensor.count_nonzero
+    monkeypatch.setattr(Tensor, "count_nonzero", lambda x: (counted.append(x.shape), original(x))[1])
+    Seen(nn.Sequential(nn.Sequential(nn.Tanh()), nn.Tanh()), torch.ones(2, 5, requires_grad=True))
+    forward, backward = counted[:3], counted[3:]
+    assert forward == [torch.Size([2, 5])] * 3  # the input, and what each of the two makes
+    assert len(backward) >= 3
+
+
+def test_a_tensor_that_was_written_to_is_counted_again() -> None:
+    class Spoils(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(NAN)
+
+    seen = Seen(chain(Times(), Spoils()), X)
+    assert seen.bad("1")["output"] == 0
+    assert seen.bad("2")["output"] == 12
+    assert seen.bad("3")["input"] == 12
+
+
+def test_the_first_ever_stays_and_the_latest_is_that_of_the_step() -> None:
+    model = chain(Times(NAN), Times())
+    places = {module: place for place, module in enumerate(model.modules())}
+    store = Store(Layout(units=0, ways=1, modules=len(places)), torch.device("cpu"), 0.5)
+    for step, factors in enumerate([(1.0, 1.0), (NAN, 1.0), (1.0, NAN), (1.0, 1.0)], 1):
+        model[1].factors, model[2].factors = (factors[0], 1.0), (factors[1], 1.0)
+        watch = NonFiniteWatch(store, places, step)
+        ModuleCalls(model, (watch.looks(), {model: watch.look_at_root}))
+        model(X).sum().backward()
+        watch.close()
+        latest = [[-1.0] * 3, [2.0, 2.0, 0.0], [3.0, 3.0, 0.0], [-1.0] * 3][step - 1]
+        assert store.parts.origin[1].tolist() == latest
+    assert store.parts.origin[0].tolist() == [2.0, 2.0, 0.0]
+    assert store.parts.produced[:, 0].tolist() == [0, 0, 1, 1, 0]
