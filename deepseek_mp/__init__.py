@@ -7,7 +7,15 @@ from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import convert, register_unit, revert
 from deepseek_mp.ops.cast import cast
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Rule
-from deepseek_mp.trainer import Callback, FitResult, MixedPrecisionTrainer, ProgressiveResult, StepResult, progressive
+from deepseek_mp.trainer import (
+    Callback,
+    FitResult,
+    MixedPrecisionTrainer,
+    ProgressiveResult,
+    StepResult,
+    WeightStorage,
+    progressive,
+)
 from deepseek_mp.version import __version__
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "Reason",
     "Rule",
     "StepResult",
+    "WeightStorage",
     "__version__",
     "autocast",
     "cast",

@@ -21,6 +21,8 @@ _LOWER = 0xFFFF
 """The bits of FP32 that BF16 has not."""
 _EACH = 8
 """Numbers of 16 bits in the four words of one counter."""
+_IN_CACHE = 1 << 16
+"""Counters that a CPU takes at once: its hundred passes over them are then not over main memory."""
 
 
 def random_bits(
@@ -50,8 +52,13 @@ def random_bits(
         for numbers in (steps, streams)
     )
     low, high = (torch.full((), seed >> shift & _MASK, dtype=torch.int64, device=device) for shift in (0, 32))
-    words = philox((block & _MASK, block >> 32, step & _MASK, stream & _MASK), (low, high))
-    halves = torch.stack(words, 1).to(torch.int32).view(torch.int16).to(torch.int32).bitwise_and_(_LOWER)
+    together = _IN_CACHE if block.device.type == "cpu" else max(block.numel(), 1)
+    pieces = zip(block.split(together), step.split(together), stream.split(together), strict=True)
+    words = torch.cat([
+        torch.stack(philox((b & _MASK, b >> 32, t & _MASK, s & _MASK), (low, high)), 1).to(torch.int32)
+        for b, t, s in pieces
+    ])  # fmt: skip
+    halves = words.view(torch.int16).to(torch.int32).bitwise_and_(_LOWER)
     return [part.flatten()[:size] for part, size in zip(halves.split(counts), sizes, strict=True)]
 
 

@@ -62,7 +62,7 @@ class StorageReason(StrEnum):
     READ_IN_FP32 = "read_in_fp32"
     """The layer multiplies its weight in a wider format than BF16."""
     NOT_MEASURED = "not_measured"
-    """The step did not change the weight, or not by finite numbers."""
+    """The step did not change the weight, or not by finite numbers: it stays as it is stored."""
     WAITING = "waiting"
     """A smaller format is good enough, but has not been for as many decisions in a row as the limits ask."""
 
@@ -218,7 +218,10 @@ def decide_storage(
         ConfigError: there is no policy of that name.
     """
     choose = find("policy", STORAGE_POLICIES, policy, ConfigError)
-    wanted, reason, detail = _kept(measured, limits) or choose(measured, limits)
+    choice = _kept(measured, limits)
+    if choice is None and _is_unknown(measured):
+        choice = state.format, StorageReason.NOT_MEASURED, "no finite update was seen"
+    wanted, reason, detail = choice or choose(measured, limits)
     now = _next(state, wanted, limits)
     if now.format is not wanted:
         detail = f"{wanted} would do ({now.in_a_row} of {limits.in_a_row} in a row): {detail}"
@@ -253,10 +256,13 @@ def _kept(measured: UpdateFate, limits: StorageLimits) -> Choice | None:
         return StorageFormat.FP32, StorageReason.KIND_KEPT, f"{measured.kind} parameters stay in fp32"
     if measured.read_as != "bf16":
         return StorageFormat.FP32, StorageReason.READ_IN_FP32, f"its layer runs in {measured.read_as}"
-    numbers = (measured.edq_sr, measured.edq_kahan, measured.psi, measured.ratio)
-    if not all(math.isfinite(number) for number in numbers):
-        return StorageFormat.FP32, StorageReason.NOT_MEASURED, "no finite update was seen"
     return None
+
+
+def _is_unknown(measured: UpdateFate) -> bool:
+    """Whether the step did not move the weight: a rate of zero, a gradient of zero, or one that is not finite."""
+    numbers = (measured.edq_sr, measured.edq_kahan, measured.psi, measured.ratio)
+    return not all(math.isfinite(number) for number in numbers)
 
 
 def _by_noise(measured: UpdateFate, limits: StorageLimits) -> Choice:
@@ -265,6 +271,8 @@ def _by_noise(measured: UpdateFate, limits: StorageLimits) -> Choice:
     if measured.psi < limits.psi and _whole(measured.edq_sr, limits):
         return StorageFormat.BF16_SR, StorageReason.NOISE_SMALL, noise
     if _whole(measured.edq_kahan, limits):
+        if measured.psi < limits.psi:  # few values, so that the noise of one step does not average out over them
+            noise = f"EDQ {measured.edq_sr:.3g} with stochastic rounding, further than {limits.edq_error:g} from 1"
         return StorageFormat.BF16_KAHAN, StorageReason.NOISE_LARGE, noise
     return _lost(measured, limits)
 

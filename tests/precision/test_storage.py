@@ -33,8 +33,6 @@ AT_ONCE = StorageLimits(in_a_row=1)
         (replace(GOOD, kind="norm"), FP32, "kind_kept"),
         (replace(GOOD, kind="embedding"), FP32, "kind_kept"),
         (replace(GOOD, read_as="fp32"), FP32, "read_in_fp32"),
-        (replace(GOOD, psi=math.nan), FP32, "not_measured"),
-        (replace(GOOD, edq_kahan=math.inf), FP32, "not_measured"),
     ],
 )
 def test_auto_takes_the_smallest_format_that_keeps_the_updates(fate, format, reason):
@@ -82,6 +80,14 @@ def test_the_most_exact_of_the_formats_that_were_good_enough_is_taken():
 def test_a_more_exact_format_is_taken_at_once():
     assert decide_all([NOISY], StorageState(format=SR)) == [KAHAN]
     assert decide_all([TINY, GOOD], StorageState(format=SR)) == [FP32, FP32]
+
+
+@pytest.mark.parametrize("unknown", [replace(GOOD, psi=math.nan), replace(GOOD, edq_kahan=math.inf)])
+def test_a_weight_that_did_not_move_stays_as_it_is_stored(unknown):
+    for format in StorageFormat:
+        decision = decide_storage("fc", unknown, StorageState(format=format))
+        assert (decision.new, decision.reason) == (format, StorageReason.NOT_MEASURED)
+    assert decide_all([GOOD, GOOD, unknown, GOOD]) == [FP32] * 4
 
 
 def test_waiting_says_what_would_do():
