@@ -15,6 +15,7 @@ from deepseek_mp.trainer import (
     MixedPrecisionTrainer,
     ProgressiveResult,
     StepResult,
+    WeightStorage,
     progressive,
 )
 from deepseek_mp.version import __version__
@@ -38,6 +39,7 @@ __all__ = [
     "Reason",
     "Rule",
     "StepResult",
+    "WeightStorage",
     "__version__",
     "autocast",
     "cast",

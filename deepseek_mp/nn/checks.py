@@ -18,6 +18,7 @@ from deepseek_mp.nn.unit import UNIT_FORMATS, multiplies, original_class
 from deepseek_mp.ops.choose import IMPLEMENTATIONS
 from deepseek_mp.ops.dtypes import format_of, torch_dtype
 from deepseek_mp.ops.layouts import alignment
+from deepseek_mp.ops.storage_marks import storage_of
 from deepseek_mp.precision import FORMATS, RECIPES, PrecisionPlan, Recipe, ScaleRule
 from deepseek_mp.precision.recipe import OperandRecipe
 from deepseek_mp.precision.scaling import TENSOR
@@ -137,7 +138,7 @@ def check_parameters(model: nn.Module, plan: PrecisionPlan, found: Survey) -> No
             if _stored_right(tensor, format, trained=trained):
                 continue
             path = f"{name}.{tensor_name}" if name else tensor_name
-            raise _wrong_storage(path, tensor.dtype, format)
+            raise _wrong_storage(path, tensor, format)
 
 
 def _stored(module: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Tensor, bool]]:
@@ -155,21 +156,26 @@ def _stored_right(tensor: Tensor, format: str | None, *, trained: bool) -> bool:
     """Whether the tensor's type is one that a unit of `format` (None: not a unit) can work with."""
     if not tensor.is_floating_point():
         return True
-    if tensor.dtype == torch.bfloat16 and not trained:
+    if tensor.dtype == torch.bfloat16 and (not trained or storage_of(tensor) is not None):
         return format in ("bf16", None)
     if format is None:
         return tensor.dtype not in _SIXTEEN_BITS
     return tensor.dtype is torch_dtype("fp64" if format == "fp64" else "fp32")
 
 
-def _wrong_storage(path: str, dtype: torch.dtype, format: str | None) -> PlanError:
+def _wrong_storage(path: str, tensor: Tensor, format: str | None) -> PlanError:
+    dtype = tensor.dtype
     runs = "" if format is None else f" and its unit runs in {format}"
     if dtype in _SIXTEEN_BITS:
+        stored = storage_of(tensor)
         return _refuse(
-            f"{path!r} is stored in {format_of(dtype)}{runs}",
+            f"{path!r} is stored in {format_of(dtype) if stored is None else stored}{runs}",
             "trained parameters and running statistics in fp32: they are the master weights, and small updates "
-            "are lost in 16 bits; frozen parameters also in bf16 where the unit runs in bf16",
-            "Call model.float() first; the plan casts what is multiplied",
+            "are lost in 16 bits; where the unit runs in bf16, also frozen parameters in bf16 and those that an "
+            "optimizer of deepseek_mp.optim stores in it",
+            "Call model.float() first; the plan casts what is multiplied"
+            if stored is None
+            else "Store it in fp32 first, which loses nothing: set_storage(optimizer, parameter, 'fp32')",
         )
     return _refuse(
         f"{path!r} is stored in {dtype}{runs}",

@@ -83,12 +83,12 @@ class WeightCasts:
 
     def _find(self, plan: PrecisionPlan | None) -> None:
         """Take up the units and their parameters, if those may have changed since they were last looked for."""
-        trained = [parameter.requires_grad for parameter in self._parameters]
+        trained = [_is_trained(parameter) for parameter in self._parameters]
         if self._found_for == (plan, trained) and not self._casts.outdated:
             return
         self._casts.outdated = False
         self._parameters = list(self._model.parameters())
-        self._found_for = plan, [parameter.requires_grad for parameter in self._parameters]
+        self._found_for = plan, [_is_trained(parameter) for parameter in self._parameters]
         places: dict[nn.Parameter, int] = {}
         self._units = []
         for unit in self._model.modules():

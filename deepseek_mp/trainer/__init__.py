@@ -6,6 +6,7 @@ from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.progressive import progressive
 from deepseek_mp.trainer.progressive_result import ProgressiveResult
 from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
+from deepseek_mp.trainer.storage import WeightStorage
 
 __all__ = [
     "AdaptivePrecision",
@@ -15,5 +16,6 @@ __all__ = [
     "ProgressiveResult",
     "StepFacts",
     "StepResult",
+    "WeightStorage",
     "progressive",
 ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from deepseek_mp.errors import CheckpointError, explain
 from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
-from deepseek_mp.trainer import state
+from deepseek_mp.trainer import saved_storage, state
 from deepseek_mp.trainer.checkpoint import Snapshot, newest_checkpoint, read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     tensors = snapshot.tensors
     saved = state.join_tensors(dict(snapshot.state), tensors["state"])
     _say_what_changes(trainer, saved["optimizer"])
+    saved_storage.adopt(trainer.optimizer, _formats(trainer, snapshot))
     stepper = trainer.adopt_plan(PrecisionPlan.from_json(saved["plan"]), saved["scaler"])
     state.load_model(trainer.model, tensors["model"], tensors["buffers"])
     state.load_optimizer(trainer.model, trainer.optimizer, tensors["optimizer"], saved["optimizer"])
@@ -117,11 +118,19 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     stepper.skipped_in_row = saved["counters"]["skipped_in_row"]
     trainer.history[:] = saved["history"]
     trainer.recorder.sums |= saved["epoch"]
+    saved_storage.widen(trainer.model, trainer.optimizer, trainer.plan)
     stepper.load_window(tensors["window"], saved["window"])
     trainer.position.load(tensors["rng"], saved["position"], open_batches=stepper.window.micro_batches)
     for callback, kept in zip(trainer.callbacks, saved["callbacks"], strict=True):
         if kept is not None:
             cast(Any, callback).load_state_dict(kept)
+
+
+def _formats(trainer: MixedPrecisionTrainer, snapshot: Snapshot) -> saved_storage.Formats:
+    """How the checkpoint's parameters are stored."""
+    names = state.parameter_names(trainer.model, trainer.optimizer)
+    saved: Mapping[str, Any] = snapshot.state["optimizer"]
+    return saved_storage.saved_formats(names, trainer.optimizer, snapshot.tensors["optimizer"], saved)
 
 
 def _say_what_changes(trainer: MixedPrecisionTrainer, saved: Mapping[str, Any]) -> None:
@@ -165,9 +174,13 @@ def _check(trainer: MixedPrecisionTrainer, snapshot: Snapshot, path: Path) -> No
     for part, keys, needed in (("state", saved, STATE_KEYS), ("tensors", snapshot.tensors, TENSOR_KEYS)):
         if missing := sorted(needed - keys.keys()):
             raise _refuse(path, f"has no {part} {missing}", "Use another checkpoint")
-    state.check_tensors(state.model_tensors(trainer.model), snapshot.tensors["model"])
+    formats = _formats(trainer, snapshot)
+    inside = dict(trainer.model.named_parameters(remove_duplicate=False))
+    model_tensors = saved_storage.as_saved(state.model_tensors(trainer.model), inside, formats)
+    state.check_tensors(model_tensors, snapshot.tensors["model"])
     state.check_optimizer(trainer.model, trainer.optimizer, snapshot.tensors["optimizer"], saved["optimizer"])
-    state.check_tensors(state.outside_parameters(trainer.model, trainer.optimizer), snapshot.tensors["outside"])
+    outside = state.outside_parameters(trainer.model, trainer.optimizer)
+    state.check_tensors(saved_storage.as_saved(outside, outside, formats), snapshot.tensors["outside"])
     here, there = type(trainer.scheduler).__name__, (saved["scheduler"] or {"type": "NoneType"})["type"]
     if here != there:
         had = "no scheduler" if there == "NoneType" else f"a {there} as its scheduler"

@@ -213,4 +213,5 @@ def gradients(model: nn.Module) -> Tensors:
 def load_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Put back the gradients of an open window."""
     for name, param in model.named_parameters():
-        param.grad = torch.empty_like(param).copy_(saved[name]) if name in saved else None
+        kept = saved.get(name)  # a BF16 weight may have an FP32 gradient
+        param.grad = None if kept is None else torch.empty_like(param, dtype=kept.dtype).copy_(kept)

@@ -18,9 +18,11 @@ from deepseek_mp.backends.base import FP8, SIXTEEN_BIT
 from deepseek_mp.backends.capabilities import Identity, resolve
 from deepseek_mp.errors import ConfigError, FormatError, PlanError
 from deepseek_mp.nn import apply, current_plan, units
+from deepseek_mp.ops.storage_marks import mark_storage
 from deepseek_mp.precision import FORMATS, Granularity, PrecisionPlan, Reason, Recipe, ScaleRule
 from deepseek_mp.precision.recipe import OperandRecipe, RoleRecipe
 from deepseek_mp.precision.recipes import RECIPES, uniform
+from deepseek_mp.precision.storage import StorageFormat
 
 
 def _model() -> nn.Sequential:
@@ -392,3 +394,15 @@ def test_scales_without_a_kernel_are_refused_or_labelled(row: str) -> None:
         apply(model, mixed, capabilities=_device(row))
     plan = apply(model, mixed, capabilities=_device(row), emulate=True)
     assert [decision.reason for decision in plan.decisions] == [Reason.EMULATED, Reason.OUTPUT_LAYER]
+
+
+def test_bf16_weights_that_an_optimizer_stores_are_taken_where_units_run_in_bf16(refused: Callable[..., None]) -> None:
+    model = _model().bfloat16()
+    for parameter in model.parameters():
+        mark_storage(parameter, StorageFormat.BF16_SR)
+    match = r"'2.weight' is stored in bf16_sr and its unit runs in fp32.*set_storage\(optimizer, parameter, 'fp32'\)"
+    refused(model, PrecisionPlan.of("bf16", {"2": "fp32"}), match)
+    refused(model, "fp32", "'0.weight' is stored in bf16_sr and its unit runs in fp32")
+    refused(_model().bfloat16(), "bf16", "'0.weight' is stored in bf16 and its unit runs in bf16.*master weights")
+    apply(model, "bf16")
+    assert current_plan(model) is not None

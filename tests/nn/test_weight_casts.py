@@ -409,3 +409,20 @@ def test_a_model_without_such_layers_is_lent_nothing() -> None:
     model = nn.Sequential(nn.LayerNorm(8))
     with lender(model)():
         gradients(model, torch.randn(5, 8))
+
+
+def test_a_weight_that_is_stored_in_bf16_meanwhile_needs_no_cast() -> None:
+    """The optimizer may change how it stores a weight between two steps of one plan."""
+    model, x = mlp(), torch.randn(4, 8)
+    lent = lender(model)
+    model[0].weight.data = model[0].weight.data.bfloat16().float()
+    expected = gradients(model, x)
+    with lent():
+        assert LENT in vars(model[0])
+    for dtype in (torch.bfloat16, torch.float32):
+        model.zero_grad()
+        model[0].weight.data = model[0].weight.data.to(dtype)
+        model[0].weight.grad_dtype = torch.float32
+        with lent():
+            assert (LENT in vars(model[0])) == (dtype is torch.float32)
+            assert same(gradients(model, x), expected)

@@ -1,0 +1,30 @@
+"""Which BF16 parameters are looked after: an optimizer that writes them without losing small updates says so here.
+
+A model whose trained weights are in BF16 loses small updates with any other optimizer, so nothing else in the package
+accepts such weights. The mark is on the parameter, and is not copied with it: a copy has no optimizer yet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.precision.storage import StorageFormat
+
+_MARK = "deepseek_mp_storage"
+
+
+def mark_storage(parameter: Tensor, format: StorageFormat) -> None:
+    """Say how the parameter is stored from now on."""
+    if format.is_bf16:
+        setattr(parameter, _MARK, format)
+    else:
+        parameter.__dict__.pop(_MARK, None)
+
+
+def storage_of(parameter: Tensor) -> StorageFormat | None:
+    """How the parameter is stored; None for a dtype that is no storage format, and for BF16 that nobody looks after."""
+    if parameter.dtype is torch.float32:
+        return StorageFormat.FP32
+    marked = parameter.__dict__.get(_MARK)
+    return marked if parameter.dtype is torch.bfloat16 and isinstance(marked, StorageFormat) else None

@@ -1,0 +1,112 @@
+"""AdamW for parameters in FP32 and in BF16: PyTorch's rule, in FP32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.optim.stored import Batch, StoredOptimizer
+
+
+class AdamW(StoredOptimizer):
+    """Decoupled weight decay ("Decoupled weight decay regularization", arXiv 1711.05101), as `torch.optim.AdamW`.
+
+    FP32 parameters get the numbers of PyTorch's `foreach` implementation. Moments are FP32 for BF16 parameters too.
+
+    Args:
+        params: parameters or groups.
+        lr: a number, or a tensor [].
+        betas: of both moments.
+        eps: added to the root of the second moment.
+        weight_decay: times the rate, taken off the weight.
+        storage: how parameters that are BF16 tensors are written: 'bf16_kahan' or 'bf16_sr'. FP32 ones are converted
+            by `set_storage`.
+        seed: of stochastic rounding.
+        foreach: False updates one parameter after another, with the same numbers and the least memory.
+
+    Raises:
+        ConfigError: an argument out of its range, or a parameter of another dtype than FP32, FP64 and BF16.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        storage: str = "bf16_kahan",
+        seed: int = 0,
+        foreach: bool = True,
+    ) -> None:
+        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"storage": storage, "seed": seed, "foreach": foreach})
+
+    def _new_state(self, parameter: Tensor, _group: Mapping[str, Any]) -> dict[str, Any]:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            lr = lr.item()
+        counts = batch.advance()
+        if counts is None or isinstance(lr, Tensor):
+            _on_device(group, batch, lr)
+        else:
+            _on_host(group, batch, lr, counts)
+
+
+def _moments(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    return [state["exp_avg"] for state in batch.states], [state["exp_avg_sq"] for state in batch.states]
+
+
+def _on_host(group: Mapping[str, Any], batch: Batch, lr: float, counts: Sequence[float]) -> None:
+    """The operations of PyTorch's implementation in its order, so that rounding agrees."""
+    beta1, beta2 = group["betas"]
+    first, second = _moments(batch)
+    if group["weight_decay"]:
+        torch._foreach_mul_(batch.values, 1 - lr * group["weight_decay"])
+    torch._foreach_lerp_(first, batch.grads, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, batch.grads, batch.grads, 1 - beta2)
+    below = list(torch._foreach_sqrt(second))
+    torch._foreach_div_(below, [(1 - beta2**count) ** 0.5 for count in counts])
+    torch._foreach_add_(below, group["eps"])
+    torch._foreach_addcdiv_(batch.values, first, below, [-(lr / (1 - beta1**count)) for count in counts])
+
+
+def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> None:
+    """The same with factors that are tensors; all of them are neutral where the step is skipped."""
+    beta1, beta2 = group["betas"]
+    first, second = _moments(batch)
+    # A step that is skipped may be the first one, whose correction is 1 - beta**0.
+    steps = torch._foreach_clamp_min([state["step"].to(batch.params[0].device) for state in batch.states], 1.0)
+    if group["weight_decay"]:
+        torch._foreach_mul_(batch.values, batch.factor(1 - lr * group["weight_decay"]))
+    torch._foreach_mul_(first, batch.factor(beta1))
+    torch._foreach_add_(first, batch.grads, alpha=1 - beta1)
+    torch._foreach_mul_(second, batch.factor(beta2))
+    torch._foreach_addcmul_(second, batch.grads, batch.grads, 1 - beta2)
+    below = list(torch._foreach_sqrt(second))
+    torch._foreach_div_(below, [(1 - beta2**step).sqrt() for step in steps])
+    torch._foreach_add_(below, group["eps"])
+    updates = torch._foreach_div(first, below)
+    torch._foreach_mul_(updates, [batch.amount(-lr / (1 - beta1**step)) for step in steps])
+    torch._foreach_add_(batch.values, updates)
+
+
+def _check(*, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ConfigError(explain(f"lr of shape {list(lr.shape)}", "a number or a tensor []", "Use groups for rates"))
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a positive number"))
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(explain(f"betas={betas!r}", "two numbers from 0 to below 1", "Pass for example (0.9, 0.999)"))

@@ -1,0 +1,91 @@
+"""SGD with momentum for parameters in FP32 and in BF16: PyTorch's rule, in FP32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.optim.stored import Batch, StoredOptimizer
+
+MOMENTUM = "momentum_buffer"
+
+
+class SGD(StoredOptimizer):
+    """Gradient descent with momentum, weight decay and Nesterov's look ahead, as `torch.optim.SGD`.
+
+    Args:
+        params: parameters or groups.
+        lr: a number, or a tensor [].
+        momentum: share of the last direction that stays; its buffer is FP32.
+        dampening: share of the gradient that does not enter the momentum, but in the first step.
+        weight_decay: times the weight, added to the gradient.
+        nesterov: needs momentum without dampening.
+        storage, seed, foreach: as in `AdamW`.
+
+    Raises:
+        ConfigError: an argument out of its range, or a parameter of another dtype than FP32, FP64 and BF16.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        nesterov: bool = False,
+        storage: str = "bf16_kahan",
+        seed: int = 0,
+        foreach: bool = True,
+    ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not isinstance(value, Tensor) and not value >= 0:
+                raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a positive number"))
+        if nesterov and (momentum <= 0 or dampening != 0):
+            passed = f"nesterov=True with momentum={momentum} and dampening={dampening}"
+            raise ConfigError(explain(passed, "momentum above 0 and dampening 0", "Set both, or leave nesterov out"))
+        rule = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        super().__init__(params, {**rule, "nesterov": nesterov, "storage": storage, "seed": seed, "foreach": foreach})
+
+    def _new_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        if not group["momentum"]:
+            return {}
+        return {MOMENTUM: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))}
+
+    def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
+        batch.advance()
+        grads: Sequence[Tensor] = batch.grads
+        if group["weight_decay"]:
+            grads = torch._foreach_add(batch.grads, batch.values, alpha=group["weight_decay"])
+        if group["momentum"]:
+            grads = _with_momentum(group, batch, list(grads))
+        rate = batch.amount(-group["lr"])
+        if isinstance(rate, Tensor) and rate.device.type != "cpu":
+            torch._foreach_add_(batch.values, torch._foreach_mul(list(grads), rate))
+        else:
+            torch._foreach_add_(batch.values, list(grads), alpha=float(rate))
+
+
+def _with_momentum(group: Mapping[str, Any], batch: Batch, grads: list[Tensor]) -> Sequence[Tensor]:
+    """Advance the buffers and give the direction to go."""
+    momentum, dampening = group["momentum"], group["dampening"]
+    buffers = [state[MOMENTUM] for state in batch.states]
+    entering = grads
+    if dampening:
+        shares = [_entering(state["step"], dampening) for state in batch.states]
+        entering = list(torch._foreach_mul(grads, shares))
+    torch._foreach_mul_(buffers, batch.factor(momentum))
+    torch._foreach_add_(buffers, entering)
+    return torch._foreach_add(grads, buffers, alpha=momentum) if group["nesterov"] else buffers
+
+
+def _entering(step: Tensor, dampening: float) -> Any:
+    """The share of the gradient that enters the buffer: all of it in the first step."""
+    if step.device.type == "cpu":
+        return 1.0 if step.item() <= 1 else 1 - dampening
+    return torch.where(step <= 1, 1.0, 1 - dampening)

@@ -1,0 +1,26 @@
+import copy
+
+import torch
+from torch import nn
+
+from deepseek_mp.ops.storage_marks import mark_storage, storage_of
+from deepseek_mp.precision.storage import StorageFormat
+
+
+def test_fp32_needs_no_mark_and_bf16_does():
+    assert storage_of(torch.ones(1)) is StorageFormat.FP32
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    assert storage_of(weight) is None
+    mark_storage(weight, StorageFormat.BF16_SR)
+    assert storage_of(weight) is StorageFormat.BF16_SR
+    mark_storage(weight, StorageFormat.FP32)
+    assert storage_of(weight) is None
+    assert storage_of(torch.ones(1, dtype=torch.float16)) is None
+
+
+def test_a_mark_does_not_outlive_the_dtype_nor_go_along_with_a_copy():
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    mark_storage(weight, StorageFormat.BF16_SR)
+    assert storage_of(copy.deepcopy(weight)) is None
+    weight.data = weight.data.half()
+    assert storage_of(weight) is None

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.optim import SGD
+
+CASES = [
+    {},
+    {"weight_decay": 0.1},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
+    {"momentum": 0.9, "nesterov": True},
+    {"lr": torch.tensor(0.05), "momentum": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("skippable", [False, True])
+def test_fp32_parameters_move_as_in_pytorch(net, train, options, skippable):
+    ours, theirs = net(), net()
+    optimizer = SGD(ours.parameters(), **{"lr": 0.1, **options})
+    if skippable:
+        optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
+    train(ours, optimizer)
+    train(theirs, torch.optim.SGD(theirs.parameters(), **{"lr": 0.1, **options}))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"momentum": -0.1}, "momentum=-0.1"),
+        ({"nesterov": True}, "nesterov=True with momentum=0.0"),
+    ],
+)
+def test_refuses_what_is_out_of_range(net, options, match):
+    with pytest.raises(ConfigError, match=match):
+        SGD(net().parameters(), **options)

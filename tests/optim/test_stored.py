@@ -1,0 +1,182 @@
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.controller import LossScaler
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.optim import SGD, AdamW, set_storage
+from deepseek_mp.precision.storage import StorageFormat
+
+BF16 = [format.value for format in StorageFormat if format.is_bf16]
+
+
+def everything(model, optimizer):
+    """All numbers of a training, for comparing bits."""
+    states = [optimizer.state[p] for p in model.parameters()]
+    return [p.detach().clone() for p in model.parameters()] + [
+        value.clone() for state in states for _, value in sorted(state.items()) if isinstance(value, torch.Tensor)
+    ]
+
+
+def same(first, second):
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("storage", BF16)
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_bf16_parameters_follow_fp32_ones(net, train, storage, kind):
+    """Small steps that rounding to nearest would lose all of."""
+    exact, stored = net(), net(torch.bfloat16)
+    exact.load_state_dict(stored.state_dict())
+    options = {"lr": 2e-5} if kind is AdamW else {"lr": 1e-4, "momentum": 0.9}
+    train(exact, kind(exact.parameters(), **options), 60)
+    train(stored, kind(stored.parameters(), storage=storage, **options), 60)
+    start = net(torch.bfloat16)
+    for a, b, first in zip(exact.parameters(), stored.parameters(), start.parameters(), strict=True):
+        moved, followed = a - first.float(), b.float() - first.float()
+        projection = ((moved * followed).sum() / moved.square().sum()).item()
+        assert projection == pytest.approx(1, abs=0.5 if b.numel() < 100 else 0.2), b.shape
+
+
+@pytest.mark.parametrize("storage", BF16)
+def test_one_by_one_is_as_all_together(net, train, storage):
+    models = net(torch.bfloat16), net(torch.bfloat16)
+    for model, foreach in zip(models, (False, True), strict=True):
+        train(model, AdamW(model.parameters(), storage=storage, foreach=foreach))
+    assert same(list(models[0].parameters()), list(models[1].parameters()))
+
+
+def test_the_seed_decides_how_values_are_rounded(net, train):
+    ends = []
+    for seed in (0, 0, 1):
+        model = net(torch.bfloat16)
+        train(model, AdamW(model.parameters(), storage="bf16_sr", seed=seed))
+        ends.append(list(model.parameters()))
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+
+
+def test_resume_has_the_same_bits(net, train):
+    """Of mixed storages, through the bytes of a file, into a model built in FP32."""
+
+    def build():
+        model = net()
+        return model, AdamW(model.parameters(), lr=1e-2, seed=3)
+
+    model, optimizer = build()
+    set_storage(optimizer, model[0].weight, "bf16_sr")
+    set_storage(optimizer, model[2].weight, "bf16_kahan")
+    train(model, optimizer, 7)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    train(model, optimizer, 7, start=7)
+    file.seek(0)
+    weights, state = torch.load(file)
+    resumed, again = build()
+    resumed.load_state_dict(weights)
+    again.load_state_dict(state)
+    train(resumed, again, 7, start=7)
+    assert [again.storage(p).value for p in resumed.parameters()] == ["bf16_sr", "fp32", "bf16_kahan", "fp32"]
+    assert same(everything(model, optimizer), everything(resumed, again))
+
+
+def test_a_copy_of_model_and_optimizer_trains_on(net, train):
+    model = net(torch.bfloat16)
+    optimizer = AdamW(model.parameters(), storage="bf16_sr")
+    train(model, optimizer, 3)
+    other, copied = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 3, start=3)
+    train(other, copied, 3, start=3)
+    assert same(everything(model, optimizer), everything(other, copied))
+
+
+@pytest.mark.parametrize("storage", BF16)
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_step_skipped_by_the_device_leaves_everything(net, train, storage, kind):
+    model = net(torch.bfloat16)
+    options = {} if kind is AdamW else {"momentum": 0.9}
+    optimizer = kind(model.parameters(), lr=1e-2, storage=storage, **options)
+    train(model, optimizer, 3)
+    before = everything(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf, dtype=torch.float32)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.ones(())
+    optimizer.step()
+    assert same(before, everything(model, optimizer))
+    del optimizer.grad_scale, optimizer.found_inf
+    train(model, optimizer, 1)
+    assert not same(before, everything(model, optimizer))
+
+
+def test_the_first_step_may_be_skipped_by_the_device(net):
+    model = net(torch.bfloat16)
+    optimizer = AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan, dtype=torch.float32)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert same(list(model.parameters()), list(net(torch.bfloat16).parameters()))
+
+
+@pytest.mark.parametrize("scaler", [LossScaler(1024.0), torch.amp.GradScaler("cpu", init_scale=1024.0)])
+def test_scaled_gradients_give_the_step_of_unscaled_ones(net, train, scaler):
+    plain, scaled = net(torch.bfloat16), net(torch.bfloat16)
+    train(plain, AdamW(plain.parameters()), 1)
+    optimizer = AdamW(scaled.parameters())
+    torch.manual_seed(0)
+    x = torch.randn(32, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = (scaled(x).float() - x[:, :4]).square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_bf16_parameters_add_up_in_fp32(net):
+    model = net(torch.bfloat16)
+    AdamW(model.parameters())
+    for _ in range(300):
+        model(torch.ones(1, 16, dtype=torch.bfloat16)).sum().backward()
+    assert model[2].bias.grad.dtype is torch.float32
+    assert model[2].bias.grad.eq(300).all()  # BF16 counts to 256
+
+
+def test_a_closure_is_called_with_gradients(net):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def closure():
+        loss = model(torch.ones(1, 16)).sum()
+        loss.backward()
+        return loss
+
+    before = model[0].weight.clone()
+    assert optimizer.step(closure).requires_grad
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_watched_updates_are_measured_once(net, train):
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=1e-6)
+    optimizer.watch([model[0].weight])
+    train(model, optimizer, 1)
+    fate = optimizer.fates.pop(model[0].weight)
+    assert fate[0] > 0.9  # lost by rounding to nearest
+    train(model, optimizer, 1)
+    assert not optimizer.fates
+
+
+def test_refuses_parameters_it_cannot_keep():
+    with pytest.raises(ConfigError, match=r"a parameter \[2\] of torch.float16"):
+        AdamW([nn.Parameter(torch.ones(2, dtype=torch.float16))])
+
+
+def test_refuses_sparse_gradients():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ConfigError, match="dense gradients"):
+        AdamW(embedding.parameters()).step()

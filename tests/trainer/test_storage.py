@@ -1,0 +1,157 @@
+"""Weights stored in BF16 in whole runs: every recipe that reads them, decisions while training, and what is refused."""
+
+import logging
+
+import pytest
+import torch
+from small_runs import batches, make, sgd
+from torch import nn
+
+from deepseek_mp.errors import ConfigError, PlanError
+from deepseek_mp.optim import AdamW, set_storage
+from deepseek_mp.precision.storage import StorageFormat, StorageLimits, StorageReason
+from deepseek_mp.trainer.storage import WeightStorage
+
+INPUTS = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+TARGETS = INPUTS[:, :16] * 0.5
+AT_ONCE = StorageLimits(in_a_row=1)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 16))
+
+
+def adamw(params):
+    return AdamW(params, lr=1e-2)
+
+
+def trainer(mode="bf16", model=None, **options):
+    options = {"loss_fn": nn.MSELoss(), "optimizer": adamw, "loss_scale_policy": 64.0, **options}
+    return make(mode, mlp() if model is None else model, **options)
+
+
+def losses(run, steps):
+    return [run.step((INPUTS, TARGETS)).loss for _ in range(steps)]
+
+
+def weights(run):
+    return [module.weight for module in run.model if isinstance(module, nn.Linear)]
+
+
+@pytest.mark.parametrize("storage", ["bf16_sr", "bf16_kahan"])
+@pytest.mark.parametrize("mode", ["bf16", "row", "mx", "delayed", "nvfp4"])
+def test_every_recipe_in_a_bf16_region_reads_bf16_weights(mode, storage):
+    run, exact = trainer(mode, gradient_accumulation_steps=2, max_grad_norm=1.0), trainer(mode)
+    losses(run, 2)
+    for weight in weights(run):
+        set_storage(run.optimizer, weight, storage)
+    found = losses(run, 40)
+    assert all(weight.dtype is torch.bfloat16 for weight in weights(run))
+    assert found[-1] < 0.5 * found[0]
+    assert found[-1] == pytest.approx(losses(exact, 21)[-1], rel=0.2)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "fp16"])
+def test_layers_that_do_not_run_in_bf16_refuse_them(mode):
+    run = trainer("bf16")
+    losses(run, 1)
+    set_storage(run.optimizer, weights(run)[0], "bf16_kahan")
+    plan = run.plan
+    with pytest.raises(PlanError, match=rf"'0.weight' is stored in bf16_kahan and its unit runs in {mode}"):
+        run.change_plan(mode)
+    assert run.plan is plan
+    set_storage(run.optimizer, weights(run)[0], "fp32")
+    run.change_plan(mode)
+    losses(run, 1)
+
+
+def test_a_skipped_step_leaves_bf16_weights_and_their_state():
+    run = trainer("bf16", model=nn.Linear(4, 3), loss_fn=None)
+    good, bad = batches(2, bad=[1])
+    weight = run.model.weight
+    set_storage(run.optimizer, weight, "bf16_sr")
+    run.step(good)
+    before = weight.detach().clone(), run.optimizer.state[weight]["step"].item()
+    assert run.step(bad).status == "skipped"
+    assert torch.equal(weight, before[0])
+    assert run.optimizer.state[weight]["step"].item() == before[1]
+
+
+def test_storage_follows_the_learning_rate():
+    """As the rate falls so do updates, and weights go from stochastic rounding to compensation to FP32."""
+    storage = WeightStorage(every=1, limits=AT_ONCE)
+    run = trainer("bf16", callbacks=[storage])
+    seen = []
+    for rate in (1e-2, 1e-5, 1e-7):
+        run.optimizer.param_groups[0]["lr"] = rate
+        losses(run, 4)
+        seen.append([run.optimizer.storage(weight) for weight in weights(run)])
+    assert seen == [[StorageFormat.BF16_SR] * 2, [StorageFormat.BF16_KAHAN] * 2, [StorageFormat.FP32] * 2]
+    assert {decision.layer for decision in storage.decisions} == {"0.weight", "3.weight"}
+    assert storage.latest["1.weight"].reason is StorageReason.KIND_KEPT
+    assert storage.decisions[-1].evidence["policy"] == "auto"
+
+
+def test_a_smaller_format_waits_for_three_measurements():
+    storage = WeightStorage(every=2)
+    run = trainer("bf16", callbacks=[storage])
+    losses(run, 6)
+    assert storage.latest["0.weight"].reason is StorageReason.WAITING
+    losses(run, 1)
+    assert run.optimizer.storage(weights(run)[0]) is StorageFormat.BF16_SR
+
+
+def test_layers_that_do_not_run_in_bf16_stay_in_fp32():
+    storage = WeightStorage(every=1, limits=AT_ONCE)
+    losses(trainer("bf16", callbacks=[storage], pin={"3": "fp32"}), 3)
+    assert storage.latest["3.weight"].reason is StorageReason.READ_IN_FP32
+    assert storage.latest["0.weight"].new is StorageFormat.BF16_SR
+
+
+def test_a_skipped_step_is_measured_again():
+    storage = WeightStorage(every=2, limits=AT_ONCE)
+    run = trainer("bf16", callbacks=[storage])
+    losses(run, 2)
+    assert run.step((INPUTS * torch.nan, TARGETS)).status == "skipped"
+    assert not storage.latest
+    losses(run, 1)
+    assert storage.latest["0.weight"].new is StorageFormat.BF16_SR
+
+
+@pytest.mark.parametrize("saved_at", [8, 9])  # between a measurement and the next; before the step that is measured
+def test_a_resumed_run_has_the_same_bits_and_decisions(tmp_path, saved_at):
+    def build():
+        storage = WeightStorage(every=3, limits=StorageLimits(in_a_row=2))
+        return trainer("bf16", callbacks=[storage], ema_decay=0.9), storage
+
+    loader = [(INPUTS, TARGETS)] * 20
+    (whole, decided), (first, _), (second, again) = build(), build(), build()
+    whole.fit(loader, epochs=1)
+    first.fit(loader, epochs=1, max_steps=saved_at)
+    first.save(tmp_path)
+    second.fit(loader, epochs=1, resume=tmp_path)
+    assert [decision.new for decision in decided.decisions] == [StorageFormat.BF16_SR] * 2
+    assert again.decisions == decided.decisions
+    for one, two in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert one.dtype is two.dtype
+        assert torch.equal(one, two)
+
+
+def test_what_was_stored_is_said_at_the_end(caplog):
+    run = trainer("bf16", callbacks=[WeightStorage(every=1, limits=AT_ONCE)])
+    with caplog.at_level(logging.INFO, "deepseek_mp"):
+        run.fit([(INPUTS, TARGETS)] * 4, epochs=1)
+    assert "weights are stored as 6% fp32, 94% bf16_sr" in caplog.text
+
+
+def test_refuses_other_optimizers_and_arguments_out_of_range():
+    run = trainer("bf16", optimizer=sgd, callbacks=[WeightStorage()])
+    with pytest.raises(ConfigError, match=r"WeightStorage with the optimizer SGD.*deepseek_mp\.optim"):
+        run.fit([(INPUTS, TARGETS)], epochs=1)
+    with pytest.raises(ConfigError, match="every=0"):
+        WeightStorage(every=0)
+    with pytest.raises(ConfigError, match="noise_fraction=2"):
+        WeightStorage(noise_fraction=2)
+    with pytest.raises(ConfigError, match="unknown policy 'best'"):
+        WeightStorage(policy="best")
