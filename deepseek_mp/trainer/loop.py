@@ -161,6 +161,7 @@ class MixedPrecisionTrainer:
         self.steps_applied = 0
         self.history: list[dict[str, Any]] = []
         self.loader: Any = None
+        self.stopping = False
         self._stepper: Stepper | None = None
         if self._plan is not None:
             self._install(self._plan)
@@ -381,7 +382,7 @@ class MixedPrecisionTrainer:
         check_loader(val_loader, "val_loader", optional=True)
         check_metrics(metrics)
         started = time.monotonic()
-        self.loader = train_loader
+        self.loader, self.stopping = train_loader, False
         if resume is None:
             self.recorder.check_unused()
         else:
@@ -404,6 +405,10 @@ class MixedPrecisionTrainer:
             for callback in self.callbacks:
                 callback.on_fit_end(self, result)
         return result
+
+    def stop(self) -> None:
+        """End the fit under way after its step, as `max_steps` would: with a checkpoint if it has a run directory."""
+        self.stopping = True
 
     def _result(self, seconds: float) -> FitResult:
         return FitResult(
