@@ -15,7 +15,9 @@ from typer.exceptions import TyperException
 
 from deepseek_mp.cli.demo import demo
 from deepseek_mp.cli.doctor import doctor
+from deepseek_mp.cli.profile import profile
 from deepseek_mp.cli.report import report
+from deepseek_mp.cli.train import train
 from deepseek_mp.errors import MixedPrecisionError
 from deepseek_mp.version import __version__
 
@@ -28,6 +30,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(profile)
+app.command()(train)
 app.command()(report)
 
 

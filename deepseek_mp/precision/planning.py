@@ -27,6 +27,8 @@ NOISE_BUDGET = 0.05
 warns at (GACT, arXiv 2206.11357)."""
 TYPICAL_RATE = 1e11
 """Multiply-adds a second in FP32 that stand for a device nothing was timed on; only ratios matter."""
+MEASURED = "measured"
+"""In the evidence of a decision, what its seconds are; else they are guessed."""
 _SPEEDS = {"fp64": 0.5, "fp32": 1.0, "hf32": 2.0, "tf32": 2.0, "bf16": 4.0, "fp16": 4.0}
 _FP8_SPEED, _FP4_SPEED = 8.0, 16.0
 
@@ -102,14 +104,17 @@ def _seconds(unit: UnitCosts, recipe: Recipe) -> float:
     return fp32 / speed_of(recipe)
 
 
+def origin_of(recipe: str, role: Role, rest: str) -> str:
+    """The recipe with a name of its own that a product of `row[fprop]` has: `row`, or `rest` in other products."""
+    own, _, roles = recipe.rstrip("]").partition("[")
+    return own if not roles or role.value in roles.split("+") else rest
+
+
 def _origin(recipe: Recipe, role: Role) -> Recipe:
-    """The recipe with a name of its own that this product of a mixture has."""
+    """The same for recipes; the rest of a mixture is a plain one."""
     if "[" not in recipe.name:
         return recipe
-    own, roles = recipe.name.rstrip("]").split("[")
-    if role.value in roles.split("+"):
-        return RECIPES[own]
-    return RECIPES[recipe.role(role).left.format.name]
+    return RECIPES[origin_of(recipe.name, role, recipe.role(role).left.format.name)]
 
 
 def plan_for(
@@ -159,7 +164,7 @@ def _evidence(unit: UnitCosts, chosen: Choice) -> dict[str, Any]:
         "loss": chosen.loss,
         "noise": chosen.noise,
         "seconds": chosen.seconds,
-        "seconds_are": "measured" if measured else "guessed from the width of its formats",
+        "seconds_are": MEASURED if measured else "guessed from the width of its formats",
     }
 
 

@@ -12,7 +12,7 @@ from deepseek_mp.errors import PlanError
 from deepseek_mp.nn.assign import why_not
 from deepseek_mp.nn.survey import Survey
 from deepseek_mp.nn.unit import multiplies, original_class
-from deepseek_mp.precision import Operand, Recipe, Role
+from deepseek_mp.precision import RECIPES, Operand, Recipe, Role
 from deepseek_mp.profiler.layer_times import LayerCosts, kept_bytes
 from deepseek_mp.profiler.partial import Partial
 from deepseek_mp.profiler.report import ProfileReport, Verification
@@ -78,24 +78,9 @@ def assemble(
 def with_recommendations(report: ProfileReport) -> ProfileReport:
     """The report with what the default budgets lead to."""
     try:
-        plan = report.plan()
+        return report.with_plan(report.plan())
     except PlanError as error:
         return report.replaced({n: u.with_values(reason=str(error)) for n, u in report.items() if "macs" in u})
-    changed = {}
-    for decision in plan.decisions:
-        changed[decision.layer] = report[decision.layer].with_values(recommended=decision.new, reason=decision.detail)
-    return report.replaced(changed)
-
-
-def riskiest(report: ProfileReport, count: int) -> list[str]:
-    """The units with the largest predicted change in any recipe, the riskiest first."""
-
-    def risk(name: str) -> float:
-        losses = [values["loss"] for values in report[name]["recipes"].values()]
-        return max((loss for loss in losses if math.isfinite(loss)), default=0.0)
-
-    measured = [name for name, unit in report.items() if unit.get("recipes")]
-    return sorted(measured, key=risk, reverse=True)[:count]
 
 
 def with_verification(
@@ -166,7 +151,7 @@ def _costs(name: str, costs: LayerCosts, base: Recipe, recipes: Mapping[str, Rec
         return {}
     saved = {
         recipe.name: kept_bytes(base, costs.inputs[name]) - kept_bytes(recipe, costs.inputs[name])
-        for recipe in recipes.values()
+        for recipe in (RECIPES["fp32"], *recipes.values())
     }
     return {
         "macs": costs.macs[name],

@@ -21,11 +21,12 @@ from deepseek_mp.nn.call import Call, LossFn, move, parse_batch, run
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import multiplies, original_class
 from deepseek_mp.precision import RECIPES, Recipe, find_recipe
-from deepseek_mp.profiler.assemble import assemble, riskiest, with_recommendations, with_verification, without_data
+from deepseek_mp.profiler.assemble import assemble, with_recommendations, with_verification, without_data
 from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
 from deepseek_mp.profiler.partial import Partial
 from deepseek_mp.profiler.report import ProfileReport
 from deepseek_mp.profiler.search import MetricReport, lowest_precision
+from deepseek_mp.profiler.unit_profile import riskiest
 from deepseek_mp.profiler.verification import true_changes
 from deepseek_mp.sensitivity import Probe
 from deepseek_mp.sensitivity.truth import outputs_in

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepseek_mp.errors import PlanError, explain, suggest
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe, Role
-from deepseek_mp.precision.allocation import Allocation
-from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS, Predicted, UnitCosts, check_budget, plan_for
-from deepseek_mp.profiler.unit_profile import FAMILIES, UnitProfile
+from deepseek_mp.precision.allocation import Allocation, Budget
+from deepseek_mp.precision.planning import (
+    MEASURED,
+    NOISE_BUDGET,
+    SMALL_LOSS,
+    Predicted,
+    UnitCosts,
+    check_budget,
+    choice_for,
+    plan_for,
+)
+from deepseek_mp.profiler.text import render_profile
+from deepseek_mp.profiler.unit_profile import UnitProfile
 
 REPORT_VERSION = 1
 
@@ -46,6 +57,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
         loss: float | None = None,
         skipped: Sequence[str] = (),
         native: Sequence[str] = (),
+        budget: Budget | None = None,
         verification: Verification | None = None,
     ) -> None:
         self._units = dict(units)
@@ -61,6 +73,8 @@ class ProfileReport(Mapping[str, UnitProfile]):
         """Batches that were left out, and why."""
         self.native = tuple(native)
         """Recipes that the device multiplies without emulation."""
+        self.budget = budget
+        """What the recommendations may cost together; None: nothing is recommended."""
         self.verification = verification
 
     def __getitem__(self, name: str) -> UnitProfile:
@@ -126,19 +140,33 @@ class ProfileReport(Mapping[str, UnitProfile]):
                 raise PlanError(explain(f"recipe {name!r}, which was not profiled", allowed, "Profile it too"))
         return [RECIPES[name] for name in names]
 
+    def step_seconds(self, recipe: str) -> float:
+        """Seconds of a step that all units together take in one recipe; guessed for units where it was not timed."""
+        units = [_costs(name, unit) for name, unit in self._units.items() if _is_allocated(unit)]
+        return math.fsum(choice_for(unit, RECIPES[recipe]).seconds for unit in units)
+
+    def with_plan(
+        self, plan: PrecisionPlan, *, budget: float = SMALL_LOSS, noise_budget: float = NOISE_BUDGET
+    ) -> ProfileReport:
+        """The same report recommending what a `plan` made with these budgets decided."""
+        changed = {}
+        for decision in plan.decisions:
+            evidence = decision.evidence
+            spent = {key: evidence[key] for key in ("loss", "noise", "seconds")}
+            changed[decision.layer] = self[decision.layer].with_values(
+                recommended=decision.new,
+                reason=decision.detail,
+                spent={**spent, "measured": evidence["seconds_are"] == MEASURED},
+            )
+        made = self.replaced(changed)
+        made.budget = check_budget(budget, noise_budget)
+        return made
+
     def replaced(self, units: Mapping[str, UnitProfile]) -> ProfileReport:
         """The same report with other profiles of these units."""
-        return ProfileReport(
-            {**self._units, **units},
-            basis=self.basis,
-            base=self.base,
-            recipes=self.recipes,
-            batches=self.batches,
-            loss=self.loss,
-            skipped=self.skipped,
-            native=self.native,
-            verification=self.verification,
-        )
+        made = copy(self)
+        made._units = {**self._units, **units}  # noqa: SLF001 - it is one of our own kind
+        return made
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -150,6 +178,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
             "loss": self.loss,
             "skipped": list(self.skipped),
             "native": list(self.native),
+            "budget": None if self.budget is None else {"loss": self.budget.loss, "noise": self.budget.noise},
             "verification": None if self.verification is None else self.verification.to_json(),
             "units": {name: unit.to_json() for name, unit in self._units.items()},
         }
@@ -160,7 +189,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
         if data.get("version") != REPORT_VERSION:
             passed = f"a profile of version {data.get('version')!r}"
             raise PlanError(explain(passed, f"version {REPORT_VERSION}", "Profile the model again"))
-        checked = data["verification"]
+        budget, checked = data["budget"], data["verification"]
         return cls(
             {name: UnitProfile.from_json(unit) for name, unit in data["units"].items()},
             basis=data["basis"],
@@ -170,6 +199,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
             loss=data["loss"],
             skipped=data["skipped"],
             native=data["native"],
+            budget=None if budget is None else Budget(**budget),
             verification=None if checked is None else Verification(**checked),
         )
 
@@ -186,28 +216,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
         return f"<ProfileReport of {len(self)} units, by {self.basis}>"
 
     def __str__(self) -> str:
-        lines = ["No data was seen: relative errors of outputs, from weights and shapes"]
-        if self.loss is not None:
-            lines = [f"{self.batches} batches, mean loss {self.loss:.5g}; predicted relative change of the loss"]
-        lines += [f"left out: {why}" for why in self.skipped]
-        shown = [f for f in FAMILIES if any(f"{f}_loss" in unit for unit in self._units.values())]
-        lines.append(f"{'unit':40} {' '.join(f'{f:>9}' for f in shown)}  recommended")
-        for name, unit in self._units.items():
-            cells = " ".join(f"{_cell(unit.get(f'{f}_loss')):>9}" for f in shown)
-            lines.append(f"{name:40} {cells}  {unit['recommended']}: {unit['reason']}")
-        if self.verification is not None:
-            batch = "a held-out batch" if self.verification.held_out else "the last batch of the estimate"
-            lines.append(
-                f"true change of {self.verification.pairs} pairs of unit and recipe on {batch}: rank correlation "
-                f"{self.verification.rank_correlation}"
-            )
-        return "\n".join(lines)
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "."
-    return "overflow" if math.isinf(value) else f"{value:.1e}"
+        return render_profile(self)
 
 
 def _is_allocated(unit: UnitProfile) -> bool:

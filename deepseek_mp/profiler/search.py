@@ -7,9 +7,11 @@ raised.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from deepseek_mp.errors import ConfigError, explain
@@ -37,6 +39,10 @@ class MetricReport:
         alone = {part: {f: _plain(e) for f, e in errors.items()} for part, errors in self.alone.items()}
         own = {"formats": dict(self.formats), "reference": self.reference, "error": self.error}
         return {**own, "tolerance": self.tolerance, "alone": alone, "runs": self.runs}
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         lines = [f"metric {self.reference:.6g}, relative error {self.error:.2e} of {self.tolerance:.2e} allowed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -28,6 +29,8 @@ class UnitProfile(Mapping[str, Any]):
                                   of several FP8 recipes the worst; infinite where values overflow. A report without
                                   data has the relative error of the output in its place
     recommended, reason           recipe, and one line why
+    spent                         what the recommendation takes: `loss` and `noise` of the budgets, `seconds` of a step,
+                                  and whether these were `measured`
     not_analysed                  why there are no numbers, or None
     recipes                       by recipe: `loss`, the absolute changes `first`, `standard_error` and `second`,
                                   `noise` by role, and `errors` by role and operand (`ops.statistics.ERROR_FIELDS`)
@@ -64,6 +67,20 @@ class UnitProfile(Mapping[str, Any]):
     def __repr__(self) -> str:
         losses = ", ".join(f"{key}={value:.1e}" for key, value in self.items() if key.endswith("_loss") and value)
         return f"<UnitProfile {self['kind']}: {self['recommended']}{f' ({losses})' if losses else ''}>"
+
+
+def largest_loss(unit: UnitProfile) -> tuple[str, float]:
+    """The recipe with the largest finite predicted loss, and that loss; ("", 0.0) if there is none."""
+    losses = {name: values["loss"] for name, values in unit.get("recipes", {}).items()}
+    finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    worst = max(finite, key=finite.__getitem__, default="")
+    return worst, finite.get(worst, 0.0)
+
+
+def riskiest(units: Mapping[str, UnitProfile], count: int) -> list[str]:
+    """The units with the largest predicted change in any recipe, the riskiest first."""
+    measured = [name for name, unit in units.items() if unit.get("recipes")]
+    return sorted(measured, key=lambda name: largest_loss(units[name])[1], reverse=True)[:count]
 
 
 def _written(value: Any) -> Any:

@@ -3,6 +3,14 @@
 from deepseek_mp.report.difference import RunDifference, compare_runs
 from deepseek_mp.report.difference_text import render_difference
 from deepseek_mp.report.summary import RunReport, report_run
-from deepseek_mp.report.text import render_report
+from deepseek_mp.report.text import render_outcome, render_report
 
-__all__ = ["RunDifference", "RunReport", "compare_runs", "render_difference", "render_report", "report_run"]
+__all__ = [
+    "RunDifference",
+    "RunReport",
+    "compare_runs",
+    "render_difference",
+    "render_outcome",
+    "render_report",
+    "report_run",
+]

@@ -32,6 +32,33 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> 
     return [*top, "-" * max(map(len, [*top, *below])), *below]
 
 
+def tables(heading: Sequence[str], rows: Iterable[Sequence[str]], width: int, *, repeated: int) -> list[str]:
+    """A `table`, as several below each other where one would be wider than `width`.
+
+    Each has the first `repeated` columns and as many of the others as fit, at least one.
+    """
+    body = [[clean(cell) for cell in row] for row in rows]
+    filled = [index for index in range(len(heading)) if any(row[index] for row in body)]
+    always = [index for index in filled if index < repeated]
+    others = [index for index in filled if index >= repeated]
+    lines: list[str] = []
+    while others:
+        fitting = others[:1]
+        part = _columns(heading, body, [*always, *fitting], width)
+        for index in others[1:]:
+            longer = _columns(heading, body, [*always, *fitting, index], width)
+            if max(map(len, longer)) > width:
+                break
+            fitting, part = [*fitting, index], longer
+        lines += ["", *part] if lines else part
+        others = others[len(fitting) :]
+    return lines
+
+
+def _columns(heading: Sequence[str], body: Sequence[Sequence[str]], kept: Sequence[int], width: int) -> list[str]:
+    return table([heading[index] for index in kept], [[row[index] for index in kept] for row in body], width)
+
+
 def listing(entries: Iterable[tuple[str, str]], width: int) -> list[str]:
     """Names and their texts in two columns, without a heading; entries without text are left out."""
     shown = [(name, clean(text)) for name, text in entries if text]

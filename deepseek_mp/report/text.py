@@ -41,6 +41,17 @@ def render_report(report: RunReport, width: int = 100, blocks: str = BLOCKS) -> 
     return assemble(f"run {report.path}", sections)
 
 
+def render_outcome(report: RunReport, width: int = 100) -> str:
+    """What a run did and in which precision, without its curve and settings: what is worth a look when it ends."""
+    inner = width - len(INDENT)
+    sections = [
+        ("precision", table(CHOICE_HEADING, choice_rows(report.layers.in_force), inner)),
+        ("skipped steps", _skipped(report.history.skipped, inner)),
+        ("what it did", listing(_numbers(report), inner)),
+    ]
+    return assemble(f"run {report.path}", sections)
+
+
 def assemble(title: str, sections: Iterable[tuple[str, Sequence[str]]]) -> str:
     """Sections under their titles, indented; those without lines are left out."""
     parts = [title]

@@ -51,7 +51,7 @@ class Fitting:
         """The rest of an epoch, or of `max_steps`; windows never cross its end."""
         trainer, position = self.trainer, self.trainer.position
         batches = length(self.loader)
-        self.shown.epoch(position.epoch, self.epochs, batches)
+        self.shown.epoch(position.epoch, self.epochs if self.max_steps is None else None, batches)
         trainer.recorder.start_epoch(continued=position.batch > 0)
         for index, batch in position.batches(self.loader):
             trainer.step(batch)
@@ -84,10 +84,12 @@ class Fitting:
         self._save()
 
     def _reached(self) -> bool:
-        """Whether `max_steps` steps are applied; waits for the device only when that may be so."""
+        """Whether `max_steps` are applied, or the fit was stopped; waits for the device only when that may be so."""
+        trainer = self.trainer
+        if trainer.stopping:
+            return not (trainer.has_stepper and trainer.stepper.window.micro_batches)
         if self.max_steps is None:
             return False
-        trainer = self.trainer
         pending = 1 if trainer.has_stepper and trainer.stepper.unsettled else 0
         if trainer.steps_applied + pending >= self.max_steps:
             trainer.settle()

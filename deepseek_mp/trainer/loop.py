@@ -166,6 +166,7 @@ class MixedPrecisionTrainer:
         self.history: list[dict[str, Any]] = []
         self.loader: Any = None
         self.planned_steps: int | None = None
+        self.stopping = False
         self._stepper: Stepper | None = None
         if self._plan is not None:
             self._install(self._plan)
@@ -389,7 +390,7 @@ class MixedPrecisionTrainer:
         check_loader(val_loader, "val_loader", optional=True)
         check_metrics(metrics)
         started = time.monotonic()
-        self.loader = train_loader
+        self.loader, self.stopping = train_loader, False
         if resume is None:
             self.recorder.check_unused()
         else:
@@ -414,6 +415,10 @@ class MixedPrecisionTrainer:
             for callback in self.callbacks:
                 callback.on_fit_end(self, result)
         return result
+
+    def stop(self) -> None:
+        """End the fit under way after its step, as `max_steps` would: with a checkpoint if it has a run directory."""
+        self.stopping = True
 
     def _result(self, seconds: float) -> FitResult:
         return FitResult(

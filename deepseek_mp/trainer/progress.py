@@ -51,13 +51,13 @@ class Progress:
             self._task = self._bar.add_task(text, total=100)
         self._bar.update(self._task, description=text, completed=round(100 * share))
 
-    def epoch(self, epoch: int, epochs: int, batches: int | None) -> None:
-        """A new epoch of `batches` batches (None: unknown) begins."""
+    def epoch(self, epoch: int, epochs: int | None, batches: int | None) -> None:
+        """A new epoch of `batches` batches begins; None: how many epochs, or batches, is unknown."""
         if self._bar is None:
             return
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(f"epoch {epoch + 1}/{epochs}", total=batches)
+        self._task = self._bar.add_task(f"epoch {epoch + 1}{f'/{epochs}' if epochs else ''}", total=batches)
 
     def advance(self, trainer: MixedPrecisionTrainer) -> None:
         """One more batch. The loss shown is that of the last settled step, so nothing waits for it."""

@@ -66,7 +66,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("completed" if kind is None else f"failed: {kind.__name__}")
+        done = "stopped" if self._trainer.stopping else "completed"
+        self.close(done if kind is None else f"failed: {kind.__name__}")
 
     def close(self, outcome: str = "completed") -> None:
         """End the attempt; a later record begins another."""

@@ -2,9 +2,9 @@
 
 import pytest
 
-from deepseek_mp.profiler.assemble import riskiest, with_recommendations, with_verification
+from deepseek_mp.profiler.assemble import with_recommendations, with_verification
 from deepseek_mp.profiler.report import ProfileReport
-from deepseek_mp.profiler.unit_profile import UnitProfile
+from deepseek_mp.profiler.unit_profile import UnitProfile, riskiest
 
 ROLES = ("fprop", "dgrad", "wgrad")
 

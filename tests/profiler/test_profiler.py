@@ -176,7 +176,7 @@ def test_verification_stands_beside_the_predictions(model, batches):
 def test_weights_alone_say_how_far_outputs_would_be(model):
     report = PrecisionProfiler(model).analyze()
     assert report.basis == "weights"
-    assert "No data" in str(report)
+    assert "no data" in str(report)
     assert report["up"]["bf16_loss"] == pytest.approx(5.6e-6, rel=0.15)
     assert report["up"]["fp8_loss"] == pytest.approx(1.4e-3, rel=0.15)
     assert "bf16_loss" not in report["norm"]

@@ -1,0 +1,79 @@
+"""What `deepseek-mp profile` was asked, measured."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from deepseek_mp.cli.interrupt import INTERRUPTED
+from deepseek_mp.cli.profile_answer import Answer
+from deepseek_mp.cli.target import Target, load_target
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.profiler import PrecisionProfiler
+from deepseek_mp.profiler.profiler import FORMATS_TRIED
+from deepseek_mp.trainer.progress import Progress
+from deepseek_mp.trainer.setup import choose_device, seed_everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The options of the command."""
+
+    recipes: tuple[str, ...] | None
+    budget: float
+    noise_budget: float
+    batches: int
+    verify: int
+    by_role: bool
+    emulate: bool
+    timed: bool
+    data: bool
+    resume: Path | None
+    device: str | None
+    seed: int
+
+
+def answer(target: str, question: Question) -> Answer:
+    """Call the user's function and analyse what it returns; progress goes to a terminal only."""
+    seed_everything(question.seed)
+    found = load_target(target)
+    found.model.to(choose_device(found.model, question.device))
+    try:
+        with Progress(None) as shown:
+            return _metric(found, question, shown) if found.by_metric else _profile(found, question, shown)
+    except KeyboardInterrupt:
+        kept = question.resume is not None and question.resume.exists()
+        how = f"; the same command goes on from {question.resume}" if kept else ""
+        print(f"deepseek-mp: interrupted{how}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _metric(found: Target, question: Question, shown: Progress) -> Answer:
+    formats = question.recipes or FORMATS_TRIED
+    report = PrecisionProfiler(found.model, seed=question.seed).analyze(
+        metric=found.metric,
+        tolerance=found.needed("tolerance", "a metric"),
+        formats=formats,
+        progress=shown.stage,
+    )
+    return Answer(report=report, plan=PrecisionPlan.of(formats[0], dict(report.formats)))
+
+
+def _profile(found: Target, question: Question, shown: Progress) -> Answer:
+    profiler = PrecisionProfiler(found.model, loss_fn=found.loss_fn, recipes=question.recipes, seed=question.seed)
+    report = profiler.analyze(
+        found.needed("loader", "a profile (--no-data does without)") if question.data else None,
+        max_batches=question.batches,
+        verify=question.verify,
+        time_layers=question.timed,
+        resume=question.resume,
+        progress=shown.stage,
+    )
+    if not question.data:
+        return Answer(report=report, plan=None)
+    budgets = {"budget": question.budget, "noise_budget": question.noise_budget}
+    plan = report.plan(**budgets, by_role=question.by_role, recipes=report.recipes if question.emulate else None)
+    return Answer(report=report.with_plan(plan, **budgets), plan=plan)
