@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.ops.stored import random_bits, round_by_bits
 from deepseek_mp.optim import SGD, AdamW, set_storage
 
 
@@ -63,6 +64,14 @@ def test_demotion_splits_or_rounds_by_chance(weight):
     assert (error.abs() < exact.abs() * 2**-7).all()
     up = (weight.detach() != exact.bfloat16()).float().mean()
     assert 0.1 < up < 0.4  # not to the nearest; a quarter goes to the other neighbour
+
+
+def test_a_conversion_does_not_share_its_random_bits_with_a_step(weight):
+    exact, steps = weight.detach().clone(), [1 << 31, 0]
+    set_storage(AdamW([weight], seed=7), weight, "bf16_sr")
+    of_conversion, of_step = random_bits([weight.numel()] * 2, [0, 0], steps, seed=7)
+    assert torch.equal(weight, round_by_bits(exact, of_conversion))
+    assert not torch.equal(weight, round_by_bits(exact, of_step))
 
 
 def test_a_gradient_is_kept(weight):

@@ -122,7 +122,7 @@ def test_a_skipped_step_is_measured_again():
 @pytest.mark.parametrize("saved_at", [8, 9])  # between a measurement and the next; before the step that is measured
 def test_a_resumed_run_has_the_same_bits_and_decisions(tmp_path, saved_at):
     def build():
-        storage = WeightStorage(every=3, limits=StorageLimits(in_a_row=2))
+        storage = WeightStorage(every=3)
         return trainer("bf16", callbacks=[storage], ema_decay=0.9), storage
 
     loader = [(INPUTS, TARGETS)] * 20
