@@ -15,7 +15,7 @@ from deepseek_mp.workloads.stress_policies import POLICIES, in_mode
 from deepseek_mp.workloads.stress_runs import Outcome, run
 from deepseek_mp.workloads.stress_scenarios import SCENARIOS, Scenario, Size
 
-TINY = Size(width=128, hidden=128, layers=2, batch_size=16, examples=64, steps=8)
+TINY = Size(width=128, hidden=128, layers=2, batch_size=16, examples=64, steps=8, gain=1.0)
 GOOD = Outcome(
     scenario="s",
     policy="p",
