@@ -142,6 +142,11 @@ def test_higher_precision_of_its_layers_is_enough_to_survive(name: str) -> None:
 
 
 @pytest.mark.stress
+def test_a_loss_scale_that_measures_saves_tiny_gradients() -> None:
+    assert not run(SCENARIOS["tiny_gradients"](), in_mode("fp16", loss_scale_policy="predictive")).broken
+
+
+@pytest.mark.stress
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_without_its_stress_the_policy_survives(name: str) -> None:
     scenario = SCENARIOS[name](calm=True)
