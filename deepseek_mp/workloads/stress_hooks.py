@@ -68,18 +68,19 @@ class Stress:
         self._handles.clear()
 
 
-class OutlierChannel(Stress):
-    """From step `start` on, one channel of a layer's input is `factor` times as large.
+class OutlierChannels(Stress):
+    """From step `start` on, one in `every` channels of a layer's input is `factor` times as large.
 
-    The layer's output loses again what the channel has too much: (factor - 1) x_j W_j, of FP32 products.
+    The layer's output loses again what these channels have too much: the sum of (factor - 1) x_j W_j, in FP32.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, *, layer: str, channel: int, factor: float, start: int
+        self, model: nn.Module, optimizer: Optimizer, *, layer: str, every: int, factor: float, start: int
     ) -> None:
         super().__init__(model, optimizer)
-        self.name, self.channel, self.factor, self.start = layer, channel, factor, start
-        self._column: Tensor | None = None
+        self.name, self.factor, self.start = layer, factor, start
+        self.channels = slice(every // 2, None, every)
+        self._columns: Tensor | None = None
 
     def enter(self) -> None:
         layer = self.layer(self.name)
@@ -90,19 +91,19 @@ class OutlierChannel(Stress):
         if self.step < self.start:
             return None
         x: Tensor = args[0]
-        self._column = x[..., self.channel]
+        self._columns = x[..., self.channels]
         factors = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-        factors[self.channel] = self.factor
+        factors[self.channels] = self.factor
         return x * factors
 
     def _take_back(self, layer: nn.Module, _: Any, y: Tensor) -> Tensor | None:
-        if self._column is None:
+        if self._columns is None:
             return None
-        column, self._column = self._column.float(), None
+        columns, self._columns = self._columns.float(), None
         assert isinstance(layer, nn.Linear)
-        weight = layer.weight[:, self.channel].float()
-        excess = (self.factor - 1) * column.unsqueeze(-1) * weight
-        return (y.float() - excess).to(y.dtype)
+        # No matrix product, which autocast would lower.
+        excess = (columns.unsqueeze(-2) * layer.weight[:, self.channels].float()).sum(-1)
+        return (y.float() - (self.factor - 1) * excess).to(y.dtype)
 
 
 class TinyGradients(Stress):

@@ -12,7 +12,7 @@ from deepseek_mp.workloads.stress_policies import POLICIES, PureBF16, mean_loss
 from deepseek_mp.workloads.stress_scenarios import SCENARIOS, Scenario, Size
 
 CPU = torch.device("cpu")
-TINY = Size(width=128, hidden=128, layers=1, batch_size=16, examples=64, steps=4)
+TINY = Size(width=128, hidden=128, layers=1, batch_size=16, examples=64, steps=4, gain=1.0)
 LAYER = "blocks.0.up"
 
 

@@ -15,7 +15,7 @@ from deepseek_mp.workloads.stress_policies import POLICIES, in_mode
 from deepseek_mp.workloads.stress_runs import Outcome, run
 from deepseek_mp.workloads.stress_scenarios import SCENARIOS, Scenario, Size
 
-TINY = Size(width=128, hidden=128, layers=2, batch_size=16, examples=64, steps=8)
+TINY = Size(width=128, hidden=128, layers=2, batch_size=16, examples=64, steps=8, gain=1.0)
 GOOD = Outcome(
     scenario="s",
     policy="p",
@@ -139,6 +139,11 @@ def test_higher_precision_of_its_layers_is_enough_to_survive(name: str) -> None:
     low, high = REMEDIES[name]
     outcome = run(scenario, in_mode(low, pin=dict.fromkeys(scenario.layers, high)))
     assert not outcome.broken
+
+
+@pytest.mark.stress
+def test_a_loss_scale_that_measures_saves_tiny_gradients() -> None:
+    assert not run(SCENARIOS["tiny_gradients"](), in_mode("fp16", loss_scale_policy="predictive")).broken
 
 
 @pytest.mark.stress

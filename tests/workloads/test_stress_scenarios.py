@@ -10,7 +10,7 @@ from deepseek_mp.workloads.stress_hooks import Stress
 from deepseek_mp.workloads.stress_policies import POLICIES
 from deepseek_mp.workloads.stress_scenarios import LARGE, SCENARIOS, SMALL, Size
 
-TINY = Size(width=16, hidden=32, layers=2, batch_size=16, examples=64, steps=8)
+TINY = Size(width=16, hidden=32, layers=2, batch_size=16, examples=64, steps=8, gain=1.0)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
