@@ -96,6 +96,11 @@ class MixedPrecisionTrainer:
         ConfigError, PlanError, FormatError: an argument does not fit, the model is as it was.
     """
 
+    planned_steps: int | None = None
+    """Steps of the whole run, once a fit that knows has begun."""
+    stopping = False
+    loader: Any = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -161,12 +166,8 @@ class MixedPrecisionTrainer:
         self.ema = None if ema_decay is None else WeightAverage(model, ema_decay)
         self.scaler = make_scaler(self._policy, None, self.capabilities, self.device)
         self.position = LoaderPosition(self.device)
-        self.steps_attempted = 0
-        self.steps_applied = 0
+        self.steps_attempted = self.steps_applied = 0
         self.history: list[dict[str, Any]] = []
-        self.loader: Any = None
-        self.planned_steps: int | None = None
-        self.stopping = False
         self._stepper: Stepper | None = None
         if self._plan is not None:
             self._install(self._plan)
