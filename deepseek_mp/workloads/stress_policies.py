@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from deepseek_mp.controller import AdaptiveSettings
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer import MixedPrecisionTrainer, StepFacts
+from deepseek_mp.trainer import AdaptivePrecision, MixedPrecisionTrainer, StepFacts
 from deepseek_mp.trainer.evaluation import eval_mode
 from deepseek_mp.workloads.data import Batches, Pair
 from deepseek_mp.workloads.stress_scenarios import Scenario
@@ -56,6 +57,20 @@ def in_mode(mode: str, **options: Any) -> Policy:
         )
 
     return build
+
+
+def adaptive(scenario: Scenario, model: nn.Module, device: torch.device) -> Trainee:
+    """BF16 whose layers are lowered to FP8 and raised again while training runs, at the pace of so short a run."""
+    steps = scenario.steps
+    settings = AdaptiveSettings(
+        recipes=("tensor", "block"),
+        warm_up=steps // 8,
+        probe_every=max(1, steps // 64),
+        decide_every=max(2, steps // 32),
+        compare_every=max(4, steps // 8),
+        patience=steps // 4,
+    )
+    return in_mode("bf16", callbacks=[AdaptivePrecision(settings)])(scenario, model, device)
 
 
 def nudged(scenario: Scenario, model: nn.Module, device: torch.device) -> Trainee:
@@ -120,6 +135,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         "fp8_tensor": in_mode("tensor"),
         "fp8_block": in_mode("block"),
         "pure_bf16": PureBF16,
+        "adaptive": adaptive,
     }
 )
 """By name."""

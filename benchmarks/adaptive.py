@@ -1,0 +1,255 @@
+"""Live precision in real training: a GPT on the text of installed Python packages, under several policies.
+
+    python benchmarks/adaptive.py [--arms ...] [--steps N] [--seeds N] [--width N] [--layers N] [--out FILE]
+    python benchmarks/adaptive.py --overhead
+
+Arms of one seed train from the same weights on the same batches, one after the other in one process: TF32, BF16, FP8
+in every layer that takes it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left),
+`adaptive`, and `random` (as many layers in FP8 as `adaptive` had at the end, drawn at random). Losses are means over
+fixed validation windows, of the weights in BF16. Milliseconds are the median of the steps of the second half, without
+validation. `--overhead` gives the cost of probes on the 1.3B decoder instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import math
+import random
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import decoder_1b
+from harness import Report, Spread, positive
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from deepseek_mp import AdaptivePrecision, AdaptiveSettings, Callback, MixedPrecisionTrainer
+from deepseek_mp.backends import default_device, energy_joules, peak_memory_bytes, reset_peak_memory, synchronize
+from deepseek_mp.trainer.result import StepFacts
+from deepseek_mp.workloads.data import TextWindows
+from deepseek_mp.workloads.gpt import ByteGPT, GPTConfig, byte_gpt, next_byte_loss
+
+ARMS = ("tf32", "bf16", "tensor", "block", "once", "adaptive", "random")
+TEXT_BYTES = 48 * 2**20
+LEARNING_RATE, WARM_UP, FLOOR = 3e-4, 100, 0.1
+VALIDATION_WINDOWS = 16
+MARGIN = 0.0025
+"""Relative loss over BF16's within which an arm counts."""
+
+
+def text(limit: int) -> Tensor:
+    """The first `limit` bytes of the Python files of the standard library and of the installed packages."""
+    found = bytearray()
+    for folder in dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib")):
+        for path in sorted(Path(folder).rglob("*.py")):
+            found += path.read_bytes()
+            if len(found) >= limit:
+                return torch.frombuffer(found[:limit], dtype=torch.uint8)
+    return torch.frombuffer(found, dtype=torch.uint8)
+
+
+class Laps(Callback):
+    """When each step was known to be done, on the host's clock."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
+        self.times.append(time.perf_counter())
+        self.losses.append(facts.loss)
+
+    def milliseconds(self) -> list[float]:
+        """Of the steps of the second half."""
+        half = self.times[len(self.times) // 2 :]
+        return [1e3 * (b - a) for a, b in itertools.pairwise(half)]
+
+
+def schedule(steps: int) -> Callable[[int], float]:
+    """Linear warm-up, then a cosine to a tenth."""
+
+    def factor(step: int) -> float:
+        if step < WARM_UP:
+            return (step + 1) / WARM_UP
+        done = min(1.0, (step - WARM_UP) / max(1, steps - WARM_UP))
+        return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def settings(args: argparse.Namespace, *, once: bool) -> AdaptiveSettings:
+    warm_up = min(200, args.steps // 5)
+    return AdaptiveSettings(warm_up=warm_up, decide_every=10**9 if once else None)
+
+
+def arm(
+    name: str,
+    seed: int,
+    args: argparse.Namespace,
+    device: torch.device,
+    data: dict[str, Tensor],
+    shares: dict[int, int],
+) -> dict[str, Any]:
+    """One training: losses, times, memory, energy, and what became of the layers."""
+    model: ByteGPT = byte_gpt(
+        GPTConfig(width=args.width, heads=args.width // 128, layers=args.layers, context=args.length), seed=seed
+    )
+    windows = partial(TextWindows, batch_size=args.batch, length=args.length)
+    live = AdaptivePrecision(settings(args, once=name == "once"))
+    laps = Laps()
+    pin = random_pins(model, shares.get(seed, 0), seed) if name == "random" else None
+    trainer = MixedPrecisionTrainer(
+        model,
+        "bf16" if name in ("once", "adaptive", "random") else name,
+        loss_fn=next_byte_loss,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True),
+        scheduler=lambda optimizer: LambdaLR(optimizer, schedule(args.steps)),
+        max_grad_norm=1.0,
+        pin=pin,
+        device=device,
+        seed=seed,
+        callbacks=[laps, live] if name in ("once", "adaptive") else [laps],
+        progress=False,
+    )
+    reset_peak_memory(device)
+    joules = energy_joules(device)
+    started = time.perf_counter()
+    trainer.fit(windows(data["train"], count=args.steps, seed=seed), epochs=1)
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    spent = energy_joules(device)
+    validation = windows(data["validation"], count=VALIDATION_WINDOWS, seed=0, fixed=True)
+    own = trainer.evaluate(validation)["loss"]
+    if live.controller is not None and name == "adaptive":
+        shares[seed] = sum(state.recipe != "bf16" for state in live.controller.states.values())
+    if str(trainer.plan.base) != "bf16" or trainer.plan.rules:
+        trainer.change_plan("bf16", pin={})
+    loss = trainer.evaluate(validation)["loss"]
+    return {
+        "loss": loss,
+        "own_loss": own,
+        "ms": Spread.of(laps.milliseconds()),
+        "seconds": seconds,
+        "joules": None if spent is None or joules is None else spent - joules,
+        "peak_gib": (peak_memory_bytes(device) or 0) / 2**30,
+        "curve": [round(statistics.fmean(laps.losses[i : i + 50]), 5) for i in range(0, len(laps.losses), 50)],
+        "decisions": [_short(decision) for decision in live.decisions],
+        "disabled": live.disabled,
+        "probes": live.controller.probes if live.controller is not None else 0,
+        "check": "passed" if math.isfinite(loss) else "void: not finite",
+    }
+
+
+def _short(decision: Any) -> dict[str, Any]:
+    return {k: v for k, v in decision.to_json().items() if k != "role"}
+
+
+def random_pins(model: ByteGPT, count: int, seed: int) -> dict[str, str]:
+    """`block` for as many linear layers of the blocks, drawn at random."""
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "blocks" in name]
+    return dict.fromkeys(random.Random(seed).sample(names, min(count, len(names))), "block")
+
+
+def overhead(device: torch.device, small: bool) -> dict[str, Any]:
+    """What a probe costs beside a step, on the 1.3B decoder in BF16, and the share at the default rate."""
+    case = decoder_1b(device, small=small)
+    batches = case.batches
+    live = AdaptivePrecision(AdaptiveSettings(warm_up=10**6))
+    trainer = MixedPrecisionTrainer(
+        case.model(),
+        "bf16",
+        loss_fn=case.loss_fn,
+        optimizer=next(iter(case.optimizers.values())),
+        callbacks=[live],
+        device=device,
+        progress=False,
+    )
+    trainer.step(batches[0])
+    steps, probes = [], []
+    for number in range(24):
+        batch = batches[number % len(batches)]
+        live._next_probe = 10**9 if number % 2 else 0  # noqa: SLF001 - every second step has a probe
+        synchronize(device)
+        started = time.perf_counter()
+        trainer.step(batch)
+        synchronize(device)
+        (steps if number % 2 else probes).append(1e3 * (time.perf_counter() - started))
+    steps, probes = steps[4:], probes[4:]
+    extra = [probe - step for probe, step in zip(probes, steps, strict=True)]
+    every = live.settings.probe_every
+    return {
+        "step_ms": Spread.of(steps),
+        "probe_ms": Spread.of(extra),
+        "share_at_default_rate": statistics.median(extra) / (every * statistics.median(steps)),
+        "probe_every": every,
+        "check": "passed",
+    }
+
+
+def rows(report: Report) -> list[list[str]]:
+    found = [["case", "loss", "own loss", "ms", "GiB", "layers lowered at the end"]]
+    for name, value in report.cases.items():
+        if "loss" not in value:
+            found.append(
+                [name, *(str(value.get(k, ".")) for k in ("step_ms", "probe_ms", "share_at_default_rate")), "", ""]
+            )
+            continue
+        now = {d["layer"]: d["new"] for d in value["decisions"] if d["layer"]}
+        lowered = sum(new != "bf16" for new in now.values())
+        found.append(
+            [
+                name,
+                f"{value['loss']:.5f}",
+                f"{value['own_loss']:.5f}",
+                str(value["ms"]),
+                f"{value['peak_gib']:.1f}",
+                str(lowered),
+            ]
+        )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--overhead", action="store_true", help="measure what probes cost instead")
+    for name, default in (
+        ("steps", 1500),
+        ("seeds", 3),
+        ("width", 2048),
+        ("layers", 6),
+        ("length", 1024),
+        ("batch", 8),
+    ):
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = default_device()
+    report = Report("adaptive-overhead" if args.overhead else "adaptive", device, vars(args))
+    if args.overhead:
+        report.run("decoder-1.3b", partial(overhead, device, args.small))
+        return report.finish(args.out, rows(report))
+    whole = text(2**21 if args.small else TEXT_BYTES)
+    split = len(whole) - len(whole) // 20
+    data = {"train": whole[:split], "validation": whole[split:]}
+    shares: dict[int, int] = {}
+    for seed in range(args.seeds):
+        for name in args.arms:
+            if name == "tf32" and seed:
+                continue
+            report.run(f"{name} seed {seed}", partial(arm, name, seed, args, device, data, shares))
+            gc.collect()
+    return report.finish(args.out, rows(report))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
