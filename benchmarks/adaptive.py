@@ -63,7 +63,7 @@ class Laps(Callback):
         self.times: list[float] = []
         self.losses: list[float] = []
 
-    def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
+    def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:  # noqa: ARG002
         self.times.append(time.perf_counter())
         self.losses.append(facts.loss)
 

@@ -27,6 +27,8 @@ class AdaptiveSettings:
     """Steps before the first decision: low precision in the first steps can do lasting harm (arXiv 2403.02243)."""
     probe_every: int = 64
     """Steps between two probes; each is a forward and half a backward on `share` of a batch."""
+    probe_share: float = 0.005
+    """At most this part of the time goes into probes: they come less often where one takes long."""
     share: float = 0.125
     decide_every: int | None = None
     """Steps between two decisions; None: a 64th of the run, from 32 to 256."""
@@ -43,7 +45,7 @@ class AdaptiveSettings:
     """Steps between two comparisons of the loss with that in FP32, on the batch of a probe."""
 
     def __post_init__(self) -> None:
-        for name in ("loss_budget", "noise_budget", "share", "most_at_once", "pays"):
+        for name in ("loss_budget", "noise_budget", "share", "probe_share", "most_at_once", "pays"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
                 raise ConfigError(explain(f"{name}={value!r}", "a number above zero", f"Change {name}"))

@@ -21,18 +21,24 @@ why. It takes no part in a scale of more than one row.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepseek_mp.backends import capabilities
 from deepseek_mp.errors import FormatError, ShapeError, explain
 from deepseek_mp.ops.cast import FP8
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.grid import nearest, round_to_format
+from deepseek_mp.ops.layouts import ALIGNMENT, alignment
+from deepseek_mp.ops.reference.product import dequantise
 from deepseek_mp.ops.reference.quantise import SMALLEST_SCALE, scales_of
 from deepseek_mp.ops.reference.stochastic import round_stochastically
+from deepseek_mp.ops.schema import quantise
 from deepseek_mp.precision import FORMATS, Format, Granularity, Rounding
 from deepseek_mp.precision.recipe import OperandRecipe
 
@@ -69,8 +75,38 @@ def rounded(x: Tensor, side: OperandRecipe, *, generator: torch.Generator | None
     """
     if not side.is_scaled:
         return x if side.format.bits >= _WIDEST.bits else round_to_format(x, side.format)
+    if x.device.type != "cpu" and _has_kernel(x, side):
+        return _by_kernel(x, side)
     values, factor = factored(x, side, generator=generator)
     return (values if factor is None else values * factor).to(x.dtype)
+
+
+def _has_kernel(x: Tensor, side: OperandRecipe) -> bool:
+    """Whether the cast that trains makes the same values in one pass: `quantise` as a kernel, of this shape."""
+    name = side.granularity.name
+    return (
+        side.scale_format is None
+        and side.rounding == Rounding.NEAREST
+        and name in ALIGNMENT
+        and x.dim() == 2
+        and x.numel() > 0
+        and x.shape[1] % alignment(name) == 0
+        and _kernel_for(x.device, side.format.name) is not None
+    )
+
+
+def _by_kernel(x: Tensor, side: OperandRecipe) -> Tensor:
+    """Quantised by the kernel and taken back; rows that were added to fill a block are cut off."""
+    name = side.granularity.name
+    values, scale, _, _ = quantise(x.contiguous(), side.format.name, name, side.power_of_two, True, False, "triton")
+    return dequantise(values, scale, name)[: x.shape[0]].to(x.dtype)
+
+
+@cache
+def _kernel_for(device: torch.device, format: str) -> str | None:
+    """'triton' where the device has kernels for casts to this format."""
+    found = capabilities(device)
+    return "triton" if format in found.matmul_formats and find_spec("triton") is not None else None
 
 
 @torch.no_grad()

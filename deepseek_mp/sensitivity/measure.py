@@ -19,7 +19,6 @@ by eta_x and eta_g (relative error energies) adds (eta_x + eta_g) `row_energy`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,7 @@ from deepseek_mp.ops.rounding import rounded
 from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS, rounding_error, spread
 from deepseek_mp.precision import OPERANDS, Operand, Recipe, Role
 from deepseek_mp.precision.recipe import OperandRecipe
-from deepseek_mp.sensitivity.outputs import output_in, round_sample
+from deepseek_mp.sensitivity.outputs import output_in, product_in, round_sample
 from deepseek_mp.sensitivity.sampling import Sample, Terms
 
 EFFECT_FIELDS = ("first", "variance", "second")
@@ -58,11 +57,56 @@ class Seen:
     terms: Terms
 
 
+class Operands:
+    """The tensors of a unit as its products read them, and each rounded: once, however many recipes and products ask.
+
+    Without `both_ways` input and weight are rounded along the sum of fprop only, which stands for the other products.
+    """
+
+    def __init__(self, module: nn.Module, seen: Seen, *, both_ways: bool = True) -> None:
+        self._is_linear = original_class(module) is nn.Linear
+        self._both_ways = both_ways
+        self._tensors = {Operand.INPUT: seen.x, Operand.GRAD_OUTPUT: seen.g, Operand.WEIGHT: _weight(module)}
+        self._largest = {Operand.INPUT: seen.largest_x, Operand.GRAD_OUTPUT: seen.largest_g}
+        self._nothing = seen.g.new_zeros(len(ERROR_FIELDS), dtype=torch.float32)
+        self._rounded: dict[tuple[Operand, bool, OperandRecipe], tuple[Tensor, Tensor]] = {}
+        self._errors: dict[tuple[Operand, bool, OperandRecipe], Tensor] = {}
+
+    def rounded(self, which: Operand, side: OperandRecipe, *, turned: bool = False) -> tuple[Tensor, Tensor]:
+        """A floating tensor as a matrix [outer, contraction], and the same rounded."""
+        key = which, turned, side
+        if key not in self._rounded:
+            tensor = self._tensors[which]
+            assert tensor is not None
+            matrix = tensor.reshape(-1, tensor.shape[-1]) if self._is_linear else _items(tensor)
+            matrix = matrix.t().contiguous() if turned else matrix
+            whole = which in self._largest
+            made = round_sample(matrix, side, self._largest[which]) if whole else rounded(matrix, side)
+            self._rounded[key] = matrix, made
+        return self._rounded[key]
+
+    def errors(self, recipe: Recipe) -> Tensor:
+        """`ERROR_FIELDS` of the six operands [6, 5], in the order of `PRODUCT_OPERANDS`."""
+        return torch.stack([self._error(recipe, role, which) for role, which in PRODUCT_OPERANDS])
+
+    def _error(self, recipe: Recipe, role: Role, which: Operand) -> Tensor:
+        side, tensor = recipe.operand(role, which), self._tensors[which]
+        if tensor is None or not tensor.is_floating_point():
+            return self._nothing
+        turned = self._is_linear and side.is_scaled and _is_turned(role, which)
+        if not self._both_ways and which is not Operand.GRAD_OUTPUT:
+            turned = False
+        key = which, turned, side
+        if key not in self._errors:
+            self._errors[key] = rounding_error(*self.rounded(which, side, turned=turned))
+        return self._errors[key]
+
+
 @torch.no_grad()
-def effect(module: nn.Module, recipe: Recipe, exact: Tensor, seen: Seen) -> Tensor:
+def effect(module: nn.Module, recipe: Recipe, exact: Tensor, seen: Seen, operands: Operands) -> Tensor:
     """`EFFECT_FIELDS` [3] of the recipe's fprop; `exact` is the output in FP32. Infinite where the output overflows."""
     sample, terms = seen.sample, seen.terms
-    change = output_in(module, seen.x, recipe, seen.largest_x) - exact
+    change = _output(module, recipe, seen, operands) - exact
     by_term = (seen.g * change).flatten(1).sum(1)
     # An infinite output has no finite effect, also where its gradient is zero.
     by_term = torch.where(by_term.isfinite(), by_term, float("inf"))
@@ -73,29 +117,12 @@ def effect(module: nn.Module, recipe: Recipe, exact: Tensor, seen: Seen) -> Tens
     return torch.stack([scale * by_term.sum(), sample.groups**2 / max(drawn, 1) * spread_of, second])
 
 
-@torch.no_grad()
-def operand_errors(module: nn.Module, recipes: Sequence[Recipe], seen: Seen) -> list[Tensor]:
-    """For each recipe `ERROR_FIELDS` of the six operands [6, 5], in the order of `PRODUCT_OPERANDS`."""
-    known: dict[tuple[Operand, bool, OperandRecipe], Tensor] = {}
-    weight = _weight(module)
-    tensors = {Operand.INPUT: seen.x, Operand.GRAD_OUTPUT: seen.g, Operand.WEIGHT: weight}
-    amax = {Operand.INPUT: seen.largest_x, Operand.GRAD_OUTPUT: seen.largest_g}
-    nothing = seen.g.new_zeros(len(ERROR_FIELDS), dtype=torch.float32)
-
-    def errors(recipe: Recipe, role: Role, which: Operand) -> Tensor:
-        side, tensor = recipe.operand(role, which), tensors[which]
-        if tensor is None or not tensor.is_floating_point():
-            return nothing
-        turned = _is_turned(role, which) and original_class(module) is nn.Linear
-        key = which, turned and side.is_scaled, side
-        if key not in known:
-            matrix = tensor.reshape(-1, tensor.shape[-1]) if original_class(module) is nn.Linear else _items(tensor)
-            matrix = matrix.t().contiguous() if key[1] else matrix
-            made = round_sample(matrix, side, amax[which]) if which in amax else rounded(matrix, side)
-            known[key] = rounding_error(matrix, made)
-        return known[key]
-
-    return [torch.stack([errors(recipe, role, which) for role, which in PRODUCT_OPERANDS]) for recipe in recipes]
+def _output(module: nn.Module, recipe: Recipe, seen: Seen, operands: Operands) -> Tensor:
+    """The sample's output in the recipe; a linear layer's of what was rounded already."""
+    if original_class(module) is not nn.Linear:
+        return output_in(module, seen.x, recipe, seen.largest_x)
+    x = operands.rounded(Operand.INPUT, recipe.fprop.left)[1].view(seen.x.shape)
+    return product_in(module, x, operands.rounded(Operand.WEIGHT, recipe.fprop.right)[1], recipe)
 
 
 @torch.no_grad()

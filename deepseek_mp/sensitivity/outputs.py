@@ -63,6 +63,9 @@ def output_in(module: nn.Module, x: Tensor, recipe: Recipe, largest: Tensor) -> 
     Where the format of the result cannot hold a value, it is infinite.
     """
     left, right = recipe.fprop.left, recipe.fprop.right
+    if original_class(module) is nn.Linear:
+        weight = _parameters(module)["weight"].float()
+        return product_in(module, round_sample(x, left, largest), rounded(weight, right), recipe)
     parameters = {}
     for name, parameter in _parameters(module).items():
         wide = _fp32(parameter)
@@ -71,10 +74,22 @@ def output_in(module: nn.Module, x: Tensor, recipe: Recipe, largest: Tensor) -> 
         else:
             parameters[name] = rounded(wide.flatten(1) if wide.dim() > 2 else wide, right).view(wide.shape)
     given = round_sample(x, left, largest) if x.is_floating_point() else x
-    made = _run(module, given, parameters)
-    if recipe.region in NARROW_FORMATS:
-        made = made.to(torch_dtype(recipe.region)).float()
-    return made
+    return _handed_on(_run(module, given, parameters), recipe)
+
+
+@torch.no_grad()
+def product_in(module: nn.Module, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    """The output of a linear layer for operands that are rounded already."""
+    bias = _parameters(module).get("bias")
+    if bias is not None:  # beside a scaled product it is added in FP32
+        bias = bias.float() if recipe.fprop.right.is_scaled else rounded(bias.float(), recipe.fprop.right)
+    with torch.autocast(x.device.type, enabled=False):
+        return _handed_on(F.linear(x, weight, bias), recipe)
+
+
+def _handed_on(made: Tensor, recipe: Recipe) -> Tensor:
+    """The output in the type that the recipe's region gives it, as FP32."""
+    return made.to(torch_dtype(recipe.region)).float() if recipe.region in NARROW_FORMATS else made
 
 
 def round_sample(x: Tensor, side: OperandRecipe, largest: Tensor) -> Tensor:

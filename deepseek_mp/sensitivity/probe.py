@@ -19,10 +19,10 @@ from deepseek_mp.precision import Recipe
 from deepseek_mp.sensitivity.measure import (
     PRODUCT_OPERANDS,
     TENSORS,
+    Operands,
     Seen,
     effect,
     energies,
-    operand_errors,
     spreads,
 )
 from deepseek_mp.sensitivity.outputs import (
@@ -81,20 +81,22 @@ class Probe:
 
     Args:
         units: the modules to look at, by name.
-        recipes: what is asked of each; those that mean nothing for a unit are left out.
+        recipes: what is asked of each, or of each by name; those that mean nothing for a unit are left out.
         rows: rows of an input that are looked at, where each is a term of the loss of its own.
         items: items of the batch that are looked at, where it takes whole ones.
         seed: of the draws. The model's random numbers are not touched.
+        both_ways: round input and weight along the sums of all products, not of fprop only; twice the work.
     """
 
     def __init__(
         self,
         units: Mapping[str, nn.Module],
-        recipes: Sequence[Recipe],
+        recipes: Sequence[Recipe] | Mapping[str, Sequence[Recipe]],
         *,
         rows: int = ROWS,
         items: int = ITEMS,
         seed: int = 0,
+        both_ways: bool = True,
     ) -> None:
         self.unmeasured: dict[str, str] = {}
         self._units: dict[str, nn.Module] = {}
@@ -104,9 +106,12 @@ class Probe:
                 self._units[name] = module
             else:
                 self.unmeasured[name] = reason
+        asked = recipes if isinstance(recipes, Mapping) else dict.fromkeys(self._units, recipes)
         self._recipes = {
-            name: [recipe for recipe in recipes if can_estimate(module, recipe)] for name, module in self._units.items()
+            name: [recipe for recipe in asked[name] if can_estimate(module, recipe)]
+            for name, module in self._units.items()
         }
+        self._both_ways = both_ways
         self._rows, self._items, self._seed = rows, items, seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self._sums: dict[str, _Sums] = {}
@@ -161,7 +166,10 @@ class Probe:
         if self._terms is None:
             return
         self._losses.append(self._terms.loss)
-        self._curvatures.append(torch.as_tensor(self._terms.curvature, dtype=torch.float32))
+        curvature = self._terms.curvature  # a number is filled in on the device: copying it there would wait
+        if not isinstance(curvature, Tensor):
+            curvature = torch.full_like(self._terms.loss, curvature)
+        self._curvatures.append(curvature)
         for name, found in self._pending.items():
             found.batches = 1
             if name in self._sums:
@@ -240,10 +248,10 @@ class Probe:
     def _add(self, sums: _Sums, name: str, module: nn.Module, seen: Seen) -> None:
         recipes = self._recipes[name]
         exact = exact_output(module, seen.x)
+        operands = Operands(module, seen, both_ways=self._both_ways)
         for recipe in recipes:
-            _add_to(sums.effects, recipe.name, effect(module, recipe, exact, seen))
-        for recipe, errors in zip(recipes, operand_errors(module, recipes, seen), strict=True):
-            _add_to(sums.errors, recipe.name, errors)
+            _add_to(sums.effects, recipe.name, effect(module, recipe, exact, seen, operands))
+            _add_to(sums.errors, recipe.name, operands.errors(recipe))
         own, wide = energies(module, seen), spreads(module, seen)
         sums.energies = own if sums.energies is None else sums.energies + own
         sums.spreads = wide if sums.spreads is None else sums.spreads + wide
@@ -288,7 +296,7 @@ class Sent:
         if losses:
             tensors += [
                 torch.stack(list(losses)).mean(),
-                torch.stack([c.to(losses[0].device) for c in curvatures]).mean(),
+                torch.stack(list(curvatures)).mean(),
             ]
         self._has_loss = bool(losses)
         self._transfer = Transfer(tensors)

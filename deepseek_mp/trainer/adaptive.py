@@ -27,11 +27,13 @@ from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import Unit, multiplies, original_class
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Recipe, Rule
 from deepseek_mp.precision.composite import named_mixture
+from deepseek_mp.precision.planning import PAYS
 from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
 from deepseek_mp.sensitivity import Probe, Sent
 from deepseek_mp.sensitivity.transfer import Transfer
 from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.callbacks import Callback
+from deepseek_mp.trainer.probe_clock import ProbeClock
 from deepseek_mp.trainer.result import StepFacts
 
 if TYPE_CHECKING:
@@ -68,6 +70,9 @@ class AdaptivePrecision(Callback):
         self._sent: Sent | None = None
         self._compared: Transfer | None = None
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
+        self._interval = 0
+        """Steps between probes, once their cost is known."""
+        self._clock = ProbeClock()
         self._pending: list[Decision] = []
         self._saved: Mapping[str, Any] | None = None
 
@@ -99,11 +104,13 @@ class AdaptivePrecision(Callback):
             self._put_in_force(trainer, self._pending)
             self._pending = []
         if step >= self._next_probe and self._sent is None:
-            self._next_probe = step + self.settings.probe_every
-            self._probe(trainer, batch, compare=step >= self._next_comparison)
+            self._next_probe = step + self._pace(trainer)
+            with self._clock.probe(trainer.device):
+                self._probe(trainer, batch, compare=step >= self._next_comparison)
 
     def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
         """Show the outcome to the guards; what they raise is raised before the next step."""
+        self._clock.step()
         if self.controller is not None and facts.status in ("applied", "skipped"):
             self._pending += self.controller.see(
                 trainer.steps_attempted,
@@ -111,6 +118,19 @@ class AdaptivePrecision(Callback):
                 applied=facts.status == "applied",
                 first_bad_module=facts.first_bad_module,
             )
+
+    def _pace(self, trainer: MixedPrecisionTrainer) -> int:
+        """Steps until the next probe: as asked for, or more where probes would take too much of the time.
+
+        It is fixed by the first probes that were timed and then part of the state, so that a resumed run keeps it. With
+        emulation times mean nothing.
+        """
+        if not self._interval and not trainer.config.emulate:
+            share = self._clock.share()
+            if share is not None:
+                self._interval = max(self.settings.probe_every, round(share / self.settings.probe_share))
+                log.info("probes every %d steps: one takes %.2f steps", self._interval, share)
+        return self._interval or self.settings.probe_every
 
     # -- the beginning ----------------------------------------------------------------------------
 
@@ -126,19 +146,22 @@ class AdaptivePrecision(Callback):
             self._disable(f"this device multiplies in none of {', '.join(asked)}")
             return
         taken = self._takers(trainer)
-        self._modules = {name: module for name, (module, _) in taken.items()}
         if not taken:
             self._disable("no layer can be lowered")
             return
         costs = self._costs(trainer, batch)
-        units = {
-            name: AdaptiveUnit(
-                macs=float(costs.macs.get(name, 1)),
-                seconds={recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()},
-                recipes=recipes,
-            )
-            for name, (_, recipes) in taken.items()
-        }
+        units = {}
+        for name, (module, recipes) in taken.items():
+            seconds = {recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()}
+            now = _recipe_now(module, region)
+            paying = tuple(r for r in recipes if r == now or not seconds or seconds[r] * PAYS < seconds[region])
+            if paying:
+                units[name] = AdaptiveUnit(macs=float(costs.macs.get(name, 1)), seconds=seconds, recipes=paying)
+        if not units:
+            best = _closest(costs, region, taken)
+            self._disable(f"no layer is {PAYS - 1:.0%} faster in {', '.join(asked)} than in {region}{best}")
+            return
+        self._modules = {name: module for name, (module, _) in taken.items() if name in units}
         self.controller = AdaptiveController(units, RECIPES[region], self.settings, total_steps=trainer.planned_steps)
         for name, state in self.controller.states.items():
             state.recipe = _recipe_now(self._modules[name], region)
@@ -194,7 +217,8 @@ class AdaptivePrecision(Callback):
         if not batch_size(call):
             return
         region, snapshot = trainer.stepper.region, Snapshot(trainer.model, trainer.device)
-        probe = Probe(self._modules, [self.controller.base, *self._recipes], rows=ROWS, seed=trainer.steps_attempted)
+        recipes = {name: [RECIPES[r] for r in unit.recipes] for name, unit in self.controller.units.items()}
+        probe = Probe(self._modules, recipes, rows=ROWS, seed=trainer.steps_attempted, both_ways=False)
         with trainer.monitor.paused(), torch.enable_grad(), region.flags(), probe.watching(call):
             with region.autocast(cache=False):
                 found = run(trainer.model, call, trainer.loss_fn)
@@ -248,6 +272,7 @@ class AdaptivePrecision(Callback):
         return {
             "controller": None if self.controller is None else self.controller.state_dict(),
             "next_probe": self._next_probe,
+            "interval": self._interval,
             "next_comparison": self._next_comparison,
             "pending": [decision.to_json() for decision in self._pending],
             "decisions": [decision.to_json() for decision in self.decisions],
@@ -263,6 +288,7 @@ class AdaptivePrecision(Callback):
             return
         saved, self._saved = self._saved, None
         self._next_probe, self._next_comparison = saved["next_probe"], saved["next_comparison"]
+        self._interval = saved["interval"]
         self._pending = [Decision.from_json(value) for value in saved["pending"]]
         self.decisions = [Decision.from_json(value) for value in saved["decisions"]]
         if saved["controller"] is None:
@@ -271,6 +297,21 @@ class AdaptivePrecision(Callback):
         self.controller.load_state_dict(saved["controller"])
         if before != {name: state.recipe for name, state in self.controller.states.items()}:
             trainer.change_plan(self._plan(trainer, []))
+
+
+def _closest(costs: LayerCosts, region: str, taken: Mapping[str, tuple[nn.Module, tuple[str, ...]]]) -> str:
+    """The layer that comes closest to gaining, with its times, in words."""
+    ratios = {
+        (name, recipe): costs.milliseconds[name][recipe] / costs.milliseconds[name][region]
+        for name, (_, recipes) in taken.items()
+        if name in costs.milliseconds
+        for recipe in recipes
+    }
+    if not ratios:
+        return ""
+    name, recipe = min(ratios, key=ratios.__getitem__)
+    times = costs.milliseconds[name]
+    return f": {name} comes closest, {times[recipe]:.3f} ms in {recipe} against {times[region]:.3f}"
 
 
 def part_of(call: Call, share: float) -> Call:

@@ -15,7 +15,7 @@ GENEROUS = {"loss_budget": 1.0, "noise_budget": 100.0, "pays": 1e-9}
 
 
 class Model(nn.Module):
-    def __init__(self, width=1024):
+    def __init__(self, width=4096):
         super().__init__()
         self.embedding = nn.Embedding(256, width)
         self.blocks = nn.ModuleList(
@@ -33,7 +33,7 @@ class Model(nn.Module):
 
 def batches(count):
     generator = torch.Generator().manual_seed(0)
-    found = [torch.randint(0, 256, (32, 512), generator=generator) for _ in range(count)]
+    found = [torch.randint(0, 256, (16, 512), generator=generator) for _ in range(count)]
     return [(x.cuda(), x.roll(-1, 1).cuda()) for x in found]
 
 

@@ -35,7 +35,7 @@ def test_products_are_those_of_a_cpu(recipe):
     found = []
     start = torch.randn(96, 520), torch.randn(72, 520), torch.randn(96, 72).bfloat16()
     for device in ("cpu", DEVICE):
-        x, weight, gradient = (tensor.to(device).requires_grad_() for tensor in start)
+        x, weight, gradient = (tensor.detach().to(device).requires_grad_() for tensor in start)
         with math_mode(torch.device(device), fp32="ieee", search=False):
             y = emulated_linear(x, weight, None, recipe)
             y.backward(gradient.detach())

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from deepseek_mp.precision import RECIPES, Operand, Role
-from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS, Seen, effect, energies, operand_errors, spreads
+from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS, Operands, Seen, energies, spreads
+from deepseek_mp.sensitivity.measure import effect as effect_of
 from deepseek_mp.sensitivity.outputs import exact_output, largest_of, output_in
 from deepseek_mp.sensitivity.sampling import Sample, Terms
 
@@ -14,6 +15,10 @@ def seen_of(x, g, *, by_row=True, groups=None, count=10, curvature=1.0):
     sample = Sample(index=None, by_row=by_row, groups=groups or x.shape[0])
     terms = Terms(count=count, loss=torch.tensor(1.0), curvature=curvature)
     return Seen(x=x, g=g, largest_x=largest_of(x), largest_g=largest_of(g), sample=sample, terms=terms)
+
+
+def effect(layer, recipe, exact, seen):
+    return effect_of(layer, recipe, exact, seen, Operands(layer, seen))
 
 
 def test_both_orders_of_a_linear_layer():
@@ -47,7 +52,7 @@ def test_each_operand_is_rounded_along_its_own_sum():
     """One input channel is tiny: only groups that run over the tokens of that channel keep it."""
     layer, x, g = nn.Linear(128, 128), torch.randn(128, 128), torch.randn(128, 128)
     x[:, 0] *= 1e-6
-    errors = operand_errors(layer, [RECIPES["block"]], seen_of(x, g))[0]
+    errors = Operands(layer, seen_of(x, g)).errors(RECIPES["block"])
     underflow = dict(zip(PRODUCT_OPERANDS, errors[:, 3].tolist(), strict=True))
     assert underflow[Role.FPROP, Operand.INPUT] > 0.005
     assert underflow[Role.WGRAD, Operand.INPUT] < 0.001
@@ -57,7 +62,7 @@ def test_each_operand_is_rounded_along_its_own_sum():
 def test_normal_operands_have_the_error_of_their_format(name, expected):
     layer = nn.Linear(256, 256)
     nn.init.normal_(layer.weight)
-    errors = operand_errors(layer, [RECIPES[name]], seen_of(torch.randn(256, 256), torch.randn(256, 256)))[0]
+    errors = Operands(layer, seen_of(torch.randn(256, 256), torch.randn(256, 256))).errors(RECIPES[name])
     assert errors[:, 0].tolist() == pytest.approx([expected] * 6, rel=0.12)
 
 
@@ -94,3 +99,14 @@ def test_units_without_products_have_no_energy_and_no_weight_may_be_missing():
     norm, x = nn.LayerNorm(4, elementwise_affine=False), torch.randn(3, 4)
     assert not energies(norm, seen_of(x, x)).any()
     assert spreads(norm, seen_of(x, x))[1].tolist() == [0.0] * 6
+
+
+def test_one_way_stands_for_both_in_input_and_weight():
+    layer, x, g = nn.Linear(128, 128), torch.randn(128, 128), torch.randn(128, 128)
+    x[:, 0] *= 1e-6
+    both, one = (Operands(layer, seen_of(x, g), both_ways=ways).errors(RECIPES["block"]) for ways in (True, False))
+    named = [dict(zip(PRODUCT_OPERANDS, errors.unbind(), strict=True)) for errors in (both, one)]
+    for which in ((Role.FPROP, Operand.INPUT), (Role.DGRAD, Operand.GRAD_OUTPUT), (Role.WGRAD, Operand.GRAD_OUTPUT)):
+        assert torch.equal(named[0][which], named[1][which])
+    assert torch.equal(named[1][Role.WGRAD, Operand.INPUT], named[1][Role.FPROP, Operand.INPUT])
+    assert not torch.equal(named[0][Role.WGRAD, Operand.INPUT], named[1][Role.WGRAD, Operand.INPUT])
