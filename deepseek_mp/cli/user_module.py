@@ -31,13 +31,17 @@ def _file(path: Path) -> ModuleType:
         raise ConfigError(explain(f"file {str(path)!r}", "a file that ends in .py", "Name that file"))
     _put_first(path.resolve().parent)
     # Under its own name if that is free, so that workers of a loader find it when they unpickle.
-    name = path.stem if path.stem not in sys.modules else f"target_{abs(hash(path.resolve()))}"
+    name = path.stem if path.stem not in sys.modules else f"target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None and spec.loader is not None, "a path that ends in .py has a loader"  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     with explained(f"{path} could not be run:", str(path.resolve())):
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
     return module
 
 

@@ -38,7 +38,7 @@ def render_profile(report: ProfileReport, width: int = WIDTH) -> str:
     kind = "relative rise of the loss" if report.basis == "batches" else "relative error energy of outputs"
     sections = [
         ("", listing(_basis(report), inner)),
-        (f"units: predicted {kind} by format, emulated where the device lacks it", _numbers(analysed, report, inner)),
+        ("units", [*paragraph(f"Predicted {kind}, by format; emulated.", inner), *_numbers(analysed, report, inner)]),
         ("the units that mind most", _riskiest(analysed, inner)),
         ("recommended", _reasons(analysed, lambda unit: unit["reason"], inner)),
         ("not possible", _not_possible(analysed, inner)),
@@ -60,20 +60,19 @@ def _basis(report: ProfileReport) -> list[tuple[str, str]]:
     ]
 
 
-def _groups(units: Mapping[str, UnitProfile], reason: Callable[[UnitProfile], str], *, by_shape: bool) -> list[Group]:
+def _groups(units: Mapping[str, UnitProfile], reason: Callable[[UnitProfile], str]) -> list[Group]:
+    """Units with one recipe and one reason, but for the numbers in it; keys as of `choice_groups`."""
     choices = [
-        Choice(
-            step=0,
-            layer=name,
-            role=None,
-            old=f"{unit['kind']} {unit.get('shape')}" if by_shape else "",
-            new=unit["recommended"],
-            reason="",
-            detail=reason(unit),
-        )
+        Choice(step=0, layer=name, role=None, old="", new=unit["recommended"], reason="", detail=reason(unit))
         for name, unit in units.items()
     ]
     return choice_groups(choices)
+
+
+def _alike(units: Mapping[str, UnitProfile]) -> list[Group]:
+    """Units of one kind and size with one recipe."""
+    keyed = [(name, (unit["kind"], str(unit.get("shape")), unit["recommended"])) for name, unit in units.items()]
+    return merged(grouped(keyed))
 
 
 def _numbers(units: Mapping[str, UnitProfile], report: ProfileReport, width: int) -> list[str]:
@@ -81,16 +80,13 @@ def _numbers(units: Mapping[str, UnitProfile], report: ProfileReport, width: int
     what = "loss" if report.basis == "batches" else "error"
     timed = list(dict.fromkeys(name for unit in units.values() for name in unit.get("milliseconds", {})))
     columns: list[tuple[str, Callable[[UnitProfile], float | None]]] = [
-        *(
-            (f"{family} {'loss' if report.basis == 'batches' else 'error'}", _getter(f"{family}_loss"))
-            for family in families
-        ),
+        *((f"{family} {what}", _getter(f"{family}_loss")) for family in families),
         ("noise", lambda unit: unit.get("spent", {}).get("noise")),
         *((f"{name} ms", _timed(name)) for name in timed),
         ("saved MiB", lambda unit: _saved(unit, report.base)),
     ]
     rows = []
-    for group in _groups(units, lambda unit: unit["reason"], by_shape=True):
+    for group in _alike(units):
         members = [units[name] for name in group.layers]
         cells = [between(value(unit) for unit in members) for _, value in columns]
         rows.append((group.pattern, _several(group.layers), *cells, members[0]["recommended"]))
@@ -128,7 +124,7 @@ def _saved(unit: UnitProfile, base: str) -> float | None:
 
 def _riskiest(units: Mapping[str, UnitProfile], width: int) -> list[str]:
     """Rows of the units with the largest predicted loss, where a table of groups does not name them."""
-    if all(len(group.layers) == 1 for group in _groups(units, lambda unit: unit["reason"], by_shape=True)):
+    if all(len(group.layers) == 1 for group in _alike(units)):
         return []
     rows = []
     for name in riskiest(units, RISKIEST):
@@ -140,7 +136,7 @@ def _riskiest(units: Mapping[str, UnitProfile], width: int) -> list[str]:
 def _reasons(units: Mapping[str, UnitProfile], reason: Callable[[UnitProfile], str], width: int) -> list[str]:
     """Rows of the units that have a recipe for one reason."""
     rows: dict[Key, list[Group]] = {}
-    for group in _groups(units, reason, by_shape=False):
+    for group in _groups(units, reason):
         rows.setdefault(group.key, []).append(group)
     cells = [
         (", ".join(group.pattern for group in some), _several([n for g in some for n in g.layers]), key[2], key[4])
@@ -168,7 +164,7 @@ def _totals(report: ProfileReport) -> list[tuple[str, str]]:
     sums = {key: math.fsum(one[key] for one in spent) for key in ("loss", "noise", "seconds")}
     limits = {"loss": report.budget.loss, "noise": report.budget.noise}
     entries = [
-        (name, f"{number(sums[name])} predicted, of {number(limit)} allowed ({100 * sums[name] / limit:.2g} %)")
+        (name, f"{number(sums[name])} predicted, of {number(limit)} allowed ({100 * sums[name] / limit:.3g} %)")
         for name, limit in limits.items()
     ]
     times = [
