@@ -20,7 +20,7 @@ from deepseek_mp.profiler import MetricReport
     [
         ([], "Missing argument 'TARGET'"),
         (["net.py"], "Name the function"),
-        (["nett.py:job"], "no file 'nett.py'"),
+        (["nett.py:job"], "no Python file 'nett.py'"),
         (["net.py:jobb"], "no function 'jobb' in net.py"),
         (["net.py:job", "--budget", "0"], "budget=0.0. Allowed: a number above zero"),
         (["net.py:job", "--noise-budget", "-1"], "noise_budget=-1.0"),

@@ -38,9 +38,9 @@ def test_a_module_is_found_from_the_working_directory(write: Write) -> None:
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        ("nett.py", r"no file 'nett\.py'\. .*Did you mean 'net\.py'"),
-        ("nowhere/net.py", r"no file 'nowhere/net\.py'"),
-        ("./net.txt", r"file 'net\.txt'\. Allowed: a file that ends in \.py"),
+        ("nett.py", r"no Python file 'nett\.py'\. .*Did you mean 'net\.py'"),
+        ("nowhere/net.py", r"no Python file 'nowhere/net\.py'"),
+        ("./net.txt", r"no Python file 'net\.txt'\. .*Did you mean 'net\.py'"),
         ("no_such_module", "no module 'no_such_module'"),
         ("package.no_such_module", r"no module 'package\.no_such_module'"),
         ("broken.py", r"broken\.py could not be run: ModuleNotFoundError: .*broken\.py line 2: import not_there"),
