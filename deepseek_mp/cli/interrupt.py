@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 INTERRUPTED = 130
@@ -32,8 +32,11 @@ def stopping(stop: Callable[[], None], notice: str) -> Iterator[None]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        print(notice, file=sys.stderr)
         stop()
+        with suppress(
+            RuntimeError
+        ):  # the interrupt came in the middle of a write; the notice is no more than a courtesy
+            print(notice, file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, listen)
     try:

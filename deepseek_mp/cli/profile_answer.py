@@ -25,7 +25,7 @@ class Answer:
         if plan is not None and self.plan is not None:
             self.plan.save(plan)
         if as_json:
-            print_record({"report": self.report, "plan": self.plan})
+            print_record({"report": self.report.to_json(), "plan": self.plan})
             return
         report = self.report
         print_text(str(report) if isinstance(report, MetricReport) else render_profile(report, terminal_width()))

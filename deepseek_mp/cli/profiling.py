@@ -40,14 +40,15 @@ def answer(target: str, question: Question) -> Answer:
     """Call the user's function and analyse what it returns; progress goes to a terminal only."""
     seed_everything(question.seed)
     found = load_target(target)
-    found.model.to(choose_device(found.model, question.device))
+    if question.device is not None or not found.by_metric:  # a metric knows where it runs the model
+        found.model.to(choose_device(found.model, question.device))
     try:
         with Progress(None) as shown:
             return _metric(found, question, shown) if found.by_metric else _profile(found, question, shown)
     except KeyboardInterrupt:
         kept = question.resume is not None and question.resume.exists()
-        how = f"; the same command goes on from {question.resume}" if kept else ""
-        print(f"deepseek-mp: interrupted{how}", file=sys.stderr)
+        how = f"the same command goes on from {question.resume}" if kept else "nothing is kept (--resume FILE keeps it)"
+        print(f"deepseek-mp: interrupted; {how}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 

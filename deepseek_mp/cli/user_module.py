@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from deepseek_mp.cli.user_errors import explained
 from deepseek_mp.errors import ConfigError, explain, suggest
@@ -23,21 +23,23 @@ def find_module(place: str) -> ModuleType:
 
 
 def _file(path: Path) -> ModuleType:
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":
         near = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
         change = f"Correct the path.{suggest(path.name, near)}"
-        raise ConfigError(explain(f"no file {str(path)!r}", FORM, change))
-    if path.suffix != ".py":
-        raise ConfigError(explain(f"file {str(path)!r}", "a file that ends in .py", "Name that file"))
+        raise ConfigError(explain(f"no Python file {str(path)!r}", FORM, change))
     _put_first(path.resolve().parent)
     # Under its own name if that is free, so that workers of a loader find it when they unpickle.
-    name = path.stem if path.stem not in sys.modules else f"target_{abs(hash(path.resolve()))}"
+    name = path.stem if path.stem not in sys.modules else f"target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None and spec.loader is not None, "a path that ends in .py has a loader"  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     with explained(f"{path} could not be run:", str(path.resolve())):
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
     return module
 
 
@@ -47,10 +49,9 @@ def _module(name: str) -> ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-                raise
-            change = "Start where it can be imported, or name its file"
-            raise ConfigError(explain(f"no module {name!r}", FORM, change)) from None
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise  # it is there, and imports what is not
+            raise ConfigError(explain(f"no module {name!r}", FORM, "Start beside it, or name its file")) from None
 
 
 def _put_first(folder: Path) -> None:
@@ -72,8 +73,7 @@ def find_function(module: ModuleType, name: str, place: str) -> Callable[[], Any
     except TypeError as error:
         passed, allowed = f"{place}:{name} needs arguments ({error})", "a function that is called without"
         raise ConfigError(explain(passed, allowed, "Give its parameters defaults")) from error
-    made: Callable[[], Any] = found
-    return made
+    return cast("Callable[[], Any]", found)
 
 
 def _is_own(value: object, module: ModuleType) -> bool:

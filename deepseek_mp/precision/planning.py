@@ -61,13 +61,16 @@ def speed_of(recipe: Recipe) -> float:
 
 
 def choices_of(unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_role: bool) -> dict[str, Recipe]:
-    """The recipes that the unit can choose from, by name: FP32, the base, then those that pay, and mixtures of them."""
+    """The recipes that the unit can choose from, by name: FP32, the base, then those that pay.
+
+    And mixtures of them with the base, by product, but for recipes of the user's own.
+    """
     found = {recipe.name: recipe for recipe in (RECIPES["fp32"], base)}
     for recipe in recipes:
         if recipe.name not in unit.predicted or not _pays(unit, recipe, base):
             continue
         found[recipe.name] = recipe
-        if by_role and not recipe.is_plain:
+        if by_role and not recipe.is_plain and RECIPES.get(recipe.name) == recipe:
             for count in (1, 2):
                 for roles in combinations(Role, count):
                     mixed = with_roles(recipe, roles, base)

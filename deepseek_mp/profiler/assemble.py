@@ -17,7 +17,7 @@ from deepseek_mp.profiler.layer_times import LayerCosts, kept_bytes
 from deepseek_mp.profiler.partial import Partial
 from deepseek_mp.profiler.report import ProfileReport, Verification
 from deepseek_mp.profiler.unit_profile import FAMILIES, UnitProfile, family_of
-from deepseek_mp.profiler.verification import rank_correlation
+from deepseek_mp.profiler.verification import TrueChange, rank_correlation
 from deepseek_mp.profiler.without_data import output_errors
 from deepseek_mp.sensitivity.prediction import Predictor
 
@@ -36,9 +36,7 @@ def without_data(found: Survey, recipes: Sequence[Recipe], base: Recipe) -> Prof
         )
         own = {"recommended": base.name, "reason": reason, "not_analysed": None}
         units[name] = UnitProfile({**_description(module), **_worst(module, recipes, errors), **own})
-    return ProfileReport(
-        {**units, **_uncontrollable(found, base)}, basis="weights", base=base.name, recipes=[r.name for r in recipes]
-    )
+    return ProfileReport({**units, **_uncontrollable(found, base)}, basis="weights", base=base.name, recipes=recipes)
 
 
 def assemble(
@@ -67,7 +65,7 @@ def assemble(
         {**units, **_uncontrollable(found, base)},
         basis="batches",
         base=base.name,
-        recipes=list(by_name),
+        recipes=recipes,
         batches=partial.counted,
         loss=partial.loss,
         skipped=partial.skipped,
@@ -84,20 +82,25 @@ def with_recommendations(report: ProfileReport) -> ProfileReport:
 
 
 def with_verification(
-    report: ProfileReport, changes: Mapping[str, Mapping[str, float]], *, held_out: bool
+    report: ProfileReport, changes: Mapping[str, Mapping[str, TrueChange]], *, held_out: bool
 ) -> ProfileReport:
     """The report with true changes beside the predicted ones."""
     predicted, true, changed = [], [], {}
     for name, by_recipe in changes.items():
-        changed[name] = report[name].with_values(true_change=dict(by_recipe))
+        errors = {recipe: change.standard_error for recipe, change in by_recipe.items()}
+        means = {recipe: change.mean for recipe, change in by_recipe.items()}
+        changed[name] = report[name].with_values(true_change=means, true_error=errors)
         for recipe, change in by_recipe.items():
             value = report[name]["recipes"][recipe]["loss"]
-            if math.isfinite(value) and math.isfinite(change):
+            if math.isfinite(value) and math.isfinite(change.mean):
                 predicted.append(value)
-                true.append(abs(change))
+                true.append(abs(change.mean))
     made = report.replaced(changed)
     made.verification = Verification(
-        pairs=len(true), rank_correlation=rank_correlation(predicted, true), held_out=held_out
+        pairs=len(true),
+        plain=sum(change.is_plain for by_recipe in changes.values() for change in by_recipe.values()),
+        rank_correlation=rank_correlation(predicted, true),
+        held_out=held_out,
     )
     return made
 
@@ -125,6 +128,7 @@ def _measured(name: str, module: nn.Module, predictor: Predictor, recipes: Mappi
             "noise": {role.value: predictor.noise(name, recipe, role) for role in Role},
             "errors": effect.to_json()["errors"],
             "taken": _takes(module, recipe),
+            "not_taken": _not_taken(module, recipe),
         }
     spreads = {operand.value: dict(reading.spreads[operand]) for operand in Operand}
     return {**_worst(module, list(recipes.values()), losses), "recipes": details, "spreads": spreads}
@@ -132,7 +136,13 @@ def _measured(name: str, module: nn.Module, predictor: Predictor, recipes: Mappi
 
 def _takes(module: nn.Module, recipe: Recipe) -> bool:
     """Whether the unit can run in the recipe: its kind, and for scaled ones its sizes."""
-    return recipe.is_plain or why_not(recipe, module, is_output=False) is None
+    return _not_taken(module, recipe) is None
+
+
+def _not_taken(module: nn.Module, recipe: Recipe) -> str | None:
+    """Why the unit cannot run in the recipe, or None."""
+    found = None if recipe.is_plain else why_not(recipe, module, is_output=False)
+    return None if found is None else found[1]
 
 
 def _worst(module: nn.Module, recipes: Sequence[Recipe], losses: Mapping[str, float]) -> dict[str, float]:

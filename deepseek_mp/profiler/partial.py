@@ -63,7 +63,7 @@ class Partial:
         """What `save` wrote; an empty one if there is no file. `ConfigError` if it was of another question."""
         if not Path(path).exists():
             return cls()
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = _read(Path(path))
         if data["asked"] != json.loads(json.dumps(asked)):
             allowed = "the file of a profile of the same model, recipes and seed"
             raise ConfigError(
@@ -78,3 +78,15 @@ class Partial:
             unmeasured=data["unmeasured"],
             skipped=tuple(data["skipped"]),
         )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in the file; `ConfigError` for anything else."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        data = error
+    if isinstance(data, dict) and "asked" in data:
+        return data
+    passed = f"resume={str(path)!r}, which holds no measurements of a profile"
+    raise ConfigError(explain(passed, "a file that an earlier profile wrote, or a new path", "Name another file"))

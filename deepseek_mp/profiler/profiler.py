@@ -35,7 +35,7 @@ RECIPES_ASKED = ("bf16", "fp16", "tensor", "row", "block")
 """What is profiled unless something else is asked for."""
 BATCHES = 32
 SAVE_EVERY = 8
-VERIFY_BATCHES = 4
+VERIFY_BATCHES = 8
 FORMATS_TRIED = ("fp32", "bf16", "fp16")
 Progress = Callable[[str, float], None]
 Metric = Callable[[nn.Module], float]
@@ -270,11 +270,11 @@ class PrecisionProfiler:
         called = [move(parse_batch(batch), self._device) for batch in batches] or [self._last_call]
         report("verifying", 0.0)
 
-        def loss() -> Tensor:
-            return torch.stack([run(self.model, call, self._loss_fn).loss.detach() for call in called]).mean()
+        def loss_of(call: Call) -> Callable[[], Tensor]:
+            return lambda: run(self.model, call, self._loss_fn).loss.detach()
 
         changes = true_changes(
-            loss,
+            [loss_of(call) for call in called],
             {name: self._found.units[name] for name in names},
             {name: list(made[name]["recipes"]) for name in names},
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_mp.errors import PlanError, explain, suggest
-from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe, Role
+from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe, Role, find_recipe
 from deepseek_mp.precision.allocation import Allocation, Budget
 from deepseek_mp.precision.planning import (
     MEASURED,
@@ -31,16 +31,18 @@ REPORT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Predictions beside the true change of the loss of single units, on a batch that was not part of the estimate."""
+    """Predictions beside the true change of the loss of single units, on batches that were not part of the estimate."""
 
     pairs: int
+    plain: int
+    """Pairs whose true change is more than what batches scatter; of the others it says little."""
     rank_correlation: float | None
     """Spearman's, of the predicted change and the size of the true one; None for fewer than three pairs."""
     held_out: bool
-    """Whether the batch was one more than those of the estimate; else it was the last of them."""
+    """Whether the batches came after those of the estimate; else it was the last of them."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"pairs": self.pairs, "rank_correlation": self.rank_correlation, "held_out": self.held_out}
+        return dict(vars(self))
 
 
 class ProfileReport(Mapping[str, UnitProfile]):
@@ -52,7 +54,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
         *,
         basis: str,
         base: str,
-        recipes: Sequence[str],
+        recipes: Sequence[str | Recipe],
         batches: int = 0,
         loss: float | None = None,
         skipped: Sequence[str] = (),
@@ -65,7 +67,8 @@ class ProfileReport(Mapping[str, UnitProfile]):
         """'weights' (no data was seen) or 'batches'."""
         self.base = base
         """The plan's base: what a unit runs in that nothing else is recommended for."""
-        self.recipes = tuple(recipes)
+        self._by_name = {recipe.name: recipe for recipe in map(find_recipe, recipes)}
+        self.recipes = tuple(self._by_name)
         self.batches = batches
         self.loss = loss
         """Mean loss of the batches."""
@@ -132,13 +135,13 @@ class ProfileReport(Mapping[str, UnitProfile]):
 
     def _chosen(self, recipes: Sequence[str | Recipe] | None) -> list[Recipe]:
         if recipes is None:
-            return [RECIPES[name] for name in self.recipes if name in self.native and name != "fp16"]
+            return [self._by_name[name] for name in self.recipes if name in self.native and name != "fp16"]
         names = [recipe if isinstance(recipe, str) else recipe.name for recipe in recipes]
         for name in names:
             if name not in self.recipes:
                 allowed = ", ".join(self.recipes)
                 raise PlanError(explain(f"recipe {name!r}, which was not profiled", allowed, "Profile it too"))
-        return [RECIPES[name] for name in names]
+        return [self._by_name[name] for name in names]
 
     def step_seconds(self, recipe: str) -> float:
         """Seconds of a step that all units together take in one recipe; guessed for units where it was not timed."""
@@ -173,7 +176,9 @@ class ProfileReport(Mapping[str, UnitProfile]):
             "version": REPORT_VERSION,
             "basis": self.basis,
             "base": self.base,
-            "recipes": list(self.recipes),
+            "recipes": [
+                name if RECIPES.get(name) == recipe else recipe.to_json() for name, recipe in self._by_name.items()
+            ],
             "batches": self.batches,
             "loss": self.loss,
             "skipped": list(self.skipped),
@@ -194,7 +199,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
             {name: UnitProfile.from_json(unit) for name, unit in data["units"].items()},
             basis=data["basis"],
             base=data["base"],
-            recipes=data["recipes"],
+            recipes=[recipe if isinstance(recipe, str) else Recipe.from_json(recipe) for recipe in data["recipes"]],
             batches=data["batches"],
             loss=data["loss"],
             skipped=data["skipped"],

@@ -33,10 +33,11 @@ class UnitProfile(Mapping[str, Any]):
                                   and whether these were `measured`
     not_analysed                  why there are no numbers, or None
     recipes                       by recipe: `loss`, the absolute changes `first`, `standard_error` and `second`,
-                                  `noise` by role, and `errors` by role and operand (`ops.statistics.ERROR_FIELDS`)
+                                  `noise` by role, and `errors` by role and operand (`ops.statistics.ERROR_FIELDS`);
+                                  `taken`, whether the unit can run in it, and why not
     spreads                       of input, weight and grad_output (`ops.statistics.SPREAD_FIELDS`)
     milliseconds, saved_bytes     by recipe: measured time of its calls in a step, and bytes kept for backward less
-    true_change                   by recipe, absolute, where the estimate was verified
+    true_change, true_error       by recipe, absolute, where the estimate was verified, and its standard error
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:

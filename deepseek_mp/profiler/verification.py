@@ -1,28 +1,56 @@
-"""Is a profile right for this model? True changes of the loss beside the predicted ones, on a batch held out."""
+"""Is a profile right for this model? True changes of the loss beside the predicted ones, on batches held out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from deepseek_mp.precision import RECIPES
+from deepseek_mp.sensitivity.reading import SURE
 from deepseek_mp.sensitivity.truth import losses_in
 
 LEAST_PAIRS = 3
 
 
+@dataclass(frozen=True)
+class TrueChange:
+    """By how much the loss changed, absolute, over batches."""
+
+    mean: float
+    standard_error: float | None
+    """None for a single batch."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it differs from zero by more than what batches scatter."""
+        return self.standard_error is not None and abs(self.mean) > SURE * self.standard_error
+
+
 def true_changes(
-    loss_of: Callable[[], Tensor], modules: Mapping[str, nn.Module], recipes: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, float]]:
-    """By unit and recipe, how the loss changes with that unit's output alone in the recipe, emulated."""
+    losses: Sequence[Callable[[], Tensor]], modules: Mapping[str, nn.Module], recipes: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, TrueChange]]:
+    """By unit and recipe, how the loss changes with that unit's output alone in the recipe, emulated.
+
+    `losses` gives the loss of each batch, the same every time it is called.
+    """
     cases = {(name, recipe): {modules[name]: RECIPES[recipe]} for name in modules for recipe in recipes[name]}
     keyed = {f"{name}\0{recipe}": case for (name, recipe), case in cases.items()}
-    _, changes = losses_in(loss_of, keyed)
-    found: dict[str, dict[str, float]] = {}
-    for (name, recipe), change in zip(cases, changes.values(), strict=True):
-        found.setdefault(name, {})[recipe] = change
+    by_batch = [losses_in(loss, keyed)[1] for loss in losses]
+    found: dict[str, dict[str, TrueChange]] = {}
+    for (name, recipe), key in zip(cases, keyed, strict=True):
+        found.setdefault(name, {})[recipe] = _over_batches([changes[key] for changes in by_batch])
     return found
+
+
+def _over_batches(changes: Sequence[float]) -> TrueChange:
+    count = len(changes)
+    mean = math.fsum(changes) / count
+    if count == 1 or not math.isfinite(mean):
+        return TrueChange(mean, None)
+    return TrueChange(mean, (math.fsum((change - mean) ** 2 for change in changes) / (count - 1) / count) ** 0.5)
 
 
 def rank_correlation(predicted: Sequence[float], true: Sequence[float]) -> float | None:

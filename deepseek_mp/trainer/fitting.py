@@ -87,6 +87,7 @@ class Fitting:
         """Whether `max_steps` are applied, or the fit was stopped; waits for the device only when that may be so."""
         trainer = self.trainer
         if trainer.stopping:
+            trainer.settle()
             return not (trainer.has_stepper and trainer.stepper.window.micro_batches)
         if self.max_steps is None:
             return False

@@ -27,6 +27,12 @@ PROMISES = {
         r"Precision usage: 3 of 30 steps sampled",
         r"mm +fp32 +pinned",
     ],
+    "profiler.py": [
+        r"16 batches, mean loss 2\.\d+",
+        r"in FP4 layer 2 would raise the loss by \d\.\de-0[34] of it",
+        r"loss after training: 0\.\d+",
+        r"\n2: (fp32|bf16|row|nvfp4), \S+ of the loss: ",
+    ],
     "train.py": [
         r"epoch 4: loss \d\.\d+, accuracy 0\.[3-9]",  # one in eight would be chance
         r"\(model\) fp32 -> (fp32|bf16)",

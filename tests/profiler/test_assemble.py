@@ -5,6 +5,7 @@ import pytest
 from deepseek_mp.profiler.assemble import with_recommendations, with_verification
 from deepseek_mp.profiler.report import ProfileReport
 from deepseek_mp.profiler.unit_profile import UnitProfile, riskiest
+from deepseek_mp.profiler.verification import TrueChange
 
 ROLES = ("fprop", "dgrad", "wgrad")
 
@@ -41,9 +42,10 @@ def test_the_riskiest_come_first_and_an_overflow_is_no_number_to_verify(report):
 
 
 def test_true_changes_stand_beside_predictions(report):
-    changes = {"safe": {"row": -2e-6, "bf16": 0.0}, "risky": {"row": 0.4, "bf16": 0.0}}
+    plain, none = TrueChange(0.4, 0.1), TrueChange(0.0, 0.1)
+    changes = {"safe": {"row": TrueChange(-2e-6, None), "bf16": none}, "risky": {"row": plain, "bf16": none}}
     made = with_verification(report, changes, held_out=True)
-    assert made.verification.pairs == 4
+    assert (made.verification.pairs, made.verification.plain) == (4, 1)
     assert made.verification.rank_correlation == pytest.approx(1.0)
-    assert made["risky"]["true_change"]["row"] == 0.4
+    assert (made["risky"]["true_change"]["row"], made["risky"]["true_error"]["row"]) == (0.4, 0.1)
     assert report.verification is None

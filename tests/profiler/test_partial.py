@@ -36,3 +36,10 @@ def test_it_survives_the_disk_and_answers_one_question_only(tmp_path):
     assert Partial.load(tmp_path / "none.json", {"seed": 1}) == Partial()
     with pytest.raises(ConfigError, match="of another profile"):
         Partial.load(tmp_path / "p.json", {"seed": 2})
+
+
+@pytest.mark.parametrize("text", ["", "x", "[]", "{}"])
+def test_what_is_no_measurement_is_refused(tmp_path, text):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ConfigError, match="which holds no measurements of a profile"):
+        Partial.load(tmp_path / "p.json", {})

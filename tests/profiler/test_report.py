@@ -1,11 +1,13 @@
 """Reports as mappings, as plans and on disk."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionProfiler, ProfileReport
 from deepseek_mp.errors import ConfigError, PlanError
+from deepseek_mp.precision import RECIPES
 
 
 def test_a_report_survives_json(report, tmp_path):
@@ -49,6 +51,15 @@ def test_products_may_differ(report):
 def test_only_what_was_profiled_can_be_chosen(report):
     with pytest.raises(PlanError, match="recipe 'nvfp4', which was not profiled"):
         report.plan(recipes=["nvfp4"])
+
+
+def test_a_recipe_of_ones_own_is_profiled_chosen_and_kept(model, batches, tmp_path):
+    mine = replace(RECIPES["row"], name="mine")
+    report = PrecisionProfiler(model, recipes=["bf16", mine]).analyze(batches, max_batches=1, time_layers=False)
+    plan = report.plan(recipes=["mine"], by_role=True)
+    assert mine in [rule.recipe for rule in plan.rules]
+    report.save(tmp_path / "report.json")
+    assert ProfileReport.load(tmp_path / "report.json").plan(recipes=["mine"], by_role=True) == plan
 
 
 def test_no_plan_without_data(model):

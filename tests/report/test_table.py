@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_mp.report.table import clean, listing, paragraph, table
+from deepseek_mp.report.table import clean, listing, paragraph, table, tables
 
 WORDS = "each of these words is short and all of them together are long"
 
@@ -56,3 +56,21 @@ def test_a_listing_hangs_under_its_texts() -> None:
 def test_a_paragraph() -> None:
     assert " ".join(paragraph(WORDS, 20)) == WORDS
     assert max(map(len, paragraph(WORDS, 20))) <= 20
+
+
+@pytest.mark.parametrize("width", [30, 45, 200])
+def test_columns_that_do_not_fit_stand_in_tables_below(width: int) -> None:
+    heading = ("name", "", "one", "two", "three", "nothing", "four")
+    rows = [("layer", "", "1.111111", "2.222222", "3.333333", "", "4.444444"), ("other", "", "", "7", "", "", "")]
+    lines = tables(heading, rows, width, repeated=2)
+    assert max(map(len, lines)) <= width
+    heads = [line.split() for line in lines if line.startswith("name")]
+    assert [title for head in heads for title in head[1:]] == ["one", "two", "three", "four"]
+    assert len(heads) == {30: 2, 45: 1, 200: 1}[width]
+    assert sum("other" in line for line in lines) == len(heads)
+
+
+def test_a_column_wider_than_the_width_stands_alone() -> None:
+    lines = tables(("name", "one", "two"), [("a", "1" * 50, "2")], 20, repeated=1)
+    assert [line.split()[1:] for line in lines if line.startswith("name")] == [["one"], ["two"]]
+    assert tables(("name", "one"), [("a", "")], 20, repeated=1) == []

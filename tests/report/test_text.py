@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Role
-from deepseek_mp.report import render_report, report_run
+from deepseek_mp.report import render_outcome, render_report, report_run
 from deepseek_mp.report.curve import ASCII_BLOCKS
 from deepseek_mp.report.history import Step
 from deepseek_mp.report.text import assemble, is_off, skipped_rows
@@ -66,6 +66,13 @@ def test_everything_is_told(record: Record) -> None:
     assert ["blocks.{0-6,8-99}.mlp", "99", "fp32", "bf16", "requested", "fp32_ms", "1.5"] in rows
     assert ["9", "blocks.7.mlp", "bf16", "fp32", "pinned", "by", "hand"] in rows
     assert ["blocks.3.mlp", "dgrad", "bf16", "1", "11"] in rows
+
+
+def test_the_outcome_is_what_matters_at_the_end(record: Record) -> None:
+    text = " ".join(render_outcome(report_run(eventful(record)), 110).split())
+    for fact in ("blocks.*.attention 100 fp32 bf16 requested", "skipped the loss is nan", "32 steps, 1 of them not"):
+        assert fact in text
+    assert "gradient norm" not in text
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

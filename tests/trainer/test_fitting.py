@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from deepseek_mp import Callback
 from deepseek_mp.errors import LoaderError, NonFiniteError
+from deepseek_mp.records import read_run
 
 # -- how far a fit goes ---------------------------------------------------------------------------------------
 
@@ -160,3 +161,40 @@ def test_too_many_skips_stop_the_fit_with_the_last_good_weights():
         trainer.fit(batches(5, bad=range(5)), 2)
     assert all(torch.equal(v, before[name]) for name, v in trainer.model.state_dict().items())
     assert (trainer.steps_attempted, trainer.position.batch) == (4, 2)
+
+
+# -- stopping -------------------------------------------------------------------------------------------------
+
+
+class StopAfter(Callback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step(self, trainer, facts):
+        if trainer.steps_attempted == self.steps:
+            trainer.stop()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stopped_fit_goes_on_as_if_nothing_had_happened(tmp_path, accumulation):
+    options = {"gradient_accumulation_steps": accumulation}
+    straight = make(callbacks=[StopAfter(99)], **options)
+    torch.manual_seed(3)
+    straight.fit(batches(), 3)
+    stopped = make(callbacks=[StopAfter(4)], run_dir=tmp_path, **options)
+    torch.manual_seed(3)
+    result = stopped.fit(batches(), 3)
+    assert (result.steps_applied, result.epochs) == (4, (4 * accumulation) // 6)
+    assert [a.outcome for a in read_run(tmp_path).attempts] == ["stopped"]
+    resumed = make(callbacks=[StopAfter(99)], run_dir=tmp_path, **options)
+    assert resumed.fit(batches(), 3, resume=tmp_path).epochs == 3
+    assert same_models(straight, resumed)
+    assert stopped.fit(batches(), 3).epochs == 3  # the same trainer goes on too
+
+
+def test_a_fit_that_is_stopped_before_it_begins_trains_nothing():
+    class Refuse(Callback):
+        def on_fit_start(self, trainer):
+            trainer.stop()
+
+    assert make(callbacks=[Refuse()]).fit(batches(), 3).steps_attempted == 0
