@@ -141,8 +141,8 @@ def regression() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
 
 
 def healthy(name: str, mode: str, steps: int) -> MixedPrecisionTrainer:
-    """A run without anything wrong, every second step of which is sampled."""
-    options = {"device": "cpu", "seed": 0, "progress": False, "emulate": True, "statistics_every": 2}
+    """A run without anything wrong, every fourth step of which is sampled."""
+    options = {"device": "cpu", "seed": 0, "progress": False, "emulate": True, "statistics_every": 4}
     if name == "regression":
         model, data = regression()
         trainer = MixedPrecisionTrainer(model, mode, **options)
