@@ -14,7 +14,7 @@ def main() -> None:
     # The head stays in FP32; emulate=True lets this run on a CPU without BF16 units too.
     plan = convert(model, PrecisionPlan.of("bf16", pin={"2": "fp32"}), emulate=True)
     scaler = LossScaler("none")  # bf16 has the range of FP32; use "dynamic" with fp16
-    monitor = PrecisionMonitor(model, sample_every=10)
+    monitor = PrecisionMonitor(model, optimizer, sample_every=10)
 
     for step in range(30):
         inputs = torch.randn(32, 64)

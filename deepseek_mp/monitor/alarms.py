@@ -15,7 +15,10 @@ _WHOLE = {"in_a_row": 1, "spikes_in_a_row": 1, "warmup": 0, "rms_after": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is let pass. Only the format in use raises alarms, not those one asks about; None switches one off."""
+    """What is let pass. Only the format in use raises alarms, not those one asks about; None switches one off.
+
+    Formats of less than 8 bits are judged by `by_row` and `overflow` only: FP4 makes zeros of 7 % of normal values.
+    """
 
     underflow: float | None = 0.005
     """Share of an input's or weight's values that the format in use makes zero. Rounding to FP8 with scales of their

@@ -18,6 +18,8 @@ from deepseek_mp.precision.recipe import OperandRecipe
 IN_USE = 1
 """The row of a block with the errors of the format in use."""
 NORMAL_KURTOSIS = 3.0
+FINE_BITS = 8
+"""Formats of fewer bits make some percent of any values zero, and biased by as much: that is how they are."""
 HARM = 0.25
 """Share of the limit on underflow from which on outliers are taken to do harm."""
 
@@ -43,11 +45,12 @@ def _named(fields: Sequence[str], line: Tensor) -> dict[str, float]:
 def _of_rounding(found: dict[str, float], operand: Operand, side: OperandRecipe, limits: Limits) -> Iterator[Reading]:
     tensor, is_gradient = operand.value, operand is Operand.GRAD_OUTPUT
     underflow = limits.gradient_underflow if is_gradient else limits.underflow
-    if underflow is not None:
+    coarse = side.format.bits < FINE_BITS
+    if underflow is not None and not coarse:
         yield tensor, "underflow", found["underflow"], underflow, limits.in_a_row
     if limits.overflow is not None:
         yield tensor, "overflow", found["overflow"], limits.overflow, limits.in_a_row if is_gradient else 1
-    if limits.bias is not None and is_gradient:
+    if limits.bias is not None and is_gradient and not coarse:
         yield tensor, "bias", abs(found["bias"]), limits.bias, limits.in_a_row
     ideal = ideal_error(side.format)
     if limits.by_row is not None and ideal is not None:
@@ -59,7 +62,8 @@ def _of_outliers(parts: Parts, unit: int, underflow: float, side: OperandRecipe,
         return
     line = unit, TENSORS.index(Operand.INPUT.value), 0
     now, first = (_named(SPREAD_FIELDS, plane[line])["kurtosis"] for plane in (parts.last, parts.first))
-    harm = side.is_scaled and underflow > (limits.underflow or 0.0) * HARM
+    fine = side.format.bits >= FINE_BITS
+    harm = side.is_scaled and fine and underflow > (limits.underflow or 0.0) * HARM
     limit = limits.kurtosis * max(first, NORMAL_KURTOSIS)
     yield Operand.INPUT.value, "kurtosis", now if harm else 0.0, limit, limits.in_a_row
 

@@ -23,8 +23,8 @@ given, clipped if it was. All but the norm are over the sampled rows.
 ratio      |dw| / |w|
 lost       share of dw other than zero that leaves the weight as it is if that is stored in BF16: of w' = bf16(w) it is
            bf16(w' + dw) = w'. Of a weight that is stored in 16 bits already: share of g other than zero where dw = 0
-edq        <dw_eff, dw> / |dw|^2 with dw_eff = bf16(w' + dw) - w': 1 if nothing is lost ("Collage", arXiv 2405.03637).
-           Not known of a weight that is stored in 16 bits already
+edq        <dw_eff, dw> / |dw|^2 with dw_eff = bf16(w' + dw) - w': 1 if nothing is lost (after "Collage", arXiv
+           2405.03637). Not known of a weight that is stored in 16 bits already
 grad_norm  |g|, of the whole gradient
 spike      |g| over its exponential mean before this step
 rms        sqrt(mean(g^2 / max(v, eps^2))) with Adam's second moment v, without its bias, after this step

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer
-from deepseek_mp.monitor import Limits, Sampling
+from deepseek_mp.monitor import Limits, PrecisionMonitor, Sampling
 from deepseek_mp.monitor.alarm_log import KEPT, AlarmLog, Sampled
 from deepseek_mp.monitor.observed import Observed
 from deepseek_mp.monitor.store import SEEN, UPDATE, WIDTH
 from deepseek_mp.monitor.updates import UPDATE_FIELDS
-from deepseek_mp.precision import RECIPES
+from deepseek_mp.nn import apply
+from deepseek_mp.precision import RECIPES, PrecisionPlan
 from deepseek_mp.workloads.demo import tasks
 
 
@@ -140,8 +141,8 @@ def regression() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
 
 
 def healthy(name: str, mode: str, steps: int) -> MixedPrecisionTrainer:
-    """A run without anything wrong, every second step of which is sampled."""
-    options = {"device": "cpu", "seed": 0, "progress": False, "emulate": True, "statistics_every": 2}
+    """A run without anything wrong, every fourth step of which is sampled."""
+    options = {"device": "cpu", "seed": 0, "progress": False, "emulate": True, "statistics_every": 4}
     if name == "regression":
         model, data = regression()
         trainer = MixedPrecisionTrainer(model, mode, **options)
@@ -172,3 +173,18 @@ def test_a_healthy_run_raises_no_alarm(name: str, mode: str, steps: int) -> None
     assert trainer.steps_applied == steps
     assert min(layer.updates for layer in sampled.values()) > 10
     assert all({"weight", "grad_output"} <= set(layer.tensors) for layer in sampled.values())
+
+
+def test_gradients_too_small_for_fp16_raise_alarms_and_a_loss_scale_ends_them() -> None:
+    found = {}
+    for scale in (1e-5, 1e3):
+        torch.manual_seed(0)
+        model, data = regression()
+        apply(model, PrecisionPlan.of("fp32", {"*": "fp16"}), emulate=True)  # gradients reach layers in fp32
+        with PrecisionMonitor(model, sample_every=None, sampling=Sampling(every=1, units=3)) as monitor:
+            for x, y in data[:6]:
+                ((model(x) - y).square().mean() * scale).backward()
+            monitor.statistics()
+        found[scale] = {(alarm.tensor, alarm.kind) for alarm in monitor.alarms}
+    assert ("grad_output", "by_row") in found[1e-5]
+    assert found[1e3] == set()

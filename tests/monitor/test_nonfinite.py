@@ -127,6 +127,13 @@ def test_a_bad_weight_makes_a_producer_of_its_layer_whatever_comes_in() -> None:
     assert seen.bad("2")["weight"] == 1
 
 
+def test_a_bad_weight_behind_a_bad_batch() -> None:
+    model = chain(nn.Tanh())
+    with torch.no_grad():
+        model[2].weight[0, 0] = NAN
+    assert Seen(model, X * NAN).origin == ("2", "forward")  # it would be bad without the batch too
+
+
 def test_a_bad_batch_has_no_producer_but_is_counted() -> None:
     seen = Seen(chain(nn.Tanh()), torch.tensor([[1.0, NAN, INF]] * 4))
     assert seen.origin is None

@@ -226,6 +226,15 @@ def test_a_forward_that_raises_leaves_nothing_behind(close: bool) -> None:
         assert set(loop.samples().values()) == {1}
 
 
+def test_a_step_that_raised_is_not_measured_by_a_trial_after_it() -> None:
+    loop = Loop(sampling=Sampling(every=9, units=5))
+    with pytest.raises(IndexError, match="out of range"):
+        loop.model(torch.full((1, 1), 99))
+    with loop.monitor.paused():
+        loop.backward()
+    assert sum(loop.samples().values()) == 0
+
+
 class Waits(TorchDispatchMode):
     """Counts the operations by which the host reads a value, and all others."""
 

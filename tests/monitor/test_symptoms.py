@@ -91,6 +91,17 @@ def test_outliers_count_where_a_scale_makes_them_do_harm() -> None:
     assert Sample().kurtosis(10.0, 39.0).errors("input", underflow=0.002).beyond("row") == set()
 
 
+def test_formats_of_four_bits_are_as_coarse_as_they_are() -> None:
+    sample = (
+        Sample().kurtosis(2.0, 13.0).errors("input", underflow=0.07).errors("grad_output", underflow=0.07, bias=0.1)
+    )
+    assert sample.beyond("nvfp4") == set()
+    assert len(sample.beyond("row")) == 4
+    assert sample.errors("weight", by_row=0.05, overflow=0.01).beyond("nvfp4") == {
+        ("weight", "by_row", 3), ("weight", "overflow", 1),
+    }  # fmt: skip
+
+
 def test_spikes_and_second_moments() -> None:
     assert Sample().update(spike=5.1, rms=2.4).beyond() == {("update", "spike", 2), ("update", "rms", 3)}
     assert Sample().update(rms=2.4).beyond(step=1000) == set()  # the moment is still filling

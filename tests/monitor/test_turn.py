@@ -19,7 +19,7 @@ from deepseek_mp.monitor.subjects import Choice, subjects_of
 from deepseek_mp.monitor.turn import Turn
 from deepseek_mp.nn import convert
 from deepseek_mp.nn.lazy import Lazy
-from deepseek_mp.precision import RECIPES, Operand
+from deepseek_mp.precision import RECIPES, Operand, PrecisionPlan
 
 CPU = torch.device("cpu")
 ASKED = what_if(("fp16", "block"), backends.capabilities(CPU))
@@ -141,7 +141,7 @@ def test_activations_that_are_put_off_stay_put_off() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+            self.gate, self.up, self.down = nn.Linear(128, 256), nn.Linear(128, 256), nn.Linear(256, 128)
 
         def forward(self, x: Tensor) -> Tensor:
             self.hidden = F.silu(self.gate(x)) * self.up(x)
@@ -150,17 +150,20 @@ def test_activations_that_are_put_off_stay_put_off() -> None:
     def run(*, measured: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = Gated()
-        convert(model, "row", emulate=True)
+        convert(model, PrecisionPlan.of("bf16", {"*": "block"}), emulate=True)
         seen = Watched(model) if measured else None
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(torch.randn(16, 32))
+            output = model(torch.randn(16, 128))
         output.float().square().sum().backward()
         if seen is not None:
             assert seen.counts() == [[1, 1, 1]] * 3
             assert seen.store.parts.last[2, 0, 0, 0] > 0
-        hidden = model.hidden
-        kept = isinstance(hidden, Lazy) and hidden.promise.values is not None
-        return [output, torch.tensor(kept), *(p.grad for p in model.parameters() if p.grad is not None)]
+        assert isinstance(model.hidden, Lazy)
+        return [
+            output,
+            torch.tensor(model.hidden.promise.values is not None),
+            *(p.grad for p in model.parameters() if p.grad is not None),
+        ]
 
     for plain, with_statistics in zip(run(measured=False), run(measured=True), strict=True):
         assert torch.equal(plain, with_statistics)
@@ -169,7 +172,7 @@ def test_activations_that_are_put_off_stay_put_off() -> None:
 def test_a_weight_s_rows_that_share_a_scale_are_taken_together() -> None:
     module = nn.Linear(128, 512, bias=False)
     with torch.no_grad():
-        module.weight.copy_(10.0 ** -(torch.arange(512) // 128)[:, None] * torch.randn(512, 128))
+        module.weight.copy_(100.0 ** -(torch.arange(512) // 128)[:, None] * torch.randn(512, 128))
     model = nn.Sequential(module)
     for _ in range(5):  # whichever block it is
         seen = Watched(model)
