@@ -60,6 +60,7 @@ def summed_up(outcomes: list[Outcome]) -> dict[str, Any]:
         "gap": statistics.median(outcome.gap for outcome in outcomes),
         "own_gap": to_plain(own, "own_gap"),
         "widest_gap": max(abs(outcome.gap) for outcome in outcomes),
+        "lowered": round(statistics.mean(outcome.lowered for outcome in outcomes), 4),
         "finite": sum(outcome.finite for outcome in outcomes),
         "broken": sum(outcome.broken for outcome in outcomes),
         "seeds": len(outcomes),

@@ -16,12 +16,15 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
 from deepseek_mp.errors import NonFiniteError
 from deepseek_mp.precision import Decision, PrecisionPlan
+from deepseek_mp.precision.recipes import PLAIN
 from deepseek_mp.records.lines import to_plain
 from deepseek_mp.workloads.data import Batches, Pair
-from deepseek_mp.workloads.stress_policies import POLICIES, Policy, mean_loss
+from deepseek_mp.workloads.stress_hooks import Stress
+from deepseek_mp.workloads.stress_policies import POLICIES, Policy, Trainee, mean_loss
 from deepseek_mp.workloads.stress_scenarios import Scenario
 
 LARGEST_GAP = 0.01
@@ -47,6 +50,8 @@ class Outcome:
     """Steps that were not applied because something was not finite."""
     steps: int
     """Steps that were run, with those that were skipped."""
+    lowered: float
+    """Share of the linear layers that ran in a scaled recipe, over all steps: surviving without any is no feat."""
     decisions: tuple[tuple[int, Decision], ...]
     """Step and decision: at step 0 that of every layer, later of each one whose recipe has changed."""
 
@@ -103,6 +108,7 @@ def run(
         gave_up=trained.gave_up,
         skipped=trained.skipped,
         steps=trained.steps,
+        lowered=trained.lowered,
         decisions=tuple(trained.decisions),
     )
 
@@ -116,6 +122,7 @@ class _Trained:
     gave_up: bool = True
     skipped: int = 0
     steps: int = 0
+    lowered: float = 0.0
     decisions: list[tuple[int, Decision]] = field(default_factory=list)
 
 
@@ -133,15 +140,7 @@ def _train(scenario: Scenario, build: Policy, seed: int, device: torch.device) -
     trainee = build(scenario, scenario.model(seed), device)
     with scenario.stress(trainee.model, trainee.optimizer) as stress:
         with suppress(NonFiniteError):
-            plan = None
-            for step, batch in enumerate(islice(_endless(data.train), scenario.steps)):
-                stress.begin(step)
-                found.steps += 1
-                found.skipped += trainee.step(batch).status == "skipped"
-                found.decisions += [(step, decision) for decision in _changed(plan, trainee.plan)]
-                plan = trainee.plan
-            trainee.settle()
-            found.gave_up = False
+            _steps(scenario, trainee, stress, data.train, found)
         found.skipped += found.gave_up  # the step that raised
         found.own_loss = trainee.evaluate(data.validation)["loss"]
     plain = scenario.model(seed).to(device)
@@ -150,10 +149,30 @@ def _train(scenario: Scenario, build: Policy, seed: int, device: torch.device) -
     return found
 
 
+def _steps(scenario: Scenario, trainee: Trainee, stress: Stress, batches: Batches, found: _Trained) -> None:
+    """All steps; what is found is kept up to the one that raises."""
+    plan, share = None, 0.0
+    for step, batch in enumerate(islice(_endless(batches), scenario.steps)):
+        stress.begin(step)
+        found.steps += 1
+        found.skipped += trainee.step(batch).status == "skipped"
+        if trainee.plan is not plan:
+            found.decisions += [(step, decision) for decision in _changed(plan, trainee.plan)]
+            plan, share = trainee.plan, _lowered(trainee)
+        found.lowered += share / scenario.steps
+    trainee.settle()
+    found.gave_up = False
+
+
+def _lowered(trainee: Trainee) -> float:
+    """Share of the linear layers that the plan has in a recipe with scales."""
+    layers = {name for name, module in trainee.model.named_modules() if isinstance(module, nn.Linear)}
+    scaled = {decision.layer for decision in trainee.plan.decisions if decision.new not in PLAIN}
+    return len(layers & scaled) / len(layers)
+
+
 def _changed(old: PrecisionPlan | None, new: PrecisionPlan) -> Iterator[Decision]:
     """The decisions of the new plan about layers that the old one had in another recipe."""
-    if new is old:
-        return
     before = {} if old is None else {(d.layer, d.role): d.new for d in old.decisions}
     for decision in new.decisions:
         if before.get((decision.layer, decision.role)) != decision.new:

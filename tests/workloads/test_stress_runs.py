@@ -26,6 +26,7 @@ GOOD = Outcome(
     gave_up=False,
     skipped=0,
     steps=8,
+    lowered=0.0,
     decisions=(),
 )
 
@@ -91,6 +92,9 @@ def test_changes_of_the_plan_are_told_with_their_step() -> None:
     later = [(step, d.layer, d.new) for step, d in outcome.decisions if step]
     assert {"enter", "blocks.0.up", "head"} <= at_first
     assert later == [(3, "blocks.0.up", "bf16")]
+    # Of six layers the head stays in BF16, as the last one does; another one joins it after three of eight steps.
+    assert outcome.lowered == pytest.approx((3 * 5 + 5 * 4) / (8 * 6))
+    assert run(SCENARIOS["outlier_channel"](TINY), "pure_bf16").lowered == 0
 
 
 def test_a_run_that_is_given_up_ends_there_and_counts_its_steps() -> None:
