@@ -115,6 +115,7 @@ def arm(
         max_grad_norm=1.0,
         pin=pin,
         device=device,
+        compile=args.compile,
         seed=seed,
         callbacks=[laps, live] if name in ("once", "adaptive") else [laps],
         progress=False,
@@ -159,38 +160,54 @@ def random_pins(model: ByteGPT, count: int, seed: int) -> dict[str, str]:
 
 
 def overhead(device: torch.device, small: bool) -> dict[str, Any]:
-    """What a probe costs beside a step, on the 1.3B decoder in BF16, and the share at the default rate."""
-    case = decoder_1b(device, small=small)
-    batches = case.batches
+    """What a probe and a step whose statistics are sampled cost beside a step, on the 1.3B decoder in BF16."""
     live = AdaptivePrecision(AdaptiveSettings(warm_up=10**6))
+    probed = alternating(decoder_1b(device, small=small), device, live)
+    interval = max(live.settings.probe_every, math.ceil(probed["share"] / live.settings.probe_share))
+    gc.collect()
+    sampled = alternating(decoder_1b(device, small=small), device, None)
+    every = 50
+    return {
+        "probe": probed,
+        "probe_every": interval,
+        "probe_share": probed["share"] / interval,
+        "controlled": 0 if live.controller is None else len(live.controller.units),
+        "disabled": live.disabled,
+        "statistics": sampled,
+        "statistics_every": every,
+        "statistics_share": sampled["share"] / every,
+        "check": "passed",
+    }
+
+
+def alternating(case: Any, device: torch.device, live: AdaptivePrecision | None) -> dict[str, Any]:
+    """Milliseconds of steps without and with a probe, or with statistics where there is no controller, in turn."""
     trainer = MixedPrecisionTrainer(
         case.model(),
         "bf16",
         loss_fn=case.loss_fn,
         optimizer=next(iter(case.optimizers.values())),
-        callbacks=[live],
+        callbacks=[] if live is None else [live],
+        statistics_every=2 if live is None else 10**9,
         device=device,
         progress=False,
     )
-    trainer.step(batches[0])
-    steps, probes = [], []
+    trainer.step(case.batches[0])
+    times: list[list[float]] = [[], []]
     for number in range(24):
-        batch = batches[number % len(batches)]
-        live._next_probe = 10**9 if number % 2 else 0  # noqa: SLF001 - every second step has a probe
+        if live is not None:
+            live._next_probe = 10**9 if number % 2 else 0  # noqa: SLF001 - every second step has a probe
         synchronize(device)
         started = time.perf_counter()
-        trainer.step(batch)
+        trainer.step(case.batches[number % len(case.batches)])
         synchronize(device)
-        (steps if number % 2 else probes).append(1e3 * (time.perf_counter() - started))
-    steps, probes = steps[4:], probes[4:]
-    extra = [probe - step for probe, step in zip(probes, steps, strict=True)]
-    every = live.settings.probe_every
+        times[number % 2].append(1e3 * (time.perf_counter() - started))
+    slow, fast = sorted((times[0][4:], times[1][4:]), key=statistics.median, reverse=True)
+    extra = [a - b for a, b in zip(slow, fast, strict=True)]
     return {
-        "step_ms": Spread.of(steps),
-        "probe_ms": Spread.of(extra),
-        "share_at_default_rate": statistics.median(extra) / (every * statistics.median(steps)),
-        "probe_every": every,
-        "check": "passed",
+        "step_ms": Spread.of(fast),
+        "extra_ms": Spread.of(extra),
+        "share": statistics.median(extra) / statistics.median(fast),
     }
 
 
@@ -230,6 +247,7 @@ def main() -> int:
         ("batch", 8),
     ):
         parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--compile", choices=("regional",), default=False, help="compile the blocks in all arms")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
