@@ -215,9 +215,11 @@ def rows(report: Report) -> list[list[str]]:
     found = [["case", "loss", "own loss", "ms", "GiB", "layers lowered at the end"]]
     for name, value in report.cases.items():
         if "loss" not in value:
-            found.append(
-                [name, *(str(value.get(k, ".")) for k in ("step_ms", "probe_ms", "share_at_default_rate")), "", ""]
-            )
+            for part in ("probe", "statistics"):
+                share = f"{value[f'{part}_share']:.3%} with one in {value[f'{part}_every']} steps"
+                found.append(
+                    [f"{name} {part}", *map(str, (value[part]["step_ms"], value[part]["extra_ms"])), share, "", ""]
+                )
             continue
         now = {d["layer"]: d["new"] for d in value["decisions"] if d["layer"]}
         lowered = sum(new != "bf16" for new in now.values())

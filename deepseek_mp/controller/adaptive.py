@@ -98,7 +98,7 @@ class AdaptiveController:
     loss: float = 0.0
     curvature: float = 1.0
     allocated: bool = False
-    """Whether there was a first allocation."""
+    """Whether there was a first allocation that lowered anything."""
     trend: LossTrend = field(default_factory=LossTrend)
     next_decision: int = 0
 
@@ -178,7 +178,7 @@ class AdaptiveController:
         changes = [self._raised(name, wanted[name], refused, over=over, step=step) for name in names]
         made = [change for change in changes if change is not None]
         made += self._lowered([wanted[name] for name in names], {change.layer for change in made}, step)
-        self.allocated = True
+        self.allocated = self.allocated or bool(made)
         return made
 
     def recipe_of(self, name: str) -> str:

@@ -37,7 +37,7 @@ class AdaptiveSettings:
     patience: int = 1024
     """Steps that a layer stays raised after a guard raised it; doubles with every repetition."""
     longest_patience: int = 16384
-    most_at_once: float = 0.05
+    most_at_once: float = 0.25
     """Share of the layers that one decision may lower, at least one; the first allocation may lower all."""
     pays: float = 4.0
     """How many times what it costs in steps a layer must save in time to be lowered."""

@@ -105,8 +105,8 @@ def _by_kernel(x: Tensor, side: OperandRecipe) -> Tensor:
 @cache
 def _kernel_for(device: torch.device, format: str) -> str | None:
     """'triton' where the device has kernels for casts to this format."""
-    found = capabilities(device)
-    return "triton" if format in found.matmul_formats and find_spec("triton") is not None else None
+    native = format in FP8 and format in capabilities(device).matmul_formats
+    return "triton" if native and find_spec("triton") is not None else None
 
 
 @torch.no_grad()
