@@ -37,6 +37,8 @@ WRONG = 2.0
 """A true rise of the loss above so many times the predicted one halves the budgets."""
 DOUBT = 3.0
 """Standard errors that one batch may be off by chance."""
+SURE_SLOPE = 3.0
+"""Standard errors by which the loss may fall faster than it seems to."""
 SMALLEST_SCALE = 0.125
 
 
@@ -302,7 +304,9 @@ class AdaptiveController:
         if slope is not None:
             remaining = max((self.total_steps or 2 * step) - step, 1)
             rise = max(lowered.loss - kept.loss, 0.0) * abs(self.loss)
-            cost += rise / (max(slope, 1e-9 * abs(self.loss)) * remaining)
+            # As steep as it may be: batches scatter, and a flat stretch by chance is no reason.
+            steepest = max(slope.fall + SURE_SLOPE * slope.error, 1e-9 * abs(self.loss))
+            cost += rise / (steepest * remaining)
         times = self.settings.pays / (2 if self._is_lowered(self.states[costs.name]) else 1)
         if saved >= times * cost:
             return ""

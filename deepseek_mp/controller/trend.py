@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -17,8 +18,18 @@ RATIO = 1.5
 """And at least so many times the median."""
 IN_A_ROW = 2
 _NORMAL_MAD = 1.4826
+LEAST_MARKS = 16
+"""Points that a slope is drawn through, at least."""
 MARKS = 64
 """Points kept of the whole run, for its slope."""
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How much the loss falls in a step, and the standard error of that."""
+
+    fall: float
+    error: float
 
 
 class LossTrend:
@@ -45,19 +56,21 @@ class LossTrend:
         self._mark(step, loss)
         return self._above >= IN_A_ROW
 
-    def slope(self) -> float | None:
-        """How much the loss falls in a step, over the last quarter of the run so far; None before that can be told."""
-        if len(self._marks) < 8:
+    def slope(self) -> Slope | None:
+        """How much the loss falls in a step, over the last part of the run so far; None before that can be told.
+
+        The line of least squares through the means of the last quarter, but of `LEAST_MARKS` at least.
+        """
+        if len(self._marks) < LEAST_MARKS:
             return None
         last_step, _ = self._marks[-1]
-        recent = [mark for mark in self._marks if mark[0] >= 0.75 * last_step]
-        if len(recent) < 4:
-            return None
-        half = len(recent) // 2
-        early, late = recent[:half], recent[half:]
-        steps = _mean(mark[0] for mark in late) - _mean(mark[0] for mark in early)
-        fall = _mean(mark[1] for mark in early) - _mean(mark[1] for mark in late)
-        return fall / steps if steps else None
+        quarter = [mark for mark in self._marks if mark[0] >= 0.75 * last_step]
+        recent = quarter if len(quarter) >= LEAST_MARKS else self._marks[-LEAST_MARKS:]
+        steps, losses = _mean(mark[0] for mark in recent), _mean(mark[1] for mark in recent)
+        spread = math.fsum((step - steps) ** 2 for step, _ in recent)
+        fall = -math.fsum((step - steps) * (loss - losses) for step, loss in recent) / spread
+        left = math.fsum((loss - losses + fall * (step - steps)) ** 2 for step, loss in recent)
+        return Slope(fall=fall, error=math.sqrt(left / (len(recent) - 2) / spread))
 
     def _is_high(self, loss: float) -> bool:
         if len(self._recent) < LEAST:

@@ -1,6 +1,8 @@
 """Every rule of the controller, with made-up measurements."""
 
 import json
+import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -220,3 +222,14 @@ def test_equal_numbers_give_equal_decisions_and_a_restored_controller_goes_on():
             made.learn(measured(a={"second": 0.1}, b={}))
     assert one.decide(20) == other.decide(20)
     assert one.state_dict() == other.state_dict()
+
+
+def test_a_flat_stretch_by_chance_raises_nothing():
+    """Late enough for a slope, and batches that scatter by ten percent around a loss that falls."""
+    for seed in range(6):
+        made = allocated(a={"second": 1e-5}, b={"second": 1e-5})
+        generator = random.Random(seed)
+        for step in range(11, 220):
+            made.see(step, (3.0 - 0.002 * step) * math.exp(generator.gauss(0, 0.1)), applied=True)
+            if step % 10 == 0:
+                assert made.decide(step) == []

@@ -38,12 +38,21 @@ def test_noise_is_no_jump(noise):
 def test_a_falling_loss_is_no_jump_and_has_a_slope():
     trend, jumps = run([5.0 - 0.001 * step for step in range(2000)])
     assert jumps == []
-    assert trend.slope() == pytest.approx(0.001, rel=0.01)
+    assert trend.slope().fall == pytest.approx(0.001, rel=0.01)
+    assert trend.slope().error < 1e-6
 
 
 def test_a_flat_loss_has_almost_no_slope():
     trend, _ = run(noisy(3000, noise=0.02))
-    assert abs(trend.slope()) < 1e-4
+    assert abs(trend.slope().fall) < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_error_of_a_slope_covers_the_scatter_of_batches(seed):
+    """After 200 steps the fall is lost in the noise: what it truly is lies within three standard errors."""
+    losses = [loss - 0.001 * step for step, loss in enumerate(noisy(200, level=3.0, noise=0.1, seed=seed))]
+    slope = run(losses)[0].slope()
+    assert slope.fall - 3 * slope.error < 0.001 < slope.fall + 3 * slope.error
 
 
 def test_nothing_is_known_at_first():
