@@ -136,6 +136,20 @@ def _stress_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
+def _live_tables(report: Json) -> Iterator[list[Row]]:
+    """What looking costs: a probe of the controller, and a step whose statistics are sampled."""
+    rows: list[Row] = [("case", "step ms", "extra ms", "once in steps", "share of the time", "layers it controls")]
+    for name, case in report["cases"].items():
+        for part in ("probe", "statistics"):
+            times, share = case[part], f"{case[f'{part}_share']:.2%}"
+            controlled = str(case["controlled"]) if part == "probe" else ""
+            often = str(case[f"{part}_every"])
+            rows.append(
+                (f"{name} {part}", _spread(times["step_ms"]), _spread(times["extra_ms"]), often, share, controlled)
+            )
+    yield rows
+
+
 def _survival(summary: Json) -> str:
     """Gap of the final weights in FP32, and in the policy's precision; in bold if it broke at most seeds."""
     finite = summary["finite"] == summary["seeds"]
@@ -147,6 +161,7 @@ _TABLES = {
     "auto": _auto_tables,
     "overhead": _overhead_tables,
     "fp8": _fp8_tables,
+    "adaptive-overhead": _live_tables,
     "fp8-switch": _switch_tables,
     "fp8-fusions": _fusions_tables,
     "fp8-kernels": _kernels_tables,

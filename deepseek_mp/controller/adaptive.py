@@ -111,17 +111,39 @@ class AdaptiveController:
 
     # -- what is fed ------------------------------------------------------------------------------
 
-    def learn(self, measured: Measured) -> None:
-        """A probe's measurements."""
+    def learn(self, measured: Measured, step: int) -> list[Decision]:
+        """A probe's measurements. What they say of a layer that is lowered may raise it at once: see `_alarming`."""
+        made = []
         for name, new in measured.readings.items():
             if name not in self.units:
                 continue
             known = self.readings.get(name)
             if known is not None and known.effects.keys() == new.effects.keys():
                 new = replace(known, batches=min(known.batches, MEMORY), calls=min(known.calls, MEMORY)).joined(new)
+            raised = self._alarming(name, measured.readings[name], step)
+            made += [] if raised is None else [raised]
             self.readings[name] = new
         self.loss, self.curvature = measured.loss, measured.curvature
         self.probes += 1
+        return made
+
+    def _alarming(self, name: str, seen: UnitReading, step: int) -> Decision | None:
+        """The raise of a layer whose tensors break a hard limit, or whose input's outliers grew, in this very probe."""
+        state = self.states[name]
+        if not self._is_lowered(state):
+            return None
+        kurtosis = seen.spreads[Operand.INPUT]["kurtosis"]
+        if state.kurtosis and kurtosis > KURTOSIS_GROWTH * state.kurtosis:
+            evidence = {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis, "step": step}
+            return self._guarded(name, step, "outliers grow in its input", evidence)
+        own, _, named = state.recipe.rstrip("]").partition("[")
+        roles = [Role(role) for role in named.split("+")] if named else list(Role)
+        effect = seen.effects.get(own)
+        words = [] if effect is None else [w for role in roles for w in violations(effect, RECIPES[own], role)]
+        if words:
+            evidence = {"guard": "limits", "step": step}
+            return self._guarded(name, step, "; ".join(dict.fromkeys(words)), evidence)
+        return None
 
     def see(self, step: int, loss: float, *, applied: bool, first_bad_module: str | None = None) -> list[Decision]:
         """The outcome of a step: a guard may raise layers."""
@@ -195,14 +217,12 @@ class AdaptiveController:
         state = self.states[name]
         if not self._is_lowered(state):
             return None
-        kurtosis = self.readings[name].spreads[Operand.INPUT]["kurtosis"]
-        if state.kurtosis and kurtosis > KURTOSIS_GROWTH * state.kurtosis:
-            evidence = {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis, "step": step}
-            return self._guarded(name, step, "outliers grow in its input", evidence)
         why = refused.get(name, {}).get(state.recipe.split("[")[0])
         if why is not None:
+            state.locked_until = step + self.settings.patience
             return self._moved(name, self.base.name, why.reason, why.words, {"step": step, "rule": why.rule})
         if over and _speed(wanted.new) < _speed(state.recipe):
+            state.locked_until = step + self.settings.patience
             return self._moved(name, wanted.new, Reason.ALLOCATED, wanted.detail, {**wanted.evidence, "step": step})
         return None
 

@@ -89,7 +89,7 @@ class AdaptivePrecision(Callback):
             return
         step = trainer.steps_attempted
         if self._sent is not None and self._sent.ready:
-            controller.learn(self._sent.read())
+            self._pending += controller.learn(self._sent.read(), step)
             self._sent = None
         if self._compared is not None and self._compared.ready:
             now, exact = (float(value) for value in self._compared.read())

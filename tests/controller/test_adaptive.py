@@ -48,7 +48,7 @@ def controller(names=("a", "b"), settings=SETTINGS, total_steps=1000, **values):
 def allocated(**units):
     made = controller(tuple(units) or ("a", "b"))
     for _ in range(2):
-        made.learn(measured(**(units or {"a": {}, "b": {}})))
+        made.learn(measured(**(units or {"a": {}, "b": {}})), 15)
     made.decide(10)
     return made
 
@@ -59,9 +59,9 @@ def recipes(made):
 
 def test_nothing_is_decided_before_the_warm_up_and_two_probes():
     made = controller()
-    made.learn(measured(a={}, b={}))
+    made.learn(measured(a={}, b={}), 15)
     assert not made.due(10)
-    made.learn(measured(a={}, b={}))
+    made.learn(measured(a={}, b={}), 15)
     assert not made.due(9)
     assert made.due(10)
 
@@ -69,7 +69,7 @@ def test_nothing_is_decided_before_the_warm_up_and_two_probes():
 def test_the_first_allocation_is_applied_at_once_with_evidence():
     made = controller()
     for _ in range(2):
-        made.learn(measured(a={}, b={}))
+        made.learn(measured(a={}, b={}), 15)
     decisions = made.decide(10)
     assert [(d.layer, d.old, d.new, d.reason) for d in decisions] == [
         ("a", "bf16", "row", Reason.ALLOCATED), ("b", "bf16", "row", Reason.ALLOCATED),
@@ -87,7 +87,7 @@ def test_a_layer_whose_loss_exceeds_the_budget_stays():
 def test_later_lowering_needs_agreement_in_a_row():
     made = allocated(a={}, b={"second": 0.1})
     for _ in range(40):
-        made.learn(measured(a={}, b={"second": 1e-5}))
+        made.learn(measured(a={}, b={"second": 1e-5}), 15)
     assert made.decide(20) == []
     assert made.decide(30) == []
     assert [d.layer for d in made.decide(40)] == ["b"]
@@ -97,19 +97,20 @@ def test_few_are_lowered_at_once():
     names = tuple("abcdefgh")
     made = controller(names, replace(SETTINGS, most_at_once=0.2, confirmations=1))
     for _ in range(2):
-        made.learn(measured(**{name: {"second": 0.1} for name in names}))
+        made.learn(measured(**{name: {"second": 0.1} for name in names}), 15)
     made.decide(10)
     for _ in range(20):
-        made.learn(measured(**{name: {"second": 1e-6} for name in names}))
+        made.learn(measured(**{name: {"second": 1e-6} for name in names}), 15)
     assert len(made.decide(20)) == 2
 
 
 def test_a_layer_is_raised_as_soon_as_the_budget_is_exceeded():
     made = allocated()
     for _ in range(12):
-        made.learn(measured(a={}, b={"second": 0.1}))
+        made.learn(measured(a={}, b={"second": 0.1}), 15)
     (decision,) = made.decide(20)
     assert (decision.layer, decision.new, decision.reason) == ("b", "bf16", Reason.ALLOCATED)
+    assert made.states["b"].locked_until == 120
 
 
 @pytest.mark.parametrize(
@@ -118,18 +119,15 @@ def test_a_layer_is_raised_as_soon_as_the_budget_is_exceeded():
 )
 def test_a_hard_limit_raises_whatever_the_budget_says(errors, words):
     made = allocated()
-    for _ in range(12):
-        made.learn(measured(a=errors, b={}))
-    (decision,) = made.decide(20)
+    (decision,) = made.learn(measured(a=errors, b={}), 15)
+    assert made.states["a"].locked_until == 115
     assert (decision.layer, decision.new, decision.reason) == ("a", "bf16", Reason.GUARDED)
     assert words in decision.detail
 
 
 def test_growing_outliers_raise_and_lock():
     made = allocated()
-    for _ in range(12):
-        made.learn(measured(a={"kurtosis": 40.0}, b={}))
-    (decision,) = made.decide(20)
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0}, b={}), 20)
     assert decision.evidence["guard"] == "kurtosis"
     assert decision.evidence["when_lowered"] == 3.0
     assert made.states["a"].locked_until == 120
@@ -165,7 +163,7 @@ def test_what_does_not_pay_is_not_lowered():
     for step in range(3900):
         made.see(step, 2.0 + 1e-7 * (3900 - step), applied=True)
     for _ in range(2):
-        made.learn(measured(a={"second": 4e-4}, b={"second": 1e-12}))
+        made.learn(measured(a={"second": 4e-4}, b={"second": 1e-12}), 15)
     made.decide(3900)
     assert recipes(made) == {"a": "bf16", "b": "row"}
 
@@ -208,7 +206,7 @@ def test_products_may_be_lowered_one_by_one():
     settings = replace(SETTINGS, by_role=True)
     made = controller(("a",), settings)
     for _ in range(2):
-        made.learn(measured(a={"second": 0.1}))
+        made.learn(measured(a={"second": 0.1}), 15)
     (decision,) = made.decide(10)
     assert decision.new == "row[dgrad+wgrad]"
 
@@ -219,7 +217,7 @@ def test_equal_numbers_give_equal_decisions_and_a_restored_controller_goes_on():
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     for made in (one, other):
         for _ in range(12):
-            made.learn(measured(a={"second": 0.1}, b={}))
+            made.learn(measured(a={"second": 0.1}, b={}), 15)
     assert one.decide(20) == other.decide(20)
     assert one.state_dict() == other.state_dict()
 

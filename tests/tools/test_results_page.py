@@ -49,6 +49,17 @@ def test_changes_of_recipe_have_a_row_each() -> None:
     assert "| ours-row | - | - | - | - | - | failed: exit status 1 |" in page
 
 
+def test_what_looking_costs_has_a_row_for_each_way_of_it() -> None:
+    times = {"step_ms": SPREAD, "extra_ms": SPREAD, "share": 1.0}
+    case = {
+        "probe": times, "probe_every": 200, "probe_share": 0.005, "controlled": 24,
+        "statistics": times, "statistics_every": 50, "statistics_share": 0.0008,
+    }  # fmt: skip
+    page = results_page.render([("adaptive-overhead.json", report("adaptive-overhead", gpt=case))])
+    assert "| gpt probe | 20 (19-21) | 20 (19-21) | 200 | 0.50% | 24 |" in page
+    assert "| gpt statistics | 20 (19-21) | 20 (19-21) | 50 | 0.08% |  |" in page
+
+
 def test_policies_that_broke_are_in_bold() -> None:
     kept = {"gap": 0.001, "own_gap": 0.0049, "finite": 3, "broken": 1, "seeds": 3}
     lost = {"gap": 0.0461, "own_gap": 0.07, "finite": 3, "broken": 2, "seeds": 3}
