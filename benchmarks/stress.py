@@ -32,6 +32,7 @@ from deepseek_mp.workloads.stress_scenarios import LARGE, SCENARIOS, SMALL
 
 SIZES = {"small": SMALL, "large": LARGE}
 REPEAT = "fp32_nudged"
+KEPT = ("seed", "reference", "gap", "own_gap", "gave_up", "skipped", "steps", "lowered")
 NEAR = 0.003
 """How far FP32 may be from itself, relative to its loss."""
 
@@ -68,10 +69,10 @@ def summed_up(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def _numbers(outcome: Outcome) -> dict[str, Any]:
-    """The outcome, of its decisions only those that were made while training ran."""
+    """What a table may need of an outcome; of its decisions only those that were made while training ran."""
     values = outcome.to_json()
-    values["decisions"] = [decision for decision in values["decisions"] if decision["step"]]
-    return values
+    kept = {key: values[key] for key in KEPT}
+    return {**kept, "decisions": [decision for decision in values["decisions"] if decision["step"]]}
 
 
 def _check(found: dict[str, dict[str, Any]], meant: str | None) -> str:

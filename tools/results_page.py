@@ -128,7 +128,7 @@ def _kernels_tables(report: Json) -> Iterator[list[Row]]:
 def _stress_tables(report: Json) -> Iterator[list[Row]]:
     """One table: a row for each scenario, what each policy lost against FP32 in percent, broken ones in bold."""
     policies = list(dict.fromkeys(name for case in report["cases"].values() for name in case.get("policies", ())))
-    rows: list[Row] = [("scenario", *policies, "check")]
+    rows: list[Row] = [("% over FP32's loss: weights in FP32 / as trained", *policies, "check")]
     for name, case in report["cases"].items():
         found = case.get("policies", {})
         rows.append((name, *(_survival(found[policy]) if policy in found else "-" for policy in policies),

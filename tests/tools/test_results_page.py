@@ -70,7 +70,7 @@ def test_policies_that_broke_are_in_bold() -> None:
         "other": {"check": "failed", "error": "out of memory"},
     }
     page = results_page.render([("stress-cpu.json", report("stress", **cases))])
-    assert "| scenario | fp32 | fp8_block | fp16_amp | check |" in page
+    assert "/ as trained | fp32 | fp8_block | fp16_amp | check |" in page
     assert "| outlier | +0.10 / +0.49 | **+4.61 / +7.00** | - | passed |" in page
     assert "| drift | - | - | **not finite** | passed |" in page
     assert "| other | - | - | - | failed |" in page
