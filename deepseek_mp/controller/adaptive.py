@@ -113,9 +113,11 @@ class AdaptiveController:
 
     def learn(self, measured: Measured, step: int) -> list[Decision]:
         """A probe's measurements. What they say of a layer that is lowered may raise it at once: see `_alarming`."""
-        made = []
+        made: list[Decision] = []
+        if not math.isfinite(measured.loss):
+            return made
         for name, new in measured.readings.items():
-            if name not in self.units:
+            if name not in self.units or not _is_finite(new):
                 continue
             known = self.readings.get(name)
             if known is not None and known.effects.keys() == new.effects.keys():
@@ -133,6 +135,8 @@ class AdaptiveController:
         if not self._is_lowered(state):
             return None
         kurtosis = seen.spreads[Operand.INPUT]["kurtosis"]
+        if state.kurtosis is None:
+            state.kurtosis = kurtosis  # lowered before anything was measured
         if state.kurtosis and kurtosis > KURTOSIS_GROWTH * state.kurtosis:
             evidence = {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis, "step": step}
             return self._guarded(name, step, "outliers grow in its input", evidence)
@@ -157,10 +161,12 @@ class AdaptiveController:
 
     def compare(self, step: int, found: Comparison) -> Decision | None:
         """The true rise of the loss by all lowered layers together: adjusts the budgets, and says so."""
+        if not math.isfinite(found.exact) or not math.isfinite(found.standard_error):
+            return None
         true = found.loss - found.exact
         predicted = self._spent()[0] * abs(self.loss)
         doubt = DOUBT * found.standard_error
-        wrong = true > WRONG * predicted + doubt
+        wrong = not math.isfinite(found.loss) or true > WRONG * predicted + doubt
         before = self.scale
         self.scale = max(SMALLEST_SCALE, self.scale / 2) if wrong else min(1.0, self.scale * SURELY)
         evidence = {
@@ -176,7 +182,7 @@ class AdaptiveController:
         words = "rose by more than twice what was predicted" if wrong else "rose no more than predicted"
         name = self.base.name
         return Decision(
-            layer="", old=name, new=name, reason=Reason.COMPARED, detail=f"the loss {words}", evidence=evidence
+            layer="", old=name, new=name, reason=Reason.COMPARED, detail=f"the loss {words}", evidence=_plain(evidence)
         )
 
     # -- what is asked ----------------------------------------------------------------------------
@@ -219,9 +225,16 @@ class AdaptiveController:
             return None
         why = refused.get(name, {}).get(state.recipe.split("[")[0])
         if why is not None:
+            # The allocation left the recipe out; where it wants another that is no lower, that will do.
+            other = (
+                wanted.new != state.recipe
+                and self.base.name != wanted.new
+                and _speed(wanted.new) <= _speed(state.recipe)
+            )
             state.locked_until = step + self.settings.patience
-            return self._moved(name, self.base.name, why.reason, why.words, {"step": step, "rule": why.rule})
-        if over and _speed(wanted.new) < _speed(state.recipe):
+            evidence = {"step": step, "rule": why.rule}
+            return self._moved(name, wanted.new if other else self.base.name, why.reason, why.words, evidence)
+        if over and wanted.new != state.recipe and _speed(wanted.new) <= _speed(state.recipe):
             state.locked_until = step + self.settings.patience
             return self._moved(name, wanted.new, Reason.ALLOCATED, wanted.detail, {**wanted.evidence, "step": step})
         return None
@@ -395,6 +408,15 @@ class AdaptiveController:
         for name in ("probes", "scale", "loss", "curvature", "allocated", "next_decision"):
             setattr(self, name, state[name])
         self.trend.load_state_dict(dict(state["trend"]))
+
+
+def _is_finite(reading: UnitReading) -> bool:
+    """Whether the batch that it is of had finite numbers here: one that the trainer skips says nothing.
+
+    An infinite effect is something else: of values that would overflow in a recipe.
+    """
+    gradients = reading.spreads[Operand.GRAD_OUTPUT].get("non_finite", 0.0)
+    return math.isfinite(reading.energy) and math.isfinite(reading.row_energy) and not gradients
 
 
 def _speed(recipe: str) -> float:

@@ -281,6 +281,26 @@ class Measured:
     """The mean of the losses seen; 0 without any."""
     curvature: float
 
+    def to_json(self) -> dict[str, Any]:
+        readings = {name: reading.to_json() for name, reading in self.readings.items()}
+        return {"readings": readings, "loss": self.loss, "curvature": self.curvature}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measured:
+        readings = {name: UnitReading.from_json(value) for name, value in data["readings"].items()}
+        return cls(readings=readings, loss=data["loss"], curvature=data["curvature"])
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Measurements that are on the host already, in the place of `Sent`."""
+
+    measured: Measured
+    ready: bool = True
+
+    def read(self) -> Measured:
+        return self.measured
+
 
 class Sent:
     """What a probe had measured at one moment, on its way to the host."""

@@ -9,12 +9,15 @@ afterwards as they were. When layers change, the trainer changes its plan betwee
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends.low_precision import formats_of
 from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
@@ -22,6 +25,7 @@ from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.costs.restore import Snapshot, preserved
 from deepseek_mp.nn.assign import output_layer, why_not
 from deepseek_mp.nn.call import Call, batch_size, move, parse_batch, run
+from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import Unit, multiplies, original_class
@@ -29,7 +33,7 @@ from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Recipe, Rule
 from deepseek_mp.precision.composite import named_mixture
 from deepseek_mp.precision.planning import PAYS
 from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
-from deepseek_mp.sensitivity import Probe, Sent
+from deepseek_mp.sensitivity import Arrived, Measured, Probe, Sent
 from deepseek_mp.sensitivity.transfer import Transfer
 from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.callbacks import Callback
@@ -67,7 +71,7 @@ class AdaptivePrecision(Callback):
         """Why nothing is decided; empty while something is."""
         self._modules: dict[str, nn.Module] = {}
         self._recipes: list[Recipe] = []
-        self._sent: Sent | None = None
+        self._sent: Sent | Arrived | None = None
         self._compared: Transfer | None = None
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
         self._interval = 0
@@ -101,12 +105,18 @@ class AdaptivePrecision(Callback):
         if controller.due(step):
             self._pending += controller.decide(step)
         if self._pending:
-            self._put_in_force(trainer, self._pending)
-            self._pending = []
+            trainer.settle()  # the last step's outcome may add to what is pending
+            made, self._pending = self._pending, []
+            self._put_in_force(trainer, made)
         if step >= self._next_probe and self._sent is None:
             self._next_probe = step + self._pace(trainer)
             with self._clock.probe(trainer.device):
-                self._probe(trainer, batch, compare=step >= self._next_comparison)
+                self._try_probe(trainer, batch, compare=step >= self._next_comparison)
+
+    def on_fit_start(self, trainer: MixedPrecisionTrainer) -> None:
+        """A further fit makes the run longer."""
+        if self.controller is not None:
+            self.controller.total_steps = trainer.planned_steps
 
     def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
         """Show the outcome to the guards; what they raise is raised before the next step."""
@@ -154,7 +164,10 @@ class AdaptivePrecision(Callback):
         for name, (module, recipes) in taken.items():
             seconds = {recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()}
             now = _recipe_now(module, region)
-            paying = tuple(r for r in recipes if r == now or not seconds or seconds[r] * PAYS < seconds[region])
+            if region not in seconds:
+                seconds = {}
+            known = now in RECIPES and (RECIPES[now].is_plain or now in recipes)
+            paying = tuple(r for r in recipes if r == now or _pays(seconds, r, region)) if known else ()
             if paying:
                 units[name] = AdaptiveUnit(macs=float(costs.macs.get(name, 1)), seconds=seconds, recipes=paying)
         if not units:
@@ -193,7 +206,8 @@ class AdaptivePrecision(Callback):
                 return run(trainer.model, call, trainer.loss_fn).loss
 
         recipes = [RECIPES[region.format], *self._recipes]
-        with preserved(trainer.model, trainer.device), region.flags(), trainer.monitor.paused():
+        quiet = trainer.monitor.paused(), torch.compiler.set_stance("force_eager"), _maxima_kept(trainer.model)
+        with preserved(trainer.model, trainer.device), region.flags(), quiet[0], quiet[1], quiet[2]:
             return layer_costs(
                 trainer.model,
                 forward,
@@ -210,13 +224,26 @@ class AdaptivePrecision(Callback):
 
     # -- while it runs ----------------------------------------------------------------------------
 
-    def _probe(self, trainer: MixedPrecisionTrainer, batch: Any, *, compare: bool) -> None:
+    def _try_probe(self, trainer: MixedPrecisionTrainer, batch: Any, *, compare: bool) -> None:
+        """A probe; where the model does not bear one, live precision is off from then on, and training goes on."""
+        snapshot = Snapshot(trainer.model, trainer.device)
+        try:
+            with _maxima_kept(trainer.model), torch.compiler.set_stance("force_eager"):
+                self._probe(trainer, batch, snapshot, compare=compare)
+        except Exception as error:  # noqa: BLE001 - said aloud and kept: a look at the model must not end its training
+            self._sent = self._compared = None
+            self._disable(f"a probe failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            log.warning("live precision is off: %s", self.disabled)
+        finally:
+            snapshot.restore()
+
+    def _probe(self, trainer: MixedPrecisionTrainer, batch: Any, snapshot: Snapshot, *, compare: bool) -> None:
         """One forward and half a backward on a part of the batch; then the same forward with lowered layers in FP32."""
         assert self.controller is not None
         call = part_of(parse_batch(move(batch, trainer.device)), self.settings.share)
         if not batch_size(call):
             return
-        region, snapshot = trainer.stepper.region, Snapshot(trainer.model, trainer.device)
+        region = trainer.stepper.region
         recipes = {name: [RECIPES[r] for r in unit.recipes] for name, unit in self.controller.units.items()}
         probe = Probe(self._modules, recipes, rows=ROWS, seed=trainer.steps_attempted, both_ways=False)
         with trainer.monitor.paused(), torch.enable_grad(), region.flags(), probe.watching(call):
@@ -236,7 +263,6 @@ class AdaptivePrecision(Callback):
             with quiet[0], quiet[1], quiet[2], outputs_in(lowered), region.autocast(cache=False):
                 exact = run(trainer.model, call, trainer.loss_fn)
             self._compared = Transfer([found.loss, exact.loss])
-        snapshot.restore()
 
     def _put_in_force(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> None:
         assert self.controller is not None
@@ -254,6 +280,14 @@ class AdaptivePrecision(Callback):
             if state.recipe != base.name
         )
         own = mode.rules if isinstance(mode, PrecisionPlan) else ()
+        # What runs in a recipe of its own and is not decided on keeps it, also where it came with the plan's base.
+        own += tuple(
+            Rule(pattern=name, recipe=module.unit_precision.recipe)
+            for name, module in survey(trainer.model).units.items()
+            if name not in self.controller.states
+            and isinstance(module, Unit)
+            and not module.unit_precision.recipe.is_plain
+        )
         return PrecisionPlan(
             base=base,
             rules=rules + own,
@@ -268,8 +302,14 @@ class AdaptivePrecision(Callback):
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Part of the trainer's checkpoint. A probe on its way is not: the next one is due at once then."""
+        """Part of the trainer's checkpoint, with what a probe measured that was not read yet. Waits for that."""
+        if self._saved is not None:
+            return dict(self._saved)
+        measured = None if self._sent is None else self._sent.read()
         return {
+            "measured": None if measured is None else measured.to_json(),
+            "compared": None if self._compared is None else [float(value) for value in self._compared.read()],
+            "disabled": self.disabled,
             "controller": None if self.controller is None else self.controller.state_dict(),
             "next_probe": self._next_probe,
             "interval": self._interval,
@@ -280,7 +320,8 @@ class AdaptivePrecision(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._saved = state
-        self.controller = None
+        self.controller = self._sent = self._compared = None
+        self.disabled = ""
 
     def _restore(self, trainer: MixedPrecisionTrainer) -> None:
         """Go on where a checkpoint stood, in its plan."""
@@ -291,6 +332,12 @@ class AdaptivePrecision(Callback):
         self._interval = saved["interval"]
         self._pending = [Decision.from_json(value) for value in saved["pending"]]
         self.decisions = [Decision.from_json(value) for value in saved["decisions"]]
+        if saved["measured"] is not None:
+            self._sent = Arrived(Measured.from_json(saved["measured"]))
+        if saved["compared"] is not None:
+            self._compared = Transfer([torch.tensor(value) for value in saved["compared"]])
+        if saved["disabled"]:
+            self._disable(saved["disabled"])
         if saved["controller"] is None:
             return
         before = {name: state.recipe for name, state in self.controller.states.items()}
@@ -299,13 +346,31 @@ class AdaptivePrecision(Callback):
             trainer.change_plan(self._plan(trainer, []))
 
 
+def _pays(seconds: Mapping[str, float], recipe: str, region: str) -> bool:
+    """Whether the recipe was measured to be faster by a margin, or nothing was measured at all."""
+    return not seconds or seconds.get(recipe, math.inf) * PAYS < seconds[region]
+
+
+@contextmanager
+def _maxima_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, delayed scaling has seen nothing of it."""
+    found = [amax for scales in scales_of(model) for amax in scales.amax]
+    kept = [amax.clone() for amax in found]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for amax, before in zip(found, kept, strict=True):
+                amax.copy_(before)
+
+
 def _closest(costs: LayerCosts, region: str, taken: Mapping[str, tuple[nn.Module, tuple[str, ...]]]) -> str:
     """The layer that comes closest to gaining, with its times, in words."""
     ratios = {
         (name, recipe): costs.milliseconds[name][recipe] / costs.milliseconds[name][region]
         for name, (_, recipes) in taken.items()
-        if name in costs.milliseconds
         for recipe in recipes
+        if {recipe, region} <= costs.milliseconds.get(name, {}).keys()
     }
     if not ratios:
         return ""
@@ -315,16 +380,24 @@ def _closest(costs: LayerCosts, region: str, taken: Mapping[str, tuple[nn.Module
 
 
 def part_of(call: Call, share: float) -> Call:
-    """The first items of the batch, at least `LEAST_ITEMS`: every tensor that begins with the batch's extent is cut."""
+    """The first items of the batch, at least `LEAST_ITEMS`.
+
+    Only where every tensor begins with the batch's extent: a graph's edges or flattened targets mean something else.
+    The whole batch otherwise.
+    """
     items = batch_size(call)
     wanted = max(LEAST_ITEMS, round(share * items))
-    if wanted >= items:
+    leaves: list[Any] = []
+    map_leaves((call.args, call.kwargs, call.target), leaves.append)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    packed = any(isinstance(leaf, PackedSequence) for leaf in leaves)
+    if wanted >= items or packed or any(tensor.shape[0] != items for tensor in tensors):
         return call
 
     parts: dict[int, Tensor] = {}
 
     def cut(leaf: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == items):
+        if not (isinstance(leaf, Tensor) and leaf.dim()):
             return leaf
         return parts.setdefault(id(leaf), leaf[:wanted])  # labels that are the target stay the same object
 

@@ -25,15 +25,16 @@ class ProbeClock:
         self._steps: deque[float] = deque(maxlen=KEPT)
         self._last: float | None = None
         self._probed = False
-        self._events: list[tuple[Any, Any]] = []
-        self._probes: list[float] = []
+        self._spent = 0.0
+        self._events: deque[tuple[Any, Any]] = deque(maxlen=KEPT)
+        self._probes: deque[float] = deque(maxlen=KEPT)
         self._count = 0
 
     def step(self) -> None:
-        """A step is known to be done. Those with a probe in them do not count."""
+        """A step is known to be done. Those with a probe in them count without it, while there are few others."""
         now = time.perf_counter()
-        if self._last is not None and not self._probed:
-            self._steps.append(now - self._last)
+        if self._last is not None and (not self._probed or len(self._steps) < LEAST_STEPS):
+            self._steps.append(now - self._last - (self._spent if self._probed else 0.0))
         self._last, self._probed = now, False
 
     @contextmanager
@@ -47,11 +48,12 @@ class ProbeClock:
             begin.record()
         yield
         self._probed = True
+        self._spent = time.perf_counter() - started
         self._count += 1
         if self._count <= WARM:
             return
         # Where the host is slower than the device its time is what the step waits for.
-        self._probes.append(time.perf_counter() - started)
+        self._probes.append(self._spent)
         if begin is not None and end is not None:
             end.record()
             self._events.append((begin, end))

@@ -231,3 +231,42 @@ def test_a_flat_stretch_by_chance_raises_nothing():
             made.see(step, (3.0 - 0.002 * step) * math.exp(generator.gauss(0, 0.1)), applied=True)
             if step % 10 == 0:
                 assert made.decide(step) == []
+
+
+def test_an_exceeded_budget_is_met_by_another_recipe_of_the_same_speed():
+    names = {"a": {}}
+    units = {"a": AdaptiveUnit(macs=1e9, seconds={**SECONDS, "block": 0.7e-3}, recipes=("row", "block"))}
+    made = AdaptiveController(units, RECIPES["bf16"], SETTINGS, total_steps=1000)
+
+    def probe(row):
+        found = measured(**names)
+        old = found.readings["a"]
+        effects = {**old.effects, "row": effect(row), "block": effect(1e-6)}
+        return replace(found, readings={"a": replace(old, effects=effects)})
+
+    for _ in range(2):
+        made.learn(probe(1e-6), 5)
+    made.decide(10)
+    assert recipes(made) == {"a": "row"}
+    for _ in range(20):
+        made.learn(probe(0.1), 15)
+    (decision,) = made.decide(20)
+    assert (decision.old, decision.new) == ("row", "block")
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_halves_the_budgets_too(loss):
+    made = allocated()
+    decision = made.compare(20, Comparison(loss=loss, exact=2.0, standard_error=0.01))
+    assert made.scale == 0.5
+    assert json.dumps(decision.to_json(), allow_nan=False)
+    assert made.compare(30, Comparison(loss=2.0, exact=loss, standard_error=0.01)) is None
+    assert made.compare(30, Comparison(loss=2.0, exact=2.0, standard_error=float("inf"))) is None
+    assert made.scale == 0.5
+
+
+def test_a_batch_without_a_finite_loss_is_not_learned():
+    made = allocated()
+    before = made.state_dict()
+    made.learn(replace(measured(a={}, b={}), loss=float("nan")), 15)
+    assert made.state_dict() == before

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan
 from deepseek_mp.controller.settings import AdaptiveSettings
@@ -157,3 +158,108 @@ def test_a_part_of_a_batch_keeps_its_form():
     assert part_of(parse_batch(torch.zeros(40, 3)), 0.1).args[0].shape == (8, 3)
     few = parse_batch(torch.zeros(5, 3))
     assert part_of(few, 0.1) is few
+
+
+def test_a_guard_that_fires_while_the_last_step_settles_is_not_lost():
+    adaptive = AdaptivePrecision(SETTINGS)
+    made = trainer(adaptive)
+    settle, late = made.settle, []
+
+    def settles_late():
+        settle()
+        states = adaptive.controller.states if adaptive.controller else {}
+        if not late and states.get("up") and states["up"].recipe == "row":
+            late.append(1)
+            adaptive._pending += adaptive.controller.see(7, 0.0, applied=False, first_bad_module="up")
+
+    made.settle = settles_late
+    made.fit(batches())
+    assert late
+    assert any(d.layer == "up" and d.reason is Reason.GUARDED for d in adaptive.decisions)
+    assert recipes(made)["up"] == adaptive.controller.states["up"].recipe == "bf16"
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.down(torch.relu(self.up(x)))))
+
+
+def fitted(model, data, adaptive, precision="bf16"):
+    torch.manual_seed(0)
+    made = MixedPrecisionTrainer(
+        model, precision, seed=1, emulate=True, callbacks=[] if adaptive is None else [adaptive], progress=False
+    )
+    made.fit(data)
+    return made
+
+
+def vectors(count=24):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(16, 32, generator=generator), torch.randint(0, 8, (16,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def test_a_batch_that_is_not_finite_says_nothing():
+    data = vectors()
+    data[4][0][:] = float("nan")
+    adaptive = AdaptivePrecision(SETTINGS)
+    made = fitted(Plain(), data, adaptive)
+    assert {recipes(made)[name] for name in ("up", "down")} == {"row"}
+    assert all(effect.second < 1 for r in adaptive.controller.readings.values() for effect in r.effects.values())
+
+
+def test_targets_that_are_no_items_keep_the_whole_batch():
+    x, target = torch.randn(16, 4, 32), torch.randint(0, 8, (64,))
+    whole = parse_batch((x, target))
+    assert part_of(whole, 0.1) is whole
+
+
+def test_a_model_that_bears_no_probe_goes_on_without():
+    class Checkpointed(Plain):
+        def forward(self, x):
+            hidden = torch.relu(self.up(x))
+            return self.head(checkpoint(lambda h: torch.relu(self.down(h)), hidden, use_reentrant=True))
+
+    adaptive = AdaptivePrecision(SETTINGS)
+    made = fitted(Checkpointed(), vectors(), adaptive)
+    assert made.steps_applied == 24
+    assert "a probe failed: RuntimeError" in adaptive.disabled
+
+
+def test_delayed_scales_have_not_seen_what_a_probe_ran():
+    plan = PrecisionPlan.of("bf16", {"up": "delayed"})
+    torch.manual_seed(5)
+    first = fitted(Plain(), vectors(), None, plan)
+    torch.manual_seed(5)
+    second = fitted(Plain(), vectors(), AdaptivePrecision(NEVER), plan)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("stop", [3, 4, 7])
+def test_what_a_probe_measured_before_a_checkpoint_counts_after_it(tmp_path, stop):
+    data = batches()
+    whole = trainer(AdaptivePrecision(SETTINGS))
+    whole.fit(data)
+    trainer(AdaptivePrecision(SETTINGS), run_dir=tmp_path).fit(data, max_steps=stop)
+    resumed = trainer(AdaptivePrecision(SETTINGS))
+    resumed.fit(data, resume=tmp_path)
+    steps = [[d.evidence["step"] for d in made.callbacks[0].decisions] for made in (whole, resumed)]
+    assert steps[0] == steps[1]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_further_fit_makes_the_run_longer():
+    adaptive = AdaptivePrecision(NEVER)
+    made = trainer(adaptive)
+    made.fit(batches(), epochs=1)
+    made.fit(batches(), epochs=3)
+    assert adaptive.controller.total_steps == 72
