@@ -3,11 +3,14 @@
     python benchmarks/adaptive.py [--arms ...] [--steps N] [--seeds N] [--width N] [--layers N] [--out FILE]
     python benchmarks/adaptive.py --overhead
 
-Arms of one seed train from the same weights on the same batches, one after the other in one process: TF32, BF16, FP8
-in every layer that takes it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left),
-`adaptive`, and `random` (as many layers in FP8 as `adaptive` had at the end, drawn at random). Losses are means over
-fixed validation windows, of the weights in BF16. Milliseconds are the median of the steps of the second half, without
-validation. `--overhead` gives the cost of probes on the 1.3B decoder instead.
+Arms of one seed train from the same weights on the same batches, one after the other in one process: TF32, BF16,
+`nudged` (BF16 from weights that differ in their last bit: how far BF16 is from itself), FP8 in every layer that takes
+it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left), `adaptive`, `random` and
+`worst` (as many layers lowered as `adaptive` had at the end, drawn at random, or those that its last readings hold for
+the worst). Losses are means over fixed validation windows, of the weights in BF16. Milliseconds are the median of the
+steps of the second half, without validation. With `--recipes` layers are lowered to those, emulated where the device
+lacks them, and times mean nothing. `--overhead` gives the cost of probes on the 1.3B decoder instead. `--merge` adds
+the seeds of an earlier run's file.
 """
 
 from __future__ import annotations
@@ -15,29 +18,33 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import json
 import math
 import random
 import statistics
 import sysconfig
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import decoder_1b
-from harness import Report, Spread, positive
+from harness import Report, Spread, commit, positive
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from deepseek_mp import AdaptivePrecision, AdaptiveSettings, Callback, MixedPrecisionTrainer
 from deepseek_mp.backends import default_device, energy_joules, peak_memory_bytes, reset_peak_memory, synchronize
+from deepseek_mp.precision import RECIPES
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.workloads.data import TextWindows
 from deepseek_mp.workloads.gpt import ByteGPT, GPTConfig, byte_gpt, next_byte_loss
+from deepseek_mp.workloads.stress_policies import nudge
 
-ARMS = ("tf32", "bf16", "tensor", "block", "once", "adaptive", "random")
+ARMS = ("tf32", "bf16", "nudged", "tensor", "block", "once", "adaptive", "random", "worst")
 TEXT_BYTES = 48 * 2**20
 LEARNING_RATE, WARM_UP, FLOOR = 3e-4, 100, 0.1
 VALIDATION_WINDOWS = 16
@@ -85,9 +92,69 @@ def schedule(steps: int) -> Callable[[int], float]:
     return factor
 
 
+def warm_up(args: argparse.Namespace) -> int:
+    return min(200, args.steps // 5)
+
+
 def settings(args: argparse.Namespace, *, once: bool) -> AdaptiveSettings:
-    warm_up = min(200, args.steps // 5)
-    return AdaptiveSettings(warm_up=warm_up, decide_every=10**9 if once else None)
+    return AdaptiveSettings(
+        warm_up=warm_up(args), decide_every=10**9 if once else None, recipes=tuple(args.recipes or ()) or None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """What live precision had lowered when it ended, for the arms that lower as much without its choice."""
+
+    recipe: str = "block"
+    macs: float = 0.0
+    layers: dict[str, float] = field(default_factory=dict)
+    """Multiply-adds of every layer it controlled."""
+    costs: dict[str, float] = field(default_factory=dict)
+    """Predicted rise of the loss of each by the recipe."""
+
+    @classmethod
+    def by(cls, live: AdaptivePrecision) -> Lowered:
+        controller = live.controller
+        if controller is None:
+            return cls()
+        now = {n: s.recipe.split("[")[0] for n, s in controller.states.items() if s.recipe != controller.base.name}
+        if not now:
+            return cls()
+        recipe = statistics.mode(now.values())
+        layers = {name: unit.macs for name, unit in controller.units.items()}
+        costs = {
+            name: reading.effects[recipe].loss_change
+            for name, reading in controller.readings.items()
+            if recipe in reading.effects
+        }
+        return cls(recipe=recipe, macs=sum(layers[name] for name in now), layers=layers, costs=costs)
+
+    def others(self, how: str, seed: int) -> tuple[str, ...]:
+        """Layers of about as many multiply-adds, drawn at random or the costliest first."""
+        names = sorted(self.layers)
+        random.Random(seed).shuffle(names)
+        if how == "worst":
+            names.sort(key=lambda name: -self.costs.get(name, 0.0))
+        chosen, left = [], self.macs
+        for name in names:
+            if self.layers[name] <= left * (1 + 1e-9):
+                chosen.append(name)
+                left -= self.layers[name]
+        return tuple(chosen)
+
+
+class Once(Callback):
+    """Lowers the layers given after as many steps as live precision waits."""
+
+    def __init__(self, names: tuple[str, ...], recipe: str, step: int) -> None:
+        self.names, self.recipe, self.at = names, recipe, step
+
+    def on_step_start(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:  # noqa: ARG002
+        if trainer.steps_attempted == self.at and self.names:
+            trainer.settle()
+            trainer.change_plan("bf16", pin=dict.fromkeys(self.names, self.recipe))
+            self.names = ()
 
 
 def arm(
@@ -96,7 +163,7 @@ def arm(
     args: argparse.Namespace,
     device: torch.device,
     data: dict[str, Tensor],
-    shares: dict[int, int],
+    lowered: dict[int, Lowered],
 ) -> dict[str, Any]:
     """One training: losses, times, memory, energy, and what became of the layers."""
     model: ByteGPT = byte_gpt(
@@ -105,19 +172,26 @@ def arm(
     windows = partial(TextWindows, batch_size=args.batch, length=args.length)
     live = AdaptivePrecision(settings(args, once=name == "once"))
     laps = Laps()
-    pin = random_pins(model, shares.get(seed, 0), seed) if name == "random" else None
+    callbacks: list[Callback] = [laps]
+    if name == "nudged":
+        nudge(model)
+    if name in ("once", "adaptive"):
+        callbacks.append(live)
+    if name in ("random", "worst"):
+        most = lowered.get(seed, Lowered())
+        callbacks.append(Once(most.others(name, seed), most.recipe, warm_up(args)))
     trainer = MixedPrecisionTrainer(
         model,
-        "bf16" if name in ("once", "adaptive", "random") else name,
+        name if name in ("tf32", "tensor", "block") else "bf16",
         loss_fn=next_byte_loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True),
         scheduler=lambda optimizer: LambdaLR(optimizer, schedule(args.steps)),
         max_grad_norm=1.0,
-        pin=pin,
+        emulate=bool(args.recipes),
         device=device,
         compile=args.compile,
         seed=seed,
-        callbacks=[laps, live] if name in ("once", "adaptive") else [laps],
+        callbacks=callbacks,
         progress=False,
     )
     reset_peak_memory(device)
@@ -129,8 +203,9 @@ def arm(
     spent = energy_joules(device)
     validation = windows(data["validation"], count=VALIDATION_WINDOWS, seed=0, fixed=True)
     own = trainer.evaluate(validation)["loss"]
-    if live.controller is not None and name == "adaptive":
-        shares[seed] = sum(state.recipe != "bf16" for state in live.controller.states.values())
+    if name == "adaptive":
+        lowered[seed] = Lowered.by(live)
+    rules = {rule.pattern: rule.recipe.name for rule in trainer.plan.rules}
     if str(trainer.plan.base) != "bf16" or trainer.plan.rules:
         trainer.change_plan("bf16", pin={})
     loss = trainer.evaluate(validation)["loss"]
@@ -142,6 +217,7 @@ def arm(
         "joules": None if spent is None or joules is None else spent - joules,
         "peak_gib": (peak_memory_bytes(device) or 0) / 2**30,
         "curve": [round(statistics.fmean(laps.losses[i : i + 50]), 5) for i in range(0, len(laps.losses), 50)],
+        "lowered": rules,
         "decisions": [_short(decision) for decision in live.decisions],
         "disabled": live.disabled,
         "probes": live.controller.probes if live.controller is not None else 0,
@@ -151,12 +227,6 @@ def arm(
 
 def _short(decision: Any) -> dict[str, Any]:
     return {k: v for k, v in decision.to_json().items() if k != "role"}
-
-
-def random_pins(model: ByteGPT, count: int, seed: int) -> dict[str, str]:
-    """`block` for as many linear layers of the blocks, drawn at random."""
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "blocks" in name]
-    return dict.fromkeys(random.Random(seed).sample(names, min(count, len(names))), "block")
 
 
 def overhead(device: torch.device, small: bool) -> dict[str, Any]:
@@ -218,22 +288,24 @@ def rows(report: Report) -> list[list[str]]:
             for part in ("probe", "statistics"):
                 share = f"{value[f'{part}_share']:.3%} with one in {value[f'{part}_every']} steps"
                 found.append(
-                    [f"{name} {part}", *map(str, (value[part]["step_ms"], value[part]["extra_ms"])), share, "", ""]
+                    [f"{name} {part}", spread(value[part]["step_ms"]), spread(value[part]["extra_ms"]), share, "", ""]
                 )
             continue
-        now = {d["layer"]: d["new"] for d in value["decisions"] if d["layer"]}
-        lowered = sum(new != "bf16" for new in now.values())
         found.append(
             [
                 name,
                 f"{value['loss']:.5f}",
                 f"{value['own_loss']:.5f}",
-                str(value["ms"]),
+                spread(value["ms"]),
                 f"{value['peak_gib']:.1f}",
-                str(lowered),
+                str(len(value["lowered"])),
             ]
         )
     return found
+
+
+def spread(value: dict[str, float]) -> str:
+    return str(Spread(**value))  # type: ignore[arg-type]
 
 
 def main() -> int:
@@ -246,9 +318,12 @@ def main() -> int:
         ("width", 2048),
         ("layers", 6),
         ("length", 1024),
-        ("batch", 8),
+        ("batch", 16),
     ):
         parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), help="what may be lowered to, emulated")
+    parser.add_argument("--merge", type=Path, help="a file of this benchmark whose cases are kept")
     parser.add_argument("--compile", choices=("regional",), default=False, help="compile the blocks in all arms")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -261,12 +336,17 @@ def main() -> int:
     whole = text(2**21 if args.small else TEXT_BYTES)
     split = len(whole) - len(whole) // 20
     data = {"train": whole[:split], "validation": whole[split:]}
-    shares: dict[int, int] = {}
-    for seed in range(args.seeds):
+    lowered: dict[int, Lowered] = {}
+    if args.merge:
+        report.cases.update(json.loads(args.merge.read_text(encoding="utf-8"))["cases"])
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name in args.arms:
-            if name == "tf32" and seed:
+            if name in ("tf32", "nudged") and seed:
                 continue
-            report.run(f"{name} seed {seed}", partial(arm, name, seed, args, device, data, shares))
+            case = f"{name} seed {seed}"
+            report.run(case, partial(arm, name, seed, args, device, data, lowered))
+            report.cases[case]["commit"] = commit()
+            report.write(args.out)  # what was measured outlives an end before time
             gc.collect()
     return report.finish(args.out, rows(report))
 

@@ -151,7 +151,7 @@ class Report:
             "benchmark": self.benchmark,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine,
-            "commit": _commit(),
+            "commit": commit(),
             "arguments": self.arguments,
             "spread": "low and high are the quartiles of the rounds; times in ms per step",
             "cases": self.cases,
@@ -211,7 +211,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that is measured; where the code was copied without its history, COMMIT names it."""
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]

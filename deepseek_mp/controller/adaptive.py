@@ -18,6 +18,7 @@ from typing import Any
 
 from deepseek_mp.controller.limits import violations
 from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.controller.speed import Gain
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
 from deepseek_mp.precision.allocation import Budget
@@ -103,6 +104,10 @@ class AdaptiveController:
     """Whether there was a first allocation that lowered anything."""
     trend: LossTrend = field(default_factory=LossTrend)
     next_decision: int = 0
+    kept: float = 1.0
+    """How much of what the layers' timings promise a step was seen to save; 0 or less: it became no faster."""
+    pass_seconds: float | None = None
+    """Time of a forward and backward with its share of the step, once steps were timed."""
 
     def __post_init__(self) -> None:
         for name in self.units:
@@ -185,7 +190,34 @@ class AdaptiveController:
             layer="", old=name, new=name, reason=Reason.COMPARED, detail=f"the loss {words}", evidence=_plain(evidence)
         )
 
+    def timed(self, step: int, gain: Gain) -> Decision:
+        """What a change did to the step's time. Decisions count on that from now on; one is due if it was nothing."""
+        self.kept = min(1.0, gain.kept)
+        evidence = {**gain.evidence, "kept": gain.kept, "step": step}
+        name, faster = self.base.name, gain.kept > 0
+        self.next_decision = self.next_decision if faster else step
+        return Decision(
+            layer="",
+            old=name,
+            new=name,
+            reason=Reason.MEASURED_FASTEST if faster else Reason.MEASURED_SLOWER,
+            detail=f"a step takes {evidence['after_ms']:.2f} ms, {evidence['before_ms']:.2f} before the change; "
+            f"the layers' timings promised {evidence['promised_ms']:.2f} less",
+            evidence=_plain(evidence),
+        )
+
     # -- what is asked ----------------------------------------------------------------------------
+
+    def promised(self) -> float:
+        """Seconds that what is lowered saves in a forward and backward, by the layers' timings."""
+        saved = 0.0
+        for name, state in self.states.items():
+            seconds = self.units[name].seconds
+            own, _, roles = state.recipe.rstrip("]").partition("[")
+            if {own, self.base.name} <= seconds.keys():
+                share = len(roles.split("+")) / len(Role) if roles else 1.0
+                saved += share * (seconds[self.base.name] - seconds[own])
+        return saved
 
     def due(self, step: int) -> bool:
         """Whether `decide` is to be called: there is something to decide by, and it is time."""
@@ -331,7 +363,9 @@ class AdaptiveController:
         whole = math.fsum(unit.seconds.get(self.base.name, 0.0) for unit in self.units.values())
         if not costs.seconds or not whole or math.isinf(lowered.loss):
             return ""
-        saved = (kept.seconds - lowered.seconds) / whole
+        if self.kept <= 0:
+            return "steps became no faster when layers were lowered"
+        saved = self.kept * (kept.seconds - lowered.seconds) / max(whole, self.pass_seconds or 0.0)
         cost = max(lowered.noise - kept.noise, 0.0)
         slope = self.trend.slope()
         if slope is not None:
@@ -398,6 +432,8 @@ class AdaptiveController:
             "allocated": self.allocated,
             "trend": self.trend.state_dict(),
             "next_decision": self.next_decision,
+            "kept": self.kept,
+            "pass_seconds": self.pass_seconds,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -405,7 +441,7 @@ class AdaptiveController:
             if name in self.states:
                 self.states[name] = UnitState(**values)
         self.readings = {name: UnitReading.from_json(value) for name, value in state["readings"].items()}
-        for name in ("probes", "scale", "loss", "curvature", "allocated", "next_decision"):
+        for name in ("probes", "scale", "loss", "curvature", "allocated", "next_decision", "kept", "pass_seconds"):
             setattr(self, name, state[name])
         self.trend.load_state_dict(dict(state["trend"]))
 

@@ -73,14 +73,18 @@ class LayerTimes:
                 kept.update(names)
         return (replace(scaled, kept=frozenset(kept)), total) if paying else None
 
-    def of_layers(self) -> dict[str, dict[str, float]]:
-        """Milliseconds by layer and candidate, over all calls of that layer in one step."""
+    def of_layers(self, *, host: bool = True) -> dict[str, dict[str, float]]:
+        """Milliseconds by layer and candidate, over all calls of that layer in one step.
+
+        Without `host` those of the device alone, where they could be had.
+        """
         layers: dict[str, dict[str, float]] = {}
         for row in self.rows:
             for name in row.call.names:
                 sums = layers.setdefault(name, {})
                 for candidate, timing in row.times.items():
-                    sums[candidate.key] = sums.get(candidate.key, 0.0) + timing.median_ms
+                    ms = timing.median_ms if host else timing.without_host_ms
+                    sums[candidate.key] = sums.get(candidate.key, 0.0) + ms
         return layers
 
 

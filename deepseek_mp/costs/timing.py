@@ -2,7 +2,9 @@
 
 Calls are issued back to back and each one's time is the gap between two marks on the device's own
 queue. A step that waits for the host to launch its kernels is so timed as training would see it, and
-nothing synchronises between calls.
+nothing synchronises between calls. A single layer is another matter: in a whole step the host may be
+far ahead when it comes to it, launching during longer kernels before. So its calls are timed once
+more behind a pause of the device in which the host issues all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -21,6 +23,10 @@ import torch
 from deepseek_mp.backends import synchronize
 
 MAX_RUNS = 20
+AHEAD = 8
+"""Calls timed behind a pause: few enough for the launch queue to take all their kernels."""
+HOLD, CYCLES = 1.5, 2e9
+"""The pause lasts so many times the calls' median of before; and a device's cycles in a second, rather too many."""
 _MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
@@ -32,9 +38,17 @@ class Timing:
     low_ms: float
     high_ms: float
     runs: int
+    device_ms: float | None = None
+    """The median where the device never waited for the host; None where that was not asked or cannot be had."""
+
+    @property
+    def without_host_ms(self) -> float:
+        """The device's own time where it is known, else the median."""
+        return self.median_ms if self.device_ms is None else self.device_ms
 
     def __post_init__(self) -> None:
         ordered = 0 <= self.low_ms <= self.median_ms <= self.high_ms and math.isfinite(self.high_ms)
+        ordered = ordered and (self.device_ms is None or 0 <= self.device_ms < math.inf)
         if not ordered or self.runs < 1:
             raise ValueError(f"{self} is no timing: 0 <= low <= median <= high, all finite, over at least one run")
 
@@ -49,11 +63,13 @@ class Timing:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Timing:
         """The timing that `to_json` wrote; KeyError, TypeError or ValueError on anything else."""
+        device_ms = data["device_ms"]
         return cls(
             median_ms=float(data["median_ms"]),
             low_ms=float(data["low_ms"]),
             high_ms=float(data["high_ms"]),
             runs=int(data["runs"]),
+            device_ms=None if device_ms is None else float(device_ms),
         )
 
 
@@ -64,12 +80,14 @@ def time_call(
     budget_s: float,
     min_runs: int = 3,
     warmup: int = 1,
+    host_ahead: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """The time of `fn()`: `warmup` calls untimed, then `min_runs` or more until `budget_s` is used.
 
-    At most 20 calls are timed, `min_runs` if that is more; warm-up is not part of the budget. What
-    `fn` raises, out-of-memory included, is left to the caller (`is_out_of_memory`).
+    At most 20 calls are timed, `min_runs` if that is more; warm-up is not part of the budget. With
+    `host_ahead` some more give `Timing.device_ms`, on devices whose queue can be paused. What `fn`
+    raises, out-of-memory included, is left to the caller (`is_out_of_memory`).
     """
     with current_device(device):
         for _ in range(warmup):
@@ -82,7 +100,12 @@ def time_call(
         more = min(MAX_RUNS - min_runs, fit)
         if more > 0:
             samples += _laps(fn, device, more, clock)
-    return Timing.of(samples)
+        timing = Timing.of(samples)
+        pause = getattr(torch.get_device_module(device), "_sleep", None) if host_ahead else None
+        if pause is None:
+            return timing
+        pause(round(CYCLES * HOLD * AHEAD * 1e-3 * timing.median_ms))
+        return replace(timing, device_ms=median(_laps(fn, device, AHEAD, clock)))
 
 
 def _laps(fn: Callable[[], object], device: torch.device, count: int, clock: Callable[[], float]) -> list[float]:

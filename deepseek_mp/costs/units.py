@@ -130,7 +130,7 @@ def measure_unit(
     try:
         step = _forward_backward(call, format, memory_format, device, kernels)
         with math_mode(device, fp32=_fp32_mode(format), search=False):
-            return time_call(step, device, budget_s=budget_s)
+            return time_call(step, device, budget_s=budget_s, host_ahead=True)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             return None

@@ -24,7 +24,10 @@ class LayerCosts:
 
     macs: Mapping[str, int] = field(default_factory=dict)
     milliseconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By recipe, for those that the device multiplies; units that could not be timed alone are not there."""
+    """By recipe, for those that the device multiplies; units that could not be timed alone are not there.
+
+    Of the device, without what the host takes to launch: in a whole step it is ahead or it is not, for all layers.
+    """
     inputs: Mapping[str, int] = field(default_factory=dict)
     """Numbers in the unit's input, which is kept for backward."""
 
@@ -60,7 +63,7 @@ def layer_costs(
             environment=environment(device, capabilities),
             progress=progress,
         )
-        times = found.of_layers()
+        times = found.of_layers(host=False)
     return LayerCosts(macs=macs, milliseconds=times, inputs=inputs)
 
 

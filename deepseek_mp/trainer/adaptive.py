@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from deepseek_mp.backends.low_precision import formats_of
 from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.controller.speed import SpeedCheck
 from deepseek_mp.costs.restore import Snapshot, preserved
 from deepseek_mp.nn.assign import output_layer, why_not
 from deepseek_mp.nn.call import Call, batch_size, move, parse_batch, run
@@ -76,7 +77,7 @@ class AdaptivePrecision(Callback):
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
         self._interval = 0
         """Steps between probes, once their cost is known."""
-        self._clock = ProbeClock()
+        self._clock, self._speed = ProbeClock(), SpeedCheck()
         self._pending: list[Decision] = []
         self._saved: Mapping[str, Any] | None = None
 
@@ -120,7 +121,9 @@ class AdaptivePrecision(Callback):
 
     def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
         """Show the outcome to the guards; what they raise is raised before the next step."""
-        self._clock.step()
+        seconds = self._clock.step()
+        if self.controller is not None and seconds is not None and not trainer.config.emulate:
+            self._time(trainer, self.controller, seconds)
         if self.controller is not None and facts.status in ("applied", "skipped"):
             self._pending += self.controller.see(
                 trainer.steps_attempted,
@@ -128,6 +131,15 @@ class AdaptivePrecision(Callback):
                 applied=facts.status == "applied",
                 first_bad_module=facts.first_bad_module,
             )
+
+    def _time(self, trainer: MixedPrecisionTrainer, controller: AdaptiveController, seconds: float) -> None:
+        """Hold the step's time against what the layers' timings promised."""
+        passes = trainer.config.gradient_accumulation_steps
+        gain = self._speed.see(seconds, passes * controller.promised())
+        if self._speed.last is not None:
+            controller.pass_seconds = self._speed.last.seconds / passes
+        if gain is not None:
+            self._note(trainer, [controller.timed(trainer.steps_attempted, gain)])
 
     def _pace(self, trainer: MixedPrecisionTrainer) -> int:
         """Steps until the next probe: as asked for, or more where probes would take too much of the time.

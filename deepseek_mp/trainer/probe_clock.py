@@ -30,12 +30,17 @@ class ProbeClock:
         self._probes: deque[float] = deque(maxlen=KEPT)
         self._count = 0
 
-    def step(self) -> None:
-        """A step is known to be done. Those with a probe in them count without it, while there are few others."""
+    def step(self) -> float | None:
+        """A step is known to be done: its seconds, but of the first one and of those with a probe in them.
+
+        For a probe's share those with one count without it, while there are few others.
+        """
         now = time.perf_counter()
+        plain = None if self._last is None or self._probed else now - self._last
         if self._last is not None and (not self._probed or len(self._steps) < LEAST_STEPS):
             self._steps.append(now - self._last - (self._spent if self._probed else 0.0))
         self._last, self._probed = now, False
+        return plain
 
     @contextmanager
     def probe(self, device: torch.device) -> Iterator[None]:

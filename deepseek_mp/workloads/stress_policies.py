@@ -73,11 +73,16 @@ def adaptive(scenario: Scenario, model: nn.Module, device: torch.device) -> Trai
     return in_mode("bf16", callbacks=[AdaptivePrecision(settings)])(scenario, model, device)
 
 
+@torch.no_grad()
+def nudge(model: nn.Module) -> None:
+    """Each parameter's next larger value, in place."""
+    for parameter in model.parameters():
+        parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, math.inf)))
+
+
 def nudged(scenario: Scenario, model: nn.Module, device: torch.device) -> Trainee:
     """FP32 from weights that differ in their last bit: how far FP32 is from itself."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, math.inf)))
+    nudge(model)
     return in_mode("fp32")(scenario, model, device)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.controller.speed import Gain, StepTime
 from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.precision import RECIPES, Operand, Reason
 from deepseek_mp.sensitivity import Effect, Measured, UnitReading
@@ -270,3 +271,50 @@ def test_a_batch_without_a_finite_loss_is_not_learned():
     before = made.state_dict()
     made.learn(replace(measured(a={}, b={}), loss=float("nan")), 15)
     assert made.state_dict() == before
+
+
+def gain(saved, promised=0.0008):
+    before = StepTime(seconds=0.01, error=0.0, promised=0.0)
+    return Gain(before=before, after=StepTime(seconds=0.01 - saved, error=0.0, promised=promised))
+
+
+def test_layers_go_back_at_once_where_steps_became_no_faster_and_stay():
+    made = allocated()
+    assert made.promised() == pytest.approx(0.0008)
+    noted = made.timed(15, gain(-0.0001))
+    assert (noted.layer, noted.reason) == ("", Reason.MEASURED_SLOWER)
+    assert noted.evidence["saved_ms"] == pytest.approx(-0.1)
+    assert made.due(15)
+    assert {(d.layer, d.new) for d in made.decide(15)} == {("a", "bf16"), ("b", "bf16")}
+    assert made.promised() == 0.0
+    for step in range(2000, 5000, 500):
+        assert made.decide(step) == []
+
+
+def after_900_steps(told):
+    """Two lowered layers near the end of a run whose loss falls slowly: one costs 5 % of the steps that remain."""
+    made = allocated(a={"second": 3e-4}, b={"second": 1e-12})
+    assert recipes(made) == {"a": "row", "b": "row"}
+    told(made)
+    for step in range(11, 900):
+        made.see(step, 2.0 - 1e-4 * step, applied=True)
+    made.decide(900)
+    return made
+
+
+def test_what_was_saved_less_than_promised_counts_as_much():
+    assert recipes(after_900_steps(lambda made: made.timed(15, gain(0.0008)))) == {"a": "row", "b": "row"}
+    assert recipes(after_900_steps(lambda made: made.timed(15, gain(0.0001)))) == {"a": "bf16", "b": "row"}
+
+
+def test_savings_are_a_part_of_the_whole_step_where_that_was_timed():
+    assert recipes(after_900_steps(lambda made: setattr(made, "pass_seconds", 0.002))) == {"a": "row", "b": "row"}
+    assert recipes(after_900_steps(lambda made: setattr(made, "pass_seconds", 0.02))) == {"a": "bf16", "b": "row"}
+
+
+def test_what_steps_showed_is_part_of_the_state():
+    made = allocated()
+    made.timed(15, gain(-0.0001))
+    again = controller()
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert again.kept == made.kept < 0

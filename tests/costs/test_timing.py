@@ -80,6 +80,44 @@ def test_a_device_with_events_is_timed_on_its_own_queue(monkeypatch: pytest.Monk
     assert log == ["wait", "mark", "mark", "mark", "mark", "wait"], "nothing waits between calls"
 
 
+def test_the_devices_own_time_is_taken_behind_a_pause_that_covers_what_the_host_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The host takes 5 ms a call, the device 2 ms: it is done with a call when both are."""
+    host, free, paused = 0.0, 0.0, []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = max(host, free)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    def sleep(cycles: int) -> None:
+        nonlocal free
+        paused.append(cycles / timing.CYCLES)
+        free = max(host, free) + paused[-1]
+
+    def call() -> None:
+        nonlocal host, free
+        host += 0.005
+        free = max(host, free) + 0.002
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event, _sleep=sleep))
+    monkeypatch.setattr(timing, "synchronize", lambda device: None)
+    clock = lambda: host  # noqa: E731
+    plain = time_call(call, torch.device("cuda"), budget_s=0.0, clock=clock)
+    assert (plain.device_ms, plain.without_host_ms) == (None, pytest.approx(5.0))
+    found = time_call(call, torch.device("cuda"), budget_s=0.0, host_ahead=True, clock=clock)
+    assert (found.median_ms, found.device_ms) == (pytest.approx(5.0), pytest.approx(2.0))
+    assert found.without_host_ms == found.device_ms
+    assert paused == [pytest.approx(timing.HOLD * timing.AHEAD * 0.005)]
+    assert Timing.from_json(found.to_json()) == found
+
+
 def test_a_device_without_events_waits_after_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, waits = Clock(), []
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())

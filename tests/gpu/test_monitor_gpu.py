@@ -110,7 +110,8 @@ def test_all_modules_are_watched_without_waiting_and_the_producer_is_named():
         with no_waiting():
             net(x).sum().backward()
     monitor.statistics()
-    assert [(alarm.layer, alarm.kind) for alarm in monitor.alarms] == [("1", "non_finite")]
+    # It does so in every step from then on; as many are told as had arrived when the next one was sampled.
+    assert {(alarm.layer, alarm.kind) for alarm in monitor.alarms} == {("1", "non_finite")}
 
 
 def test_the_numbers_are_those_of_a_cpu():

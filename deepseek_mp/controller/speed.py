@@ -1,0 +1,98 @@
+"""`SpeedCheck`: what a change of the plan did to the step's time, against what the layers' timings promised.
+
+Layers are timed alone. Whether a step gets faster by as much depends on the rest: where the host cannot launch fast
+enough, or a compiler had fused what a lower recipe adds, it gets less, or slower. So steps are timed before and after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+WINDOW = 24
+"""Steps that a time is the median of."""
+SETTLING = 6
+"""Steps after a change that do not count: code is compiled, kernels are loaded."""
+LEAST = 0.02
+"""Change of the promised saving, relative to the step, that can be seen at all."""
+DOUBT = 3.0
+"""Standard errors by which the promise must exceed what the two medians scatter by."""
+_OF_MEDIAN = 1.2533
+_NORMAL_MAD = 1.4826
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """A step under one plan, in seconds: the median, its standard error, and what layers' timings say it saves."""
+
+    seconds: float
+    error: float
+    promised: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float], promised: float) -> StepTime:
+        """The time of these steps."""
+        middle = median(samples)
+        sigma = _NORMAL_MAD * median(abs(sample - middle) for sample in samples)
+        return cls(seconds=middle, error=_OF_MEDIAN * sigma / math.sqrt(len(samples)), promised=promised)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Two plans' steps, one after the other."""
+
+    before: StepTime
+    after: StepTime
+
+    @property
+    def kept(self) -> float:
+        """How much of the promised saving the step showed: 1 all of it, 0 nothing, below 0 it went the other way."""
+        promised = self.after.promised - self.before.promised
+        return (self.before.seconds - self.after.seconds) / promised
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        promised = self.after.promised - self.before.promised
+        return {
+            "before_ms": 1e3 * self.before.seconds,
+            "after_ms": 1e3 * self.after.seconds,
+            "promised_ms": 1e3 * promised,
+            "saved_ms": 1e3 * (self.before.seconds - self.after.seconds),
+            "steps": WINDOW,
+        }
+
+
+class SpeedCheck:
+    """Fed each step's time and what the plan in force promises to save. A window with a change in it is dropped."""
+
+    def __init__(self) -> None:
+        self.last: StepTime | None = None
+        """Of the last full window."""
+        self._samples: list[float] = []
+        self._promised = math.nan
+        self._settling = 0
+
+    def see(self, seconds: float, promised: float) -> Gain | None:
+        """Take a step's time in seconds. What the change before it did, once a window is full and that can be told."""
+        if promised != self._promised:
+            self._promised, self._samples = promised, []
+            self._settling = SETTLING
+        if self._settling:
+            self._settling -= 1
+            return None
+        self._samples.append(seconds)
+        if len(self._samples) < WINDOW:
+            return None
+        before, self.last = self.last, StepTime.of(self._samples, promised)
+        self._samples = []
+        return None if before is None else _gain(before, self.last)
+
+
+def _gain(before: StepTime, after: StepTime) -> Gain | None:
+    promised = abs(after.promised - before.promised)
+    if promised < max(LEAST * before.seconds, DOUBT * math.hypot(before.error, after.error)):
+        return None
+    return Gain(before=before, after=after)
