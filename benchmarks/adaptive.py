@@ -5,9 +5,9 @@
 
 Arms of one seed train from the same weights on the same batches, one after the other in one process: TF32, BF16,
 `nudged` (BF16 from weights that differ in their last bit: how far BF16 is from itself), FP8 in every layer that takes
-it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left), `adaptive`, `random` and
+it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left), `adaptive`, `random`,
 `worst` (as many layers lowered as `adaptive` had at the end, drawn at random, or those that its last readings hold for
-the worst). Losses are means over fixed validation windows, of the weights in BF16. Milliseconds are the median of the
+the worst) and `all` (all that it controls). Losses are means over fixed validation windows, of the weights in BF16. Milliseconds are the median of the
 steps of the second half, without validation. With `--recipes` layers are lowered to those, emulated where the device
 lacks them, and times mean nothing. `--overhead` gives the cost of probes on the 1.3B decoder instead. `--merge` adds
 the seeds of an earlier run's file.
@@ -44,7 +44,8 @@ from deepseek_mp.workloads.data import TextWindows
 from deepseek_mp.workloads.gpt import ByteGPT, GPTConfig, byte_gpt, next_byte_loss
 from deepseek_mp.workloads.stress_policies import nudge
 
-ARMS = ("tf32", "bf16", "nudged", "tensor", "block", "once", "adaptive", "random", "worst")
+ARMS = ("tf32", "bf16", "nudged", "tensor", "block", "once", "adaptive", "random", "worst", "all")
+LOWER_AS_MANY = ("random", "worst", "all")
 TEXT_BYTES = 48 * 2**20
 LEARNING_RATE, WARM_UP, FLOOR = 3e-4, 100, 0.1
 VALIDATION_WINDOWS = 16
@@ -133,6 +134,8 @@ class Lowered:
     def others(self, how: str, seed: int) -> tuple[str, ...]:
         """Layers of about as many multiply-adds, drawn at random or the costliest first."""
         names = sorted(self.layers)
+        if how == "all":
+            return tuple(names)
         random.Random(seed).shuffle(names)
         if how == "worst":
             names.sort(key=lambda name: -self.costs.get(name, 0.0))
@@ -177,7 +180,7 @@ def arm(
         nudge(model)
     if name in ("once", "adaptive"):
         callbacks.append(live)
-    if name in ("random", "worst"):
+    if name in LOWER_AS_MANY:
         most = lowered.get(seed, Lowered())
         callbacks.append(Once(most.others(name, seed), most.recipe, warm_up(args)))
     trainer = MixedPrecisionTrainer(
@@ -310,7 +313,9 @@ def spread(value: dict[str, float]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name not in ("worst", "all")]
+    )
     parser.add_argument("--overhead", action="store_true", help="measure what probes cost instead")
     for name, default in (
         ("steps", 1500),

@@ -25,6 +25,8 @@ from deepseek_mp.backends import synchronize
 MAX_RUNS = 20
 AHEAD = 8
 """Calls timed behind a pause: few enough for the launch queue to take all their kernels."""
+LONG_MS = 10.0
+"""No host takes that long to launch what one layer does."""
 HOLD, CYCLES = 1.5, 2e9
 """The pause lasts so many times the calls' median of before; and a device's cycles in a second, rather too many."""
 _MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "alloc_failed")
@@ -102,7 +104,7 @@ def time_call(
             samples += _laps(fn, device, more, clock)
         timing = Timing.of(samples)
         pause = getattr(torch.get_device_module(device), "_sleep", None) if host_ahead else None
-        if pause is None:
+        if pause is None or timing.median_ms >= LONG_MS:
             return timing
         pause(round(CYCLES * HOLD * AHEAD * 1e-3 * timing.median_ms))
         return replace(timing, device_ms=median(_laps(fn, device, AHEAD, clock)))

@@ -176,8 +176,8 @@ class AdaptivePrecision(Callback):
         for name, (module, recipes) in taken.items():
             seconds = {recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()}
             now = _recipe_now(module, region)
-            if region not in seconds:
-                seconds = {}
+            if costs.milliseconds and region not in seconds:
+                continue  # what could not be timed beside others that were: nobody knows whether it pays
             known = now in RECIPES and (RECIPES[now].is_plain or now in recipes)
             paying = tuple(r for r in recipes if r == now or _pays(seconds, r, region)) if known else ()
             if paying:

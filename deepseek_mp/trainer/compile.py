@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -161,15 +162,20 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(own, backend=inductor)
 
 
-def _with_many_plans(run: Run) -> Run:
-    """The same with room for compiled code of many plans.
+@contextmanager
+def many_plans() -> Iterator[None]:
+    """Inside there is room for compiled code of many plans.
 
-    A block gets compiled code for every combination of its layers' recipes that it has run in. Beyond
-    its limit of 8, dynamo would run the block eagerly from then on, with no more than a warning.
+    A block gets compiled code for every combination of its layers' recipes that it has run in, with gradients and
+    without. Beyond its limit of 8, dynamo would run the block eagerly from then on, with no more than a warning.
     """
+    with torch._dynamo.config.patch(recompile_limit=PLANS):  # noqa: SLF001 - it has no public name
+        yield
 
+
+def _with_many_plans(run: Run) -> Run:
     def patient(call: calls.Call) -> calls.Result:
-        with torch._dynamo.config.patch(recompile_limit=PLANS):  # noqa: SLF001 - it has no public name
+        with many_plans():
             return run(call)
 
     return patient

@@ -41,6 +41,7 @@ from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import state
 from deepseek_mp.trainer.buffers import BufferGuard
+from deepseek_mp.trainer.compile import many_plans
 from deepseek_mp.trainer.replay import find_first_bad_module
 from deepseek_mp.trainer.result import HostCopy, StepFacts, StepResult
 from deepseek_mp.trainer.rng import get_rng, set_rng
@@ -79,7 +80,7 @@ class Region:
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Context for a forward without gradients."""
-        with torch.no_grad(), self.flags(), self.autocast(cache=False):
+        with torch.no_grad(), self.flags(), self.autocast(cache=False), many_plans():
             yield
 
 

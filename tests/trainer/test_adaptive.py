@@ -1,6 +1,7 @@
 """Live precision in the trainer: what it changes, and what it leaves exactly alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan
 from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.controller.speed import SETTLING, WINDOW
 from deepseek_mp.nn.call import parse_batch
 from deepseek_mp.precision import Reason
+from deepseek_mp.profiler.layer_times import LayerCosts
 from deepseek_mp.trainer.adaptive import AdaptivePrecision, part_of
 
 SETTINGS = AdaptiveSettings(
@@ -263,3 +266,43 @@ def test_a_further_fit_makes_the_run_longer():
     made.fit(batches(), epochs=1)
     made.fit(batches(), epochs=3)
     assert adaptive.controller.total_steps == 72
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Timings of two of the layers, the same for all that asks for them."""
+    times = {"up": {"fp32": 4.0, "bf16": 2.0, "row": 1.0}, "down": {"fp32": 4.0, "bf16": 1.0, "row": 0.99}}
+    monkeypatch.setattr(
+        "deepseek_mp.trainer.adaptive.layer_costs", lambda *_, **__: LayerCosts(macs={}, milliseconds=times)
+    )
+
+
+def test_layers_that_do_not_pay_or_could_not_be_timed_beside_others_are_left_alone(timed):
+    adaptive = AdaptivePrecision(SETTINGS)
+    trainer(adaptive).step(batches(1)[0])
+    assert set(adaptive.controller.units) == {"up"}
+
+
+def test_steps_that_became_no_faster_raise_what_was_lowered_and_the_record_says_so(timed, tmp_path):
+    adaptive = AdaptivePrecision(replace(SETTINGS, pays=1e-9))
+    made = trainer(adaptive, run_dir=tmp_path, gradient_accumulation_steps=2)
+    for batch in batches(24):
+        made.step(batch)
+    made.settle()
+    assert adaptive.controller.states["up"].recipe == "row"
+    promised = []
+    for seconds, lowered in ((0.010, False), (0.011, True)):
+        adaptive.controller.states["up"].recipe = "row" if lowered else "bf16"
+        for _ in range(WINDOW + SETTLING):
+            adaptive._time(made, adaptive.controller, seconds)
+        promised.append(adaptive.controller.pass_seconds)
+    assert promised == [0.005, 0.0055], "of one micro-batch"
+    for batch in batches(4):
+        made.step(batch)
+    made.close()
+    assert adaptive.controller.states["up"].recipe == "bf16"
+    (path,) = tmp_path.rglob("decisions.jsonl")
+    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    (timing,) = [line for line in written if line["reason"] == "measured_slower"]
+    assert timing["evidence"]["promised_ms"] == pytest.approx(2.0)
+    assert timing["evidence"]["saved_ms"] == pytest.approx(-1.0)

@@ -225,6 +225,21 @@ def test_a_block_keeps_compiled_code_for_many_plans(graphs):
     revert(model)
 
 
+def test_evaluation_has_room_for_as_many_plans(graphs):
+    trainer = fitted("regional")
+    before = len(graphs)
+    formats = ("fp32", "bf16", "fp16")
+    plans = [(base, norm, linear) for base in ("bf16", "fp32") for norm in formats for linear in formats]
+    found = []
+    for _ in range(2):
+        for base, norm, linear in plans:
+            trainer.change_plan(base, pin={"blocks.*.norm": norm, "blocks.*.linear": linear})
+            trainer.evaluate([(torch.randn(8, 4), torch.randint(0, 2, (8,)))])
+        found.append(len(graphs) - before)
+    assert found[0] >= len(plans)  # a first block whose input has another type may need code of its own
+    assert found[1] == found[0]
+
+
 class OwnLoss(Deep):
     """Returns its loss beside its output, as models of transformers do."""
 
