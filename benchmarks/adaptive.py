@@ -5,12 +5,12 @@
 
 Arms of one seed train from the same weights on the same batches, one after the other in one process: TF32, BF16,
 `nudged` (BF16 from weights that differ in their last bit: how far BF16 is from itself), FP8 in every layer that takes
-it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left), `adaptive`, `random`,
+it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left), `adaptive`, `random` and
 `worst` (as many layers lowered as `adaptive` had at the end, drawn at random, or those that its last readings hold for
-the worst) and `all` (all that it controls). Losses are means over fixed validation windows, of the weights in BF16. Milliseconds are the median of the
-steps of the second half, without validation. With `--recipes` layers are lowered to those, emulated where the device
-lacks them, and times mean nothing. `--overhead` gives the cost of probes on the 1.3B decoder instead. `--merge` adds
-the seeds of an earlier run's file.
+the worst), and `all` (all that it controls). Losses are means over fixed validation windows, of the weights in BF16.
+Milliseconds are the median of the steps of the second half, without validation. With `--recipes` layers are lowered to
+those, emulated where the device lacks them, and times mean nothing. `--overhead` gives the cost of probes on the 1.3B
+decoder instead. `--merge` keeps the cases of an earlier run's file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,7 @@ def arm(
         "peak_gib": (peak_memory_bytes(device) or 0) / 2**30,
         "curve": [round(statistics.fmean(laps.losses[i : i + 50]), 5) for i in range(0, len(laps.losses), 50)],
         "lowered": rules,
+        "allocation": asdict(lowered[seed]) if name == "adaptive" else None,
         "decisions": [_short(decision) for decision in live.decisions],
         "disabled": live.disabled,
         "probes": live.controller.probes if live.controller is not None else 0,
@@ -344,6 +345,9 @@ def main() -> int:
     lowered: dict[int, Lowered] = {}
     if args.merge:
         report.cases.update(json.loads(args.merge.read_text(encoding="utf-8"))["cases"])
+        for name, case in report.cases.items():
+            if case.get("allocation"):
+                lowered[int(name.rpartition(" ")[2])] = Lowered(**case["allocation"])
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name in args.arms:
             if name in ("tf32", "nudged") and seed:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from source_tree import ROOT
@@ -136,6 +137,39 @@ def _stress_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
+def _adaptive_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each arm, its losses against BF16's at the same seeds."""
+    arms: dict[str, dict[str, Json]] = {}
+    for name, case in report["cases"].items():
+        arm, _, seed = name.partition(" seed ")
+        arms.setdefault(arm, {})[seed] = case
+    bf16 = {seed: case for seed, case in arms.get("bf16", {}).items() if "loss" in case}
+    rows: list[Row] = [("arm", "% over BF16's loss, by seed", "mean", "ms", "times as fast as BF16", "peak GiB",
+                        "J per step", "layers lowered at the end", "check")]  # fmt: skip
+    for arm, cases in arms.items():
+        done = {seed: case for seed, case in cases.items() if "loss" in case}
+        checks = "; ".join(dict.fromkeys(case["check"] for case in cases.values()))
+        paired = [seed for seed in done if seed in bf16]
+        if not paired:
+            rows.append((arm, *["-"] * 7, checks))
+            continue
+        gaps = [100 * (done[seed]["loss"] / bf16[seed]["loss"] - 1) for seed in paired]
+        speeds = [bf16[seed]["ms"]["median"] / done[seed]["ms"]["median"] for seed in paired]
+        joules = [case["joules"] / report["arguments"]["steps"] for case in done.values() if case["joules"] is not None]
+        rows.append((
+            arm,
+            ", ".join(f"{gap:+.2f}" for gap in gaps),
+            f"{mean(gaps):+.2f}",
+            _spread(done[paired[0]]["ms"]),
+            ", ".join(f"{speed:.3f}" for speed in speeds),
+            _number(mean(case["peak_gib"] for case in done.values())),
+            _number(mean(joules) if joules else None),
+            ", ".join(str(len(case["lowered"])) for case in done.values()),
+            checks,
+        ))  # fmt: skip
+    yield rows
+
+
 def _live_tables(report: Json) -> Iterator[list[Row]]:
     """What looking costs: a probe of the controller, and a step whose statistics are sampled."""
     rows: list[Row] = [("case", "step ms", "extra ms", "once in steps", "share of the time", "layers it controls")]
@@ -161,6 +195,7 @@ _TABLES = {
     "auto": _auto_tables,
     "overhead": _overhead_tables,
     "fp8": _fp8_tables,
+    "adaptive": _adaptive_tables,
     "adaptive-overhead": _live_tables,
     "fp8-switch": _switch_tables,
     "fp8-fusions": _fusions_tables,

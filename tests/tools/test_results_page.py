@@ -101,6 +101,26 @@ def test_rates_and_floors_have_tables() -> None:
     assert "| decoder | block | 296.0 | 178.9 | 15.2 | 101.9 |" in page
 
 
+def test_losses_are_paired_with_those_of_bf16_at_the_same_seed() -> None:
+    def arm(loss: float, ms: float, *lowered: str) -> dict[str, Any]:
+        return {
+            "loss": loss, "ms": {**SPREAD, "median": ms}, "peak_gib": 10.0, "joules": 5000.0, "check": "passed",
+            "lowered": dict.fromkeys(lowered, "block"),
+        }  # fmt: skip
+
+    cases = {
+        "bf16 seed 0": arm(2.0, 20.0), "bf16 seed 1": arm(4.0, 20.0), "adaptive seed 0": arm(2.002, 16.0, "a", "b"),
+        "adaptive seed 1": arm(3.98, 10.0, "a"), "block seed 2": arm(1.0, 1.0),
+        "tensor seed 0": {"check": "failed", "error": "no"},
+    }  # fmt: skip
+    made = {**report("adaptive", **cases), "arguments": {"steps": 50}}
+    page = results_page.render([("adaptive.json", made)])
+    expected = "+0.10, -0.50 | -0.20 | 16 (19-21) | 1.250, 2.000 | 10.0 | 100.0 | 2, 1 | passed |"
+    assert f"| adaptive | {expected}" in page
+    assert "| tensor | - | - | - | - | - | - | - | failed |" in page
+    assert "| block | - |" in page
+
+
 def test_a_case_from_another_commit_says_so() -> None:
     case = {
         "trainer_ms": SPREAD, "hand_ms": SPREAD, "ratio": {**SPREAD, "median": 1.004}, "allowed_ratio": 1.01,
