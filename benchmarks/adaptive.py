@@ -39,6 +39,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from deepseek_mp import AdaptivePrecision, AdaptiveSettings, Callback, MixedPrecisionTrainer
 from deepseek_mp.backends import default_device, energy_joules, peak_memory_bytes, reset_peak_memory, synchronize
 from deepseek_mp.precision import RECIPES
+from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.workloads.data import TextWindows
 from deepseek_mp.workloads.gpt import ByteGPT, GPTConfig, byte_gpt, next_byte_loss
@@ -99,7 +100,11 @@ def warm_up(args: argparse.Namespace) -> int:
 
 def settings(args: argparse.Namespace, *, once: bool) -> AdaptiveSettings:
     return AdaptiveSettings(
-        warm_up=warm_up(args), decide_every=10**9 if once else None, recipes=tuple(args.recipes or ()) or None
+        warm_up=warm_up(args),
+        decide_every=10**9 if once else None,
+        recipes=tuple(args.recipes or ()) or None,
+        loss_budget=args.loss_budget,
+        noise_budget=args.noise_budget,
     )
 
 
@@ -327,6 +332,8 @@ def main() -> int:
         ("batch", 16),
     ):
         parser.add_argument(f"--{name}", type=positive, default=default)
+    for name, budget in (("loss-budget", SMALL_LOSS), ("noise-budget", NOISE_BUDGET)):
+        parser.add_argument(f"--{name}", type=float, default=budget, help="of live precision (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), help="what may be lowered to, emulated")
     parser.add_argument("--merge", type=Path, help="a file of this benchmark whose cases are kept")
