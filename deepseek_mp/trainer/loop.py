@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile, compiled_run
 from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent, check_single_process
 from deepseek_mp.trainer.ema import WeightAverage
-from deepseek_mp.trainer.evaluation import Metric, check_metrics, eval_mode, evaluate
+from deepseek_mp.trainer.evaluation import Inference, Metric, check_metrics, evaluate, inference
 from deepseek_mp.trainer.fitting import Fitting, unfinished_discarded
 from deepseek_mp.trainer.functions import mixed_formats
 from deepseek_mp.trainer.planning import measured_plan, requested_plan
@@ -412,7 +412,7 @@ class MixedPrecisionTrainer:
             for callback in self.callbacks:
                 callback.on_fit_start(self)
             fitting.run()
-            result = self._result(time.monotonic() - started)
+            result = fitting.result(time.monotonic() - started)
             for callback in self.callbacks:
                 callback.on_fit_end(self, result)
         return result
@@ -421,27 +421,12 @@ class MixedPrecisionTrainer:
         """End the fit under way after its step, as `max_steps` would: with a checkpoint if it has a run directory."""
         self.stopping = True
 
-    def _result(self, seconds: float) -> FitResult:
-        return FitResult(
-            epochs=self.position.epoch,
-            steps_attempted=self.steps_attempted,
-            steps_applied=self.steps_applied,
-            loss=self.history[-1]["loss"] if self.history else self.recorder.running_loss,
-            plan=self._plan if self._plan is not None else PrecisionPlan.of("fp32", self.config.pin),
-            history=tuple(self.history),
-            seconds=seconds,
-        )
-
     # -- without training -----------------------------------------------------------------------
 
-    @contextmanager
-    def _inference(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-        """Eval mode, with averaged weights if there are any; gives the region to call the model in."""
+    def _inference(self) -> AbstractContextManager[Inference]:
         self.settle()
         region = Region(self._plan or PrecisionPlan.of("fp32"), self.device, search=False)
-        averaged = nullcontext() if self.ema is None else self.ema.applied()
-        with eval_mode(self.model), averaged:
-            yield region.inference
+        return inference(self.model, region.inference, self.ema)
 
     def evaluate(self, loader: Iterable[Any], *, metrics: Mapping[str, Metric] | None = None) -> dict[str, float]:
         """Mean loss and metrics over a loader: {'loss': ..., name: ...}.
