@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
+from deepseek_mp.controller.adaptive import AdaptiveController, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import SpeedCheck
 from deepseek_mp.costs.restore import Snapshot
@@ -29,10 +29,11 @@ from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import Unit
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe, Rule
 from deepseek_mp.precision.composite import named_mixture
+from deepseek_mp.profiler.layer_times import LayerCosts
 from deepseek_mp.sensitivity import Arrived, Measured, Probe, Sent
 from deepseek_mp.sensitivity.transfer import Transfer
 from deepseek_mp.sensitivity.truth import outputs_in
-from deepseek_mp.trainer.adaptive_layers import controlled_layers, recipe_now
+from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.config import TrainerConfig
 from deepseek_mp.trainer.probe_clock import ProbeClock
@@ -66,7 +67,8 @@ class AdaptivePrecision(Callback):
         """Why nothing is decided; empty while something is."""
         self._modules: Mapping[str, nn.Module] = {}
         self._timed = False
-        self._device = ""
+        self._measured_on: tuple[str, LayerCosts] | None = None
+        """A device, and what layers cost on it."""
         self._sent: Sent | Arrived | None = None
         self._compared: Transfer | None = None
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
@@ -156,28 +158,33 @@ class AdaptivePrecision(Callback):
     def _begin(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:
         """Find the layers to decide on, where they stand, and where a checkpoint stood."""
         try:
-            found = controlled_layers(trainer, batch, self.settings, known=self._known_units(trainer))
+            layers, why = layers_to_control(
+                trainer, self.settings, lambda recipes: self._costs(trainer, batch, recipes)
+            )
         except Exception as error:  # noqa: BLE001 - said aloud and kept: a look at the model must not end its training
             self._failed(trainer, "layers could not be timed", error)
             return
-        if isinstance(found, str):
-            self._disable(trainer, found)
+        if not layers:
+            self._disable(trainer, why)
             return
-        region = trainer.plan.base.region
-        self._modules, self._timed, self._device = found.modules, found.timed, trainer.capabilities.device_name
-        self.controller = AdaptiveController(
-            found.units, RECIPES[region], self.settings, total_steps=trainer.planned_steps
-        )
+        units = {name: layer.unit for name, layer in layers.items()}
+        base = RECIPES[trainer.plan.base.region]
+        self._modules = {name: layer.module for name, layer in layers.items()}
+        self._timed = any(unit.seconds for unit in units.values())
+        self.controller = AdaptiveController(units, base, self.settings, total_steps=trainer.planned_steps)
         for name, state in self.controller.states.items():
-            state.recipe = recipe_now(self._modules[name], region)
+            state.recipe = layers[name].recipe
         self._restore(trainer)
 
-    def _known_units(self, trainer: MixedPrecisionTrainer) -> dict[str, AdaptiveUnit] | None:
-        """The layers of a checkpoint, with what was measured of them, if it was on such a device."""
-        saved = self._saved
-        if saved is None or saved["controller"] is None or saved["device"] != trainer.capabilities.device_name:
-            return None
-        return {name: AdaptiveUnit(**{**u, "recipes": tuple(u["recipes"])}) for name, u in saved["units"].items()}
+    def _costs(self, trainer: MixedPrecisionTrainer, batch: Any, recipes: Sequence[Recipe]) -> LayerCosts:
+        """Of the checkpoint, if it is of such a device: with its times a resumed run decides as the whole one would."""
+        device, saved = trainer.capabilities.device_name, self._saved
+        if saved is not None and saved["costs"] is not None and saved["device"] == device:
+            costs = LayerCosts(**saved["costs"])
+        else:
+            costs = measured_costs(trainer, self.settings, batch, recipes)
+        self._measured_on = device, costs
+        return costs
 
     def _disable(self, trainer: MixedPrecisionTrainer, why: str) -> None:
         """Nothing is decided from now on; the run's decisions say so."""
@@ -257,7 +264,9 @@ class AdaptivePrecision(Callback):
             and not module.unit_precision.recipe.is_plain
         )
         # Layers that stay as they are keep the reason that they had.
-        reasons = {decision.layer: decision for decision in trainer.plan.decisions if decision.layer}
+        reasons = {decision.layer: decision for decision in trainer.plan.decisions}
+        if "" in reasons:
+            reasons[""] = replace(reasons[""], new=base.name)
         reasons |= {decision.layer: decision for decision in decisions if decision.layer}
         return PrecisionPlan(
             base=base,
@@ -278,10 +287,10 @@ class AdaptivePrecision(Callback):
             return dict(self._saved)
         measured = None if self._sent is None else self._sent.read()
         controller = self.controller
-        units = {} if controller is None else {name: asdict(unit) for name, unit in controller.units.items()}
+        device, costs = ("", None) if self._measured_on is None else self._measured_on
         return {
-            "device": self._device,
-            "units": units,
+            "device": device,
+            "costs": None if costs is None else asdict(costs),
             "measured": None if measured is None else measured.to_json(),
             "compared": None if self._compared is None else [float(value) for value in self._compared.read()],
             "disabled": self.disabled,

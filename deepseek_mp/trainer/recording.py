@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 log = logging.getLogger("deepseek_mp")
+decided = logging.getLogger("deepseek_mp.decisions")
+"""Has a line for each decision that is taken while a model trains."""
 
 COUNTERS_EVERY = 16
 """Steps between two readings of memory and energy: reading them costs more than a record does."""
@@ -151,7 +153,7 @@ class Recorder:
         """Decisions taken between two steps; those that change nothing are said here only."""
         step = self._trainer.steps_attempted
         for decision in decisions:
-            log.info("step %d: %s", step, decision)
+            decided.info("step %d: %s", step, decision)
         if self.run_dir is not None:
             self._decided += [{"step": step, **decision.to_json()} for decision in decisions]
         if self._writer is not None:

@@ -14,7 +14,7 @@ from deepseek_mp import AdaptivePrecision, AdaptiveSettings, MixedPrecisionTrain
 from deepseek_mp.costs import Timing, layers, whole_step
 from deepseek_mp.nn import current_plan
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
-from deepseek_mp.trainer import adaptive_layers, planning
+from deepseek_mp.trainer import adaptive_choices, planning
 
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2", "bf16", "fp32"})
 SOON = AdaptiveSettings(warm_up=4, probe_every=2, decide_every=4, loss_budget=1.0, noise_budget=9.0)
@@ -124,7 +124,7 @@ def test_where_auto_lowers_nothing_since_nothing_pays_it_is_off_with_both_times(
 
 def test_where_fp32_won_nothing_is_measured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     clock.step = {"fp32": 1.0, "bf16": 5.0, "block": 4.0}
-    monkeypatch.setattr(adaptive_layers, "layer_costs", pytest.fail)
+    monkeypatch.setattr(adaptive_choices, "layer_costs", pytest.fail)
     made = hopper()
     clock.model = made.model
     made.step(vectors()[0])
@@ -155,7 +155,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
 )
 def test_on_a_device_without_fp8_a_run_is_the_same_bit_for_bit_and_says_why_once(monkeypatch, tmp_path, base, why):
     chosen(monkeypatch, base)
-    monkeypatch.setattr(adaptive_layers, "layer_costs", pytest.fail)
+    monkeypatch.setattr(adaptive_choices, "layer_costs", pytest.fail)
     runs = []
     for adapt in (None, False):
         made = MixedPrecisionTrainer(
@@ -189,7 +189,7 @@ def test_layers_that_cannot_be_timed_do_not_end_the_training(clock, monkeypatch)
     def costs(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(adaptive_layers, "layer_costs", costs)
+    monkeypatch.setattr(adaptive_choices, "layer_costs", costs)
     made = hopper()
     clock.model = made.model
     assert made.fit(vectors()).steps_applied == 12
