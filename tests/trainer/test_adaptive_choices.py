@@ -65,10 +65,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         fn()
         return timing(made.step[plan.base.name])
 
-    def unit(call: Any, format: str, *_: Any, **__: Any) -> Timing:
+    def unit(call: Any, format: str, *_: Any, **__: Any) -> Timing | None:
         made.units.append((call.names[0], format))
         ms = made.unit[format]
-        return timing(ms(call.names[0]) if callable(ms) else ms)
+        ms = ms(call.names[0]) if callable(ms) else ms
+        return None if ms is None else timing(ms)
 
     monkeypatch.setattr(whole_step, "time_call", step)
     monkeypatch.setattr(layers, "measure_unit", unit)
@@ -108,6 +109,18 @@ def test_a_plan_that_changes_keeps_the_reasons_of_the_layers_that_stay(clock: Cl
     assert (now["0"].new, now["0"].reason) == ("bf16", Reason.GUARDED)
     assert (now["2"].new, now["2"].reason) == ("bf16", Reason.MEASURED_SLOWER)
     assert made.plan.base.name == "bf16"
+    assert (now[""].new, now[""].reason, now[""].evidence["block_ms"]) == ("bf16", Reason.MEASURED_FASTEST, 4.0)
+
+
+def test_what_auto_could_not_time_is_not_tried_again(clock: Clock) -> None:
+    clock.unit["block"] = lambda name: 1.0 if name == "0" else None  # memory is short
+    made = hopper()
+    clock.model = made.model
+    made.step(vectors()[0])
+    assert made.adaptive is not None
+    assert made.adaptive.controller is not None, made.adaptive.disabled
+    assert ("2", "block") in clock.units
+    assert len(clock.units) == len(set(clock.units))
 
 
 def test_where_auto_lowers_nothing_since_nothing_pays_it_is_off_with_both_times(clock: Clock) -> None:
