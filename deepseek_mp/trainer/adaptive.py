@@ -27,11 +27,11 @@ from deepseek_mp.nn.delayed import maxima_kept
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import Unit
+from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe, Rule
 from deepseek_mp.precision.composite import named_mixture
 from deepseek_mp.profiler.layer_times import LayerCosts
 from deepseek_mp.sensitivity import Arrived, Measured, Probe, Sent
-from deepseek_mp.sensitivity.transfer import Transfer
 from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs
 from deepseek_mp.trainer.callbacks import Callback
@@ -70,7 +70,7 @@ class AdaptivePrecision(Callback):
         self._measured_on: tuple[str, LayerCosts] | None = None
         """A device, and what layers cost on it."""
         self._sent: Sent | Arrived | None = None
-        self._compared: Transfer | None = None
+        self._compared: HostCopy | None = None
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
         self._interval = 0
         """Steps between probes, once their cost is known."""
@@ -94,7 +94,7 @@ class AdaptivePrecision(Callback):
             self._pending += controller.learn(self._sent.read(), step)
             self._sent = None
         if self._compared is not None and self._compared.ready:
-            now, exact = (float(value) for value in self._compared.read())
+            now, exact = self._compared.numbers()
             self._compared = None
             found = Comparison(loss=now, exact=exact, standard_error=controller.standard_error)
             decision = controller.compare(step, found)
@@ -237,7 +237,7 @@ class AdaptivePrecision(Callback):
             quiet = trainer.monitor.paused(), torch.no_grad(), region.flags()
             with quiet[0], quiet[1], quiet[2], outputs_in(lowered), region.autocast(cache=False):
                 exact = run(trainer.model, call, trainer.loss_fn)
-            self._compared = Transfer([found.loss, exact.loss])
+            self._compared = HostCopy([found.loss, exact.loss], mean=True)
 
     def _put_in_force(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> None:
         assert self.controller is not None
@@ -292,7 +292,7 @@ class AdaptivePrecision(Callback):
             "device": device,
             "costs": None if costs is None else asdict(costs),
             "measured": None if measured is None else measured.to_json(),
-            "compared": None if self._compared is None else [float(value) for value in self._compared.read()],
+            "compared": None if self._compared is None else self._compared.numbers(),
             "disabled": self.disabled,
             "controller": None if controller is None else controller.state_dict(),
             "next_probe": self._next_probe,
@@ -319,7 +319,7 @@ class AdaptivePrecision(Callback):
         if saved["measured"] is not None:
             self._sent = Arrived(Measured.from_json(saved["measured"]))
         if saved["compared"] is not None:
-            self._compared = Transfer([torch.tensor(value) for value in saved["compared"]])
+            self._compared = HostCopy([torch.tensor(value) for value in saved["compared"]])
         if saved["disabled"]:
             self._disable(trainer, saved["disabled"])
         if saved["controller"] is None:

@@ -63,7 +63,8 @@ def test_measuring_takes_the_batch_and_tells_how_far_it_is():
     told = []
     plan = measured_plan(
         model(), (torch.randn(2, 3, 8, 8), torch.tensor([0, 1])), TrainerConfig(pin={"2": "fp32"}), loss_fn=None,
-        device=torch.device("cpu"), capabilities=CPU, cache=CostCache(disk=False), progress=lambda text, share: told.append(share),
+        device=torch.device("cpu"), capabilities=CPU, cache=CostCache(disk=False),
+        progress=lambda text, share: told.append(share),
     )  # fmt: skip
     assert plan.rules[0].pattern == "2"
     assert told == sorted(told)
