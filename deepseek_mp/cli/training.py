@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import typer
 
+from deepseek_mp.cli.decisions import told
 from deepseek_mp.cli.interrupt import INTERRUPTED, stopping
 from deepseek_mp.cli.output import print_record, print_text, terminal_width
 from deepseek_mp.cli.target import Target
@@ -42,7 +43,7 @@ class Outcome:
 def fit(trainer: MixedPrecisionTrainer, found: Target, extent: Extent, *, resume: Path | None, where: Path) -> Outcome:
     """Train; an interrupt stops after the step under way, a second one at once."""
     try:
-        with stopping(trainer.stop, NOTICE):
+        with stopping(trainer.stop, NOTICE), told():
             result = trainer.fit(
                 found.loader, extent.epochs, max_steps=extent.steps, val_loader=found.val_loader, resume=resume
             )

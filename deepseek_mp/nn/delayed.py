@@ -26,7 +26,8 @@ tensors themselves until a plan is applied to it. `nn.convert` calls `place_scal
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -192,6 +193,19 @@ def update_scales(model: nn.Module) -> None:
     """
     for scales in _known(model):
         scales.update()
+
+
+@contextmanager
+def maxima_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, delayed scaling has seen nothing of it."""
+    found = [amax for scales in scales_of(model) for amax in scales.amax]
+    kept = [amax.clone() for amax in found]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for amax, before in zip(found, kept, strict=True):
+                amax.copy_(before)
 
 
 def saturated_tensors(model: nn.Module) -> list[Saturated]:

@@ -53,6 +53,8 @@ class Reason(StrEnum):
     """A guard raised it while training: it broke a limit, made a bad number, or the loss jumped."""
     COMPARED = "compared"
     """The loss was compared with that in FP32 on the same batch."""
+    ADAPT_OFF = "adapt_off"
+    """Live precision decides nothing in this run, for what the detail says."""
     RESUMED = "resumed"
     """Taken from the plan stored with a checkpoint."""
 

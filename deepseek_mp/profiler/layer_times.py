@@ -13,6 +13,7 @@ from deepseek_mp.backends.low_precision import formats_of
 from deepseek_mp.costs import Candidate, CostCache, UnitCall, measure_layers, record_units
 from deepseek_mp.costs.fingerprint import environment
 from deepseek_mp.precision import Recipe, Role
+from deepseek_mp.precision.plan import MemoryFormat
 
 SECONDS = 15.0
 """Time for all layers together, kernels made ready included; what is in the cache costs none of it."""
@@ -41,8 +42,16 @@ def layer_costs(
     *,
     timed: bool,
     progress: Callable[[float], None],
+    cache: CostCache | None = None,
+    budget_s: float = SECONDS,
+    kernels: str | None = None,
+    memory_format: MemoryFormat = "contiguous",
 ) -> LayerCosts:
-    """What the units cost in one step of `forward`; times only where `timed`."""
+    """What the units cost in one step of `forward`; times only where `timed`.
+
+    `kernels` names what runs FP8, `memory_format` is that of convolutions. Without seconds to spend, what `cache` holds
+    is all there is.
+    """
     calls = record_units(model, forward)
     macs: dict[str, int] = {}
     inputs: dict[str, int] = {}
@@ -54,16 +63,22 @@ def layer_costs(
     if timed:
         native = [recipe for recipe in recipes if formats_of(recipe) <= capabilities.matmul_formats]
         names = dict.fromkeys(["fp32", *(recipe.name for recipe in native)])
+        candidates = [Candidate(format=name, memory_format=memory_format) for name in names]
+        cache = CostCache() if cache is None else cache
         found = measure_layers(
             calls,
-            [Candidate(format=name) for name in names],
+            candidates,
             device=device,
-            budget_s=SECONDS,
-            cache=CostCache(),
+            budget_s=budget_s,
+            cache=cache,
             environment=environment(device, capabilities),
+            kernels=kernels,
             progress=progress,
         )
-        times = found.of_layers(host=False)
+        cache.save()
+        formats = {candidate.key: candidate.format for candidate in candidates}
+        rows = found.of_layers(host=False)
+        times = {name: {formats[key]: ms for key, ms in row.items()} for name, row in rows.items()}
     return LayerCosts(macs=macs, milliseconds=times, inputs=inputs)
 
 

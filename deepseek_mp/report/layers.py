@@ -10,6 +10,8 @@ from deepseek_mp.precision import Reason, Role
 from deepseek_mp.records import Run
 
 ROLES = tuple(role.value for role in Role)
+EVENTS = (Reason.SATURATED, Reason.COMPARED, Reason.ADAPT_OFF)
+"""They are written down among the decisions and change no recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,9 @@ class LayerHistory:
     changes: tuple[Choice, ...]
     """Those that replaced another recipe while the run went on."""
     saturated: tuple[Choice, ...]
-    """Tensors that outgrew their delayed scales: events, which change no recipe."""
+    """Tensors that outgrew their delayed scales."""
+    adapt_off: tuple[str, ...] = ()
+    """Why live precision decided nothing, where it was to."""
 
     def recipes(self) -> dict[str, dict[str, str]]:
         """Layer -> role -> recipe, at the end."""
@@ -58,7 +62,7 @@ def read_layers(run: Run) -> LayerHistory:
     A decision of layers that the plan in force no longer has is not at its end, if the plan names its decisions.
     """
     choices = [_choice(line) for line in run.decisions]
-    lasting = [choice for choice in choices if choice.reason != Reason.SATURATED]
+    lasting = [choice for choice in choices if choice.reason not in EVENTS]
     state: dict[str, dict[str, Choice]] = {}
     changes = []
     for choice in lasting:
@@ -75,6 +79,7 @@ def read_layers(run: Run) -> LayerHistory:
         ),
         changes=tuple(changes),
         saturated=tuple(choice for choice in choices if choice.reason == Reason.SATURATED),
+        adapt_off=tuple(dict.fromkeys(choice.detail for choice in choices if choice.reason == Reason.ADAPT_OFF)),
     )
 
 

@@ -123,6 +123,7 @@ class RunReport:
             "joules_per_step": self.joules_per_step,
             "decisions": [choice.to_json() for choice in self.layers.in_force],
             "changes": [choice.to_json() for choice in self.layers.changes],
+            "adapt_off": list(self.layers.adapt_off),
             "saturated": [choice.to_json() for choice in self.layers.saturated],
             "fallbacks": [
                 {"op": op, "format": format, "reason": reason, "count": count}

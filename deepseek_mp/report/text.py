@@ -150,6 +150,7 @@ def _numbers(report: RunReport) -> list[tuple[str, str]]:
         ("time per step", "" if report.seconds_per_step is None else amounts.times(report.seconds_per_step)),
         ("throughput", _throughput(report)),
         ("peak memory", "" if report.peak_memory_bytes is None else amounts.size(report.peak_memory_bytes)),
+        ("live precision", "; ".join(f"off: {why}" for why in report.layers.adapt_off)),
         ("energy", "" if joules is None else f"{amounts.energy(report.joules)}, {amounts.energy(joules)} per step"),
     ]
 

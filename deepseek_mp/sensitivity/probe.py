@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.nn.call import Call, LossFn, Result
+from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS
 from deepseek_mp.precision import Recipe
 from deepseek_mp.sensitivity.measure import (
@@ -35,7 +36,6 @@ from deepseek_mp.sensitivity.outputs import (
 )
 from deepseek_mp.sensitivity.reading import Effect, UnitReading
 from deepseek_mp.sensitivity.sampling import BatchLayout, Terms, draw
-from deepseek_mp.sensitivity.transfer import Transfer
 
 ROWS = 1024
 ITEMS = 16
@@ -319,16 +319,16 @@ class Sent:
                 torch.stack(list(curvatures)).mean(),
             ]
         self._has_loss = bool(losses)
-        self._transfer = Transfer(tensors)
+        self._copy = HostCopy(tensors, mean=True)
 
     @property
     def ready(self) -> bool:
         """Whether `read` would not wait."""
-        return self._transfer.ready
+        return self._copy.ready
 
     def read(self) -> Measured:
         """The measurements; waits for the device."""
-        tensors = iter(self._transfer.read())
+        tensors = iter(self._copy.tensors())
         readings = {
             name: _reading(
                 order, calls, batches, {recipe: (next(tensors), next(tensors)) for recipe in recipes}, tensors

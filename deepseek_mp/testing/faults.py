@@ -14,8 +14,8 @@ is repeated for the same step meets the same fault. A fault that finds nothing t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,7 +71,7 @@ class FaultInjector:
         self.step = 0
         self._model, self._optimizer = model, optimizer
         self._faults: list[Fault] = []
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._active = False
 
     def add(self, fault: Fault) -> FaultInjector:
@@ -98,26 +98,17 @@ class FaultInjector:
         return spoiled
 
     def __enter__(self) -> FaultInjector:
-        self._active = True
-        try:
+        with self._hooks:
             for fault in self._faults:
                 if fault.where != "loss":
-                    self._handles.append(self._hook(fault))
-        except BaseException:
-            self._leave()
-            raise
+                    self._hooks.callback(self._hook(fault).remove)
+            self._hooks = self._hooks.pop_all()  # in place until the context ends, unless a fault has no place
+        self._active = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._active = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def _hook(self, fault: Fault) -> RemovableHandle:
         if fault.where == "optimizer":

@@ -9,35 +9,33 @@ afterwards as they were. When layers change, the trainer changes its plan betwee
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from deepseek_mp.backends.low_precision import formats_of
-from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
+from deepseek_mp.controller.adaptive import AdaptiveController, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import SpeedCheck
-from deepseek_mp.costs.restore import Snapshot, preserved
-from deepseek_mp.nn.assign import output_layer, why_not
+from deepseek_mp.costs.restore import Snapshot
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn.call import Call, batch_size, move, parse_batch, run
-from deepseek_mp.nn.delayed import scales_of
+from deepseek_mp.nn.delayed import maxima_kept
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.survey import survey
-from deepseek_mp.nn.unit import Unit, multiplies, original_class
-from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Recipe, Rule
+from deepseek_mp.nn.unit import Unit
+from deepseek_mp.ops.host_copy import HostCopy
+from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe, Rule
 from deepseek_mp.precision.composite import named_mixture
-from deepseek_mp.precision.planning import PAYS
-from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
+from deepseek_mp.profiler.layer_times import LayerCosts
 from deepseek_mp.sensitivity import Arrived, Measured, Probe, Sent
-from deepseek_mp.sensitivity.transfer import Transfer
 from deepseek_mp.sensitivity.truth import outputs_in
+from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs
 from deepseek_mp.trainer.callbacks import Callback
+from deepseek_mp.trainer.config import TrainerConfig
 from deepseek_mp.trainer.probe_clock import ProbeClock
 from deepseek_mp.trainer.result import StepFacts
 
@@ -45,9 +43,6 @@ if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 log = logging.getLogger("deepseek_mp")
-CANDIDATES = ("tensor", "row", "block")
-BASES = ("bf16", "fp32", "tf32")
-"""Regions beside which layers can be lowered one by one; fp16 needs a loss scale that a probe does not have."""
 ROWS = 1024
 LEAST_ITEMS = 8
 """Norms of the batch are another function for very few items, with other gradients."""
@@ -70,10 +65,12 @@ class AdaptivePrecision(Callback):
         self.controller: AdaptiveController | None = None
         self.disabled = ""
         """Why nothing is decided; empty while something is."""
-        self._modules: dict[str, nn.Module] = {}
-        self._recipes: list[Recipe] = []
+        self._modules: Mapping[str, nn.Module] = {}
+        self._timed = False
+        self._measured_on: tuple[str, LayerCosts] | None = None
+        """A device, and what layers cost on it."""
         self._sent: Sent | Arrived | None = None
-        self._compared: Transfer | None = None
+        self._compared: HostCopy | None = None
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
         self._interval = 0
         """Steps between probes, once their cost is known."""
@@ -97,7 +94,7 @@ class AdaptivePrecision(Callback):
             self._pending += controller.learn(self._sent.read(), step)
             self._sent = None
         if self._compared is not None and self._compared.ready:
-            now, exact = (float(value) for value in self._compared.read())
+            now, exact = self._compared.numbers()
             self._compared = None
             found = Comparison(loss=now, exact=exact, standard_error=controller.standard_error)
             decision = controller.compare(step, found)
@@ -110,7 +107,7 @@ class AdaptivePrecision(Callback):
             made, self._pending = self._pending, []
             self._put_in_force(trainer, made)
         if step >= self._next_probe and self._sent is None:
-            self._next_probe = step + self._pace(trainer)
+            self._next_probe = step + self._pace()
             with self._clock.probe(trainer.device):
                 self._try_probe(trainer, batch, compare=step >= self._next_comparison)
 
@@ -121,8 +118,10 @@ class AdaptivePrecision(Callback):
 
     def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
         """Show the outcome to the guards; what they raise is raised before the next step."""
+        if self.disabled:
+            return
         seconds = self._clock.step()
-        if self.controller is not None and seconds is not None and not trainer.config.emulate:
+        if self.controller is not None and seconds is not None and self._timed:
             self._time(trainer, self.controller, seconds)
         if self.controller is not None and facts.status in ("applied", "skipped"):
             self._pending += self.controller.see(
@@ -141,13 +140,13 @@ class AdaptivePrecision(Callback):
         if gain is not None:
             self._note(trainer, [controller.timed(trainer.steps_attempted, gain)])
 
-    def _pace(self, trainer: MixedPrecisionTrainer) -> int:
+    def _pace(self) -> int:
         """Steps until the next probe: as asked for, or more where probes would take too much of the time.
 
         It is fixed by the first probes that were timed and then part of the state, so that a resumed run keeps it. With
         emulation times mean nothing.
         """
-        if not self._interval and not trainer.config.emulate:
+        if not self._interval and self._timed:
             share = self._clock.share()
             if share is not None:
                 self._interval = max(self.settings.probe_every, round(share / self.settings.probe_share))
@@ -157,82 +156,47 @@ class AdaptivePrecision(Callback):
     # -- the beginning ----------------------------------------------------------------------------
 
     def _begin(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:
-        region = trainer.plan.base.region
-        if region not in BASES:
-            self._disable(f"layers are not lowered one by one beside {region}")
+        """Find the layers to decide on, where they stand, and where a checkpoint stood."""
+        try:
+            layers, why = layers_to_control(
+                trainer, self.settings, lambda recipes: self._costs(trainer, batch, recipes)
+            )
+        except Exception as error:  # noqa: BLE001 - said aloud and kept: a look at the model must not end its training
+            self._failed(trainer, "layers could not be timed", error)
             return
-        asked = self.settings.recipes or CANDIDATES
-        native = trainer.capabilities.matmul_formats
-        self._recipes = [RECIPES[n] for n in asked if trainer.config.emulate or formats_of(RECIPES[n]) <= native]
-        if not self._recipes:
-            self._disable(f"this device multiplies in none of {', '.join(asked)}")
+        if not layers:
+            self._disable(trainer, why)
             return
-        taken = self._takers(trainer)
-        if not taken:
-            self._disable("no layer can be lowered")
-            return
-        costs = self._costs(trainer, batch)
-        units = {}
-        for name, (module, recipes) in taken.items():
-            seconds = {recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()}
-            now = _recipe_now(module, region)
-            if costs.milliseconds and region not in seconds:
-                continue  # what could not be timed beside others that were: nobody knows whether it pays
-            known = now in RECIPES and (RECIPES[now].is_plain or now in recipes)
-            paying = tuple(r for r in recipes if r == now or _pays(seconds, r, region)) if known else ()
-            if paying:
-                units[name] = AdaptiveUnit(macs=float(costs.macs.get(name, 1)), seconds=seconds, recipes=paying)
-        if not units:
-            best = _closest(costs, region, taken)
-            self._disable(f"no layer is {PAYS - 1:.0%} faster in {', '.join(asked)} than in {region}{best}")
-            return
-        self._modules = {name: module for name, (module, _) in taken.items() if name in units}
-        self.controller = AdaptiveController(units, RECIPES[region], self.settings, total_steps=trainer.planned_steps)
+        units = {name: layer.unit for name, layer in layers.items()}
+        base = RECIPES[trainer.plan.base.region]
+        self._modules = {name: layer.module for name, layer in layers.items()}
+        self._timed = any(unit.seconds for unit in units.values())
+        self.controller = AdaptiveController(units, base, self.settings, total_steps=trainer.planned_steps)
         for name, state in self.controller.states.items():
-            state.recipe = _recipe_now(self._modules[name], region)
+            state.recipe = layers[name].recipe
         self._restore(trainer)
 
-    def _takers(self, trainer: MixedPrecisionTrainer) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-        """The layers that can be lowered, and to what."""
-        found = survey(trainer.model)
-        last = output_layer(trainer.model, found)
-        mode = trainer.config.precision_mode
-        rules = [Rule(pattern=p, recipe=r) for p, r in (trainer.config.pin or {}).items()]  # type: ignore[arg-type]
-        rules += mode.rules if isinstance(mode, PrecisionPlan) else ()
-        taken = {}
-        for name, module in found.units.items():
-            if not multiplies(original_class(module)) or any(rule.matches(name) for rule in rules):
-                continue
-            recipes = [r.name for r in self._recipes if why_not(r, module, is_output=name == last) is None]
-            if recipes:
-                taken[name] = module, tuple(recipes)
-        return taken
+    def _costs(self, trainer: MixedPrecisionTrainer, batch: Any, recipes: Sequence[Recipe]) -> LayerCosts:
+        """Of the checkpoint, if it is of such a device: with its times a resumed run decides as the whole one would."""
+        device, saved = trainer.capabilities.device_name, self._saved
+        if saved is not None and saved["costs"] is not None and saved["device"] == device:
+            costs = LayerCosts(**saved["costs"])
+        else:
+            costs = measured_costs(trainer, self.settings, batch, recipes)
+        self._measured_on = device, costs
+        return costs
 
-    def _costs(self, trainer: MixedPrecisionTrainer, batch: Any) -> LayerCosts:
-        """Measured times of the layers; with emulation multiply-adds only, since its times mean nothing."""
-        call = parse_batch(move(batch, trainer.device))
-        region = trainer.stepper.region
-
-        def forward() -> Tensor:
-            with region.autocast(cache=False):
-                return run(trainer.model, call, trainer.loss_fn).loss
-
-        recipes = [RECIPES[region.format], *self._recipes]
-        quiet = trainer.monitor.paused(), torch.compiler.set_stance("force_eager"), _maxima_kept(trainer.model)
-        with preserved(trainer.model, trainer.device), region.flags(), quiet[0], quiet[1], quiet[2]:
-            return layer_costs(
-                trainer.model,
-                forward,
-                recipes,
-                trainer.capabilities,
-                trainer.device,
-                timed=not trainer.config.emulate,
-                progress=lambda share: None,
-            )
-
-    def _disable(self, why: str) -> None:
+    def _disable(self, trainer: MixedPrecisionTrainer, why: str) -> None:
+        """Nothing is decided from now on; the run's decisions say so."""
         self.disabled = why
-        log.info("live precision is off: %s", why)
+        base = trainer.plan.base.name
+        said = Decision(layer="", old=base, new=base, reason=Reason.ADAPT_OFF, detail=why)
+        trainer.recorder.decided([said])
+
+    def _failed(self, trainer: MixedPrecisionTrainer, what: str, error: Exception) -> None:
+        message = str(error).splitlines()[0] if str(error) else ""
+        self._disable(trainer, f"{what}: {type(error).__name__}: {message}")
+        log.warning("live precision is off: %s", self.disabled)
 
     # -- while it runs ----------------------------------------------------------------------------
 
@@ -240,12 +204,11 @@ class AdaptivePrecision(Callback):
         """A probe; where the model does not bear one, live precision is off from then on, and training goes on."""
         snapshot = Snapshot(trainer.model, trainer.device)
         try:
-            with _maxima_kept(trainer.model), torch.compiler.set_stance("force_eager"):
+            with maxima_kept(trainer.model), torch.compiler.set_stance("force_eager"):
                 self._probe(trainer, batch, snapshot, compare=compare)
         except Exception as error:  # noqa: BLE001 - said aloud and kept: a look at the model must not end its training
             self._sent = self._compared = None
-            self._disable(f"a probe failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            log.warning("live precision is off: %s", self.disabled)
+            self._failed(trainer, "a probe failed", error)
         finally:
             snapshot.restore()
 
@@ -274,7 +237,7 @@ class AdaptivePrecision(Callback):
             quiet = trainer.monitor.paused(), torch.no_grad(), region.flags()
             with quiet[0], quiet[1], quiet[2], outputs_in(lowered), region.autocast(cache=False):
                 exact = run(trainer.model, call, trainer.loss_fn)
-            self._compared = Transfer([found.loss, exact.loss])
+            self._compared = HostCopy([found.loss, exact.loss], mean=True)
 
     def _put_in_force(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> None:
         assert self.controller is not None
@@ -300,11 +263,16 @@ class AdaptivePrecision(Callback):
             and isinstance(module, Unit)
             and not module.unit_precision.recipe.is_plain
         )
+        # Layers that stay as they are keep the reason that they had.
+        reasons = {decision.layer: decision for decision in trainer.plan.decisions}
+        if "" in reasons:
+            reasons[""] = replace(reasons[""], new=base.name)
+        reasons |= {decision.layer: decision for decision in decisions if decision.layer}
         return PrecisionPlan(
             base=base,
             rules=rules + own,
             memory_format=trainer.plan.memory_format,
-            decisions=tuple(decision for decision in decisions if decision.layer),
+            decisions=tuple(reasons.values()),
         )
 
     def _note(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> None:
@@ -318,11 +286,15 @@ class AdaptivePrecision(Callback):
         if self._saved is not None:
             return dict(self._saved)
         measured = None if self._sent is None else self._sent.read()
+        controller = self.controller
+        device, costs = ("", None) if self._measured_on is None else self._measured_on
         return {
+            "device": device,
+            "costs": None if costs is None else asdict(costs),
             "measured": None if measured is None else measured.to_json(),
-            "compared": None if self._compared is None else [float(value) for value in self._compared.read()],
+            "compared": None if self._compared is None else self._compared.numbers(),
             "disabled": self.disabled,
-            "controller": None if self.controller is None else self.controller.state_dict(),
+            "controller": None if controller is None else controller.state_dict(),
             "next_probe": self._next_probe,
             "interval": self._interval,
             "next_comparison": self._next_comparison,
@@ -347,9 +319,9 @@ class AdaptivePrecision(Callback):
         if saved["measured"] is not None:
             self._sent = Arrived(Measured.from_json(saved["measured"]))
         if saved["compared"] is not None:
-            self._compared = Transfer([torch.tensor(value) for value in saved["compared"]])
+            self._compared = HostCopy([torch.tensor(value) for value in saved["compared"]])
         if saved["disabled"]:
-            self._disable(saved["disabled"])
+            self._disable(trainer, saved["disabled"])
         if saved["controller"] is None:
             return
         before = {name: state.recipe for name, state in self.controller.states.items()}
@@ -358,37 +330,24 @@ class AdaptivePrecision(Callback):
             trainer.change_plan(self._plan(trainer, []))
 
 
-def _pays(seconds: Mapping[str, float], recipe: str, region: str) -> bool:
-    """Whether the recipe was measured to be faster by a margin, or nothing was measured at all."""
-    return not seconds or seconds.get(recipe, math.inf) * PAYS < seconds[region]
+def adaptive_of(callbacks: Sequence[Callback]) -> AdaptivePrecision | None:
+    """The live precision among the callbacks."""
+    return next((callback for callback in callbacks if isinstance(callback, AdaptivePrecision)), None)
 
 
-@contextmanager
-def _maxima_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, delayed scaling has seen nothing of it."""
-    found = [amax for scales in scales_of(model) for amax in scales.amax]
-    kept = [amax.clone() for amax in found]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for amax, before in zip(found, kept, strict=True):
-                amax.copy_(before)
+def with_adaptive(callbacks: tuple[Callback, ...], config: TrainerConfig) -> tuple[Callback, ...]:
+    """The callbacks, and live precision after them where the settings of a run ask for it and none is among them.
 
-
-def _closest(costs: LayerCosts, region: str, taken: Mapping[str, tuple[nn.Module, tuple[str, ...]]]) -> str:
-    """The layer that comes closest to gaining, with its times, in words."""
-    ratios = {
-        (name, recipe): costs.milliseconds[name][recipe] / costs.milliseconds[name][region]
-        for name, (_, recipes) in taken.items()
-        for recipe in recipes
-        if {recipe, region} <= costs.milliseconds.get(name, {}).keys()
-    }
-    if not ratios:
-        return ""
-    name, recipe = min(ratios, key=ratios.__getitem__)
-    times = costs.milliseconds[name]
-    return f": {name} comes closest, {times[recipe]:.3f} ms in {recipe} against {times[region]:.3f}"
+    Raises:
+        ConfigError: two of them, or one although `adapt` says something else.
+    """
+    given, adapt = [callback for callback in callbacks if isinstance(callback, AdaptivePrecision)], config.adapt
+    if len(given) > 1 or (given and adapt is not None and adapt is not True):
+        passed = f"adapt={adapt!r} and {len(given)} AdaptivePrecision among the callbacks"
+        raise ConfigError(explain(passed, "one of them that says what is wanted", "Leave one out"))
+    if given or adapt is False or config.precision_mode != "auto":
+        return callbacks
+    return (*callbacks, AdaptivePrecision(adapt if isinstance(adapt, AdaptiveSettings) else None))
 
 
 def part_of(call: Call, share: float) -> Call:
@@ -415,10 +374,6 @@ def part_of(call: Call, share: float) -> Call:
 
     args, kwargs, target = map_leaves((call.args, call.kwargs, call.target), cut)
     return replace(call, args=args, kwargs=kwargs, target=target)
-
-
-def _recipe_now(module: nn.Module, region: str) -> str:
-    return module.unit_precision.recipe.name if isinstance(module, Unit) else region
 
 
 def _named(decision: Decision, base: Recipe) -> list[tuple[str, Recipe]]:

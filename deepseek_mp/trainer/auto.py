@@ -171,16 +171,22 @@ def _measure(
     return _as_plan(stage.plan(verdict.candidate), verdict, evidence, layers), lasting
 
 
-def _scaled(candidates: list[Candidate], capabilities: Capabilities, kernels: str | None) -> dict[Candidate, Candidate]:
-    """The device's FP8 recipe, if it multiplies in that, by memory format, with the plain candidate of the same."""
+def scaled_recipe(capabilities: Capabilities, kernels: str | None) -> Recipe | None:
+    """The device's FP8 recipe, if it multiplies in that by itself."""
     recipe = fp8_recipe(capabilities)
-    plain = [candidate for candidate in candidates if candidate.format == recipe.region]
-    if RECIPES.get(recipe.name) != recipe:
-        return {}
-    if not formats_of(recipe) <= capabilities.matmul_formats:
-        return {}
+    if RECIPES.get(recipe.name) != recipe or not formats_of(recipe) <= capabilities.matmul_formats:
+        return None
     if kernels is None and products_of(recipe, capabilities, None).is_emulated:
+        return None
+    return recipe
+
+
+def _scaled(candidates: list[Candidate], capabilities: Capabilities, kernels: str | None) -> dict[Candidate, Candidate]:
+    """The device's FP8 recipe, if there is one to time, by memory format, with the plain candidate of the same."""
+    recipe = scaled_recipe(capabilities, kernels)
+    if recipe is None:
         return {}
+    plain = [candidate for candidate in candidates if candidate.format == recipe.region]
     return {replace(candidate, format=recipe.name): candidate for candidate in plain}
 
 

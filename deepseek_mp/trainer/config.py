@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.errors import ConfigError, explain, suggest
 from deepseek_mp.nn.checks import check_kernels
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe
@@ -46,6 +47,7 @@ class TrainerConfig:
     ema_decay: float | None = None
     pin: Mapping[str, str | Recipe] | None = None
     emulate: bool = False
+    adapt: bool | AdaptiveSettings | None = None
     kernels: str | None = None
     compile: Compile = False
     seed: int | None = None
@@ -56,6 +58,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self._check_mode()
+        self._check_adapt()
         check_kernels(self.kernels)
         if not _is_count(self.gradient_accumulation_steps):
             raise _refuse("gradient_accumulation_steps", self.gradient_accumulation_steps, "a whole number from 1")
@@ -83,6 +86,14 @@ class TrainerConfig:
         hint = suggest(mode, MODES) if isinstance(mode, str) else ""
         allowed = f"{', '.join(map(repr, MODES))}, a Recipe or a PrecisionPlan"
         raise _refuse("precision_mode", mode, allowed, f"Use one of these.{hint}")
+
+    def _check_adapt(self) -> None:
+        if self.adapt is not None and not isinstance(self.adapt, bool | AdaptiveSettings):
+            raise _refuse("adapt", self.adapt, "None, True, False or AdaptiveSettings")
+        if self.adapt and self.precision_mode != "auto":
+            allowed = "adapt with precision_mode='auto'; a precision that you name is kept"
+            change = "Use 'auto', or callbacks=[AdaptivePrecision()] to have layers lowered beside it"
+            raise _refuse("adapt", self.adapt, allowed, change)
 
 
 def check_extent(epochs: object, max_steps: object) -> None:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from deepseek_mp.errors import ConfigError, LoaderError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
+from deepseek_mp.trainer.ema import WeightAverage
 
 Metric = Callable[[Any, Any], Tensor | float]
+Inference = Callable[[], AbstractContextManager[None]]
+"""Opens the region of the plan, without gradients."""
 
 
 @contextmanager
@@ -28,6 +31,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def inference(model: nn.Module, region: Inference, ema: WeightAverage | None) -> Iterator[Inference]:
+    """Eval mode, with averaged weights if there are any; gives the region to call the model in."""
+    with eval_mode(model), nullcontext() if ema is None else ema.applied():
+        yield region
 
 
 def check_metrics(metrics: object) -> None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.evaluation import Metric
 from deepseek_mp.trainer.position import length, no_batch
 from deepseek_mp.trainer.progress import Progress
+from deepseek_mp.trainer.result import FitResult
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -46,6 +48,19 @@ class Fitting:
             self._epoch()
             if position.batch == 0:  # the epoch is complete, not stopped by max_steps
                 self._end_epoch()
+
+    def result(self, seconds: float) -> FitResult:
+        """What the run has done by now, this fit in so many seconds."""
+        trainer = self.trainer
+        return FitResult(
+            epochs=trainer.position.epoch,
+            steps_attempted=trainer.steps_attempted,
+            steps_applied=trainer.steps_applied,
+            loss=trainer.history[-1]["loss"] if trainer.history else trainer.recorder.running_loss,
+            plan=trainer.plan if trainer.has_stepper else PrecisionPlan.of("fp32", trainer.config.pin),
+            history=tuple(trainer.history),
+            seconds=seconds,
+        )
 
     def _epoch(self) -> None:
         """The rest of an epoch, or of `max_steps`; windows never cross its end."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,23 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from deepseek_mp import backends
 from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale, make_policy
+from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.costs import CostCache
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.monitor import PrecisionMonitor, Sampling
 from deepseek_mp.nn import apply
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
+from deepseek_mp.trainer.adaptive import AdaptivePrecision, adaptive_of, with_adaptive
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile, compiled_run
-from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent, check_single_process
+from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent
 from deepseek_mp.trainer.ema import WeightAverage
-from deepseek_mp.trainer.evaluation import Metric, check_metrics, eval_mode, evaluate
+from deepseek_mp.trainer.evaluation import Inference, Metric, check_metrics, evaluate, inference
 from deepseek_mp.trainer.fitting import Fitting, unfinished_discarded
 from deepseek_mp.trainer.functions import mixed_formats
-from deepseek_mp.trainer.planning import measured_plan, requested_plan
+from deepseek_mp.trainer.planning import measured_plan, named_plan, requested_plan
 from deepseek_mp.trainer.position import LoaderPosition, check_loader
 from deepseek_mp.trainer.progress import Progress
 from deepseek_mp.trainer.recording import Recorder
@@ -80,6 +82,8 @@ class MixedPrecisionTrainer:
         ema_decay: keep an exponential average of the weights, used by `evaluate`.
         pin: name pattern -> recipe, rules before all others: {'*.norm*': 'fp32'}.
         emulate: allow formats that the device has no units for, where PyTorch can run them.
+        adapt: whether layers are lowered and raised while the model trains (docs/adaptive.md), from the plan of 'auto'
+            on; `AdaptiveSettings` says how. None: with 'auto'. A precision that you name is kept.
         kernels: what runs FP8 ('reference', 'triton', 'native'), used or refused; None: the best there is.
         compile: True compiles the model and its loss, 'regional' its repeated blocks and its loss.
         device: where to train; None: where the model is if that is an accelerator, else the best here.
@@ -99,7 +103,9 @@ class MixedPrecisionTrainer:
     planned_steps: int | None = None
     """Steps of the whole run, once a fit that knows has begun."""
     stopping = False
+    steps_attempted = steps_applied = 0
     loader: Any = None
+    _stepper: Stepper | None = None
 
     def __init__(
         self,
@@ -115,6 +121,7 @@ class MixedPrecisionTrainer:
         ema_decay: float | None = None,
         pin: Mapping[str, str | Recipe] | None = None,
         emulate: bool = False,
+        adapt: bool | AdaptiveSettings | None = None,
         kernels: str | None = None,
         compile: Compile = False,
         device: torch.device | str | None = None,
@@ -127,7 +134,6 @@ class MixedPrecisionTrainer:
         statistics_every: int | None = 50,
         progress: bool | None = None,
     ) -> None:
-        check_single_process()
         check_arguments(model, loss_fn)
         self.config = TrainerConfig(
             precision_mode=precision_mode,
@@ -136,6 +142,7 @@ class MixedPrecisionTrainer:
             ema_decay=ema_decay,
             pin=pin,
             emulate=emulate,
+            adapt=adapt,
             kernels=kernels,
             compile=compile,
             seed=seed,
@@ -147,10 +154,11 @@ class MixedPrecisionTrainer:
         self._policy = make_policy(loss_scale_policy)
         self._unused_policy = deepcopy(self._policy)  # for when fp16 comes in again
         self.loss_fn = loss_fn
-        self.callbacks = check_callbacks(callbacks)
+        self.callbacks = with_adaptive(check_callbacks(callbacks), self.config)
         self._progress = progress
         self.device = choose_device(model, device)
         self.capabilities = backends.capabilities(self.device)
+        self.costs = CostCache()
         self.model = model
         self.recorder = Recorder(run_dir, self)
         with unchanged_if_refused(model, self.device):
@@ -166,9 +174,7 @@ class MixedPrecisionTrainer:
         self.ema = None if ema_decay is None else WeightAverage(model, ema_decay)
         self.scaler = make_scaler(self._policy, None, self.capabilities, self.device)
         self.position = LoaderPosition(self.device)
-        self.steps_attempted = self.steps_applied = 0
         self.history: list[dict[str, Any]] = []
-        self._stepper: Stepper | None = None
         if self._plan is not None:
             self._install(self._plan)
 
@@ -189,6 +195,11 @@ class MixedPrecisionTrainer:
             )
         return self._plan
 
+    @property
+    def adaptive(self) -> AdaptivePrecision | None:
+        """Live precision, its decisions and why it is off, if it is; None: the plan stays as it is."""
+        return adaptive_of(self.callbacks)
+
     def change_plan(self, plan: str | PrecisionPlan, *, pin: Mapping[str, str | Recipe] | None = None) -> PrecisionPlan:
         """Train on in another precision, from the next step on; returns the plan, now in force, with its decisions.
 
@@ -206,12 +217,8 @@ class MixedPrecisionTrainer:
         if self._stepper is None or self.stepper.closing or self.stepper.window.micro_batches:
             allowed = "a change between optimizer steps, once a plan is in force"
             raise ConfigError(explain("change_plan outside of that", allowed, "Call it after a step that was applied"))
-        if plan == "auto":
-            raise ConfigError(explain("change_plan('auto')", "a format, a recipe or a plan", "Name one"))
+        wanted = named_plan(self.model, plan, pin, self.config, self.capabilities)
         self.settle()
-        asked = replace(self.config, precision_mode=plan, pin=self.config.pin if pin is None else pin)
-        wanted = requested_plan(self.model, asked, self.capabilities)
-        assert wanted is not None, "only 'auto' has to be measured"
         with unchanged_if_refused(self.model, self.device):
             changed = self._apply(wanted)
         align_optimizer(self.optimizer)
@@ -236,6 +243,7 @@ class MixedPrecisionTrainer:
                 loss_fn=self.loss_fn,
                 device=self.device,
                 capabilities=self.capabilities,
+                cache=self.costs,
                 progress=shown.stage,
             )
 
@@ -412,7 +420,7 @@ class MixedPrecisionTrainer:
             for callback in self.callbacks:
                 callback.on_fit_start(self)
             fitting.run()
-            result = self._result(time.monotonic() - started)
+            result = fitting.result(time.monotonic() - started)
             for callback in self.callbacks:
                 callback.on_fit_end(self, result)
         return result
@@ -421,27 +429,12 @@ class MixedPrecisionTrainer:
         """End the fit under way after its step, as `max_steps` would: with a checkpoint if it has a run directory."""
         self.stopping = True
 
-    def _result(self, seconds: float) -> FitResult:
-        return FitResult(
-            epochs=self.position.epoch,
-            steps_attempted=self.steps_attempted,
-            steps_applied=self.steps_applied,
-            loss=self.history[-1]["loss"] if self.history else self.recorder.running_loss,
-            plan=self._plan if self._plan is not None else PrecisionPlan.of("fp32", self.config.pin),
-            history=tuple(self.history),
-            seconds=seconds,
-        )
-
     # -- without training -----------------------------------------------------------------------
 
-    @contextmanager
-    def _inference(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-        """Eval mode, with averaged weights if there are any; gives the region to call the model in."""
+    def _inference(self) -> AbstractContextManager[Inference]:
         self.settle()
         region = Region(self._plan or PrecisionPlan.of("fp32"), self.device, search=False)
-        averaged = nullcontext() if self.ema is None else self.ema.applied()
-        with eval_mode(self.model), averaged:
-            yield region.inference
+        return inference(self.model, region.inference, self.ema)
 
     def evaluate(self, loader: Iterable[Any], *, metrics: Mapping[str, Metric] | None = None) -> dict[str, float]:
         """Mean loss and metrics over a loader: {'loss': ..., name: ...}.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from deepseek_mp.backends import Capabilities
 from deepseek_mp.costs import CostCache
-from deepseek_mp.errors import PlanError
+from deepseek_mp.errors import ConfigError, PlanError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn import memory_format_of
 from deepseek_mp.nn.convert import prepare
 from deepseek_mp.nn.loss import LossFn
-from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.precision import PrecisionPlan, Recipe
 from deepseek_mp.trainer.auto import choose_plan
 from deepseek_mp.trainer.compile import compiled_run
 from deepseek_mp.trainer.config import TrainerConfig
@@ -35,6 +35,28 @@ def requested_plan(model: nn.Module, config: TrainerConfig, capabilities: Capabi
         _check_any(model, config, capabilities)
         return None
     return replace(PrecisionPlan.of(mode, pin), memory_format=memory_format_of(model))
+
+
+def named_plan(
+    model: nn.Module,
+    plan: str | PrecisionPlan,
+    pin: Mapping[str, str | Recipe] | None,
+    config: TrainerConfig,
+    capabilities: Capabilities,
+) -> PrecisionPlan:
+    """The plan that a run is to change to, with the run's own pins unless there are others.
+
+    Raises:
+        PlanError, FormatError: as `requested_plan`.
+        ConfigError: for 'auto', which names none.
+    """
+    if plan == "auto":
+        raise ConfigError(explain("change_plan('auto')", "a format, a recipe or a plan", "Name one"))
+    # What `adapt` says goes with the mode of the constructor.
+    asked = replace(config, precision_mode=plan, pin=config.pin if pin is None else pin, adapt=None)
+    wanted = requested_plan(model, asked, capabilities)
+    assert wanted is not None, "only 'auto' has to be measured"
+    return wanted
 
 
 def _check_any(model: nn.Module, config: TrainerConfig, capabilities: Capabilities) -> None:
@@ -65,9 +87,10 @@ def measured_plan(
     loss_fn: LossFn | None,
     device: torch.device,
     capabilities: Capabilities,
+    cache: CostCache,
     progress: Callable[[str, float], None],
 ) -> PrecisionPlan:
-    """The fastest plan for this batch, timed with what training will call."""
+    """The fastest plan for this batch, timed with what training will call; `cache` gets the timings."""
     moved = calls.move(calls.parse_batch(batch), device)
     run = compiled_run(model, loss_fn, config.compile)
     return choose_plan(
@@ -79,6 +102,6 @@ def measured_plan(
         compiled=bool(config.compile),
         emulate=config.emulate,
         kernels=config.kernels,
-        cache=CostCache(),
+        cache=cache,
         progress=progress,
     )

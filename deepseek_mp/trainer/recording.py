@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepseek_mp import backends
+from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.monitor.layer_statistics import SAMPLED
 from deepseek_mp.nn import Saturated
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 log = logging.getLogger("deepseek_mp")
+decided = logging.getLogger("deepseek_mp.decisions")
+"""Has a line for each decision that is taken while a model trains."""
 
 COUNTERS_EVERY = 16
 """Steps between two readings of memory and energy: reading them costs more than a record does."""
@@ -52,6 +55,8 @@ class Recorder:
         self._writer: RunWriter | None = None
         self._plan: PrecisionPlan | None = None
         """A plan in force that is not written down yet."""
+        self._decided: list[dict[str, Any]] = []
+        """Decisions taken before there was anything to write them to."""
         self._last = time.monotonic()
         self._joules: float | None = None
         self._alarms = 0
@@ -97,6 +102,10 @@ class Recorder:
             for decision in self._plan.decisions:
                 self._writer.decision({"step": done, **decision.to_json()})
             self._plan = None
+        if self._writer is not None:
+            for line in self._decided:
+                self._writer.decision(line)
+            self._decided.clear()
         return self._writer
 
     def plan(self, plan: PrecisionPlan) -> None:
@@ -142,12 +151,13 @@ class Recorder:
 
     def decided(self, decisions: Sequence[Decision]) -> None:
         """Decisions taken between two steps; those that change nothing are said here only."""
+        step = self._trainer.steps_attempted
         for decision in decisions:
-            log.info("step %d: %s", self._trainer.steps_attempted, decision)
-        out = self._out(done=self._trainer.steps_attempted)
-        if out is not None:
-            for decision in decisions:
-                out.decision({"step": self._trainer.steps_attempted, **decision.to_json()})
+            decided.info("step %d: %s", step, decision)
+        if self.run_dir is not None:
+            self._decided += [{"step": step, **decision.to_json()} for decision in decisions]
+        if self._writer is not None:
+            self._out(done=step)
 
     def _alarmed(self) -> dict[str, Any]:
         """The alarms that are new, if there are any."""
@@ -238,6 +248,8 @@ def describe(trainer: MixedPrecisionTrainer) -> dict[str, Any]:
         name: value.to_json() if isinstance(value, PrecisionPlan) else value
         for name, value in vars(trainer.config).items()
     }
+    if isinstance(trainer.config.adapt, AdaptiveSettings):
+        config["adapt"] = trainer.config.adapt.to_json()
     config["pin"] = {name: str(recipe) for name, recipe in (trainer.config.pin or {}).items()}
     return {
         "versions": {"deepseek_mp": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -6,12 +6,9 @@ done it, and asking waits for that. A loop that never asks never waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from deepseek_mp.nn import Saturated
 from deepseek_mp.precision import PrecisionPlan
@@ -101,29 +98,3 @@ class FitResult:
             f"{self.epochs} epochs, {self.steps_applied} steps applied and {skipped} not, "
             f"loss {self.loss:.4g}, base format {self.plan.base.name}, {self.seconds:.1f} s"
         )
-
-
-class HostCopy:
-    """A few 0-dim tensors of one device, on their way to the host; `read` waits for them."""
-
-    def __init__(self, values: Sequence[Tensor]) -> None:
-        home = values[0].device
-        stacked = torch.stack([v.detach().to(home, torch.float32, non_blocking=True) for v in values])
-        self._event = None
-        if home.type == "cpu":
-            self._host = stacked
-            return
-        module = torch.get_device_module(home)
-        if not hasattr(module, "Event") or home.type == "mps":  # mps has no pinned host memory
-            self._host = stacked
-            return
-        self._host = torch.empty(len(values), pin_memory=True)
-        self._host.copy_(stacked, non_blocking=True)
-        self._event = module.Event()
-        self._event.record()
-
-    def read(self) -> list[float]:
-        """The values as Python numbers."""
-        if self._event is not None:
-            self._event.synchronize()
-        return [float(v) for v in self._host.tolist()]

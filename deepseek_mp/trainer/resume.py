@@ -16,6 +16,7 @@ from deepseek_mp.errors import CheckpointError, explain
 from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
 from deepseek_mp.trainer import saved_storage, state
+from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.checkpoint import Snapshot, newest_checkpoint, read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def save(trainer: MixedPrecisionTrainer, path: Path) -> Path:
         "window": window_values,
         "epoch": trainer.recorder.sums,
         "history": trainer.history,
-        "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in trainer.callbacks],
+        "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in _others(trainer)],
+        "adaptive": None if trainer.adaptive is None else trainer.adaptive.state_dict(),
     }
     inside: state.Tensors = {}
     values = state.split_tensors(values, inside)
@@ -121,9 +123,20 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     saved_storage.widen(trainer.model, trainer.optimizer, trainer.plan)
     stepper.load_window(tensors["window"], saved["window"])
     trainer.position.load(tensors["rng"], saved["position"], open_batches=stepper.window.micro_batches)
-    for callback, kept in zip(trainer.callbacks, saved["callbacks"], strict=True):
+    for callback, kept in zip(_others(trainer), saved["callbacks"], strict=True):
         if kept is not None:
             cast(Any, callback).load_state_dict(kept)
+    live = saved.get("adaptive")
+    if trainer.adaptive is not None and live is not None:
+        trainer.adaptive.load_state_dict(live)
+    elif (trainer.adaptive is None) != (live is None):
+        was, now = ("with", "without") if live is not None else ("without", "with")
+        log.warning("resumed %s live precision a run that was %s; it goes on from its plan", now, was)
+
+
+def _others(trainer: MixedPrecisionTrainer) -> list[Callback]:
+    """The callbacks but for live precision, which a resumed run may have or not."""
+    return [callback for callback in trainer.callbacks if callback is not trainer.adaptive]
 
 
 def _formats(trainer: MixedPrecisionTrainer, snapshot: Snapshot) -> saved_storage.Formats:
@@ -190,6 +203,6 @@ def _check(trainer: MixedPrecisionTrainer, snapshot: Snapshot, path: Path) -> No
     averages, ours = snapshot.tensors["ema"], {} if trainer.ema is None else trainer.ema.values
     if averages.keys() != ours.keys():
         raise _refuse(path, f"averages {len(averages)} weights, not {len(ours)}", "Pass the ema_decay it had")
-    if len(saved["callbacks"]) != len(trainer.callbacks):
+    if len(saved["callbacks"]) != len(_others(trainer)):
         raise _refuse(path, f"was written with {len(saved['callbacks'])} callbacks", "Pass the same callbacks")
     trainer.check_scaler(PrecisionPlan.from_json(saved["plan"]), saved["scaler"])

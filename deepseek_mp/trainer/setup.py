@@ -21,13 +21,15 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import apply, current_plan, kernels_in_force, revert
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.precision.formats import FP16
+from deepseek_mp.trainer.config import check_single_process
 from deepseek_mp.trainer.rng import rng_state, set_rng_state
 
 DEFAULT_LEARNING_RATE = 1e-3
 
 
 def check_arguments(model: object, loss_fn: object) -> None:
-    """`ConfigError` for a model or a loss function that cannot be called as one."""
+    """`ConfigError` for one of several processes, or a model or a loss function that cannot be called as one."""
+    check_single_process()
     if not isinstance(model, nn.Module):
         raise ConfigError(explain(f"model={model!r}", "a torch.nn.Module", "Pass the model object"))
     if any(p.is_meta for p in model.parameters()):

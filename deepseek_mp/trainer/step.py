@@ -38,12 +38,13 @@ from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.nn.unit import NARROW_FORMATS
 from deepseek_mp.nn.weight_casts import WeightCasts
 from deepseek_mp.ops.dtypes import torch_dtype
+from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import state
 from deepseek_mp.trainer.buffers import BufferGuard
 from deepseek_mp.trainer.compile import many_plans
 from deepseek_mp.trainer.replay import find_first_bad_module
-from deepseek_mp.trainer.result import HostCopy, StepFacts, StepResult
+from deepseek_mp.trainer.result import StepFacts, StepResult
 from deepseek_mp.trainer.rng import get_rng, set_rng
 from deepseek_mp.trainer.window import MicroBatch, Window
 
@@ -382,7 +383,7 @@ class Stepper:
             raise self._too_many_skips(facts)
 
     def _read(self, pending: Pending) -> StepFacts:
-        loss, nonfinite, skipped, norm, scale = pending.copy.read()[:_FACTS]
+        loss, nonfinite, skipped, norm, scale = pending.copy.numbers()[:_FACTS]
         if not skipped:
             return StepFacts(status="applied", loss=loss, scale=scale, grad_norm=norm)
         if pending.verdict.status == "no_grads":
@@ -400,7 +401,7 @@ class Stepper:
 
     def _saturated(self, pending: Pending) -> tuple[Saturated, ...]:
         """The tensors that outgrew their scales; the device is asked only if there are any."""
-        if not any(pending.copy.read()[_FACTS:]):
+        if not any(pending.copy.numbers()[_FACTS:]):
             return ()
         return tuple(found for scales in scales_of(self.model) for found in scales.just_grown())
 

@@ -7,7 +7,7 @@ loses, it loses to its roundings.
 
 from __future__ import annotations
 
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Stress:
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
         self.step = 0
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def enter(self) -> None:
         """Put the hooks in place, through `keep`."""
@@ -41,7 +41,7 @@ class Stress:
 
     def keep(self, handle: RemovableHandle) -> None:
         """Remove the hook when the context ends."""
-        self._handles.append(handle)
+        self._hooks.callback(handle.remove)
 
     def layer(self, name: str) -> nn.Linear:
         """The linear layer of that name."""
@@ -50,22 +50,13 @@ class Stress:
         return layer
 
     def __enter__(self) -> Stress:
-        try:
+        with self._hooks:
             self.enter()
-        except BaseException:
-            self._leave()
-            raise
+            self._hooks = self._hooks.pop_all()  # in place until the context ends, unless `enter` raised
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
 
 
 class OutlierChannels(Stress):

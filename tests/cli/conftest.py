@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_mp.cli.app import main
+
 NET = """
 import signal
 
@@ -89,3 +91,18 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 def net(write: Callable[[str, str], Path]) -> Path:
     """The file of a user with several functions to name."""
     return write("net.py", NET)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """Run the program with bad input; gives its one line of output."""
+
+    def run(arguments: list[str]) -> str:
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        (line,) = [line for line in err.splitlines() if "own print" not in line]
+        assert line.startswith("deepseek-mp: ")
+        return line
+
+    return run

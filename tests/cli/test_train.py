@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,21 +24,16 @@ from deepseek_mp.report import report_run
         (["net.py:job", "--steps", "0"], "Invalid value for '--steps'"),
         (["net.py:job", "--pin", "head"], "--pin 'head'"),
         (["net.py:job", "--pin", "head=fp32"], "rule 'head' -> fp32 matches no layer"),
+        (["net.py:job", "--precision", "bf16", "--adapt"], "adapt=True. Allowed: adapt with precision_mode='auto'"),
         (["net.py:job", "--device", "bogus"], "device 'bogus' is not known to this PyTorch"),
         (["net.py:job", "--resume", "nowhere"], "no complete checkpoint under nowhere"),
         (["net.py:job", "--run-dir", "net.py"], "run_dir net.py is a file"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    net: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    net: Path, refused: Callable[[list[str]], str], arguments: list[str], expected: str
 ) -> None:
-    assert main(["train", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    lines = [line for line in err.splitlines() if "own print" not in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("deepseek-mp: ")
-    assert expected in lines[0]
+    assert expected in refused(["train", *arguments])
     assert [path.name for path in net.parent.iterdir() if path.suffix != ".py" and path.name != "__pycache__"] == []
 
 
@@ -53,6 +49,20 @@ def test_a_run_is_plain_text_that_says_where_it_is(net: Path, capsys: pytest.Cap
     assert (run.settings["config.seed"], run.settings["optimizer"]) == (3, "SGD")
     assert "val_loss" in run.history.validation
     assert main(["report", "runs/full"]) == 0
+
+
+def test_live_precision_says_at_once_and_at_the_end_why_it_is_off(
+    net: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "net.py:job", "--steps", "2", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if "adapt_off" in line]
+    assert line.startswith("deepseek-mp: step 0: (model) ")
+    assert "live precision  off: " in out
+    assert main(["train", "net.py:job", "--steps", "2", "--device", "cpu", "--no-adapt"]) == 0
+    out, err = capsys.readouterr()
+    assert "adapt_off" not in err
+    assert "live precision" not in out
 
 
 def test_json_is_strict_and_alone(net: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,8 @@
 """Live precision and probes on a GPU: no waiting, real FP8, compiled models, the same training."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from no_waiting import no_waiting
 from torch import nn
 
 from deepseek_mp import AdaptivePrecision, AdaptiveSettings, MixedPrecisionTrainer, PrecisionProfiler
@@ -45,16 +44,6 @@ def trained(adaptive, data, precision="bf16", **values):
     )
     trainer.fit(data)
     return trainer
-
-
-@contextmanager
-def no_waiting():
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 class Watched(AdaptivePrecision):

@@ -1,10 +1,10 @@
 """FP8 training on a GPU with FP8 units: no waiting, the emulation's numbers, compiled code, graphs, memory."""
 
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
+from no_waiting import no_waiting
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,15 +69,6 @@ def trainer(plan, model=None, **options):
 
 def losses(made, data):
     return [float(made.step(batch).loss) for batch in data]
-
-
-@contextmanager
-def no_waiting():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @hopper

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from no_waiting import no_waiting
 from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionMonitor
@@ -18,15 +17,6 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 EVERY_LAYER = Sampling(every=1, units=8)
 FORMATS = ("bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "mx", "block", "tensor", "nvfp4", "int8")
-
-
-@contextmanager
-def no_waiting():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def model(width=128):

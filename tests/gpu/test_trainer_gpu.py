@@ -1,10 +1,10 @@
 """The trainer on an accelerator of the CUDA kind: no waiting, device-side skips, real formats."""
 
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
+from no_waiting import no_waiting
 from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionMonitor, backends
@@ -13,15 +13,6 @@ from deepseek_mp.testing import Fault, FaultInjector
 pytestmark = pytest.mark.gpu
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs torch.cuda")
 DEVICE = torch.device("cuda")
-
-
-@contextmanager
-def no_waiting():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def conv_model(width=32):

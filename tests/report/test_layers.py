@@ -63,6 +63,16 @@ def test_saturation_is_an_event_and_no_choice(record: Record) -> None:
     assert [c.step for c in layers.saturated] == [7, 9]
 
 
+def test_what_live_precision_says_of_the_model_is_no_choice(record: Record) -> None:
+    off = Decision(layer="", old="bf16", new="bf16", reason=Reason.ADAPT_OFF, detail="no FP8 here")
+    compared = decision("", "bf16", old="bf16", reason="compared")
+    layers = layers_of(
+        record(decisions=[(0, decision("", "bf16", reason="measured_fastest")), (0, off), (9, compared)])
+    )
+    assert [c.reason for c in layers.in_force] == ["measured_fastest"]
+    assert layers.adapt_off == ("no FP8 here",)
+
+
 def test_layers_that_the_plan_in_force_does_not_have_are_gone(record: Record) -> None:
     plan = replace(PrecisionPlan.of("bf16"), decisions=(decision("a", "bf16"),))
     given = [

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import SETTLING, WINDOW
+from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn.call import parse_batch
 from deepseek_mp.precision import Reason
 from deepseek_mp.profiler.layer_times import LayerCosts
@@ -272,9 +273,9 @@ def test_a_further_fit_makes_the_run_longer():
 def timed(monkeypatch):
     """Timings of two of the layers, the same for all that asks for them."""
     times = {"up": {"fp32": 4.0, "bf16": 2.0, "row": 1.0}, "down": {"fp32": 4.0, "bf16": 1.0, "row": 0.99}}
-    monkeypatch.setattr(
-        "deepseek_mp.trainer.adaptive.layer_costs", lambda *_, **__: LayerCosts(macs={}, milliseconds=times)
-    )
+    choices = "deepseek_mp.trainer.adaptive_choices"
+    monkeypatch.setattr(f"{choices}.layer_costs", lambda *_, **__: LayerCosts(macs={}, milliseconds=times))
+    monkeypatch.setattr(f"{choices}._is_timed", lambda *_: True)
 
 
 def test_layers_that_do_not_pay_or_could_not_be_timed_beside_others_are_left_alone(timed):
@@ -306,3 +307,44 @@ def test_steps_that_became_no_faster_raise_what_was_lowered_and_the_record_says_
     (timing,) = [line for line in written if line["reason"] == "measured_slower"]
     assert timing["evidence"]["promised_ms"] == pytest.approx(2.0)
     assert timing["evidence"]["saved_ms"] == pytest.approx(-1.0)
+
+
+OWN = AdaptivePrecision(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "adapt", "callbacks", "expected"),
+    [
+        ("auto", None, [], AdaptiveSettings()),
+        ("auto", True, [], AdaptiveSettings()),
+        ("auto", SETTINGS, [], SETTINGS),
+        ("auto", False, [], None),
+        ("bf16", None, [], None),
+        ("bf16", False, [], None),
+        ("bf16", None, [OWN], SETTINGS),
+        ("auto", True, [OWN], SETTINGS),
+    ],
+)
+def test_adapt_goes_with_auto_unless_refused(mode, adapt, callbacks, expected):
+    made = MixedPrecisionTrainer(Plain(), mode, adapt=adapt, callbacks=callbacks, device="cpu")
+    assert (made.adaptive.settings if made.adaptive else None) == expected
+    assert len(made.callbacks) == (expected is not None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "adapt", "count", "message"),
+    [
+        ("bf16", SETTINGS, 0, r"adapt=AdaptiveSettings\(.*Allowed: adapt with precision_mode='auto'"),
+        ("bf16", True, 0, "adapt=True.*Allowed: adapt with precision_mode='auto'.*AdaptivePrecision"),
+        (PrecisionPlan.of("bf16"), True, 0, "adapt=True.*precision_mode='auto'"),
+        ("auto", "on", 0, "adapt='on'.*Allowed: None, True, False or AdaptiveSettings"),
+        ("auto", 1, 0, "adapt=1.*Allowed: None"),
+        ("auto", SETTINGS, 1, "1 AdaptivePrecision among the callbacks.*Leave one out"),
+        ("auto", False, 1, "adapt=False and 1 AdaptivePrecision"),
+        ("bf16", None, 2, "2 AdaptivePrecision among"),
+    ],
+)
+def test_what_adapt_cannot_mean_is_refused(mode, adapt, count, message):
+    live = [AdaptivePrecision() for _ in range(count)]
+    with pytest.raises(ConfigError, match=message):
+        MixedPrecisionTrainer(Plain(), mode, adapt=adapt, callbacks=live, device="cpu")

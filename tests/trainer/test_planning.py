@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from deepseek_mp import PrecisionPlan, backends
+from deepseek_mp.costs import CostCache
 from deepseek_mp.errors import FormatError, PlanError
 from deepseek_mp.nn import Unit
 from deepseek_mp.trainer.config import TrainerConfig
@@ -58,12 +59,12 @@ def test_a_recipe_is_a_mode(mode):
     assert (plan.base.name, plan.rules[0].recipe.name) == (mode, "fp8")
 
 
-def test_measuring_takes_the_batch_and_tells_how_far_it_is(monkeypatch):
-    monkeypatch.setenv("DEEPSEEK_MP_CACHE", "off")
+def test_measuring_takes_the_batch_and_tells_how_far_it_is():
     told = []
     plan = measured_plan(
         model(), (torch.randn(2, 3, 8, 8), torch.tensor([0, 1])), TrainerConfig(pin={"2": "fp32"}), loss_fn=None,
-        device=torch.device("cpu"), capabilities=CPU, progress=lambda text, share: told.append(share),
+        device=torch.device("cpu"), capabilities=CPU, cache=CostCache(disk=False),
+        progress=lambda text, share: told.append(share),
     )  # fmt: skip
     assert plan.rules[0].pattern == "2"
     assert told == sorted(told)
