@@ -16,13 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepseek_mp.controller.limits import violations
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState
+from deepseek_mp.controller.choice_costs import CostRules, Judged
+from deepseek_mp.controller.height import height, height_of, parts_of
+from deepseek_mp.controller.limits import broken
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.trend import LossTrend
-from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
+from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe
 from deepseek_mp.precision.allocation import Budget
-from deepseek_mp.precision.composite import with_roles
-from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for, choices_of, plan_for, speed_of
+from deepseek_mp.precision.planning import choice_for, choices_of, plan_for
 from deepseek_mp.sensitivity import Measured, UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
@@ -37,51 +39,7 @@ WRONG = 2.0
 """A true rise of the loss above so many times the predicted one halves the budgets."""
 DOUBT = 3.0
 """Standard errors that one batch may be off by chance."""
-SURE_SLOPE = 3.0
-"""Standard errors by which the loss may fall faster than it seems to."""
 SMALLEST_SCALE = 0.125
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveUnit:
-    """What is known of a layer beforehand."""
-
-    macs: float
-    seconds: Mapping[str, float]
-    """Measured time of its calls in a step, by recipe; empty where nothing was timed."""
-    recipes: tuple[str, ...]
-    """What it can be lowered to."""
-
-
-@dataclass
-class UnitState:
-    """Where a layer stands."""
-
-    recipe: str
-    votes: int = 0
-    locked_until: int = 0
-    patience: int = 0
-    kurtosis: float | None = None
-    """Of its input, when it was lowered."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """Why a recipe is no choice for a layer now."""
-
-    reason: Reason
-    rule: str
-    words: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The loss of one batch in the plan in force and in FP32."""
-
-    loss: float
-    exact: float
-    standard_error: float
-    """Of the change in one batch, by the first order's scatter: what chance decides."""
 
 
 @dataclass
@@ -140,13 +98,10 @@ class AdaptiveController:
         if state.kurtosis and kurtosis > KURTOSIS_GROWTH * state.kurtosis:
             evidence = {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis, "step": step}
             return self._guarded(name, step, "outliers grow in its input", evidence)
-        own, _, named = state.recipe.rstrip("]").partition("[")
-        roles = [Role(role) for role in named.split("+")] if named else list(Role)
-        effect = seen.effects.get(own)
-        words = [] if effect is None else [w for role in roles for w in violations(effect, RECIPES[own], role)]
+        own, roles = parts_of(state.recipe)
+        words = broken(seen.effects[own], RECIPES[own], roles) if own in seen.effects else ""
         if words:
-            evidence = {"guard": "limits", "step": step}
-            return self._guarded(name, step, "; ".join(dict.fromkeys(words)), evidence)
+            return self._guarded(name, step, words, {"guard": "limits", "step": step})
         return None
 
     def see(self, step: int, loss: float, *, applied: bool, first_bad_module: str | None = None) -> list[Decision]:
@@ -194,22 +149,37 @@ class AdaptiveController:
     def decide(self, step: int) -> list[Decision]:
         """The layers whose recipe changes, each with its evidence."""
         self.next_decision = step + self.settings.interval(self.total_steps)
-        predictor = Predictor(self.readings, self.loss, curvature=self.curvature)
-        names = [name for name in self.units if name in self.readings]
-        refused: dict[str, dict[str, Refusal]] = {}
-        costs = {name: self._costs(name, predictor, step, refused) for name in names}
-        recipes = [RECIPES[name] for name in dict.fromkeys(r for name in names for r in self.units[name].recipes)]
+        judged = self._judged(step)
+        costs = [found.costs for found in judged.values()]
+        recipes = [RECIPES[name] for name in dict.fromkeys(r for name in judged for r in self.units[name].recipes)]
         budget = Budget(loss=self.settings.loss_budget * self.scale, noise=self.settings.noise_budget * self.scale)
-        plan, found = plan_for(list(costs.values()), recipes, self.base, budget, by_role=self.settings.by_role)
+        plan, found = plan_for(costs, recipes, self.base, budget, by_role=self.settings.by_role)
         if found is None:
             return []
         wanted = {decision.layer: decision for decision in plan.decisions}
-        over = self._exceeds(costs, recipes, budget)
-        changes = [self._raised(name, wanted[name], refused, over=over, step=step) for name in names]
+        over = self._exceeds(judged, recipes, budget)
+        changes = [self._raised(wanted[name], judged[name].unpaid, over=over, step=step) for name in judged]
         made = [change for change in changes if change is not None]
-        made += self._lowered([wanted[name] for name in names], {change.layer for change in made}, step)
+        made += self._lowered(list(wanted.values()), {change.layer for change in made}, step)
         self.allocated = self.allocated or bool(made)
         return made
+
+    def _judged(self, step: int) -> dict[str, Judged]:
+        """What recipes cost each layer that was measured."""
+        rules = CostRules(
+            base=self.base,
+            settings=self.settings,
+            predictor=Predictor(self.readings, self.loss, curvature=self.curvature),
+            loss=self.loss,
+            seconds=math.fsum(unit.seconds.get(self.base.name, 0.0) for unit in self.units.values()),
+            slope=self.trend.slope(),
+            remaining=max((self.total_steps or 2 * step) - step, 1),
+        )
+        return {
+            name: rules.judge(name, unit, self.readings[name], self.states[name].recipe)
+            for name, unit in self.units.items()
+            if name in self.readings
+        }
 
     def recipe_of(self, name: str) -> str:
         """The recipe that the layer is to run in."""
@@ -217,24 +187,18 @@ class AdaptiveController:
 
     # -- raising ----------------------------------------------------------------------------------
 
-    def _raised(
-        self, name: str, wanted: Decision, refused: Mapping[str, Mapping[str, Refusal]], *, over: bool, step: int
-    ) -> Decision | None:
-        state = self.states[name]
+    def _raised(self, wanted: Decision, unpaid: str, *, over: bool, step: int) -> Decision | None:
+        name, state = wanted.layer, self.states[wanted.layer]
         if not self._is_lowered(state):
             return None
-        why = refused.get(name, {}).get(state.recipe.split("[")[0])
-        if why is not None:
+        higher = wanted.new != state.recipe and self._height(wanted.new) >= self._height(state.recipe)
+        if unpaid:
             # The allocation left the recipe out; where it wants another that is no lower, that will do.
-            other = (
-                wanted.new != state.recipe
-                and self.base.name != wanted.new
-                and _speed(wanted.new) <= _speed(state.recipe)
-            )
             state.locked_until = step + self.settings.patience
-            evidence = {"step": step, "rule": why.rule}
-            return self._moved(name, wanted.new if other else self.base.name, why.reason, why.words, evidence)
-        if over and wanted.new != state.recipe and _speed(wanted.new) <= _speed(state.recipe):
+            evidence = {"step": step, "rule": "pays"}
+            new = wanted.new if higher else self.base.name
+            return self._moved(name, new, Reason.ALLOCATED, unpaid, evidence)
+        if over and higher:
             state.locked_until = step + self.settings.patience
             return self._moved(name, wanted.new, Reason.ALLOCATED, wanted.detail, {**wanted.evidence, "step": step})
         return None
@@ -260,7 +224,7 @@ class AdaptiveController:
         ready = []
         for decision in wanted:
             state = self.states[decision.layer]
-            lower = _speed(decision.new) > _speed(state.recipe) and _speed(decision.new) > speed_of(self.base)
+            lower = self._height(decision.new) < self._height(state.recipe)
             if decision.layer in changed or not lower or step < state.locked_until:
                 state.votes = 0
                 continue
@@ -282,73 +246,13 @@ class AdaptiveController:
         unit = self.units[decision.layer]
         return unit.seconds.get(self.base.name, unit.macs) - seconds if unit.seconds else unit.macs
 
-    # -- what recipes cost ------------------------------------------------------------------------
+    # -- what is in force ------------------------------------------------------------------------
 
-    def _costs(self, name: str, predictor: Predictor, step: int, refused: dict[str, dict[str, Refusal]]) -> UnitCosts:
-        """The unit's costs, without recipes that break a limit or do not pay; why those are left out in `refused`."""
-        unit, predicted = self.units[name], dict[str, dict[Role, Predicted]]()
-        broken = dict[str, Refusal]()
-        for recipe_name, effect in self.readings[name].effects.items():
-            recipe, roles = RECIPES[recipe_name], {}
-            for role in Role:
-                words = "; ".join(violations(effect, recipe, role))
-                loss = predictor.loss(name, recipe) if role is Role.FPROP else 0.0
-                roles[role] = Predicted(loss=math.inf if words else loss, noise=predictor.noise(name, recipe, role))
-                if words:
-                    broken.setdefault(recipe_name, Refusal(reason=Reason.GUARDED, rule="limits", words=words))
-            predicted[recipe_name] = roles
-        costs = UnitCosts(name=name, macs=unit.macs, predicted=predicted, seconds=unit.seconds)
-        for recipe_name in [r for r in predicted if not RECIPES[r].is_plain]:
-            words = self._cost_of_products(costs, predicted[recipe_name], RECIPES[recipe_name], step)
-            if words:
-                broken.setdefault(recipe_name, Refusal(reason=Reason.ALLOCATED, rule="pays", words=words))
-        refused[name] = {r: why for r, why in broken.items() if self._concerns(name, r, predicted[r])}
-        return costs
-
-    def _concerns(self, name: str, recipe: str, roles: Mapping[Role, Predicted]) -> bool:
-        """Whether a refusal of some products of the recipe hits the layer as it runs now."""
-        own, _, named = self.states[name].recipe.rstrip("]").partition("[")
-        used = named.split("+") if named else [role.value for role in Role]
-        return own == recipe and any(math.isinf(roles[role].loss) for role in Role if role.value in used)
-
-    def _cost_of_products(self, costs: UnitCosts, products: dict[Role, Predicted], recipe: Recipe, step: int) -> str:
-        """Rules out what does not pay of the recipe, all of it or product by product; in words why, or nothing."""
-        parts = [[role] for role in Role] if self.settings.by_role else [list(Role)]
-        found = ""
-        for roles in parts:
-            words = self._does_not_pay(costs, with_roles(recipe, roles, self.base), step)
-            if words:
-                products.update({role: replace(products[role], loss=math.inf) for role in roles})
-                found = found or words
-        return found
-
-    def _does_not_pay(self, costs: UnitCosts, recipe: Recipe, step: int) -> str:
-        """Why lowering saves less time than it costs steps; empty where it pays.
-
-        What is lowered already stays until it costs twice as much: both numbers are estimates.
-        """
-        lowered, kept = choice_for(costs, recipe), choice_for(costs, self.base)
-        whole = math.fsum(unit.seconds.get(self.base.name, 0.0) for unit in self.units.values())
-        if not costs.seconds or not whole or math.isinf(lowered.loss):
-            return ""
-        saved = (kept.seconds - lowered.seconds) / whole
-        cost = max(lowered.noise - kept.noise, 0.0)
-        slope = self.trend.slope()
-        if slope is not None:
-            remaining = max((self.total_steps or 2 * step) - step, 1)
-            rise = max(lowered.loss - kept.loss, 0.0) * abs(self.loss)
-            # As steep as it may be: batches scatter, and a flat stretch by chance is no reason.
-            steepest = max(slope.fall + SURE_SLOPE * slope.error, 1e-9 * abs(self.loss))
-            cost += rise / (steepest * remaining)
-        times = self.settings.pays / (2 if self._is_lowered(self.states[costs.name]) else 1)
-        if saved >= times * cost:
-            return ""
-        return f"it would save {saved:.2%} of the time, less than {times:g} times its cost of {cost:.2%} of the steps"
-
-    def _exceeds(self, costs: Mapping[str, UnitCosts], recipes: Sequence[Recipe], budget: Budget) -> bool:
+    def _exceeds(self, judged: Mapping[str, Judged], recipes: Sequence[Recipe], budget: Budget) -> bool:
         """Whether what is in force now exceeds a budget beyond doubt."""
         loss = noise = 0.0
-        for name, unit in costs.items():
+        for name, found in judged.items():
+            unit = found.costs
             options = choices_of(unit, recipes, self.base, by_role=self.settings.by_role)
             recipe = options.get(self.states[name].recipe)
             if recipe is not None:
@@ -361,7 +265,7 @@ class AdaptiveController:
         """Predicted loss and its standard error of what is in force, relative."""
         loss = error = 0.0
         for name, state in self.states.items():
-            effect = self.readings[name].effects.get(state.recipe.split("[")[0]) if name in self.readings else None
+            effect = self.readings[name].effects.get(parts_of(state.recipe)[0]) if name in self.readings else None
             if effect is not None and self._is_lowered(state) and self.loss:
                 loss += effect.loss_change / abs(self.loss)
                 # Of one batch: that of the mean is smaller by the root of their number.
@@ -374,13 +278,16 @@ class AdaptiveController:
         return self._spent()[1] * abs(self.loss)
 
     def _is_lowered(self, state: UnitState) -> bool:
-        return _speed(state.recipe) > speed_of(self.base)
+        return self._height(state.recipe) < height(self.base)
+
+    def _height(self, recipe: str) -> float:
+        return height_of(recipe, self.base)
 
     def _moved(self, name: str, new: str, reason: Reason, detail: str, evidence: Mapping[str, Any]) -> Decision:
         state = self.states[name]
         made = Decision(layer=name, old=state.recipe, new=new, reason=reason, detail=detail, evidence=_plain(evidence))
         state.recipe = new
-        if _speed(new) <= speed_of(self.base):
+        if not self._is_lowered(state):
             state.kurtosis = None
         return made
 
@@ -417,15 +324,6 @@ def _is_finite(reading: UnitReading) -> bool:
     """
     gradients = reading.spreads[Operand.GRAD_OUTPUT].get("non_finite", 0.0)
     return math.isfinite(reading.energy) and math.isfinite(reading.row_energy) and not gradients
-
-
-def _speed(recipe: str) -> float:
-    """How low a recipe is, as the mean rate of its products; of a mixture `block[dgrad+wgrad]`, between the two."""
-    if "[" not in recipe:
-        return speed_of(RECIPES[recipe])
-    own, roles = recipe.rstrip("]").split("[")
-    share = len(roles.split("+")) / len(Role)
-    return share * speed_of(RECIPES[own]) + (1 - share) * speed_of(RECIPES["bf16"])
 
 
 def _plain(evidence: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from deepseek_mp.precision import OPERANDS, Format, Operand, Recipe, Role
 from deepseek_mp.sensitivity import Effect
@@ -30,6 +30,11 @@ def ideal_underflow(format: Format) -> float:
     is about two standard deviations and takes the format's largest value. 7 % for 4 bits, nothing for 8.
     """
     return 0.8 * format.smallest_subnormal / format.max
+
+
+def broken(effect: Effect, recipe: Recipe, roles: Sequence[Role]) -> str:
+    """The limits that the recipe breaks in these products, in words; empty where it breaks none."""
+    return "; ".join(dict.fromkeys(words for role in roles for words in violations(effect, recipe, role)))
 
 
 def violations(effect: Effect, recipe: Recipe, role: Role) -> Iterator[str]:

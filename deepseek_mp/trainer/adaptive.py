@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.backends.low_precision import formats_of
-from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
+from deepseek_mp.controller.adaptive import AdaptiveController
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.costs.restore import Snapshot, preserved
 from deepseek_mp.nn.assign import output_layer, why_not

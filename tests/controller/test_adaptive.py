@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
+from deepseek_mp.controller.adaptive import AdaptiveController
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.precision import RECIPES, Operand, Reason
