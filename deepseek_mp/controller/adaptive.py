@@ -20,11 +20,12 @@ from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, Unit
 from deepseek_mp.controller.choice_costs import CostRules, Judged
 from deepseek_mp.controller.height import height, height_of, parts_of
 from deepseek_mp.controller.limits import broken
-from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.controller.region import HARM_WITH_ALARM, SUDDEN_HARM, harbour, shares
+from deepseek_mp.controller.settings import OBJECTIVES, AdaptiveSettings
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe
 from deepseek_mp.precision.allocation import Budget
-from deepseek_mp.precision.planning import choice_for, choices_of, plan_for
+from deepseek_mp.precision.planning import UnitCosts, choice_for, choices_of, plan_for
 from deepseek_mp.sensitivity import Measured, UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
@@ -74,35 +75,51 @@ class AdaptiveController:
         made: list[Decision] = []
         if not math.isfinite(measured.loss):
             return made
-        for name, new in measured.readings.items():
-            if name not in self.units or not _is_finite(new):
-                continue
+        readings = {n: new for n, new in measured.readings.items() if n in self.units and _is_finite(new)}
+        alone = Predictor(readings, measured.loss, curvature=measured.curvature)
+        for name, new in readings.items():
             known = self.readings.get(name)
             if known is not None and known.effects.keys() == new.effects.keys():
                 new = replace(known, batches=min(known.batches, MEMORY), calls=min(known.calls, MEMORY)).joined(new)
-            raised = self._alarming(name, measured.readings[name], step)
+            raised = self._alarming(name, alone, step)
             made += [] if raised is None else [raised]
             self.readings[name] = new
         self.loss, self.curvature = measured.loss, measured.curvature
         self.probes += 1
         return made
 
-    def _alarming(self, name: str, seen: UnitReading, step: int) -> Decision | None:
-        """The raise of a layer whose tensors break a hard limit, or whose input's outliers grew, in this very probe."""
-        state = self.states[name]
-        if not self._is_lowered(state):
+    def _alarming(self, name: str, alone: Predictor, step: int) -> Decision | None:
+        """The raise of a layer for what this very probe says: the base itself harms it, its range does not hold, a hard
+        limit is broken, or outliers grew in its input. It is raised above the base where the probe says it needs that.
+        """
+        state, unit, seen = self.states[name], self.units[name], alone.readings[name]
+        found = shares(name, alone, self.settings)
+        harm = found.of.get(self.base.name, 0.0)
+        costs = UnitCosts(name=name, macs=unit.macs, predicted={}, seconds=unit.seconds)
+        above = harbour(costs, unit.recipes, self.base, found) if harm > HARM_WITH_ALARM else ""
+        if above and harm > SUDDEN_HARM and self._height(state.recipe) <= height(self.base):
+            words = f"{self.base.name} would take {harm:.1%} of a budget here"
+            return self._locked(
+                name, above, Reason.REGION_HARMS, words, {"guard": "region", "share": harm, "step": step}
+            )
+        if state.recipe in found.unsafe and self._is_risky(name):
+            return self._guarded(name, step, found.unsafe[state.recipe], {"guard": "range"}, above)
+        if not self.is_lowered(name):
             return None
-        kurtosis = seen.spreads[Operand.INPUT]["kurtosis"]
-        if state.kurtosis is None:
-            state.kurtosis = kurtosis  # lowered before anything was measured
-        if state.kurtosis and kurtosis > KURTOSIS_GROWTH * state.kurtosis:
-            evidence = {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis, "step": step}
-            return self._guarded(name, step, "outliers grow in its input", evidence)
+        evidence = self._outliers(state, seen.spreads[Operand.INPUT]["kurtosis"])
+        if evidence:
+            return self._guarded(name, step, "outliers grow in its input", {**evidence, "share": harm}, above)
         own, roles = parts_of(state.recipe)
         words = broken(seen.effects[own], RECIPES[own], roles) if own in seen.effects else ""
-        if words:
-            return self._guarded(name, step, words, {"guard": "limits", "step": step})
-        return None
+        return self._guarded(name, step, words, {"guard": "limits", "share": harm}, above) if words else None
+
+    def _outliers(self, state: UnitState, kurtosis: float) -> dict[str, Any]:
+        """Evidence that the outliers in the input of a lowered layer grew; empty where they did not."""
+        if state.kurtosis is None:
+            state.kurtosis = kurtosis  # lowered before anything was measured
+        if not state.kurtosis or kurtosis <= KURTOSIS_GROWTH * state.kurtosis:
+            return {}
+        return {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis}
 
     def see(self, step: int, loss: float, *, applied: bool, first_bad_module: str | None = None) -> list[Decision]:
         """The outcome of a step: a guard may raise layers."""
@@ -110,9 +127,9 @@ class AdaptiveController:
             return self._raise_guilty(step, first_bad_module)
         if not self.trend.see(step, loss):
             return []
-        lowered = [name for name, state in self.states.items() if self._is_lowered(state)]
-        evidence = {"guard": "loss_spike", "step": step, "loss": loss}
-        return [self._guarded(name, step, "the loss jumped while it was lowered", evidence) for name in lowered]
+        evidence = {"guard": "loss_spike", "loss": loss}
+        words = "the loss jumped while it was lowered"
+        return [self._guarded(name, step, words, evidence) for name in self.states if self.is_lowered(name)]
 
     def compare(self, step: int, found: Comparison) -> Decision | None:
         """The true rise of the loss by all lowered layers together: adjusts the budgets, and says so."""
@@ -152,13 +169,14 @@ class AdaptiveController:
         judged = self._judged(step)
         costs = [found.costs for found in judged.values()]
         recipes = [RECIPES[name] for name in dict.fromkeys(r for name in judged for r in self.units[name].recipes)]
-        budget = Budget(loss=self.settings.loss_budget * self.scale, noise=self.settings.noise_budget * self.scale)
-        plan, found = plan_for(costs, recipes, self.base, budget, by_role=self.settings.by_role)
+        budget = self._budget(judged)
+        objective, by_role = OBJECTIVES[self.settings.objective], self.settings.by_role
+        plan, found = plan_for(costs, recipes, self.base, budget, by_role=by_role, objective=objective)
         if found is None:
             return []
         wanted = {decision.layer: decision for decision in plan.decisions}
         over = self._exceeds(judged, recipes, budget)
-        changes = [self._raised(wanted[name], judged[name].unpaid, over=over, step=step) for name in judged]
+        changes = [self._raised(wanted[name], judged[name], over=over, step=step) for name in judged]
         made = [change for change in changes if change is not None]
         made += self._lowered(list(wanted.values()), {change.layer for change in made}, step)
         self.allocated = self.allocated or bool(made)
@@ -181,23 +199,34 @@ class AdaptiveController:
             if name in self.readings
         }
 
+    def _budget(self, judged: Mapping[str, Judged]) -> Budget:
+        """The budgets as they are scaled now; at least what layers cost that are not lowered: that cannot be saved."""
+        least = [found.least for found in judged.values()]
+        return Budget(
+            loss=max(self.settings.loss_budget * self.scale, math.fsum(each.loss for each in least)),
+            noise=max(self.settings.noise_budget * self.scale, math.fsum(each.noise for each in least)),
+        )
+
     def recipe_of(self, name: str) -> str:
         """The recipe that the layer is to run in."""
         return self.states[name].recipe
 
     # -- raising ----------------------------------------------------------------------------------
 
-    def _raised(self, wanted: Decision, unpaid: str, *, over: bool, step: int) -> Decision | None:
+    def _raised(self, wanted: Decision, judged: Judged, *, over: bool, step: int) -> Decision | None:
         name, state = wanted.layer, self.states[wanted.layer]
-        if not self._is_lowered(state):
+        if judged.above and self._height(judged.above) > self._height(state.recipe):
+            words = f"{self.base.name} would take {judged.harm:.1%} of a budget here"
+            return self._locked(name, judged.above, Reason.REGION_HARMS, words, {**wanted.evidence, "step": step})
+        if not self.is_lowered(name):
             return None
         higher = wanted.new != state.recipe and self._height(wanted.new) >= self._height(state.recipe)
-        if unpaid:
+        if judged.unpaid:
             # The allocation left the recipe out; where it wants another that is no lower, that will do.
             state.locked_until = step + self.settings.patience
             evidence = {"step": step, "rule": "pays"}
             new = wanted.new if higher else self.base.name
-            return self._moved(name, new, Reason.ALLOCATED, unpaid, evidence)
+            return self._moved(name, new, Reason.ALLOCATED, judged.unpaid, evidence)
         if over and higher:
             state.locked_until = step + self.settings.patience
             return self._moved(name, wanted.new, Reason.ALLOCATED, wanted.detail, {**wanted.evidence, "step": step})
@@ -205,17 +234,21 @@ class AdaptiveController:
 
     def _raise_guilty(self, step: int, module: str | None) -> list[Decision]:
         """The layer that made the first bad number, before the loss scale is cut for all of them."""
-        if module is None or module not in self.states or not self._is_lowered(self.states[module]):
+        if module is None or module not in self.states or not self._is_risky(module):
             return []
-        evidence = {"guard": "non_finite", "step": step, "first_bad_module": module}
+        evidence = {"guard": "non_finite", "first_bad_module": module}
         return [self._guarded(module, step, "it made the first number that was not finite", evidence)]
 
-    def _guarded(self, name: str, step: int, why: str, evidence: dict[str, Any]) -> Decision:
+    def _guarded(self, name: str, step: int, why: str, evidence: dict[str, Any], above: str = "") -> Decision:
+        return self._locked(name, above or self.base.name, Reason.GUARDED, why, {**evidence, "step": step})
+
+    def _locked(self, name: str, new: str, reason: Reason, why: str, evidence: dict[str, Any]) -> Decision:
+        """Raised, for a time that doubles with every repetition."""
         state = self.states[name]
-        state.locked_until = step + state.patience
+        state.locked_until = evidence["step"] + state.patience
         evidence = {**evidence, "locked_until": state.locked_until}
         state.patience = min(2 * state.patience, self.settings.longest_patience)
-        return self._moved(name, self.base.name, Reason.GUARDED, why, evidence)
+        return self._moved(name, new, reason, why, evidence)
 
     # -- lowering ---------------------------------------------------------------------------------
 
@@ -224,6 +257,8 @@ class AdaptiveController:
         ready = []
         for decision in wanted:
             state = self.states[decision.layer]
+            if self._height(state.recipe) > height(self.base) > self._height(decision.new):
+                decision = replace(decision, new=self.base.name)  # one step at a time
             lower = self._height(decision.new) < self._height(state.recipe)
             if decision.layer in changed or not lower or step < state.locked_until:
                 state.votes = 0
@@ -242,9 +277,10 @@ class AdaptiveController:
         return made
 
     def _saving(self, decision: Decision) -> float:
-        seconds: float = decision.evidence["seconds"]
         unit = self.units[decision.layer]
-        return unit.seconds.get(self.base.name, unit.macs) - seconds if unit.seconds else unit.macs
+        if self.settings.objective == "memory":
+            return float(decision.evidence.get("saved_bytes", unit.inputs))
+        return float(decision.evidence["saved_seconds"]) if unit.seconds else unit.macs
 
     # -- what is in force ------------------------------------------------------------------------
 
@@ -253,7 +289,13 @@ class AdaptiveController:
         loss = noise = 0.0
         for name, found in judged.items():
             unit = found.costs
-            options = choices_of(unit, recipes, self.base, by_role=self.settings.by_role)
+            options = choices_of(
+                unit,
+                recipes,
+                self.base,
+                by_role=self.settings.by_role,
+                objective=OBJECTIVES[self.settings.objective],
+            )
             recipe = options.get(self.states[name].recipe)
             if recipe is not None:
                 choice = choice_for(unit, recipe)
@@ -266,7 +308,7 @@ class AdaptiveController:
         loss = error = 0.0
         for name, state in self.states.items():
             effect = self.readings[name].effects.get(parts_of(state.recipe)[0]) if name in self.readings else None
-            if effect is not None and self._is_lowered(state) and self.loss:
+            if effect is not None and self.is_lowered(name) and self.loss:
                 loss += effect.loss_change / abs(self.loss)
                 # Of one batch: that of the mean is smaller by the root of their number.
                 error += self.readings[name].batches * (effect.standard_error / self.loss) ** 2
@@ -277,8 +319,14 @@ class AdaptiveController:
         """Of the change that what is in force makes in one batch, absolute."""
         return self._spent()[1] * abs(self.loss)
 
-    def _is_lowered(self, state: UnitState) -> bool:
-        return self._height(state.recipe) < height(self.base)
+    def is_lowered(self, name: str) -> bool:
+        """Whether the layer runs below the base now."""
+        return self._height(self.states[name].recipe) < height(self.base)
+
+    def _is_risky(self, name: str) -> bool:
+        """Whether it runs in what the base could do better: lower, or with less range."""
+        format = RECIPES[parts_of(self.states[name].recipe)[0]].fprop.left.format
+        return self.is_lowered(name) or format.exponent_bits < self.base.fprop.left.format.exponent_bits
 
     def _height(self, recipe: str) -> float:
         return height_of(recipe, self.base)
@@ -287,7 +335,7 @@ class AdaptiveController:
         state = self.states[name]
         made = Decision(layer=name, old=state.recipe, new=new, reason=reason, detail=detail, evidence=_plain(evidence))
         state.recipe = new
-        if not self._is_lowered(state):
+        if not self.is_lowered(name):
             state.kurtosis = None
         return made
 

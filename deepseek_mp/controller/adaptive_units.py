@@ -14,7 +14,9 @@ class AdaptiveUnit:
     seconds: Mapping[str, float]
     """Measured time of its calls in a step, by recipe; empty where nothing was timed."""
     recipes: tuple[str, ...]
-    """What it can be lowered to."""
+    """What it can run in beside the base: lower ones, and plain ones above it."""
+    inputs: int = 0
+    """Numbers in its input, which is kept for backward; 0: not known."""
 
 
 @dataclass

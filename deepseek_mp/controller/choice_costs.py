@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from deepseek_mp.controller.adaptive_units import AdaptiveUnit
 from deepseek_mp.controller.height import height, parts_of
-from deepseek_mp.controller.limits import broken
+from deepseek_mp.controller.limits import broken, out_of_range
+from deepseek_mp.controller.region import HARM, LESS_HARM, harbour, rounding, shares
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.trend import Slope
 from deepseek_mp.precision import RECIPES, Recipe, Role
@@ -16,6 +17,7 @@ from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for
 from deepseek_mp.sensitivity import UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
+NEVER = Predicted(loss=math.inf, noise=0.0)
 SURE_SLOPE = 3.0
 """Standard errors by which the loss may fall faster than it seems to."""
 
@@ -24,9 +26,20 @@ SURE_SLOPE = 3.0
 class Judged:
     """A layer's costs by recipe, infinite for what is no choice."""
 
+    base: str
     costs: UnitCosts
     unpaid: str
     """Why the recipe that it runs in does not pay; empty where it does."""
+    above: str
+    """The recipe above the base that it is to run in, since the base harms; empty where it does not."""
+    harm: float
+    """The share of a budget that the base takes in it."""
+
+    @property
+    def least(self) -> Predicted:
+        """What it costs where nothing is lowered."""
+        products = self.costs.predicted.get(self.above or self.base, {}).values()
+        return Predicted(loss=math.fsum(p.loss for p in products), noise=math.fsum(p.noise for p in products))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +59,38 @@ class CostRules:
     def judge(self, name: str, unit: AdaptiveUnit, reading: UnitReading, recipe: str) -> Judged:
         """The costs of the layer, which runs in `recipe` now."""
         predicted = {own: self._predicted(name, reading, RECIPES[own]) for own in reading.effects}
-        costs = UnitCosts(name=name, macs=unit.macs, predicted=predicted, seconds=unit.seconds)
+        costs = UnitCosts(name=name, macs=unit.macs, predicted=predicted, seconds=unit.seconds, inputs=unit.inputs)
         now, roles = parts_of(recipe)
+        lower = [own for own in predicted if height(RECIPES[own]) < height(self.base)]
         unpaid = ""
-        for own in [own for own in predicted if height(RECIPES[own]) < height(self.base)]:
-            words = self._unpaid(
-                costs, predicted[own], RECIPES[own], is_lowered=height(RECIPES[now]) < height(self.base)
-            )
+        for own in lower:
+            words = self._unpaid(costs, predicted[own], RECIPES[own], is_lowered=now in lower)
             if own == now and any(math.isinf(predicted[own][role].loss) for role in roles):
                 unpaid = words
-        return Judged(costs=costs, unpaid=unpaid)
+        found = shares(name, self.predictor, self.settings)
+        harm = found.of.get(self.base.name, 0.0)
+        most = LESS_HARM if height(RECIPES[now]) > height(self.base) else HARM
+        above = harbour(costs, unit.recipes, self.base, found) if harm > most else ""
+        self._rule_out(predicted, above)
+        return Judged(costs=costs, unpaid=unpaid, above=above, harm=harm, base=self.base.name)
+
+    def _rule_out(self, predicted: dict[str, dict[Role, Predicted]], above: str) -> None:
+        """A layer that the base harms has one choice, above it; any other has none there."""
+        stays = above or self.base.name
+        for own in {"fp32", self.base.name, *predicted} - {stays}:
+            if above or height(RECIPES[own]) > height(self.base):
+                predicted[own] = dict.fromkeys(Role, NEVER)
+        if any(math.isinf(product.loss) for product in predicted.get(stays, {}).values()):
+            predicted[stays] = {}  # there is nothing better
 
     def _predicted(self, name: str, reading: UnitReading, recipe: Recipe) -> dict[Role, Predicted]:
+        if height(recipe) >= height(self.base):
+            return rounding(name, recipe, self.predictor)
         found = {}
+        unsafe = bool(out_of_range(reading, recipe))
         for role in Role:
             loss = self.predictor.loss(name, recipe) if role is Role.FPROP else 0.0
-            if broken(reading.effects[recipe.name], recipe, [role]):
+            if unsafe or broken(reading.effects[recipe.name], recipe, [role]):
                 loss = math.inf
             found[role] = Predicted(loss=loss, noise=self.predictor.noise(name, recipe, role))
         return found
@@ -82,6 +111,8 @@ class CostRules:
 
         What is lowered already stays until it costs twice as much: both numbers are estimates.
         """
+        if self.settings.objective != "time":
+            return ""  # steps are not to be had for bytes: the budgets alone decide
         lowered, kept = choice_for(costs, recipe), choice_for(costs, self.base)
         if not costs.seconds or not self.seconds or math.isinf(lowered.loss):
             return ""

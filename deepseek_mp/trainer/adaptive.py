@@ -9,9 +9,7 @@ afterwards as they were. When layers change, the trainer changes its plan betwee
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from deepseek_mp.backends.low_precision import formats_of
 from deepseek_mp.controller.adaptive import AdaptiveController
-from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison
+from deepseek_mp.controller.adaptive_units import Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
-from deepseek_mp.costs.restore import Snapshot, preserved
-from deepseek_mp.nn.assign import output_layer, why_not
+from deepseek_mp.costs.restore import Snapshot
 from deepseek_mp.nn.call import Call, batch_size, move, parse_batch, run
-from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.survey import survey
-from deepseek_mp.nn.unit import Unit, multiplies, original_class
+from deepseek_mp.nn.unit import Unit
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Recipe, Rule
 from deepseek_mp.precision.composite import named_mixture
-from deepseek_mp.precision.planning import PAYS
-from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
 from deepseek_mp.sensitivity import Arrived, Measured, Probe, Sent
 from deepseek_mp.sensitivity.transfer import Transfer
 from deepseek_mp.sensitivity.truth import outputs_in
+from deepseek_mp.trainer.adaptive_choices import layers_to_control, maxima_kept
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.probe_clock import ProbeClock
 from deepseek_mp.trainer.result import StepFacts
@@ -45,9 +39,6 @@ if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 log = logging.getLogger("deepseek_mp")
-CANDIDATES = ("tensor", "row", "block")
-BASES = ("bf16", "fp32", "tf32")
-"""Regions beside which layers can be lowered one by one; fp16 needs a loss scale that a probe does not have."""
 ROWS = 1024
 LEAST_ITEMS = 8
 """Norms of the batch are another function for very few items, with other gradients."""
@@ -71,7 +62,6 @@ class AdaptivePrecision(Callback):
         self.disabled = ""
         """Why nothing is decided; empty while something is."""
         self._modules: dict[str, nn.Module] = {}
-        self._recipes: list[Recipe] = []
         self._sent: Sent | Arrived | None = None
         self._compared: Transfer | None = None
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
@@ -93,9 +83,7 @@ class AdaptivePrecision(Callback):
         if controller is None:
             return
         step = trainer.steps_attempted
-        if self._sent is not None and self._sent.ready:
-            self._pending += controller.learn(self._sent.read(), step)
-            self._sent = None
+        self._learn(controller, step)
         if self._compared is not None and self._compared.ready:
             now, exact = (float(value) for value in self._compared.read())
             self._compared = None
@@ -105,14 +93,20 @@ class AdaptivePrecision(Callback):
                 self._note(trainer, [decision])
         if controller.due(step):
             self._pending += controller.decide(step)
-        if self._pending:
-            trainer.settle()  # the last step's outcome may add to what is pending
-            made, self._pending = self._pending, []
-            self._put_in_force(trainer, made)
+        self._put_pending_in_force(trainer)
         if step >= self._next_probe and self._sent is None:
             self._next_probe = step + self._pace(trainer)
             with self._clock.probe(trainer.device):
                 self._try_probe(trainer, batch, compare=step >= self._next_comparison)
+            if trainer.device.type == "cpu":  # nothing is under way: what it saw counts for this very step
+                self._learn(controller, step)
+                self._put_pending_in_force(trainer)
+
+    def _learn(self, controller: AdaptiveController, step: int) -> None:
+        """Show the controller what a probe measured, once it has arrived."""
+        if self._sent is not None and self._sent.ready:
+            self._pending += controller.learn(self._sent.read(), step)
+            self._sent = None
 
     def on_fit_start(self, trainer: MixedPrecisionTrainer) -> None:
         """A further fit makes the run longer."""
@@ -146,78 +140,17 @@ class AdaptivePrecision(Callback):
     # -- the beginning ----------------------------------------------------------------------------
 
     def _begin(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:
-        region = trainer.plan.base.region
-        if region not in BASES:
-            self._disable(f"layers are not lowered one by one beside {region}")
+        layers, why = layers_to_control(trainer, self.settings, batch)
+        if not layers:
+            self._disable(why)
             return
-        asked = self.settings.recipes or CANDIDATES
-        native = trainer.capabilities.matmul_formats
-        self._recipes = [RECIPES[n] for n in asked if trainer.config.emulate or formats_of(RECIPES[n]) <= native]
-        if not self._recipes:
-            self._disable(f"this device multiplies in none of {', '.join(asked)}")
-            return
-        taken = self._takers(trainer)
-        if not taken:
-            self._disable("no layer can be lowered")
-            return
-        costs = self._costs(trainer, batch)
-        units = {}
-        for name, (module, recipes) in taken.items():
-            seconds = {recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()}
-            now = _recipe_now(module, region)
-            if region not in seconds:
-                seconds = {}
-            known = now in RECIPES and (RECIPES[now].is_plain or now in recipes)
-            paying = tuple(r for r in recipes if r == now or _pays(seconds, r, region)) if known else ()
-            if paying:
-                units[name] = AdaptiveUnit(macs=float(costs.macs.get(name, 1)), seconds=seconds, recipes=paying)
-        if not units:
-            best = _closest(costs, region, taken)
-            self._disable(f"no layer is {PAYS - 1:.0%} faster in {', '.join(asked)} than in {region}{best}")
-            return
-        self._modules = {name: module for name, (module, _) in taken.items() if name in units}
-        self.controller = AdaptiveController(units, RECIPES[region], self.settings, total_steps=trainer.planned_steps)
+        self._modules = {name: layer.module for name, layer in layers.items()}
+        units = {name: layer.unit for name, layer in layers.items()}
+        base = RECIPES[trainer.plan.base.region]
+        self.controller = AdaptiveController(units, base, self.settings, total_steps=trainer.planned_steps)
         for name, state in self.controller.states.items():
-            state.recipe = _recipe_now(self._modules[name], region)
+            state.recipe = layers[name].recipe
         self._restore(trainer)
-
-    def _takers(self, trainer: MixedPrecisionTrainer) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-        """The layers that can be lowered, and to what."""
-        found = survey(trainer.model)
-        last = output_layer(trainer.model, found)
-        mode = trainer.config.precision_mode
-        rules = [Rule(pattern=p, recipe=r) for p, r in (trainer.config.pin or {}).items()]  # type: ignore[arg-type]
-        rules += mode.rules if isinstance(mode, PrecisionPlan) else ()
-        taken = {}
-        for name, module in found.units.items():
-            if not multiplies(original_class(module)) or any(rule.matches(name) for rule in rules):
-                continue
-            recipes = [r.name for r in self._recipes if why_not(r, module, is_output=name == last) is None]
-            if recipes:
-                taken[name] = module, tuple(recipes)
-        return taken
-
-    def _costs(self, trainer: MixedPrecisionTrainer, batch: Any) -> LayerCosts:
-        """Measured times of the layers; with emulation multiply-adds only, since its times mean nothing."""
-        call = parse_batch(move(batch, trainer.device))
-        region = trainer.stepper.region
-
-        def forward() -> Tensor:
-            with region.autocast(cache=False):
-                return run(trainer.model, call, trainer.loss_fn).loss
-
-        recipes = [RECIPES[region.format], *self._recipes]
-        quiet = trainer.monitor.paused(), torch.compiler.set_stance("force_eager"), _maxima_kept(trainer.model)
-        with preserved(trainer.model, trainer.device), region.flags(), quiet[0], quiet[1], quiet[2]:
-            return layer_costs(
-                trainer.model,
-                forward,
-                recipes,
-                trainer.capabilities,
-                trainer.device,
-                timed=not trainer.config.emulate,
-                progress=lambda share: None,
-            )
 
     def _disable(self, why: str) -> None:
         self.disabled = why
@@ -229,7 +162,7 @@ class AdaptivePrecision(Callback):
         """A probe; where the model does not bear one, live precision is off from then on, and training goes on."""
         snapshot = Snapshot(trainer.model, trainer.device)
         try:
-            with _maxima_kept(trainer.model), torch.compiler.set_stance("force_eager"):
+            with maxima_kept(trainer.model), torch.compiler.set_stance("force_eager"):
                 self._probe(trainer, batch, snapshot, compare=compare)
         except Exception as error:  # noqa: BLE001 - said aloud and kept: a look at the model must not end its training
             self._sent = self._compared = None
@@ -245,7 +178,13 @@ class AdaptivePrecision(Callback):
         if not batch_size(call):
             return
         region = trainer.stepper.region
-        recipes = {name: [RECIPES[r] for r in unit.recipes] for name, unit in self.controller.units.items()}
+        base = self.controller.base.name
+        recipes = {
+            name: [
+                RECIPES[r] for r in dict.fromkeys((base, *unit.recipes)) if r != "fp32"
+            ]  # fp32 is what they differ from
+            for name, unit in self.controller.units.items()
+        }
         probe = Probe(self._modules, recipes, rows=ROWS, seed=trainer.steps_attempted, both_ways=False)
         with trainer.monitor.paused(), torch.enable_grad(), region.flags(), probe.watching(call):
             with region.autocast(cache=False):
@@ -253,10 +192,7 @@ class AdaptivePrecision(Callback):
             probe.loss_is(found, trainer.loss_fn)
             probe.backward(found.loss)
         self._sent = probe.send()
-        states = self.controller.states
-        lowered = {
-            m: RECIPES["fp32"] for n, m in self._modules.items() if states[n].recipe != self.controller.base.name
-        }
+        lowered = {m: RECIPES["fp32"] for n, m in self._modules.items() if self.controller.is_lowered(n)}
         if compare and lowered:
             self._next_comparison = trainer.steps_attempted + self.settings.compare_every
             snapshot.restore()
@@ -265,10 +201,12 @@ class AdaptivePrecision(Callback):
                 exact = run(trainer.model, call, trainer.loss_fn)
             self._compared = Transfer([found.loss, exact.loss])
 
-    def _put_in_force(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> None:
-        assert self.controller is not None
-        self._note(trainer, decisions)
-        trainer.change_plan(self._plan(trainer, decisions))
+    def _put_pending_in_force(self, trainer: MixedPrecisionTrainer) -> None:
+        if self._pending:
+            trainer.settle()  # the last step's outcome may add to what is pending
+            made, self._pending = self._pending, []
+            self._note(trainer, made)
+            trainer.change_plan(self._plan(trainer, made))
 
     def _plan(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> PrecisionPlan:
         """The plan of the controller's states: a rule for every layer that is not in the base."""
@@ -347,39 +285,6 @@ class AdaptivePrecision(Callback):
             trainer.change_plan(self._plan(trainer, []))
 
 
-def _pays(seconds: Mapping[str, float], recipe: str, region: str) -> bool:
-    """Whether the recipe was measured to be faster by a margin, or nothing was measured at all."""
-    return not seconds or seconds.get(recipe, math.inf) * PAYS < seconds[region]
-
-
-@contextmanager
-def _maxima_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, delayed scaling has seen nothing of it."""
-    found = [amax for scales in scales_of(model) for amax in scales.amax]
-    kept = [amax.clone() for amax in found]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for amax, before in zip(found, kept, strict=True):
-                amax.copy_(before)
-
-
-def _closest(costs: LayerCosts, region: str, taken: Mapping[str, tuple[nn.Module, tuple[str, ...]]]) -> str:
-    """The layer that comes closest to gaining, with its times, in words."""
-    ratios = {
-        (name, recipe): costs.milliseconds[name][recipe] / costs.milliseconds[name][region]
-        for name, (_, recipes) in taken.items()
-        for recipe in recipes
-        if {recipe, region} <= costs.milliseconds.get(name, {}).keys()
-    }
-    if not ratios:
-        return ""
-    name, recipe = min(ratios, key=ratios.__getitem__)
-    times = costs.milliseconds[name]
-    return f": {name} comes closest, {times[recipe]:.3f} ms in {recipe} against {times[region]:.3f}"
-
-
 def part_of(call: Call, share: float) -> Call:
     """The first items of the batch, at least `LEAST_ITEMS`.
 
@@ -404,10 +309,6 @@ def part_of(call: Call, share: float) -> Call:
 
     args, kwargs, target = map_leaves((call.args, call.kwargs, call.target), cut)
     return replace(call, args=args, kwargs=kwargs, target=target)
-
-
-def _recipe_now(module: nn.Module, region: str) -> str:
-    return module.unit_precision.recipe.name if isinstance(module, Unit) else region
 
 
 def _named(decision: Decision, base: Recipe) -> list[tuple[str, Recipe]]:
