@@ -82,6 +82,9 @@ class AdaptiveController:
             if known is not None and known.effects.keys() == new.effects.keys():
                 new = replace(known, batches=min(known.batches, MEMORY), calls=min(known.calls, MEMORY)).joined(new)
             raised = self._alarming(name, alone, step)
+            if raised is not None or self.states[name].alarmed:
+                new = readings[name]  # what was before is no mean of what is now
+            self.states[name].alarmed = False
             made += [] if raised is None else [raised]
             self.readings[name] = new
         self.loss, self.curvature = measured.loss, measured.curvature
@@ -97,7 +100,8 @@ class AdaptiveController:
         harm = found.of.get(self.base.name, 0.0)
         costs = UnitCosts(name=name, macs=unit.macs, predicted={}, seconds=unit.seconds)
         above = harbour(costs, unit.recipes, self.base, found) if harm > HARM_WITH_ALARM else ""
-        if above and harm > SUDDEN_HARM and self._height(state.recipe) <= height(self.base):
+        enough = harm > SUDDEN_HARM or state.alarmed
+        if above and enough and self._height(state.recipe) <= height(self.base):
             words = f"{self.base.name} would take {harm:.1%} of a budget here"
             return self._locked(
                 name, above, Reason.REGION_HARMS, words, {"guard": "region", "share": harm, "step": step}
@@ -130,6 +134,23 @@ class AdaptiveController:
         evidence = {"guard": "loss_spike", "loss": loss}
         words = "the loss jumped while it was lowered"
         return [self._guarded(name, step, words, evidence) for name in self.states if self.is_lowered(name)]
+
+    def grown(self, step: int, largest: Mapping[str, float]) -> list[Decision]:
+        """Inputs of lowered layers that were found far larger than in the probes: these layers are raised."""
+        return [
+            self._guarded(name, step, "its input is far larger than in the probes", {"guard": "input", "amax": size})
+            for name, size in largest.items()
+            if self.is_lowered(name)
+        ]
+
+    def input_sizes(self) -> dict[str, float]:
+        """The largest magnitude of each lowered layer's input in the last probes, where one was seen."""
+        sizes = {
+            name: self.readings[name].spreads[Operand.INPUT]["amax"]
+            for name in self.states
+            if name in self.readings and self.is_lowered(name)
+        }
+        return {name: size for name, size in sizes.items() if size > 0}
 
     def compare(self, step: int, found: Comparison) -> Decision | None:
         """The true rise of the loss by all lowered layers together: adjusts the budgets, and says so."""
@@ -240,6 +261,7 @@ class AdaptiveController:
         return [self._guarded(module, step, "it made the first number that was not finite", evidence)]
 
     def _guarded(self, name: str, step: int, why: str, evidence: dict[str, Any], above: str = "") -> Decision:
+        self.states[name].alarmed = not above
         return self._locked(name, above or self.base.name, Reason.GUARDED, why, {**evidence, "step": step})
 
     def _locked(self, name: str, new: str, reason: Reason, why: str, evidence: dict[str, Any]) -> Decision:

@@ -29,6 +29,8 @@ class UnitState:
     patience: int = 0
     kurtosis: float | None = None
     """Of its input, when it was lowered."""
+    alarmed: bool = False
+    """Whether a guard raised it and no probe has looked at it since."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,9 @@ class AdaptiveSettings:
     """Steps between two decisions; None: a 64th of the run, from 32 to 256."""
     confirmations: int = 3
     """Decisions in a row that must agree before a layer is lowered, after the first allocation. Raising needs none."""
+    watch_inputs: bool = True
+    """Look at some rows of the lowered layers' inputs in every step, in eager mode and in one process. A step in which
+    one is far larger than in the probes is not applied, and the layer is raised."""
     patience: int = 1024
     """Steps that a layer stays raised after a guard raised it; doubles with every repetition."""
     longest_patience: int = 16384

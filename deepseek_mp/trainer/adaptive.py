@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.controller.adaptive import AdaptiveController
@@ -32,6 +32,7 @@ from deepseek_mp.sensitivity.transfer import Transfer
 from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.adaptive_choices import layers_to_control, maxima_kept
 from deepseek_mp.trainer.callbacks import Callback
+from deepseek_mp.trainer.input_look import GROWTH, InputLook
 from deepseek_mp.trainer.probe_clock import ProbeClock
 from deepseek_mp.trainer.result import StepFacts
 
@@ -68,6 +69,7 @@ class AdaptivePrecision(Callback):
         self._interval = 0
         """Steps between probes, once their cost is known."""
         self._clock = ProbeClock()
+        self._look = InputLook()
         self._pending: list[Decision] = []
         self._saved: Mapping[str, Any] | None = None
 
@@ -75,7 +77,9 @@ class AdaptivePrecision(Callback):
 
     def on_step_start(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:
         """Read what has arrived, decide, and start the next probe, each when it is due."""
+        self._look.active = False
         if self.disabled:
+            self._look.close()
             return
         if self.controller is None:
             self._begin(trainer, batch)
@@ -83,6 +87,10 @@ class AdaptivePrecision(Callback):
         if controller is None:
             return
         step = trainer.steps_attempted
+        grown = controller.grown(step, self._look.grown())
+        if grown:
+            self._pending += grown
+            self._next_probe = step  # is the region's own format enough for it?
         self._learn(controller, step)
         if self._compared is not None and self._compared.ready:
             now, exact = (float(value) for value in self._compared.read())
@@ -101,6 +109,15 @@ class AdaptivePrecision(Callback):
             if trainer.device.type == "cpu":  # nothing is under way: what it saw counts for this very step
                 self._learn(controller, step)
                 self._put_pending_in_force(trainer)
+        self._watch_inputs(trainer, controller)
+
+    def _watch_inputs(self, trainer: MixedPrecisionTrainer, controller: AdaptiveController) -> None:
+        """Look at the inputs of the step that begins: not in compiled code, and where no other process must agree."""
+        if self.settings.watch_inputs and not trainer.config.compile and not _several_processes():
+            trainer.stepper.veto = self._look.veto
+            limits = {name: GROWTH * size for name, size in controller.input_sizes().items()}
+            self._look.watch(self._modules, limits)
+            self._look.active = True
 
     def _learn(self, controller: AdaptiveController, step: int) -> None:
         """Show the controller what a probe measured, once it has arrived."""
@@ -283,6 +300,10 @@ class AdaptivePrecision(Callback):
         self.controller.load_state_dict(saved["controller"])
         if before != {name: state.recipe for name, state in self.controller.states.items()}:
             trainer.change_plan(self._plan(trainer, []))
+
+
+def _several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def part_of(call: Call, share: float) -> Call:
