@@ -66,11 +66,12 @@ def speed_of(recipe: Recipe) -> float:
 def choices_of(
     unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_role: bool, objective: Objective = "seconds"
 ) -> dict[str, Recipe]:
-    """The recipes that the unit can choose from, by name: FP32, the base, then those that pay in the objective.
+    """The recipes that the unit can choose from, by name: FP32 if it may, the base, then those that pay in the objective.
 
     And mixtures of them with the base, by product, but for recipes of the user's own.
     """
-    found = {recipe.name: recipe for recipe in (RECIPES["fp32"], base)}
+    fp32 = RECIPES["fp32"]
+    found = {recipe.name: recipe for recipe in (fp32, base) if recipe == base or choice_for(unit, fp32).loss < math.inf}
     for recipe in recipes:
         if recipe.name not in unit.predicted or not _pays(unit, recipe, base, objective):
             continue
