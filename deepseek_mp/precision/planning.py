@@ -66,7 +66,7 @@ def speed_of(recipe: Recipe) -> float:
 def choices_of(
     unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_role: bool, objective: Objective = "seconds"
 ) -> dict[str, Recipe]:
-    """The recipes that the unit can choose from, by name: FP32 if it may, the base, then those that pay in the objective.
+    """The recipes that the unit can choose from, by name: FP32 if it may, the base, those that pay in the objective.
 
     And mixtures of them with the base, by product, but for recipes of the user's own.
     """
