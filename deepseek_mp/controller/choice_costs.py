@@ -72,6 +72,7 @@ class CostRules:
         most = LESS_HARM if height(RECIPES[now]) > height(self.base) else HARM
         above = harbour(costs, unit.recipes, self.base, found) if harm > most else ""
         self._rule_out(predicted, above)
+        costs = replace(costs, above=above)
         return Judged(costs=costs, unpaid=unpaid, above=above, harm=harm, base=self.base.name)
 
     def _rule_out(self, predicted: dict[str, dict[Role, Predicted]], above: str) -> None:

@@ -53,6 +53,8 @@ class UnitCosts:
     """Measured, by recipe; empty: not measured."""
     inputs: int = 0
     """Numbers in its input, which is kept for backward; 0: not known."""
+    above: str = ""
+    """A recipe above the base that is a choice whether it saves anything or not; none where empty."""
 
 
 def speed_of(recipe: Recipe) -> float:
@@ -73,7 +75,7 @@ def choices_of(
     fp32 = RECIPES["fp32"]
     found = {recipe.name: recipe for recipe in (fp32, base) if recipe == base or choice_for(unit, fp32).loss < math.inf}
     for recipe in recipes:
-        if recipe.name not in unit.predicted or not _pays(unit, recipe, base, objective):
+        if recipe.name not in unit.predicted or not (recipe.name == unit.above or _pays(unit, recipe, base, objective)):
             continue
         found[recipe.name] = recipe
         if by_role and not recipe.is_plain and RECIPES.get(recipe.name) == recipe:

@@ -385,6 +385,8 @@ def test_fp16_is_left_when_its_range_ends():
 
     (raised,) = made.learn(probe(1.0), 3)
     assert raised.new == "fp16"
+    made.learn(probe(1.0), 4)
+    assert made.decide(10) == []
     (left,) = made.learn(probe(5e4), 4)
     assert (left.old, left.new, left.evidence["guard"]) == ("fp16", "bf16", "range")
     assert made.learn(probe(5e4), 5) == []
