@@ -6,7 +6,7 @@ fed the same numbers decide the same. What it decides is put in force by `traine
 Lowering is slow and raising is fast. A layer is lowered when the allocation within the budgets wants it, several times
 in a row, when what it saves is several times what it costs, and when no hard limit speaks against it. It is raised as
 soon as one of these no longer holds beyond doubt, or a guard fires; after a guard it stays raised for a time that
-doubles.
+doubles. Where the base itself harms a layer it goes above the base (`controller.region`), and comes back as slowly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether the format of the region is itself too coarse for a layer, and what above it the layer should run in then.
 
-A healthy layer in BF16 takes about a thousandth of the budgets of live precision; with outliers in its input it took
-from four to sixty hundredths. Only the second order counts, and the noise: the first order is a signed mean that chance
+A healthy layer in BF16 took less than a hundredth of the budgets of live precision, with outliers in its input four to
+sixty. Only the second order counts, and the noise: the first order is a signed mean that chance
 moves, the second is the mean of squares. So nothing goes above the region by chance.
 """
 

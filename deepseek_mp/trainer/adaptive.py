@@ -52,8 +52,8 @@ class AdaptivePrecision(Callback):
         MixedPrecisionTrainer(model, "bf16", callbacks=[AdaptivePrecision()])
 
     Layers are lowered from the plan's region to the FP8 recipes that the device multiplies (with `emulate=True` of the
-    trainer, to all that are asked for), and raised again. Layers that a pin or a rule of the user's plan names are left
-    alone. Every decision is in `decisions.jsonl` and in `decisions` here.
+    trainer, to all that are asked for), raised again, and above a BF16 region where that harms them. Layers that a pin
+    or a rule of the user's plan names are left alone. Every decision is in `decisions.jsonl` and in `decisions` here.
     """
 
     def __init__(self, settings: AdaptiveSettings | None = None) -> None:
@@ -117,7 +117,7 @@ class AdaptivePrecision(Callback):
             trainer.stepper.veto = self._look.veto
             limits = {name: GROWTH * size for name, size in controller.input_sizes().items()}
             self._look.watch(self._modules, limits)
-            self._look.active = True
+            self._look.begin()
 
     def _learn(self, controller: AdaptiveController, step: int) -> None:
         """Show the controller what a probe measured, once it has arrived."""
@@ -271,6 +271,7 @@ class AdaptivePrecision(Callback):
             "interval": self._interval,
             "next_comparison": self._next_comparison,
             "pending": [decision.to_json() for decision in self._pending],
+            "grown": self._look.state_dict(),
             "decisions": [decision.to_json() for decision in self.decisions],
         }
 
@@ -288,6 +289,7 @@ class AdaptivePrecision(Callback):
         self._interval = saved["interval"]
         self._pending = [Decision.from_json(value) for value in saved["pending"]]
         self.decisions = [Decision.from_json(value) for value in saved["decisions"]]
+        self._look.load_state_dict(saved.get("grown", {}))
         if saved["measured"] is not None:
             self._sent = Arrived(Measured.from_json(saved["measured"]))
         if saved["compared"] is not None:

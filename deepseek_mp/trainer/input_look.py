@@ -34,6 +34,11 @@ class InputLook:
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, Tensor] = {}
         self._sent: tuple[list[str], Transfer] | None = None
+        self._grown: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """A training step begins: what ran since the last one does not count."""
+        self._seen, self.active = {}, True
 
     def watch(self, modules: Mapping[str, nn.Module], limits: Mapping[str, float]) -> None:
         """Look at these layers from now on, in the place of those before."""
@@ -64,13 +69,28 @@ class InputLook:
         return (largest > self._ordered[1]).any().float()
 
     def grown(self) -> dict[str, float]:
-        """The layers whose inputs were too large in the last step that has arrived, with their magnitudes."""
-        if self._sent is None or not self._sent[1].ready:
-            return {}
+        """The layers whose inputs were too large in a step that has arrived, with their magnitudes; told once."""
+        if self._sent is not None and self._sent[1].ready:
+            self._arrive()
+        found, self._grown = self._grown, {}
+        return found
+
+    def state_dict(self) -> dict[str, float]:
+        """What `grown` has still to tell. Waits for it."""
+        self._arrive()
+        return dict(self._grown)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._grown, self._sent = dict(state), None
+
+    def _arrive(self) -> None:
+        if self._sent is None:
+            return
         (names, sent), self._sent = self._sent, None
         (largest,) = sent.read()
-        found = dict(zip(names, largest.tolist(), strict=True))
-        return {name: size for name, size in found.items() if size > self._limits.get(name, float("inf"))}
+        for name, size in zip(names, largest.tolist(), strict=True):
+            if size > self._limits.get(name, float("inf")):
+                self._grown[name] = size
 
     def _hook(self, name: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

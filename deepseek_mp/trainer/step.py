@@ -312,6 +312,7 @@ class Stepper:
 
     def _close(self) -> StepResult:
         flag = backends.overflow_seen(self.device)  # first: a replay of the step before may raise it again
+        veto = None if self.veto is None else self.veto()  # and look at other inputs
         self.settle()
         window = self.window
         if window.loss is None:
@@ -324,7 +325,7 @@ class Stepper:
         nonfinite, divisor = window.nonfinite, window.divisor
         if flag is not None and nonfinite is not None:
             nonfinite = torch.maximum(nonfinite, flag)
-        empty, veto = window.empty, None if self.veto is None else self.veto()
+        empty = window.empty
         if veto is not None:
             empty = veto if empty is None else torch.maximum(empty.to(veto), veto)
         verdict = self.scaler.step(
