@@ -72,3 +72,23 @@ def test_hooks_follow_what_is_watched_and_go():
     assert float(look.veto()) == 0.0
     look.close()
     assert not model["b"]._forward_pre_hooks
+
+
+def test_what_ran_before_a_step_does_not_count():
+    model, look = looking({"a": 10.0})
+    model["a"](torch.full((4, 8), 99.0))
+    look.begin()
+    model["a"](torch.ones(4, 8))
+    assert float(look.veto()) == 0.0
+
+
+def test_what_is_still_to_be_told_is_its_state():
+    model, look = looking({"a": 10.0})
+    model["a"](torch.full((4, 8), 99.0))
+    look.veto()
+    state = look.state_dict()
+    assert state == {"a": 99.0}
+    other = InputLook()
+    other.load_state_dict(state)
+    assert look.grown() == other.grown() == {"a": 99.0}
+    assert look.state_dict() == {}
