@@ -24,8 +24,8 @@ from deepseek_mp.controller.region import HARM_WITH_ALARM, SUDDEN_HARM, harbour,
 from deepseek_mp.controller.settings import OBJECTIVES, AdaptiveSettings
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe
-from deepseek_mp.precision.allocation import Budget
-from deepseek_mp.precision.planning import UnitCosts, choice_for, choices_of, plan_for
+from deepseek_mp.precision.allocation import Budget, Choice
+from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for, choices_of, plan_for
 from deepseek_mp.sensitivity import Measured, UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
@@ -280,7 +280,8 @@ class AdaptiveController:
         for decision in wanted:
             state = self.states[decision.layer]
             if self._height(state.recipe) > height(self.base) > self._height(decision.new):
-                decision = replace(decision, new=self.base.name)  # one step at a time
+                words = f"{self.base.name} takes little of the budgets here again"
+                decision = replace(decision, new=self.base.name, detail=words, evidence={"saved_seconds": 0.0})
             lower = self._height(decision.new) < self._height(state.recipe)
             if decision.layer in changed or not lower or step < state.locked_until:
                 state.votes = 0
@@ -308,21 +309,16 @@ class AdaptiveController:
 
     def _exceeds(self, judged: Mapping[str, Judged], recipes: Sequence[Recipe], budget: Budget) -> bool:
         """Whether what is in force now exceeds a budget beyond doubt."""
+        objective, by_role = OBJECTIVES[self.settings.objective], self.settings.by_role
         loss = noise = 0.0
         for name, found in judged.items():
-            unit = found.costs
-            options = choices_of(
-                unit,
-                recipes,
-                self.base,
-                by_role=self.settings.by_role,
-                objective=OBJECTIVES[self.settings.objective],
-            )
-            recipe = options.get(self.states[name].recipe)
-            if recipe is not None:
-                choice = choice_for(unit, recipe)
-                loss += choice.loss
-                noise += choice.noise
+            cost: Predicted | Choice = found.least
+            if self.is_lowered(name) and not found.above:
+                options = choices_of(found.costs, recipes, self.base, by_role=by_role, objective=objective)
+                recipe = options.get(self.states[name].recipe)
+                cost = found.least if recipe is None else choice_for(found.costs, recipe)
+            loss += cost.loss
+            noise += cost.noise
         return loss > SURELY * budget.loss or noise > SURELY * budget.noise
 
     def _spent(self) -> tuple[float, float]:

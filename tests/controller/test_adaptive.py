@@ -330,8 +330,21 @@ def test_it_comes_back_as_slowly_as_layers_are_lowered():
         made.learn(measured(a={}, b={}), step)
     made.decide(90)
     assert recipes(made)["a"] == "fp32"  # locked until step 103
-    moves = [[(d.layer, d.new) for d in made.decide(step)] for step in range(110, 180, 10)]
+    decided = [made.decide(step) for step in range(110, 180, 10)]
+    moves = [[(d.layer, d.new) for d in decisions] for decisions in decided]
     assert moves == [[], [], [("a", "bf16")], [], [], [("a", "row")], []]
+    assert decided[2][0].detail == "bf16 takes little of the budgets here again"
+
+
+def test_a_layer_that_the_region_harms_raises_no_other_one():
+    made = controller(("a", "b", "c"), recipes=("fp32", "row"))
+    for _ in range(2):
+        made.learn(measured(a={}, b={}, c={}), 5)
+    made.decide(10)
+    for step in (12, 14, 16, 18):
+        made.learn(measured(a={"region": 2e-4}, b={}, c={}), step)
+    assert [(d.layer, d.new) for d in made.decide(20)] == [("a", "fp32")]
+    assert recipes(made) == {"a": "fp32", "b": "row", "c": "row"}
 
 
 def test_a_comeback_that_fails_locks_for_twice_as_long():
