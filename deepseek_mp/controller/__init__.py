@@ -1,6 +1,7 @@
 """Decides while training runs: the loss scale, whether a step is applied, and which layers run in which recipe."""
 
-from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
+from deepseek_mp.controller.adaptive import AdaptiveController
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison
 from deepseek_mp.controller.loss_scale import (
     DynamicLossScale,
     LossScalePolicy,

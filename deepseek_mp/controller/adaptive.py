@@ -6,7 +6,7 @@ fed the same numbers decide the same. What it decides is put in force by `traine
 Lowering is slow and raising is fast. A layer is lowered when the allocation within the budgets wants it, several times
 in a row, when what it saves is several times what it costs, and when no hard limit speaks against it. It is raised as
 soon as one of these no longer holds beyond doubt, or a guard fires; after a guard it stays raised for a time that
-doubles.
+doubles. Where the base itself harms a layer it goes above the base (`controller.region`), and comes back as slowly.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepseek_mp.controller.limits import violations
-from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState
+from deepseek_mp.controller.choice_costs import CostRules, Judged
+from deepseek_mp.controller.height import height, height_of, parts_of
+from deepseek_mp.controller.limits import broken
+from deepseek_mp.controller.region import HARM_WITH_ALARM, SUDDEN_HARM, harbour, shares
+from deepseek_mp.controller.settings import OBJECTIVES, AdaptiveSettings
 from deepseek_mp.controller.speed import Gain
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
-from deepseek_mp.precision.allocation import Budget
-from deepseek_mp.precision.composite import with_roles
-from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for, choices_of, plan_for, speed_of
+from deepseek_mp.precision.allocation import Budget, Choice
+from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for, choices_of, plan_for
 from deepseek_mp.sensitivity import Measured, UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
@@ -38,51 +41,7 @@ WRONG = 2.0
 """A true rise of the loss above so many times the predicted one halves the budgets."""
 DOUBT = 3.0
 """Standard errors that one batch may be off by chance."""
-SURE_SLOPE = 3.0
-"""Standard errors by which the loss may fall faster than it seems to."""
 SMALLEST_SCALE = 0.125
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveUnit:
-    """What is known of a layer beforehand."""
-
-    macs: float
-    seconds: Mapping[str, float]
-    """Measured time of its calls in a step, by recipe; empty where nothing was timed."""
-    recipes: tuple[str, ...]
-    """What it can be lowered to."""
-
-
-@dataclass
-class UnitState:
-    """Where a layer stands."""
-
-    recipe: str
-    votes: int = 0
-    locked_until: int = 0
-    patience: int = 0
-    kurtosis: float | None = None
-    """Of its input, when it was lowered."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """Why a recipe is no choice for a layer now."""
-
-    reason: Reason
-    rule: str
-    words: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The loss of one batch in the plan in force and in FP32."""
-
-    loss: float
-    exact: float
-    standard_error: float
-    """Of the change in one batch, by the first order's scatter: what chance decides."""
 
 
 @dataclass
@@ -121,38 +80,55 @@ class AdaptiveController:
         made: list[Decision] = []
         if not math.isfinite(measured.loss):
             return made
-        for name, new in measured.readings.items():
-            if name not in self.units or not _is_finite(new):
-                continue
+        readings = {n: new for n, new in measured.readings.items() if n in self.units and _is_finite(new)}
+        alone = Predictor(readings, measured.loss, curvature=measured.curvature)
+        for name, new in readings.items():
             known = self.readings.get(name)
             if known is not None and known.effects.keys() == new.effects.keys():
                 new = replace(known, batches=min(known.batches, MEMORY), calls=min(known.calls, MEMORY)).joined(new)
-            raised = self._alarming(name, measured.readings[name], step)
+            raised = self._alarming(name, alone, step)
+            if raised is not None or self.states[name].alarmed:
+                new = readings[name]  # what was before is no mean of what is now
+            self.states[name].alarmed = False
             made += [] if raised is None else [raised]
             self.readings[name] = new
         self.loss, self.curvature = measured.loss, measured.curvature
         self.probes += 1
         return made
 
-    def _alarming(self, name: str, seen: UnitReading, step: int) -> Decision | None:
-        """The raise of a layer whose tensors break a hard limit, or whose input's outliers grew, in this very probe."""
-        state = self.states[name]
-        if not self._is_lowered(state):
+    def _alarming(self, name: str, alone: Predictor, step: int) -> Decision | None:
+        """The raise of a layer for what this very probe says: the base itself harms it, its range does not hold, a hard
+        limit is broken, or outliers grew in its input. It is raised above the base where the probe says it needs that.
+        """
+        state, unit, seen = self.states[name], self.units[name], alone.readings[name]
+        found = shares(name, alone, self.settings)
+        harm = found.of.get(self.base.name, 0.0)
+        costs = UnitCosts(name=name, macs=unit.macs, predicted={}, seconds=unit.seconds)
+        above = harbour(costs, unit.recipes, self.base, found) if harm > HARM_WITH_ALARM else ""
+        enough = harm > SUDDEN_HARM or state.alarmed
+        if above and enough and self._height(state.recipe) <= height(self.base):
+            words = f"{self.base.name} would take {harm:.1%} of a budget here"
+            return self._locked(
+                name, above, Reason.REGION_HARMS, words, {"guard": "region", "share": harm, "step": step}
+            )
+        if state.recipe in found.unsafe and self._is_risky(name):
+            return self._guarded(name, step, found.unsafe[state.recipe], {"guard": "range"}, above)
+        if not self.is_lowered(name):
             return None
-        kurtosis = seen.spreads[Operand.INPUT]["kurtosis"]
+        evidence = self._outliers(state, seen.spreads[Operand.INPUT]["kurtosis"])
+        if evidence:
+            return self._guarded(name, step, "outliers grow in its input", {**evidence, "share": harm}, above)
+        own, roles = parts_of(state.recipe)
+        words = broken(seen.effects[own], RECIPES[own], roles) if own in seen.effects else ""
+        return self._guarded(name, step, words, {"guard": "limits", "share": harm}, above) if words else None
+
+    def _outliers(self, state: UnitState, kurtosis: float) -> dict[str, Any]:
+        """Evidence that the outliers in the input of a lowered layer grew; empty where they did not."""
         if state.kurtosis is None:
             state.kurtosis = kurtosis  # lowered before anything was measured
-        if state.kurtosis and kurtosis > KURTOSIS_GROWTH * state.kurtosis:
-            evidence = {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis, "step": step}
-            return self._guarded(name, step, "outliers grow in its input", evidence)
-        own, _, named = state.recipe.rstrip("]").partition("[")
-        roles = [Role(role) for role in named.split("+")] if named else list(Role)
-        effect = seen.effects.get(own)
-        words = [] if effect is None else [w for role in roles for w in violations(effect, RECIPES[own], role)]
-        if words:
-            evidence = {"guard": "limits", "step": step}
-            return self._guarded(name, step, "; ".join(dict.fromkeys(words)), evidence)
-        return None
+        if not state.kurtosis or kurtosis <= KURTOSIS_GROWTH * state.kurtosis:
+            return {}
+        return {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis}
 
     def see(self, step: int, loss: float, *, applied: bool, first_bad_module: str | None = None) -> list[Decision]:
         """The outcome of a step: a guard may raise layers."""
@@ -160,9 +136,26 @@ class AdaptiveController:
             return self._raise_guilty(step, first_bad_module)
         if not self.trend.see(step, loss):
             return []
-        lowered = [name for name, state in self.states.items() if self._is_lowered(state)]
-        evidence = {"guard": "loss_spike", "step": step, "loss": loss}
-        return [self._guarded(name, step, "the loss jumped while it was lowered", evidence) for name in lowered]
+        evidence = {"guard": "loss_spike", "loss": loss}
+        words = "the loss jumped while it was lowered"
+        return [self._guarded(name, step, words, evidence) for name in self.states if self.is_lowered(name)]
+
+    def grown(self, step: int, largest: Mapping[str, float]) -> list[Decision]:
+        """Inputs of lowered layers that were found far larger than in the probes: these layers are raised."""
+        return [
+            self._guarded(name, step, "its input is far larger than in the probes", {"guard": "input", "amax": size})
+            for name, size in largest.items()
+            if self.is_lowered(name)
+        ]
+
+    def input_sizes(self) -> dict[str, float]:
+        """The largest magnitude of each lowered layer's input in the last probes, where one was seen."""
+        sizes = {
+            name: self.readings[name].spreads[Operand.INPUT]["amax"]
+            for name in self.states
+            if name in self.readings and self.is_lowered(name)
+        }
+        return {name: size for name, size in sizes.items() if size > 0}
 
     def compare(self, step: int, found: Comparison) -> Decision | None:
         """The true rise of the loss by all lowered layers together: adjusts the budgets, and says so."""
@@ -213,10 +206,9 @@ class AdaptiveController:
         saved = 0.0
         for name, state in self.states.items():
             seconds = self.units[name].seconds
-            own, _, roles = state.recipe.rstrip("]").partition("[")
+            own, roles = parts_of(state.recipe)
             if {own, self.base.name} <= seconds.keys():
-                share = len(roles.split("+")) / len(Role) if roles else 1.0
-                saved += share * (seconds[self.base.name] - seconds[own])
+                saved += len(roles) / len(Role) * (seconds[self.base.name] - seconds[own])
         return saved
 
     def due(self, step: int) -> bool:
@@ -226,22 +218,50 @@ class AdaptiveController:
     def decide(self, step: int) -> list[Decision]:
         """The layers whose recipe changes, each with its evidence."""
         self.next_decision = step + self.settings.interval(self.total_steps)
-        predictor = Predictor(self.readings, self.loss, curvature=self.curvature)
-        names = [name for name in self.units if name in self.readings]
-        refused: dict[str, dict[str, Refusal]] = {}
-        costs = {name: self._costs(name, predictor, step, refused) for name in names}
-        recipes = [RECIPES[name] for name in dict.fromkeys(r for name in names for r in self.units[name].recipes)]
-        budget = Budget(loss=self.settings.loss_budget * self.scale, noise=self.settings.noise_budget * self.scale)
-        plan, found = plan_for(list(costs.values()), recipes, self.base, budget, by_role=self.settings.by_role)
+        judged = self._judged(step)
+        costs = [found.costs for found in judged.values()]
+        recipes = [RECIPES[name] for name in dict.fromkeys(r for name in judged for r in self.units[name].recipes)]
+        budget = self._budget(judged)
+        objective, by_role = OBJECTIVES[self.settings.objective], self.settings.by_role
+        plan, found = plan_for(costs, recipes, self.base, budget, by_role=by_role, objective=objective)
         if found is None:
             return []
         wanted = {decision.layer: decision for decision in plan.decisions}
-        over = self._exceeds(costs, recipes, budget)
-        changes = [self._raised(name, wanted[name], refused, over=over, step=step) for name in names]
+        over = self._exceeds(judged, recipes, budget)
+        changes = [self._raised(wanted[name], judged[name], over=over, step=step) for name in judged]
         made = [change for change in changes if change is not None]
-        made += self._lowered([wanted[name] for name in names], {change.layer for change in made}, step)
+        made += self._lowered(list(wanted.values()), {change.layer for change in made}, step)
         self.allocated = self.allocated or bool(made)
         return made
+
+    def _judged(self, step: int) -> dict[str, Judged]:
+        """What recipes cost each layer that was measured."""
+        rules = CostRules(
+            base=self.base,
+            settings=self.settings,
+            predictor=Predictor(self.readings, self.loss, curvature=self.curvature),
+            loss=self.loss,
+            seconds=max(
+                math.fsum(unit.seconds.get(self.base.name, 0.0) for unit in self.units.values()),
+                self.pass_seconds or 0.0,
+            ),
+            kept=self.kept,
+            slope=self.trend.slope(),
+            remaining=max((self.total_steps or 2 * step) - step, 1),
+        )
+        return {
+            name: rules.judge(name, unit, self.readings[name], self.states[name].recipe)
+            for name, unit in self.units.items()
+            if name in self.readings
+        }
+
+    def _budget(self, judged: Mapping[str, Judged]) -> Budget:
+        """The budgets as they are scaled now; at least what layers cost that are not lowered: that cannot be saved."""
+        least = [found.least for found in judged.values()]
+        return Budget(
+            loss=max(self.settings.loss_budget * self.scale, math.fsum(each.loss for each in least)),
+            noise=max(self.settings.noise_budget * self.scale, math.fsum(each.noise for each in least)),
+        )
 
     def recipe_of(self, name: str) -> str:
         """The recipe that the layer is to run in."""
@@ -249,41 +269,43 @@ class AdaptiveController:
 
     # -- raising ----------------------------------------------------------------------------------
 
-    def _raised(
-        self, name: str, wanted: Decision, refused: Mapping[str, Mapping[str, Refusal]], *, over: bool, step: int
-    ) -> Decision | None:
-        state = self.states[name]
-        if not self._is_lowered(state):
+    def _raised(self, wanted: Decision, judged: Judged, *, over: bool, step: int) -> Decision | None:
+        name, state = wanted.layer, self.states[wanted.layer]
+        if judged.above and self._height(judged.above) > self._height(state.recipe):
+            words = f"{self.base.name} would take {judged.harm:.1%} of a budget here"
+            return self._locked(name, judged.above, Reason.REGION_HARMS, words, {**wanted.evidence, "step": step})
+        if not self.is_lowered(name):
             return None
-        why = refused.get(name, {}).get(state.recipe.split("[")[0])
-        if why is not None:
+        higher = wanted.new != state.recipe and self._height(wanted.new) >= self._height(state.recipe)
+        if judged.unpaid:
             # The allocation left the recipe out; where it wants another that is no lower, that will do.
-            other = (
-                wanted.new != state.recipe
-                and self.base.name != wanted.new
-                and _speed(wanted.new) <= _speed(state.recipe)
-            )
             state.locked_until = step + self.settings.patience
-            evidence = {"step": step, "rule": why.rule}
-            return self._moved(name, wanted.new if other else self.base.name, why.reason, why.words, evidence)
-        if over and wanted.new != state.recipe and _speed(wanted.new) <= _speed(state.recipe):
+            evidence = {"step": step, "rule": "pays"}
+            new = wanted.new if higher else self.base.name
+            return self._moved(name, new, Reason.ALLOCATED, judged.unpaid, evidence)
+        if over and higher:
             state.locked_until = step + self.settings.patience
             return self._moved(name, wanted.new, Reason.ALLOCATED, wanted.detail, {**wanted.evidence, "step": step})
         return None
 
     def _raise_guilty(self, step: int, module: str | None) -> list[Decision]:
         """The layer that made the first bad number, before the loss scale is cut for all of them."""
-        if module is None or module not in self.states or not self._is_lowered(self.states[module]):
+        if module is None or module not in self.states or not self._is_risky(module):
             return []
-        evidence = {"guard": "non_finite", "step": step, "first_bad_module": module}
+        evidence = {"guard": "non_finite", "first_bad_module": module}
         return [self._guarded(module, step, "it made the first number that was not finite", evidence)]
 
-    def _guarded(self, name: str, step: int, why: str, evidence: dict[str, Any]) -> Decision:
+    def _guarded(self, name: str, step: int, why: str, evidence: dict[str, Any], above: str = "") -> Decision:
+        self.states[name].alarmed = not above
+        return self._locked(name, above or self.base.name, Reason.GUARDED, why, {**evidence, "step": step})
+
+    def _locked(self, name: str, new: str, reason: Reason, why: str, evidence: dict[str, Any]) -> Decision:
+        """Raised, for a time that doubles with every repetition."""
         state = self.states[name]
-        state.locked_until = step + state.patience
+        state.locked_until = evidence["step"] + state.patience
         evidence = {**evidence, "locked_until": state.locked_until}
         state.patience = min(2 * state.patience, self.settings.longest_patience)
-        return self._moved(name, self.base.name, Reason.GUARDED, why, evidence)
+        return self._moved(name, new, reason, why, evidence)
 
     # -- lowering ---------------------------------------------------------------------------------
 
@@ -292,7 +314,10 @@ class AdaptiveController:
         ready = []
         for decision in wanted:
             state = self.states[decision.layer]
-            lower = _speed(decision.new) > _speed(state.recipe) and _speed(decision.new) > speed_of(self.base)
+            if self._height(state.recipe) > height(self.base) > self._height(decision.new):
+                words = f"{self.base.name} takes little of the budgets here again"
+                decision = replace(decision, new=self.base.name, detail=words, evidence={"saved_seconds": 0.0})
+            lower = self._height(decision.new) < self._height(state.recipe)
             if decision.layer in changed or not lower or step < state.locked_until:
                 state.votes = 0
                 continue
@@ -310,93 +335,33 @@ class AdaptiveController:
         return made
 
     def _saving(self, decision: Decision) -> float:
-        seconds: float = decision.evidence["seconds"]
         unit = self.units[decision.layer]
-        return unit.seconds.get(self.base.name, unit.macs) - seconds if unit.seconds else unit.macs
+        if self.settings.objective == "memory":
+            return float(decision.evidence.get("saved_bytes", unit.inputs))
+        return float(decision.evidence["saved_seconds"]) if unit.seconds else unit.macs
 
-    # -- what recipes cost ------------------------------------------------------------------------
+    # -- what is in force ------------------------------------------------------------------------
 
-    def _costs(self, name: str, predictor: Predictor, step: int, refused: dict[str, dict[str, Refusal]]) -> UnitCosts:
-        """The unit's costs, without recipes that break a limit or do not pay; why those are left out in `refused`."""
-        unit, predicted = self.units[name], dict[str, dict[Role, Predicted]]()
-        broken = dict[str, Refusal]()
-        for recipe_name, effect in self.readings[name].effects.items():
-            recipe, roles = RECIPES[recipe_name], {}
-            for role in Role:
-                words = "; ".join(violations(effect, recipe, role))
-                loss = predictor.loss(name, recipe) if role is Role.FPROP else 0.0
-                roles[role] = Predicted(loss=math.inf if words else loss, noise=predictor.noise(name, recipe, role))
-                if words:
-                    broken.setdefault(recipe_name, Refusal(reason=Reason.GUARDED, rule="limits", words=words))
-            predicted[recipe_name] = roles
-        costs = UnitCosts(name=name, macs=unit.macs, predicted=predicted, seconds=unit.seconds)
-        for recipe_name in [r for r in predicted if not RECIPES[r].is_plain]:
-            words = self._cost_of_products(costs, predicted[recipe_name], RECIPES[recipe_name], step)
-            if words:
-                broken.setdefault(recipe_name, Refusal(reason=Reason.ALLOCATED, rule="pays", words=words))
-        refused[name] = {r: why for r, why in broken.items() if self._concerns(name, r, predicted[r])}
-        return costs
-
-    def _concerns(self, name: str, recipe: str, roles: Mapping[Role, Predicted]) -> bool:
-        """Whether a refusal of some products of the recipe hits the layer as it runs now."""
-        own, _, named = self.states[name].recipe.rstrip("]").partition("[")
-        used = named.split("+") if named else [role.value for role in Role]
-        return own == recipe and any(math.isinf(roles[role].loss) for role in Role if role.value in used)
-
-    def _cost_of_products(self, costs: UnitCosts, products: dict[Role, Predicted], recipe: Recipe, step: int) -> str:
-        """Rules out what does not pay of the recipe, all of it or product by product; in words why, or nothing."""
-        parts = [[role] for role in Role] if self.settings.by_role else [list(Role)]
-        found = ""
-        for roles in parts:
-            words = self._does_not_pay(costs, with_roles(recipe, roles, self.base), step)
-            if words:
-                products.update({role: replace(products[role], loss=math.inf) for role in roles})
-                found = found or words
-        return found
-
-    def _does_not_pay(self, costs: UnitCosts, recipe: Recipe, step: int) -> str:
-        """Why lowering saves less time than it costs steps; empty where it pays.
-
-        What is lowered already stays until it costs twice as much: both numbers are estimates.
-        """
-        lowered, kept = choice_for(costs, recipe), choice_for(costs, self.base)
-        whole = math.fsum(unit.seconds.get(self.base.name, 0.0) for unit in self.units.values())
-        if not costs.seconds or not whole or math.isinf(lowered.loss):
-            return ""
-        if self.kept <= 0:
-            return "steps became no faster when layers were lowered"
-        saved = self.kept * (kept.seconds - lowered.seconds) / max(whole, self.pass_seconds or 0.0)
-        cost = max(lowered.noise - kept.noise, 0.0)
-        slope = self.trend.slope()
-        if slope is not None:
-            remaining = max((self.total_steps or 2 * step) - step, 1)
-            rise = max(lowered.loss - kept.loss, 0.0) * abs(self.loss)
-            # As steep as it may be: batches scatter, and a flat stretch by chance is no reason.
-            steepest = max(slope.fall + SURE_SLOPE * slope.error, 1e-9 * abs(self.loss))
-            cost += rise / (steepest * remaining)
-        times = self.settings.pays / (2 if self._is_lowered(self.states[costs.name]) else 1)
-        if saved >= times * cost:
-            return ""
-        return f"it would save {saved:.2%} of the time, less than {times:g} times its cost of {cost:.2%} of the steps"
-
-    def _exceeds(self, costs: Mapping[str, UnitCosts], recipes: Sequence[Recipe], budget: Budget) -> bool:
+    def _exceeds(self, judged: Mapping[str, Judged], recipes: Sequence[Recipe], budget: Budget) -> bool:
         """Whether what is in force now exceeds a budget beyond doubt."""
+        objective, by_role = OBJECTIVES[self.settings.objective], self.settings.by_role
         loss = noise = 0.0
-        for name, unit in costs.items():
-            options = choices_of(unit, recipes, self.base, by_role=self.settings.by_role)
-            recipe = options.get(self.states[name].recipe)
-            if recipe is not None:
-                choice = choice_for(unit, recipe)
-                loss += choice.loss
-                noise += choice.noise
+        for name, found in judged.items():
+            cost: Predicted | Choice = found.least
+            if self.is_lowered(name) and not found.above:
+                options = choices_of(found.costs, recipes, self.base, by_role=by_role, objective=objective)
+                recipe = options.get(self.states[name].recipe)
+                cost = found.least if recipe is None else choice_for(found.costs, recipe)
+            loss += cost.loss
+            noise += cost.noise
         return loss > SURELY * budget.loss or noise > SURELY * budget.noise
 
     def _spent(self) -> tuple[float, float]:
         """Predicted loss and its standard error of what is in force, relative."""
         loss = error = 0.0
         for name, state in self.states.items():
-            effect = self.readings[name].effects.get(state.recipe.split("[")[0]) if name in self.readings else None
-            if effect is not None and self._is_lowered(state) and self.loss:
+            effect = self.readings[name].effects.get(parts_of(state.recipe)[0]) if name in self.readings else None
+            if effect is not None and self.is_lowered(name) and self.loss:
                 loss += effect.loss_change / abs(self.loss)
                 # Of one batch: that of the mean is smaller by the root of their number.
                 error += self.readings[name].batches * (effect.standard_error / self.loss) ** 2
@@ -407,14 +372,23 @@ class AdaptiveController:
         """Of the change that what is in force makes in one batch, absolute."""
         return self._spent()[1] * abs(self.loss)
 
-    def _is_lowered(self, state: UnitState) -> bool:
-        return _speed(state.recipe) > speed_of(self.base)
+    def is_lowered(self, name: str) -> bool:
+        """Whether the layer runs below the base now."""
+        return self._height(self.states[name].recipe) < height(self.base)
+
+    def _is_risky(self, name: str) -> bool:
+        """Whether it runs in what the base could do better: lower, or with less range."""
+        format = RECIPES[parts_of(self.states[name].recipe)[0]].fprop.left.format
+        return self.is_lowered(name) or format.exponent_bits < self.base.fprop.left.format.exponent_bits
+
+    def _height(self, recipe: str) -> float:
+        return height_of(recipe, self.base)
 
     def _moved(self, name: str, new: str, reason: Reason, detail: str, evidence: Mapping[str, Any]) -> Decision:
         state = self.states[name]
         made = Decision(layer=name, old=state.recipe, new=new, reason=reason, detail=detail, evidence=_plain(evidence))
         state.recipe = new
-        if _speed(new) <= speed_of(self.base):
+        if not self.is_lowered(name):
             state.kurtosis = None
         return made
 
@@ -453,15 +427,6 @@ def _is_finite(reading: UnitReading) -> bool:
     """
     gradients = reading.spreads[Operand.GRAD_OUTPUT].get("non_finite", 0.0)
     return math.isfinite(reading.energy) and math.isfinite(reading.row_energy) and not gradients
-
-
-def _speed(recipe: str) -> float:
-    """How low a recipe is, as the mean rate of its products; of a mixture `block[dgrad+wgrad]`, between the two."""
-    if "[" not in recipe:
-        return speed_of(RECIPES[recipe])
-    own, roles = recipe.rstrip("]").split("[")
-    share = len(roles.split("+")) / len(Role)
-    return share * speed_of(RECIPES[own]) + (1 - share) * speed_of(RECIPES["bf16"])
 
 
 def _plain(evidence: Mapping[str, Any]) -> dict[str, Any]:

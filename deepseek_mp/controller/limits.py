@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from deepseek_mp.precision import OPERANDS, Format, Operand, Recipe, Role
-from deepseek_mp.sensitivity import Effect
+from deepseek_mp.sensitivity import Effect, UnitReading
 
 BY_ROW = 5.0
 """Row-balanced error over that of normal values: rows of small values are lost, which the error of the whole tensor
@@ -19,6 +19,32 @@ gradient made two thirds of what FP4 cost."""
 EASE = 1.5
 """How many times what is unavoidable in the format comes on top: what becomes zero is an error of one sign too."""
 
+FP16_LARGEST = 2.0**14
+"""Of a tensor in FP16, a quarter of what it can hold: only a part of it was looked at, and the next may be larger."""
+FP16_SCALE = 2.0**16
+"""Loss scale that gradients must bear: what a dynamic policy starts with."""
+FP16_UNDERFLOW = 1e-4
+"""Share of a gradient's values that may become zero in FP16 without a loss scale."""
+_NARROW_RANGE = 8
+"""Bits of the exponent below which an unscaled format has not the range of FP32."""
+
+
+def out_of_range(reading: UnitReading, recipe: Recipe) -> str:
+    """Why the range of an unscaled format is not safe for a unit's tensors, in words; empty where it is."""
+    for role in Role:
+        for operand in OPERANDS[role]:
+            side = recipe.operand(role, operand)
+            if side.is_scaled or side.format.exponent_bits >= _NARROW_RANGE:
+                continue
+            is_gradient = operand is Operand.GRAD_OUTPUT
+            largest = reading.spreads[operand]["amax"] * (FP16_SCALE if is_gradient else 1.0)
+            if largest > FP16_LARGEST:
+                return f"{operand} reaches {largest:.2g}, above {FP16_LARGEST:g}"
+            lost = reading.effects[recipe.name].errors[role, operand]["underflow"]
+            if is_gradient and lost > FP16_UNDERFLOW:
+                return f"{lost:.2%} of {operand} become zero"
+    return ""
+
 
 def ideal_error(format: Format) -> float:
     """The relative error energy of normal values in range, rounded to the nearest: 0.044 / 4^mantissa bits."""
@@ -30,6 +56,11 @@ def ideal_underflow(format: Format) -> float:
     is about two standard deviations and takes the format's largest value. 7 % for 4 bits, nothing for 8.
     """
     return 0.8 * format.smallest_subnormal / format.max
+
+
+def broken(effect: Effect, recipe: Recipe, roles: Sequence[Role]) -> str:
+    """The limits that the recipe breaks in these products, in words; empty where it breaks none."""
+    return "; ".join(dict.fromkeys(words for role in roles for words in violations(effect, recipe, role)))
 
 
 def violations(effect: Effect, recipe: Recipe, role: Role) -> Iterator[str]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import find_recipe
+from deepseek_mp.precision.allocation import Objective
 from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS
+
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType({"time": "seconds", "memory": "bytes"})
+"""What the allocation minimises, by its name in the settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +26,10 @@ class AdaptiveSettings:
     noise_budget: float = NOISE_BUDGET
     """Variance that rounding may add to the gradient, relative to that of a batch."""
     recipes: tuple[str, ...] | None = None
-    """What layers may be lowered to; None: the FP8 recipes that the device multiplies."""
+    """What layers may run in beside the format of the region: scaled recipes, and 'fp32', 'tf32', 'bf16', 'fp16'. None:
+    the FP8 recipes that the device multiplies, and above a bf16 region fp32 (tf32 where the device has it)."""
+    objective: str = "time"
+    """What lowering is to save: measured 'time', or 'memory', the bytes that layers keep for backward."""
     by_role: bool = False
     """Let the three products of a layer have recipes of their own."""
     warm_up: int = 200
@@ -34,6 +43,9 @@ class AdaptiveSettings:
     """Steps between two decisions; None: a 64th of the run, from 32 to 256."""
     confirmations: int = 3
     """Decisions in a row that must agree before a layer is lowered, after the first allocation. Raising needs none."""
+    watch_inputs: bool = True
+    """Look at some rows of the lowered layers' inputs in every step, in eager mode and in one process. A step in which
+    one is far larger than in the probes is not applied, and the layer is raised."""
     patience: int = 1024
     """Steps that a layer stays raised after a guard raised it; doubles with every repetition."""
     longest_patience: int = 16384
@@ -56,6 +68,9 @@ class AdaptiveSettings:
             self._check_count("decide_every", 1)
         if self.share > 1 or self.most_at_once > 1:
             raise ConfigError(explain("a share above one", "at most 1", "Change share or most_at_once"))
+        if self.objective not in OBJECTIVES:
+            allowed = " or ".join(map(repr, OBJECTIVES))
+            raise ConfigError(explain(f"objective={self.objective!r}", allowed, "Change objective"))
         for recipe in self.recipes or ():
             find_recipe(recipe)
 

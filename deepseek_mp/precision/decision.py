@@ -51,6 +51,8 @@ class Reason(StrEnum):
     """The solver chose it: what it saves against what it costs of the loss and of the gradient's accuracy."""
     GUARDED = "guarded"
     """A guard raised it while training: it broke a limit, made a bad number, or the loss jumped."""
+    REGION_HARMS = "region_harms"
+    """The format of the region around it takes too much of the budgets in this layer: it runs above the region."""
     COMPARED = "compared"
     """The loss was compared with that in FP32 on the same batch."""
     ADAPT_OFF = "adapt_off"

@@ -16,8 +16,9 @@ from typing import Any
 from deepseek_mp.errors import ConfigError, PlanError, explain
 from deepseek_mp.precision import RECIPES, Decision, PrecisionPlan, Reason, Recipe, Role, Rule
 from deepseek_mp.precision.allocate import allocate
-from deepseek_mp.precision.allocation import Allocation, Budget, Choice, Item
+from deepseek_mp.precision.allocation import Allocation, Budget, Choice, Item, Objective
 from deepseek_mp.precision.composite import with_roles
+from deepseek_mp.precision.kept import kept_bytes
 
 PAYS = 1.05
 """How much faster a layer must be in a scaled recipe to leave the format of the region around it."""
@@ -50,6 +51,10 @@ class UnitCosts:
     predicted: Mapping[str, Mapping[Role, Predicted]]
     seconds: Mapping[str, float]
     """Measured, by recipe; empty: not measured."""
+    inputs: int = 0
+    """Numbers in its input, which is kept for backward; 0: not known."""
+    above: str = ""
+    """A recipe above the base that is a choice whether it saves anything or not; none where empty."""
 
 
 def speed_of(recipe: Recipe) -> float:
@@ -60,14 +65,17 @@ def speed_of(recipe: Recipe) -> float:
     return _FP4_SPEED if recipe.fprop.left.format.storage_bits < 8 else _FP8_SPEED
 
 
-def choices_of(unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_role: bool) -> dict[str, Recipe]:
-    """The recipes that the unit can choose from, by name: FP32, the base, then those that pay.
+def choices_of(
+    unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_role: bool, objective: Objective = "seconds"
+) -> dict[str, Recipe]:
+    """The recipes that the unit can choose from, by name: FP32 if it may, the base, those that pay in the objective.
 
     And mixtures of them with the base, by product, but for recipes of the user's own.
     """
-    found = {recipe.name: recipe for recipe in (RECIPES["fp32"], base)}
+    fp32 = RECIPES["fp32"]
+    found = {recipe.name: recipe for recipe in (fp32, base) if recipe == base or choice_for(unit, fp32).loss < math.inf}
     for recipe in recipes:
-        if recipe.name not in unit.predicted or not _pays(unit, recipe, base):
+        if recipe.name not in unit.predicted or not (recipe.name == unit.above or _pays(unit, recipe, base, objective)):
             continue
         found[recipe.name] = recipe
         if by_role and not recipe.is_plain and RECIPES.get(recipe.name) == recipe:
@@ -78,9 +86,11 @@ def choices_of(unit: UnitCosts, recipes: Sequence[Recipe], base: Recipe, *, by_r
     return found
 
 
-def _pays(unit: UnitCosts, recipe: Recipe, base: Recipe) -> bool:
-    """Whether leaving the base for the recipe saves enough time to count; what is wider than the base need not."""
+def _pays(unit: UnitCosts, recipe: Recipe, base: Recipe, objective: Objective) -> bool:
+    """Whether leaving the base for the recipe saves enough to count; what is wider than the base need not."""
     wider = recipe.is_plain and speed_of(recipe) < speed_of(base)
+    if objective == "bytes":
+        return wider or kept_bytes(recipe, 8) < kept_bytes(base, 8)
     return wider or _seconds(unit, recipe) * PAYS < _seconds(unit, base)
 
 
@@ -96,7 +106,7 @@ def choice_for(unit: UnitCosts, recipe: Recipe) -> Choice:
         seconds += _seconds(unit, part) / len(Role)  # each product is taken to have a third of a step's time
     if not math.isfinite(noise):
         loss, noise = math.inf, 0.0
-    return Choice(recipe.name, seconds, loss, noise)
+    return Choice(recipe.name, seconds, loss, noise, kept_bytes(recipe, unit.inputs))
 
 
 def _seconds(unit: UnitCosts, recipe: Recipe) -> float:
@@ -127,19 +137,20 @@ def plan_for(
     budget: Budget,
     *,
     by_role: bool,
+    objective: Objective = "seconds",
 ) -> tuple[PrecisionPlan, Allocation | None]:
-    """A plan of one rule for each unit that leaves the base, with a decision for every unit.
+    """A plan of one rule for each unit that leaves the base, with a decision for every unit: least time or bytes.
 
     Raises:
         PlanError: not even FP32 in every unit meets the budget.
     """
-    options = {unit.name: choices_of(unit, recipes, base, by_role=by_role) for unit in units}
+    options = {unit.name: choices_of(unit, recipes, base, by_role=by_role, objective=objective) for unit in units}
     items = [
         Item(unit.name, tuple(choice_for(unit, recipe) for recipe in options[unit.name].values())) for unit in units
     ]
     if not items:
         return PrecisionPlan(base=base), None
-    found = allocate(items, budget)
+    found = allocate(items, budget, objective)
     if not found.is_feasible:
         raise PlanError(explain(f"no allocation: {found.exceeded}", "a budget that FP32 meets", "Raise the budget"))
     rules, decisions = [], []
@@ -155,20 +166,23 @@ def plan_for(
                 new=recipe.name,
                 reason=Reason.ALLOCATED,
                 detail=found.explain(item).removeprefix(f"{recipe.name}: "),
-                evidence=_evidence(unit, chosen),
+                evidence=_evidence(unit, chosen, choice_for(unit, base)),
             )
         )
     return PrecisionPlan(base=base, rules=tuple(rules), decisions=tuple(decisions)), found
 
 
-def _evidence(unit: UnitCosts, chosen: Choice) -> dict[str, Any]:
+def _evidence(unit: UnitCosts, chosen: Choice, kept: Choice) -> dict[str, Any]:
+    """What the choice costs, and what it saves against the base."""
     measured = chosen.name.split("[")[0] in unit.seconds
-    return {
+    found = {
         "loss": chosen.loss,
         "noise": chosen.noise,
         "seconds": chosen.seconds,
         "seconds_are": MEASURED if measured else "guessed from the width of its formats",
+        "saved_seconds": kept.seconds - chosen.seconds,
     }
+    return found | ({"kept_bytes": chosen.bytes, "saved_bytes": kept.bytes - chosen.bytes} if unit.inputs else {})
 
 
 def check_budget(budget: float, noise_budget: float) -> Budget:

@@ -13,7 +13,8 @@ from deepseek_mp.nn.assign import why_not
 from deepseek_mp.nn.survey import Survey
 from deepseek_mp.nn.unit import multiplies, original_class
 from deepseek_mp.precision import RECIPES, Operand, Recipe, Role
-from deepseek_mp.profiler.layer_times import LayerCosts, kept_bytes
+from deepseek_mp.precision.kept import kept_bytes
+from deepseek_mp.profiler.layer_times import LayerCosts
 from deepseek_mp.profiler.partial import Partial
 from deepseek_mp.profiler.report import ProfileReport, Verification
 from deepseek_mp.profiler.unit_profile import FAMILIES, UnitProfile, family_of

@@ -1,4 +1,4 @@
-"""Multiply-adds, measured times and kept bytes of the units, by recipe."""
+"""Multiply-adds, measured times and sizes of inputs of the units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deepseek_mp.backends import Capabilities
 from deepseek_mp.backends.low_precision import formats_of
 from deepseek_mp.costs import Candidate, CostCache, UnitCall, measure_layers, record_units
 from deepseek_mp.costs.fingerprint import environment
-from deepseek_mp.precision import Recipe, Role
+from deepseek_mp.precision import Recipe
 from deepseek_mp.precision.plan import MemoryFormat
 
 SECONDS = 15.0
@@ -80,12 +80,6 @@ def layer_costs(
         rows = found.of_layers(host=False)
         times = {name: {formats[key]: ms for key, ms in row.items()} for name, row in rows.items()}
     return LayerCosts(macs=macs, milliseconds=times, inputs=inputs)
-
-
-def kept_bytes(recipe: Recipe, numbers: int) -> int:
-    """Bytes of a unit's input as it is kept for the product that makes the weight's gradient."""
-    side = recipe.role(Role.WGRAD).right
-    return numbers * side.format.storage_bits // 8
 
 
 def _numbers(call: UnitCall) -> int:

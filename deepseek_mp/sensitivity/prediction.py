@@ -67,6 +67,15 @@ class Predictor:
             return 0.0
         return found.loss_change / self._loss if self._loss else math.inf
 
+    def second_order(self, unit: str, recipe: Recipe) -> float:
+        """The part of `loss` that chance hardly moves: a mean of squares; the first order is one of signed terms."""
+        found = self.readings[unit].effects[recipe.name]
+        if math.isinf(found.loss_change):
+            return math.inf
+        if not found.second:
+            return 0.0
+        return found.second / self._loss if self._loss else math.inf
+
     def noise(self, unit: str, recipe: Recipe, role: Role) -> float:
         """The relative variance added to the gradient by one product."""
         reading = self.readings[unit]

@@ -14,10 +14,11 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from deepseek_mp.controller.adaptive import AdaptiveController, Comparison
+from deepseek_mp.controller.adaptive import AdaptiveController
+from deepseek_mp.controller.adaptive_units import Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import SpeedCheck
 from deepseek_mp.costs.restore import Snapshot
@@ -36,6 +37,7 @@ from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.config import TrainerConfig
+from deepseek_mp.trainer.input_look import GROWTH, InputLook
 from deepseek_mp.trainer.probe_clock import ProbeClock
 from deepseek_mp.trainer.result import StepFacts
 
@@ -55,8 +57,8 @@ class AdaptivePrecision(Callback):
         MixedPrecisionTrainer(model, "bf16", callbacks=[AdaptivePrecision()])
 
     Layers are lowered from the plan's region to the FP8 recipes that the device multiplies (with `emulate=True` of the
-    trainer, to all that are asked for), and raised again. Layers that a pin or a rule of the user's plan names are left
-    alone. Every decision is in `decisions.jsonl` and in `decisions` here.
+    trainer, to all that are asked for), raised again, and above a BF16 region where that harms them. Layers that a pin
+    or a rule of the user's plan names are left alone. Every decision is in `decisions.jsonl` and in `decisions` here.
     """
 
     def __init__(self, settings: AdaptiveSettings | None = None) -> None:
@@ -75,6 +77,7 @@ class AdaptivePrecision(Callback):
         self._interval = 0
         """Steps between probes, once their cost is known."""
         self._clock, self._speed = ProbeClock(), SpeedCheck()
+        self._look = InputLook()
         self._pending: list[Decision] = []
         self._saved: Mapping[str, Any] | None = None
 
@@ -82,7 +85,9 @@ class AdaptivePrecision(Callback):
 
     def on_step_start(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:
         """Read what has arrived, decide, and start the next probe, each when it is due."""
+        self._look.active = False
         if self.disabled:
+            self._look.close()
             return
         if self.controller is None:
             self._begin(trainer, batch)
@@ -90,9 +95,11 @@ class AdaptivePrecision(Callback):
         if controller is None:
             return
         step = trainer.steps_attempted
-        if self._sent is not None and self._sent.ready:
-            self._pending += controller.learn(self._sent.read(), step)
-            self._sent = None
+        grown = controller.grown(step, self._look.grown())
+        if grown:
+            self._pending += grown
+            self._next_probe = step  # is the region's own format enough for it?
+        self._learn(controller, step)
         if self._compared is not None and self._compared.ready:
             now, exact = self._compared.numbers()
             self._compared = None
@@ -102,14 +109,29 @@ class AdaptivePrecision(Callback):
                 self._note(trainer, [decision])
         if controller.due(step):
             self._pending += controller.decide(step)
-        if self._pending:
-            trainer.settle()  # the last step's outcome may add to what is pending
-            made, self._pending = self._pending, []
-            self._put_in_force(trainer, made)
+        self._put_pending_in_force(trainer)
         if step >= self._next_probe and self._sent is None:
             self._next_probe = step + self._pace()
             with self._clock.probe(trainer.device):
                 self._try_probe(trainer, batch, compare=step >= self._next_comparison)
+            if trainer.device.type == "cpu":  # nothing is under way: what it saw counts for this very step
+                self._learn(controller, step)
+                self._put_pending_in_force(trainer)
+        self._watch_inputs(trainer, controller)
+
+    def _watch_inputs(self, trainer: MixedPrecisionTrainer, controller: AdaptiveController) -> None:
+        """Look at the inputs of the step that begins: not in compiled code, and where no other process must agree."""
+        if self.settings.watch_inputs and not trainer.config.compile and not _several_processes():
+            trainer.stepper.veto = self._look.veto
+            limits = {name: GROWTH * size for name, size in controller.input_sizes().items()}
+            self._look.watch(self._modules, limits)
+            self._look.begin()
+
+    def _learn(self, controller: AdaptiveController, step: int) -> None:
+        """Show the controller what a probe measured, once it has arrived."""
+        if self._sent is not None and self._sent.ready:
+            self._pending += controller.learn(self._sent.read(), step)
+            self._sent = None
 
     def on_fit_start(self, trainer: MixedPrecisionTrainer) -> None:
         """A further fit makes the run longer."""
@@ -219,7 +241,13 @@ class AdaptivePrecision(Callback):
         if not batch_size(call):
             return
         region = trainer.stepper.region
-        recipes = {name: [RECIPES[r] for r in unit.recipes] for name, unit in self.controller.units.items()}
+        base = self.controller.base.name
+        recipes = {
+            name: [
+                RECIPES[r] for r in dict.fromkeys((base, *unit.recipes)) if r != "fp32"
+            ]  # fp32 is what they differ from
+            for name, unit in self.controller.units.items()
+        }
         probe = Probe(self._modules, recipes, rows=ROWS, seed=trainer.steps_attempted, both_ways=False)
         with trainer.monitor.paused(), torch.enable_grad(), region.flags(), probe.watching(call):
             with region.autocast(cache=False):
@@ -227,10 +255,7 @@ class AdaptivePrecision(Callback):
             probe.loss_is(found, trainer.loss_fn)
             probe.backward(found.loss)
         self._sent = probe.send()
-        states = self.controller.states
-        lowered = {
-            m: RECIPES["fp32"] for n, m in self._modules.items() if states[n].recipe != self.controller.base.name
-        }
+        lowered = {m: RECIPES["fp32"] for n, m in self._modules.items() if self.controller.is_lowered(n)}
         if compare and lowered:
             self._next_comparison = trainer.steps_attempted + self.settings.compare_every
             snapshot.restore()
@@ -239,10 +264,12 @@ class AdaptivePrecision(Callback):
                 exact = run(trainer.model, call, trainer.loss_fn)
             self._compared = HostCopy([found.loss, exact.loss], mean=True)
 
-    def _put_in_force(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> None:
-        assert self.controller is not None
-        self._note(trainer, decisions)
-        trainer.change_plan(self._plan(trainer, decisions))
+    def _put_pending_in_force(self, trainer: MixedPrecisionTrainer) -> None:
+        if self._pending:
+            trainer.settle()  # the last step's outcome may add to what is pending
+            made, self._pending = self._pending, []
+            self._note(trainer, made)
+            trainer.change_plan(self._plan(trainer, made))
 
     def _plan(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> PrecisionPlan:
         """The plan of the controller's states: a rule for every layer that is not in the base."""
@@ -299,6 +326,7 @@ class AdaptivePrecision(Callback):
             "interval": self._interval,
             "next_comparison": self._next_comparison,
             "pending": [decision.to_json() for decision in self._pending],
+            "grown": self._look.state_dict(),
             "decisions": [decision.to_json() for decision in self.decisions],
         }
 
@@ -316,6 +344,7 @@ class AdaptivePrecision(Callback):
         self._interval = saved["interval"]
         self._pending = [Decision.from_json(value) for value in saved["pending"]]
         self.decisions = [Decision.from_json(value) for value in saved["decisions"]]
+        self._look.load_state_dict(saved.get("grown", {}))
         if saved["measured"] is not None:
             self._sent = Arrived(Measured.from_json(saved["measured"]))
         if saved["compared"] is not None:
@@ -348,6 +377,10 @@ def with_adaptive(callbacks: tuple[Callback, ...], config: TrainerConfig) -> tup
     if given or adapt is False or config.precision_mode != "auto":
         return callbacks
     return (*callbacks, AdaptivePrecision(adapt if isinstance(adapt, AdaptiveSettings) else None))
+
+
+def _several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def part_of(call: Call, share: float) -> Call:

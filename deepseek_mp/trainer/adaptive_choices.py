@@ -1,4 +1,4 @@
-"""The layers that live precision decides on: what each may be lowered to, and its measured times."""
+"""What each layer may run in while it trains, by the device, the plan and the settings; and its times."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.backends.low_precision import formats_of
-from deepseek_mp.controller.adaptive import AdaptiveUnit
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit
+from deepseek_mp.controller.height import height
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.costs.restore import preserved
 from deepseek_mp.nn.assign import output_layer, why_not
 from deepseek_mp.nn.call import move, parse_batch, run
+from deepseek_mp.nn.convert import fp32_arithmetic
 from deepseek_mp.nn.delayed import maxima_kept
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import Unit, multiplies, original_class
 from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe, Rule
+from deepseek_mp.precision.kept import kept_bytes
 from deepseek_mp.precision.planning import PAYS
 from deepseek_mp.profiler.layer_times import SECONDS, LayerCosts, layer_costs
 from deepseek_mp.trainer.auto import scaled_recipe
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 CANDIDATES = ("tensor", "row", "block")
 BASES = ("bf16", "fp32", "tf32")
 """Regions beside which layers can be lowered one by one; fp16 needs a loss scale that a probe does not have."""
+_FP32_KINDS = ("fp32", "tf32")
 
 Takers = Mapping[str, tuple[nn.Module, tuple[str, ...]]]
 """By layer, its module and the recipes that it can take."""
@@ -50,28 +54,56 @@ def layers_to_control(
 ) -> tuple[dict[str, Layer], str]:
     """The layers by name; none, and why, where nothing can be decided.
 
-    With 'auto' and no recipes named, the one that 'auto' timed is the only one, so that nothing has to be timed again.
-    `costs_of` is asked last: where nothing can be decided anyway nothing is measured.
+    With 'auto' and no recipes named, the one that 'auto' timed is the only low one, so that nothing has to be timed
+    again. `costs_of` is asked last: where nothing can be decided anyway nothing is measured.
     """
     region, auto = trainer.plan.base.region, follows_auto(trainer, settings)
     if region not in BASES:
         return {}, f"layers are not lowered one by one beside {region}"
-    recipes = _recipes(trainer, settings)
-    if not recipes and auto:
+    recipes = recipes_asked(trainer, settings)
+    low = [recipe for recipe in recipes if _is_low(recipe, region)]
+    only_raised = bool(settings.recipes) and len(recipes) > len(low)
+    if not low and auto:
         return {}, "this device has no FP8 recipe of its own that 'auto' could time"
-    if not recipes:
+    if not low and not only_raised:
         return {}, f"this device multiplies in none of {', '.join(settings.recipes or CANDIDATES)}"
     if auto and region != "bf16":
         return {}, f"'auto' found nothing faster than {region}"
     taken = _takers(trainer, recipes)
-    if not taken:
+    if not only_raised and not any(_is_low(RECIPES[name], region) for _, names in taken.values() for name in names):
         return {}, "no layer can be lowered"
     costs = costs_of(recipes)
-    layers = _paying(taken, costs, region, timed=_is_timed(trainer, recipes))
-    if not layers:
-        named = ", ".join(recipe.name for recipe in recipes)
-        return {}, f"no layer is {PAYS - 1:.0%} faster in {named} than in {region}{_closest(costs, region, taken)}"
-    return layers, ""
+    found = _worth_it(taken, costs, region, settings, timed=_is_timed(trainer, low))
+    gains = any(_is_low(RECIPES[name], region) for layer in found.values() for name in layer.unit.recipes)
+    if gains or (only_raised and found):
+        return found, ""
+    lower = ", ".join(recipe.name for recipe in low)
+    return {}, f"no layer is {PAYS - 1:.0%} faster in {lower} than in {region}{_closest(costs, region, low, taken)}"
+
+
+def _worth_it(
+    taken: Takers, costs: LayerCosts, region: str, settings: AdaptiveSettings, *, timed: bool
+) -> dict[str, Layer]:
+    """Each layer with the recipes above the region, and those below it that gain what lowering is for."""
+    found = {}
+    for name, (module, possible) in taken.items():
+        seconds = {recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()}
+        if region not in seconds:
+            seconds = {}
+        now = module.unit_precision.recipe.name if isinstance(module, Unit) else region
+        if now not in RECIPES or not (RECIPES[now].is_plain or now in possible):
+            continue
+        paying = tuple(
+            own
+            for own in possible
+            if own == now or not _is_low(RECIPES[own], region) or _pays(settings, seconds, own, region, timed=timed)
+        )
+        unit = AdaptiveUnit(
+            macs=float(costs.macs.get(name, 1)), seconds=seconds, recipes=paying, inputs=costs.inputs.get(name, 0)
+        )
+        if paying:
+            found[name] = Layer(module=module, unit=unit, recipe=now)
+    return found
 
 
 def follows_auto(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings) -> bool:
@@ -79,22 +111,49 @@ def follows_auto(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings) -> 
     return trainer.config.precision_mode == "auto" and settings.recipes is None
 
 
-def _now(module: nn.Module, region: str) -> str:
-    return module.unit_precision.recipe.name if isinstance(module, Unit) else region
+def recipes_asked(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings) -> list[Recipe]:
+    """The recipes that layers may leave the region for, on this device and beside the rest of the plan.
 
-
-def _recipes(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings) -> list[Recipe]:
-    """What layers may be lowered to on this device."""
+    FP32 products are TF32 or not in the whole process, so only one of the two is among them: TF32 where the device has
+    it and nothing else of the plan multiplies in FP32.
+    """
+    region, native = trainer.plan.base.region, trainer.capabilities.matmul_formats
+    kind = _fp32_kind(trainer, settings)
+    asked = settings.recipes or ("fp32", *CANDIDATES)
     if follows_auto(trainer, settings):
-        found = scaled_recipe(trainer.capabilities, trainer.config.kernels)
-        return [] if found is None else [found]
-    native = trainer.capabilities.matmul_formats
-    asked = [RECIPES[name] for name in settings.recipes or CANDIDATES]
-    return [recipe for recipe in asked if trainer.config.emulate or formats_of(recipe) <= native]
+        timed = scaled_recipe(trainer.capabilities, trainer.config.kernels)
+        asked = ("fp32",) if timed is None else ("fp32", timed.name)
+    found: dict[str, Recipe] = {}
+    for name in asked:
+        recipe = RECIPES[kind if name in _FP32_KINDS else name]
+        if recipe.name == region or (name in _FP32_KINDS and region in _FP32_KINDS):
+            continue
+        runs = recipe.is_plain or trainer.config.emulate or formats_of(recipe) <= native
+        if runs and (not recipe.is_plain or _runs_plain(trainer, recipe.name)):
+            found[recipe.name] = recipe
+    return list(found.values())
 
 
-def _takers(trainer: MixedPrecisionTrainer, recipes: Sequence[Recipe]) -> Takers:
-    """The layers that can be lowered, and to what; none that a pin or a rule of the user names."""
+def _runs_plain(trainer: MixedPrecisionTrainer, format: str) -> bool:
+    capabilities = trainer.capabilities
+    allowed = capabilities.matmul_formats | (capabilities.emulated_formats if trainer.config.emulate else frozenset())
+    return format == "fp32" or format in allowed
+
+
+def _fp32_kind(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings) -> str:
+    """What a product is in that a plan has in FP32: tf32, or fp32 itself."""
+    if fp32_arithmetic(trainer.plan) == "tf32":
+        return "tf32"
+    wants = settings.recipes is None or "tf32" in settings.recipes
+    exact = any(
+        multiplies(original_class(module)) and trainer.plan.recipe_for(name).region in ("fp32", "hf32")
+        for name, module in survey(trainer.model).units.items()
+    )
+    return "tf32" if wants and not exact and "tf32" in trainer.capabilities.matmul_formats else "fp32"
+
+
+def _takers(trainer: MixedPrecisionTrainer, recipes: list[Recipe]) -> Takers:
+    """The layers that multiply and that no rule of the user names, with the recipes that they can run in."""
     found = survey(trainer.model)
     last = output_layer(trainer.model, found)
     mode = trainer.config.precision_mode
@@ -104,36 +163,15 @@ def _takers(trainer: MixedPrecisionTrainer, recipes: Sequence[Recipe]) -> Takers
     for name, module in found.units.items():
         if not multiplies(original_class(module)) or any(rule.matches(name) for rule in rules):
             continue
-        takes = [r.name for r in recipes if why_not(r, module, is_output=name == last) is None]
-        if takes:
-            taken[name] = module, tuple(takes)
+        possible = [r.name for r in recipes if r.is_plain or why_not(r, module, is_output=name == last) is None]
+        if possible:
+            taken[name] = module, tuple(possible)
     return taken
 
 
 def _is_timed(trainer: MixedPrecisionTrainer, recipes: Sequence[Recipe]) -> bool:
     """Whether times mean anything: not where a recipe is emulated."""
     return all(formats_of(recipe) <= trainer.capabilities.matmul_formats for recipe in recipes)
-
-
-def _paying(taken: Takers, costs: LayerCosts, region: str, *, timed: bool) -> dict[str, Layer]:
-    """Each layer with the recipes that make it faster; without times all that it takes."""
-    layers = {}
-    for name, (module, recipes) in taken.items():
-        seconds = {recipe: ms / 1e3 for recipe, ms in costs.milliseconds.get(name, {}).items()}
-        now = _now(module, region)
-        if region not in seconds:
-            seconds = {}
-        known = now in RECIPES and (RECIPES[now].is_plain or now in recipes)
-        paying = tuple(r for r in recipes if r == now or not timed or _pays(seconds, r, region)) if known else ()
-        if paying:
-            unit = AdaptiveUnit(macs=float(costs.macs.get(name, 1)), seconds=seconds, recipes=paying)
-            layers[name] = Layer(module=module, unit=unit, recipe=now)
-    return layers
-
-
-def _pays(seconds: Mapping[str, float], recipe: str, region: str) -> bool:
-    """Whether the recipe was measured to be faster by a margin."""
-    return seconds.get(recipe, math.inf) * PAYS < seconds.get(region, 0.0)
 
 
 def measured_costs(
@@ -175,13 +213,28 @@ def measured_costs(
     return measured(SECONDS)
 
 
-def _closest(costs: LayerCosts, region: str, taken: Takers) -> str:
+def _is_low(recipe: Recipe, region: str) -> bool:
+    return height(recipe) < height(RECIPES[region])
+
+
+def _pays(settings: AdaptiveSettings, seconds: Mapping[str, float], recipe: str, region: str, *, timed: bool) -> bool:
+    """Whether the recipe was measured to be faster by a margin; for memory, whether it keeps less.
+
+    Where times mean nothing all recipes do; where they do, what was not timed does not.
+    """
+    if settings.objective == "memory":
+        return kept_bytes(RECIPES[recipe], 8) < kept_bytes(RECIPES[region], 8)
+    return not timed or seconds.get(recipe, math.inf) * PAYS < seconds.get(region, 0.0)
+
+
+def _closest(costs: LayerCosts, region: str, low: list[Recipe], taken: Takers) -> str:
     """The layer that comes closest to gaining, with its times, in words."""
+    lower = {recipe.name for recipe in low}
     ratios = {
         (name, recipe): costs.milliseconds[name][recipe] / costs.milliseconds[name][region]
         for name, (_, recipes) in taken.items()
         for recipe in recipes
-        if {recipe, region} <= costs.milliseconds.get(name, {}).keys()
+        if recipe in lower and {recipe, region} <= costs.milliseconds.get(name, {}).keys()
     }
     if not ratios:
         return ""

@@ -22,8 +22,9 @@ class StepFacts:
 
     status: Status
     """'applied': the optimizer stepped. 'accumulated': the window is not full yet. 'skipped':
-    something was not finite. 'no_grads': there was nothing to learn from, no batch with items or no
-    parameter of the optimizer that received a gradient. After the last two everything is as it was."""
+    something was not finite, or live precision took the step back. 'no_grads': there was nothing to
+    learn from, no batch with items or no parameter of the optimizer that received a gradient. After the
+    last two everything is as it was."""
     reason: str = ""
     """Why a step was not applied; empty when it was."""
     loss: float = float("nan")

@@ -51,11 +51,12 @@ from deepseek_mp.trainer.window import MicroBatch, Window
 log = logging.getLogger("deepseek_mp")
 
 NO_ITEMS = "no batch of the window has items"
+VETOED = "what the step was computed with does not hold for its numbers"
 NO_GRADIENTS = "no parameter of the optimizer received a gradient"
 SLOWER_IN_ONE_PASS = ("cpu",)
 """Devices on which weights are left to autocast: a CPU saves no launches, and casts a gradient best while it is cached.
 Compiled code is left alone everywhere: it casts weights inside of what it does with them."""
-_FACTS = 5
+_FACTS = 6
 """Numbers of a step that are copied to the host, before those about delayed scales."""
 
 
@@ -150,6 +151,8 @@ class Stepper:
         self.windows_opened = 0
         self.closing = False
         """Whether a window is between full and done: what callbacks see then is no state to save."""
+        self.veto: Callable[[], Tensor | None] | None = None
+        """Asked for each full window: 0-dim, 1 on the device takes the step back without blaming the loss scale."""
         self.flops: int | None = None
         """Floating-point operations of a micro-batch, forward and backward, once one was sampled."""
         self._warned_scale = False
@@ -311,6 +314,7 @@ class Stepper:
 
     def _close(self) -> StepResult:
         flag = backends.overflow_seen(self.device)  # first: a replay of the step before may raise it again
+        veto = None if self.veto is None else self.veto()  # and look at other inputs
         self.settle()
         window = self.window
         if window.loss is None:
@@ -323,12 +327,15 @@ class Stepper:
         nonfinite, divisor = window.nonfinite, window.divisor
         if flag is not None and nonfinite is not None:
             nonfinite = torch.maximum(nonfinite, flag)
+        empty = window.empty
+        if veto is not None:
+            empty = veto if empty is None else torch.maximum(empty.to(veto), veto)
         verdict = self.scaler.step(
             self.optimizer,
             max_grad_norm=self.max_grad_norm,
             divisor=divisor,
             nonfinite=nonfinite,
-            empty=window.empty,
+            empty=empty,
             before=self.before,
         )
         self.window = Window(largest=window.largest)  # not before: if the step raises, `abandon` takes this window back
@@ -339,7 +346,7 @@ class Stepper:
         self._clear_gradients()
         copy = HostCopy([
             window.mean_loss(divisor), verdict.nonfinite, verdict.skipped, verdict.grad_norm, verdict.scale,
-            *self._update_scales(),
+            torch.zeros_like(verdict.skipped) if veto is None else veto, *self._update_scales(),
         ])  # fmt: skip
         pending = self._pending = Pending(window=window, verdict=verdict, copy=copy)
         if verdict.status is not None:
@@ -383,11 +390,13 @@ class Stepper:
             raise self._too_many_skips(facts)
 
     def _read(self, pending: Pending) -> StepFacts:
-        loss, nonfinite, skipped, norm, scale = pending.copy.numbers()[:_FACTS]
+        loss, nonfinite, skipped, norm, scale, vetoed = pending.copy.numbers()[:_FACTS]
         if not skipped:
             return StepFacts(status="applied", loss=loss, scale=scale, grad_norm=norm)
         if pending.verdict.status == "no_grads":
             return StepFacts(status="no_grads", reason=NO_GRADIENTS, loss=loss, scale=scale)
+        if not nonfinite and vetoed:
+            return StepFacts(status="skipped", reason=VETOED, loss=loss, scale=scale, grad_norm=norm)
         if not nonfinite:
             return StepFacts(status="no_grads", reason=NO_ITEMS, scale=scale)
         if not math.isfinite(loss):

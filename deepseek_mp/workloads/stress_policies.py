@@ -60,10 +60,10 @@ def in_mode(mode: str, **options: Any) -> Policy:
 
 
 def adaptive(scenario: Scenario, model: nn.Module, device: torch.device) -> Trainee:
-    """BF16 whose layers are lowered to FP8 and raised again while training runs, at the pace of so short a run."""
+    """BF16 whose layers go down to FP8 and up to FP32 while training runs, at the pace of so short a run."""
     steps = scenario.steps
     settings = AdaptiveSettings(
-        recipes=("tensor", "block"),
+        recipes=("fp32", "tensor", "block"),
         warm_up=steps // 8,
         probe_every=max(1, steps // 64),
         decide_every=max(2, steps // 32),

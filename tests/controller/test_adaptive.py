@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
+from deepseek_mp.controller.adaptive import AdaptiveController
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import Gain, StepTime
 from deepseek_mp.ops.statistics import ERROR_FIELDS
@@ -24,15 +25,15 @@ def effect(second, **errors):
     return Effect(first=0.0, standard_error=1e-5, second=second, errors=found)
 
 
-def reading(order, second=1e-5, kurtosis=3.0, **errors):
+def reading(order, second=1e-5, kurtosis=3.0, region=0.0, amax=1.0, **errors):
     return UnitReading(
         order=order,
         batches=1,
         calls=1,
-        effects={"bf16": effect(0.0), "row": effect(second, **errors)},
+        effects={"bf16": effect(region), "row": effect(second, **errors)},
         energy=1.0,
         row_energy=1.0,
-        spreads={operand: {"kurtosis": kurtosis} for operand in Operand},
+        spreads={operand: {"kurtosis": kurtosis, "amax": amax} for operand in Operand},
     )
 
 
@@ -41,8 +42,8 @@ def measured(**units):
     return Measured(readings=readings, loss=2.0, curvature=1.0)
 
 
-def controller(names=("a", "b"), settings=SETTINGS, total_steps=1000, **values):
-    units = {name: AdaptiveUnit(macs=1e9, seconds=SECONDS, recipes=("row",)) for name in names}
+def controller(names=("a", "b"), settings=SETTINGS, total_steps=1000, recipes=("row",), **values):
+    units = {name: AdaptiveUnit(macs=1e9, seconds=SECONDS, recipes=recipes, inputs=1000) for name in names}
     return AdaptiveController(units, RECIPES["bf16"], settings, total_steps=total_steps, **values)
 
 
@@ -318,3 +319,154 @@ def test_what_steps_showed_is_part_of_the_state():
     again = controller()
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert again.kept == made.kept < 0
+
+
+def lowered_with_fp32(**settings):
+    made = controller(recipes=("fp32", "row"), settings=replace(SETTINGS, **settings))
+    for _ in range(2):
+        made.learn(measured(a={}, b={}), 5)
+    made.decide(10)
+    assert recipes(made) == {"a": "row", "b": "row"}
+    return made
+
+
+def test_a_healthy_run_never_goes_above_the_region():
+    """Ten times what BF16 costs in healthy layers, with a scatter of two either way."""
+    made, generator = lowered_with_fp32(), random.Random(0)
+    for step in range(20, 900, 10):
+        values = {n: {"region": 2e-5 * math.exp(generator.gauss(0, 0.35)), "second": 1e-5} for n in ("a", "b")}
+        assert made.learn(measured(**values), step) == []
+        made.decide(step)
+        assert "fp32" not in recipes(made).values()
+
+
+def test_outliers_that_harm_the_region_too_raise_above_it_at_once():
+    made = lowered_with_fp32()
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "region": 4e-5}, b={}), 20)
+    assert (decision.new, decision.reason) == ("fp32", Reason.GUARDED)
+    assert decision.evidence["share"] == pytest.approx(0.02)
+
+
+def test_outliers_that_the_region_bears_raise_to_it():
+    made = lowered_with_fp32()
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "region": 1e-6}, b={}), 20)
+    assert decision.new == "bf16"
+
+
+def test_a_region_that_takes_a_share_of_the_budget_for_long_is_left():
+    made = lowered_with_fp32()
+    for step in (12, 14, 16, 18):
+        assert made.learn(measured(a={"region": 2e-4}, b={}), step) == []
+    (decision,) = made.decide(20)
+    assert (decision.layer, decision.new, decision.reason) == ("a", "fp32", Reason.REGION_HARMS)
+    assert "bf16 would take" in decision.detail
+    assert made.states["a"].locked_until == 120
+
+
+def test_a_region_that_harms_suddenly_is_left_at_once_and_from_any_recipe():
+    made = controller(recipes=("fp32", "row"))
+    (decision,) = made.learn(measured(a={"region": 1e-3}, b={}), 3)
+    assert (decision.old, decision.new, decision.reason) == ("bf16", "fp32", Reason.REGION_HARMS)
+    assert decision.evidence["guard"] == "region"
+
+
+def test_it_comes_back_as_slowly_as_layers_are_lowered():
+    made = controller(recipes=("fp32", "row"))
+    for step in (3, 4):
+        made.learn(measured(a={"region": 1e-3}, b={}), step)
+    for step in range(10, 90, 2):
+        made.learn(measured(a={}, b={}), step)
+    made.decide(90)
+    assert recipes(made)["a"] == "fp32"  # locked until step 103
+    decided = [made.decide(step) for step in range(110, 180, 10)]
+    moves = [[(d.layer, d.new) for d in decisions] for decisions in decided]
+    assert moves == [[], [], [("a", "bf16")], [], [], [("a", "row")], []]
+    assert decided[2][0].detail == "bf16 takes little of the budgets here again"
+
+
+def test_a_layer_that_the_region_harms_raises_no_other_one():
+    made = controller(("a", "b", "c"), recipes=("fp32", "row"))
+    for _ in range(2):
+        made.learn(measured(a={}, b={}, c={}), 5)
+    made.decide(10)
+    for step in (12, 14, 16, 18):
+        made.learn(measured(a={"region": 2e-4}, b={}, c={}), step)
+    assert [(d.layer, d.new) for d in made.decide(20)] == [("a", "fp32")]
+    assert recipes(made) == {"a": "fp32", "b": "row", "c": "row"}
+
+
+def test_a_comeback_that_fails_locks_for_twice_as_long():
+    made = controller(recipes=("fp32", "row"))
+    made.learn(measured(a={"region": 1e-3}, b={}), 3)
+    assert made.states["a"].locked_until == 103
+    made.states["a"].recipe = "bf16"
+    made.learn(measured(a={"region": 1e-3}, b={}), 150)
+    assert made.states["a"].locked_until == 350
+
+
+def test_without_a_recipe_above_the_region_nothing_changes():
+    made = allocated()
+    assert made.learn(measured(a={"region": 1e-3}, b={"region": 1e-3}), 15) == []
+    made.decide(20)
+    assert set(recipes(made).values()) <= {"row", "bf16"}
+
+
+def test_what_the_region_costs_counts_against_the_budget():
+    settings = replace(SETTINGS, loss_budget=1e-4, noise_budget=100.0)
+    free, taken = (controller(settings=settings) for _ in range(2))
+    for made, region in ((free, 0.0), (taken, 1.6e-4)):
+        for _ in range(2):
+            made.learn(measured(a={"region": region, "second": 1.7e-4}, b={"region": 0.0, "second": 1e-4}), 5)
+        made.decide(10)
+    assert recipes(free) == {"a": "row", "b": "bf16"} or recipes(free) == {"a": "bf16", "b": "row"}
+    assert recipes(taken)["b"] == "bf16"
+
+
+def test_an_input_that_outgrew_the_probes_raises_and_the_next_probe_says_how_far():
+    made = lowered_with_fp32()
+    assert made.input_sizes() == {"a": 1.0, "b": 1.0}
+    (decision,) = made.grown(30, {"a": 900.0})
+    assert (decision.layer, decision.new, decision.evidence["guard"]) == ("a", "bf16", "input")
+    assert made.input_sizes() == {"b": 1.0}
+    assert made.grown(31, {"a": 900.0}) == []
+    (further,) = made.learn(measured(a={"region": 4e-5, "amax": 900.0}, b={}), 31)
+    assert (further.layer, further.new) == ("a", "fp32")
+    assert made.readings["a"].batches == 1  # the past is no mean of this
+
+
+def test_fp16_is_left_when_its_range_ends():
+    units = {"a": AdaptiveUnit(macs=1e9, seconds={}, recipes=("fp16",))}
+    made = AdaptiveController(units, RECIPES["bf16"], SETTINGS)
+
+    def probe(amax, region=1e-3):
+        old = reading(0, amax=amax)
+        spreads = {**old.spreads, Operand.GRAD_OUTPUT: {"kurtosis": 3.0, "amax": 1e-4}}
+        found = replace(old, effects={"bf16": effect(region), "fp16": effect(1e-6)}, spreads=spreads)
+        return Measured(readings={"a": found}, loss=2.0, curvature=1.0)
+
+    (raised,) = made.learn(probe(1.0), 3)
+    assert raised.new == "fp16"
+    made.learn(probe(1.0), 4)
+    assert made.decide(10) == []
+    (left,) = made.learn(probe(5e4), 4)
+    assert (left.old, left.new, left.evidence["guard"]) == ("fp16", "bf16", "range")
+    assert made.learn(probe(5e4), 5) == []
+    (again,) = made.learn(probe(1.0), 400)
+    assert again.new == "fp16"
+    (bad,) = made.see(401, math.nan, applied=False, first_bad_module="a")
+    assert (bad.old, bad.new) == ("fp16", "bf16")
+
+
+def test_with_memory_as_the_objective_what_is_slower_is_lowered_and_the_bytes_are_said():
+    slow = {"bf16": 1e-3, "row": 2e-3, "fp32": 4e-3}
+    units = {name: AdaptiveUnit(macs=1e9, seconds=slow, recipes=("row",), inputs=1000) for name in ("a", "b")}
+    for objective, recipe in (("time", "bf16"), ("memory", "row")):
+        made = AdaptiveController(units, RECIPES["bf16"], replace(SETTINGS, objective=objective), total_steps=1000)
+        for _ in range(2):
+            made.learn(measured(a={}, b={}), 5)
+        decisions = made.decide(10)
+        assert recipes(made) == {"a": recipe, "b": recipe}
+    assert decisions[0].evidence["saved_bytes"] == 1000
+    assert decisions[0].evidence["saved_seconds"] < 0
+    assert "taken instead of bf16 to save" in decisions[0].detail
+    assert "bytes" in decisions[0].detail or "kiB" in decisions[0].detail or " B" in decisions[0].detail

@@ -1,13 +1,15 @@
 """Hard limits: each named with its number, healthy tensors pass."""
 
+import re
+
 import pytest
 import torch
 
-from deepseek_mp.controller.limits import ideal_error, violations
+from deepseek_mp.controller.limits import broken, ideal_error, out_of_range, violations
 from deepseek_mp.ops.rounding import rounded
 from deepseek_mp.ops.statistics import ERROR_FIELDS, rounding_error
-from deepseek_mp.precision import RECIPES, Role
-from deepseek_mp.sensitivity import Effect
+from deepseek_mp.precision import RECIPES, Operand, Role
+from deepseek_mp.sensitivity import Effect, UnitReading
 from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS
 
 
@@ -50,3 +52,35 @@ def test_normal_values_are_healthy_in_every_recipe(name):
     errors = dict(zip(ERROR_FIELDS, rounding_error(x, rounded(x, side)).tolist(), strict=True))
     assert errors["relative"] == pytest.approx(ideal_error(side.format), rel=0.25)
     assert list(violations(effect(input=errors), RECIPES[name], Role.FPROP)) == []
+
+
+def spread(**amax):
+    return UnitReading(
+        order=0,
+        batches=1,
+        calls=1,
+        effects={"fp16": effect(grad_output={"underflow": amax.pop("lost", 0.0)}), "bf16": effect()},
+        energy=1.0,
+        row_energy=1.0,
+        spreads={operand: {"amax": amax.get(operand.value, 0.1)} for operand in Operand},
+    )
+
+
+@pytest.mark.parametrize(
+    ("reading", "words"),
+    [
+        (spread(input=2.0e4), "input reaches 2e\\+04, above 16384"),
+        (spread(grad_output=0.3), "grad_output reaches 2e\\+04"),
+        (spread(lost=2e-4), "0.02% of grad_output become zero"),
+        (spread(), "^$"),
+    ],
+)
+def test_the_range_of_fp16_needs_room(reading, words):
+    assert re.search(words, out_of_range(reading, RECIPES["fp16"]))
+    assert not out_of_range(reading, RECIPES["bf16"])
+
+
+def test_limits_broken_by_several_products_are_said_once():
+    lost = effect(input={"underflow": 0.006})
+    assert broken(lost, RECIPES["row"], list(Role)) == "0.60% of input become zero"
+    assert not broken(lost, RECIPES["row"], [Role.DGRAD])

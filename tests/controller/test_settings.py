@@ -23,6 +23,12 @@ def test_an_unknown_recipe_is_refused():
         AdaptiveSettings(recipes=("blok",))
 
 
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ConfigError, match="'time' or 'memory'"):
+        AdaptiveSettings(objective="bytes")
+    assert AdaptiveSettings(objective="memory").to_json()["objective"] == "memory"
+
+
 @pytest.mark.parametrize(("steps", "every"), [(None, 256), (100, 32), (6400, 100), (10**6, 256)])
 def test_a_run_decides_some_64_times(steps, every):
     assert AdaptiveSettings().interval(steps) == every

@@ -1,6 +1,7 @@
 """From predictions to a plan, with made-up numbers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -77,3 +78,21 @@ def test_no_units_give_a_plan_of_the_base():
     plan, found = plan_for([], [ROW], BF16, Budget(loss=1.0, noise=1.0), by_role=False)
     assert plan.base == BF16
     assert found is None
+
+
+def test_with_bytes_as_the_objective_a_recipe_need_not_be_faster():
+    slow = replace(unit(row_loss=1e-4, seconds={**TIMES, "row": 2e-3}), inputs=1000)
+    budget = Budget(loss=1e-3, noise=1.0)
+    plan, found = plan_for([slow], [ROW], BF16, budget, by_role=False, objective="bytes")
+    assert [rule.recipe.name for rule in plan.rules] == ["row"]
+    assert found.totals.bytes == 1000
+    (decision,) = plan.decisions
+    assert decision.evidence["saved_bytes"] == 1000
+    assert decision.evidence["saved_seconds"] == pytest.approx(-1e-3)
+    assert not plan_for([slow], [ROW], BF16, budget, by_role=False)[0].rules
+
+
+def test_bytes_are_saved_by_wgrads_input_alone():
+    known = replace(unit(row_loss=1.0, wgrad_noise=1e-3), inputs=1000)
+    plan, _ = plan_for([known], [ROW], BF16, Budget(loss=1e-3, noise=1.0), by_role=True, objective="bytes")
+    assert "wgrad" in plan.rules[0].recipe.name

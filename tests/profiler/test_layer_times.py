@@ -6,7 +6,7 @@ from torch import nn
 from deepseek_mp.backends import capabilities
 from deepseek_mp.costs import CostCache
 from deepseek_mp.precision import RECIPES
-from deepseek_mp.profiler.layer_times import kept_bytes, layer_costs
+from deepseek_mp.profiler.layer_times import layer_costs
 
 CPU = torch.device("cpu")
 
@@ -58,10 +58,3 @@ def test_times_in_another_memory_format_are_named_by_their_recipe():
     found = costs_of(conv, x, cache=cache, memory_format="channels_last")
     assert "fp32" in found.milliseconds["0"]
     assert costs_of(conv, x, cache=cache, budget_s=0.0).milliseconds == {}
-
-
-def test_bytes_kept_for_backward_are_those_of_wgrads_input():
-    assert kept_bytes(RECIPES["fp32"], 10) == 40
-    assert kept_bytes(RECIPES["bf16"], 10) == 20
-    assert kept_bytes(RECIPES["block"], 10) == 10
-    assert kept_bytes(RECIPES["row_gw_hp"], 10) == 20

@@ -48,3 +48,17 @@ def test_a_loss_of_zero_takes_no_rise():
     assert Predictor({"a": reading(0, 1.0)}, 0.0).loss("a", ROW) == math.inf
     assert Predictor({"a": reading(0, 1.0, second=0.0)}, 0.0).loss("a", ROW) == 0
     assert Predictor({"a": reading(0, 0.0)}, 1.0).noise("a", ROW, Role.WGRAD) == 0
+
+
+def test_the_second_order_alone_leaves_out_what_chance_moves():
+    units = {
+        "sure": reading(0, 1.0, first=0.5),
+        "broken": reading(1, 1.0, second=math.inf),
+        "none": reading(2, 1.0, 0.0),
+    }
+    predictor = Predictor(units, 2.0)
+    assert predictor.loss("sure", ROW) == pytest.approx(0.2505)
+    assert predictor.second_order("sure", ROW) == pytest.approx(5e-4)
+    assert predictor.second_order("broken", ROW) == math.inf
+    assert predictor.second_order("none", ROW) == 0
+    assert Predictor(units, 0.0).second_order("sure", ROW) == math.inf

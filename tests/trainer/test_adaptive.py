@@ -348,3 +348,88 @@ def test_what_adapt_cannot_mean_is_refused(mode, adapt, count, message):
     live = [AdaptivePrecision() for _ in range(count)]
     with pytest.raises(ConfigError, match=message):
         MixedPrecisionTrainer(Plain(), mode, adapt=adapt, callbacks=live, device="cpu")
+
+
+class Outliers:
+    """From a step on, one channel of a layer's input is ten thousand times as large."""
+
+    def __init__(self, trainer, name, start):
+        self.trainer, self.start, self.steps = trainer, start, []
+        self.handle = trainer.model.get_submodule(name).register_forward_pre_hook(self.hook, prepend=True)
+
+    def hook(self, module, args):
+        if self.trainer.steps_attempted < self.start:
+            return None
+        x = args[0].clone()
+        x[:, 0] *= 1e4
+        return (x,)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+RARE = AdaptiveSettings(
+    warm_up=2, probe_every=8, decide_every=4, recipes=("fp32", "row"), loss_budget=1.0, noise_budget=9.0
+)
+
+
+@pytest.mark.parametrize("watch", [True, False])
+def test_outliers_between_two_probes_take_their_step_back(watch):
+    adaptive = AdaptivePrecision(replace(RARE, probe_every=2, watch_inputs=watch, decide_every=2))
+    made = trainer(adaptive)
+    statuses = []
+    with Outliers(made, "down", start=13):
+        for batch in batches():
+            statuses.append(made.step(batch).status)
+    made.settle()
+    first = raised(adaptive, "down")[0]
+    assert (statuses[13] == "skipped") is watch
+    assert statuses.count("skipped") == int(watch)
+    assert (first.new, first.evidence["guard"]) == (("bf16", "input") if watch else ("fp32", "region"))
+    assert recipes(made)["down"] == "fp32"
+
+
+def raised(adaptive, name):
+    return [d for d in adaptive.decisions if d.layer == name and "guard" in d.evidence]
+
+
+def test_a_layer_goes_to_fp32_where_the_region_harms_it_and_the_plan_says_why():
+    adaptive = AdaptivePrecision(replace(RARE, probe_every=1, loss_budget=1e-7))
+    made = trainer(adaptive)
+    made.fit(batches(6))
+    assert "fp32" in recipes(made).values()
+    assert {d.reason for d in adaptive.decisions} == {Reason.REGION_HARMS}
+    assert all(made.plan.recipe_for(d.layer).name == "fp32" for d in adaptive.decisions)
+
+
+def test_on_a_cpu_what_a_probe_saw_counts_for_that_step():
+    adaptive = AdaptivePrecision(replace(RARE, probe_every=1, decide_every=2, watch_inputs=False))
+    made = trainer(adaptive)
+    with Outliers(made, "down", start=13):
+        made.fit(batches())
+    assert raised(adaptive, "down")[0].evidence["step"] == 13
+
+
+@pytest.mark.parametrize("stop", [13, 14, 15])
+def test_a_run_that_is_resumed_after_a_step_was_taken_back_goes_on_as_the_whole_one(tmp_path, stop):
+    data = batches()
+
+    def train(made, first, last):
+        with Outliers(made, "down", start=13):
+            return [made.step(batch).status for batch in data[first:last]]
+
+    settings = replace(RARE, probe_every=4)
+    whole = trainer(AdaptivePrecision(settings))
+    train(whole, 0, 20)
+    half = trainer(AdaptivePrecision(settings))
+    train(half, 0, stop)
+    half.save(tmp_path)
+    resumed = trainer(AdaptivePrecision(settings))
+    resumed.load(tmp_path)
+    assert "skipped" not in train(resumed, stop, 20)[1:]
+    assert recipes(resumed) == recipes(whole)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name

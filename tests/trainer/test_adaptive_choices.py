@@ -1,258 +1,88 @@
-"""Which layers live precision decides on, above all after 'auto': its plan, its timings, and why there is nothing."""
+"""What layers may run in: by device, plan and settings."""
 
-from __future__ import annotations
-
-import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from deepseek_mp import AdaptivePrecision, AdaptiveSettings, MixedPrecisionTrainer, backends
-from deepseek_mp.costs import Timing, layers, whole_step
-from deepseek_mp.nn import current_plan
-from deepseek_mp.precision import Decision, PrecisionPlan, Reason
-from deepseek_mp.trainer import adaptive_choices, planning
+from deepseek_mp import AdaptiveSettings, MixedPrecisionTrainer, PrecisionPlan
+from deepseek_mp.profiler.layer_times import LayerCosts
+from deepseek_mp.trainer import adaptive_choices
+from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs, recipes_asked
 
-FP8 = frozenset({"fp8_e4m3", "fp8_e5m2", "bf16", "fp32"})
-SOON = AdaptiveSettings(warm_up=4, probe_every=2, decide_every=4, loss_budget=1.0, noise_budget=9.0)
+BATCH = torch.randn(16, 32), torch.randint(0, 8, (16,))
 
 
-def wide() -> nn.Module:
+def trainer(precision="bf16", native=(), emulate=True, **values):
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 8)
-    )
-
-
-def vectors(count: int = 12) -> list[Any]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (torch.randn(16, 128, generator=generator), torch.randint(0, 8, (16,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def hopper(mode: str = "auto", **options: Any) -> MixedPrecisionTrainer:
-    """A trainer that takes the CPU for a GPU which multiplies FP8, with the arithmetic of the reference."""
-    made = MixedPrecisionTrainer(
-        wide(), mode, device="cpu", seed=1, emulate=True, kernels="reference", progress=False, **options
-    )
-    made.capabilities = replace(made.capabilities, id="sm_90", matmul_formats=FP8)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    made = MixedPrecisionTrainer(model, precision, emulate=emulate, progress=False, **values)
+    made.step(BATCH)
+    known = made.capabilities
+    made.capabilities = replace(known, matmul_formats=known.matmul_formats | set(native))
     return made
 
 
-class Clock:
-    """Made-up milliseconds: of a step by format, and of a unit by format; `units` holds what was timed."""
-
-    def __init__(self) -> None:
-        self.step = {"fp32": 9.0, "bf16": 5.0, "block": 4.0}
-        self.unit: dict[str, Any] = {"fp32": 3.0, "bf16": 2.0, "block": lambda name: 1.0 if name == "0" else 1.95}
-        self.units: list[tuple[str, str]] = []
-        self.model: nn.Module | None = None
+def asked(made, **settings):
+    return [recipe.name for recipe in recipes_asked(made, AdaptiveSettings(**settings))]
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-
-    def step(fn: Any, device: torch.device, **_: Any) -> Timing:
-        assert made.model is not None
-        plan = current_plan(made.model)
-        assert plan is not None
-        fn()
-        return timing(made.step[plan.base.name])
-
-    def unit(call: Any, format: str, *_: Any, **__: Any) -> Timing | None:
-        made.units.append((call.names[0], format))
-        ms = made.unit[format]
-        ms = ms(call.names[0]) if callable(ms) else ms
-        return None if ms is None else timing(ms)
-
-    monkeypatch.setattr(whole_step, "time_call", step)
-    monkeypatch.setattr(layers, "measure_unit", unit)
-    monkeypatch.setattr(type(backends.capabilities("cpu")), "admissible", lambda self: ("bf16", "fp32"))
-    return made
+def test_by_default_fp8_and_what_is_above_a_bf16_region():
+    assert asked(trainer()) == ["fp32", "tensor", "row", "block"]
 
 
-def timing(ms: float) -> Timing:
-    return Timing(median_ms=ms, low_ms=ms, high_ms=ms, runs=2)
+def test_tf32_is_above_where_the_device_has_it_and_nothing_else_needs_fp32():
+    assert asked(trainer(native={"tf32"}))[0] == "tf32"
+    assert asked(trainer(native={"tf32"}, pin={"4": "fp32"}))[0] == "fp32"
 
 
-def test_after_auto_no_layer_is_timed_again_and_its_plan_is_where_it_begins(clock: Clock) -> None:
-    made = hopper()
-    clock.model = made.model
-    made.step(vectors()[0])
-    assert made.plan.base.name == "block"
-    assert made.adaptive is not None
-    assert made.adaptive.controller is not None, made.adaptive.disabled
-    assert len(clock.units) == len(set(clock.units))
-    assert made.adaptive.controller.base.name == "bf16"
-    (name,) = made.adaptive.controller.units
-    unit = made.adaptive.controller.units[name]
-    assert (name, unit.recipes, unit.seconds["block"]) == ("0", ("block",), 0.001)
-    assert made.adaptive.controller.states["0"].recipe == "block"
+def test_of_fp32_and_tf32_there_is_one():
+    assert asked(trainer(native={"tf32"}), recipes=("fp32", "tf32", "row")) == ["tf32", "row"]
+    assert asked(trainer(), recipes=("fp32", "tf32", "row")) == ["fp32", "row"]
+    assert asked(trainer(native={"tf32"}), recipes=("fp32", "row")) == ["fp32", "row"]
 
 
-def test_a_plan_that_changes_keeps_the_reasons_of_the_layers_that_stay(clock: Clock) -> None:
-    made = hopper()
-    clock.model = made.model
-    made.step(vectors()[0])
-    live = made.adaptive
-    assert live is not None
-    assert live.controller is not None
-    live._pending += live.controller.see(1, 0.0, applied=False, first_bad_module="0")
-    made.step(vectors()[0])
-    now = {decision.layer: decision for decision in made.plan.decisions}
-    assert (now["0"].new, now["0"].reason) == ("bf16", Reason.GUARDED)
-    assert (now["2"].new, now["2"].reason) == ("bf16", Reason.MEASURED_SLOWER)
-    assert made.plan.base.name == "bf16"
-    assert (now[""].new, now[""].reason, now[""].evidence["block_ms"]) == ("bf16", Reason.MEASURED_FASTEST, 4.0)
+@pytest.mark.parametrize("region", ["fp32"])
+def test_nothing_is_above_an_fp32_region_and_plain_recipes_may_be_below(region):
+    assert asked(trainer(region), recipes=("fp32", "tf32", "bf16", "row")) == ["bf16", "row"]
 
 
-def test_what_auto_could_not_time_is_not_tried_again(clock: Clock) -> None:
-    clock.unit["block"] = lambda name: 1.0 if name == "0" else None  # memory is short
-    made = hopper()
-    clock.model = made.model
-    made.step(vectors()[0])
-    assert made.adaptive is not None
-    assert made.adaptive.controller is not None, made.adaptive.disabled
-    assert ("2", "block") in clock.units
-    assert len(clock.units) == len(set(clock.units))
+def test_fp16_is_asked_for_by_name_only():
+    assert "fp16" not in asked(trainer(native={"fp16"}))
+    assert asked(trainer(native={"fp16"}), recipes=("fp16", "row")) == ["fp16", "row"]
 
 
-def test_where_auto_lowers_nothing_since_nothing_pays_it_is_off_with_both_times(clock: Clock) -> None:
-    clock.unit["block"] = 1.95
-    made = hopper()
-    clock.model = made.model
-    made.step(vectors()[0])
-    assert made.adaptive is not None
-    assert made.adaptive.disabled == (
-        "no layer is 5% faster in block than in bf16: 0 comes closest, 1.950 ms in block against 2.000"
-    )
-    assert len(clock.units) == len(set(clock.units))
+def layers(made, settings):
+    return layers_to_control(made, settings, lambda recipes: measured_costs(made, settings, BATCH, recipes))
 
 
-def test_where_fp32_won_nothing_is_measured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock.step = {"fp32": 1.0, "bf16": 5.0, "block": 4.0}
-    monkeypatch.setattr(adaptive_choices, "layer_costs", pytest.fail)
-    made = hopper()
-    clock.model = made.model
-    made.step(vectors()[0])
-    assert made.adaptive is not None
-    assert made.adaptive.disabled == "'auto' found nothing faster than fp32"
+def control(made, **settings):
+    found, why = layers(made, AdaptiveSettings(**settings))
+    return {name: layer.unit.recipes for name, layer in found.items()}, why
 
 
-def test_layers_that_were_not_timed_alone_are_not_lowered(clock: Clock) -> None:
-    clock.unit |= {"fp32": lambda name: 1 / 0 if name == "2" else 3.0, "block": 1.95}
-    made = hopper("bf16", callbacks=[AdaptivePrecision(AdaptiveSettings(recipes=("block",)))])
-    made.step(vectors()[0])
-    assert made.adaptive is not None
-    assert made.adaptive.disabled.startswith("no layer is 5% faster in block than in bf16")
+def test_layers_that_take_no_fp8_can_still_go_up():
+    found, why = control(trainer(), recipes=("fp32", "row"))
+    assert found == {"0": ("fp32", "row"), "2": ("fp32", "row"), "4": ("fp32",)}
+    assert why == ""
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
-    """'auto' chooses this without measuring."""
-
-    def choose(model: nn.Module, run: Any, **options: Any) -> PrecisionPlan:
-        whole = Decision(layer="", old="fp32", new=base, reason=Reason.MEASURED_FASTEST)
-        return replace(PrecisionPlan.of(base, options["pins"]), decisions=(whole,))
-
-    monkeypatch.setattr(planning, "choose_plan", choose)
+def test_only_raising_is_something_to_decide_if_it_was_asked_for():
+    assert control(trainer(), recipes=("fp32",))[0] == {"0": ("fp32",), "2": ("fp32",), "4": ("fp32",)}
+    assert control(trainer(PrecisionPlan.of("bf16", {"*": "bf16"})))[1] == "no layer can be lowered"
 
 
-@pytest.mark.parametrize(
-    ("base", "why"), [("bf16", "no FP8 recipe of its own"), ("fp16", "not lowered one by one beside fp16")]
-)
-def test_on_a_device_without_fp8_a_run_is_the_same_bit_for_bit_and_says_why_once(monkeypatch, tmp_path, base, why):
-    chosen(monkeypatch, base)
-    monkeypatch.setattr(adaptive_choices, "layer_costs", pytest.fail)
-    runs = []
-    for adapt in (None, False):
-        made = MixedPrecisionTrainer(
-            wide(), device="cpu", seed=1, adapt=adapt, emulate=True, progress=False, run_dir=tmp_path / f"{adapt}"
-        )
-        runs.append((made, made.fit(vectors(), epochs=2)))
-    (live, one), (plain, two) = runs
-    assert live.adaptive is not None
-    assert plain.adaptive is None
-    assert why in live.adaptive.disabled
-    assert one.loss == two.loss
-    for name, value in plain.model.state_dict().items():
-        assert torch.equal(value, live.model.state_dict()[name]), name
-    lines = [json.loads(line) for line in (tmp_path / "None" / "decisions.jsonl").read_text().splitlines()]
-    off = [line for line in lines if line["reason"] == Reason.ADAPT_OFF]
-    assert [(line["layer"], line["old"], line["new"], line["detail"]) for line in off] == [
-        ("", base, base, live.adaptive.disabled)
-    ]
+def test_the_numbers_of_inputs_are_counted():
+    found, _ = layers(trainer(), AdaptiveSettings(recipes=("row",)))
+    assert {name: layer.unit.inputs for name, layer in found.items()} == {"0": 16 * 32, "2": 16 * 64}
 
 
-def test_what_was_decided_before_a_first_step_that_fails_leaves_no_run_behind(monkeypatch, tmp_path):
-    chosen(monkeypatch, "bf16")
-    made = MixedPrecisionTrainer(wide(), device="cpu", progress=False, run_dir=tmp_path / "run")
-    with pytest.raises(IndexError, match="out of bounds"):
-        made.fit([(torch.randn(4, 128), torch.full((4,), 99))])
-    assert made.adaptive.disabled
-    assert not (tmp_path / "run").exists()
-
-
-def test_layers_that_cannot_be_timed_do_not_end_the_training(clock, monkeypatch):
-    def costs(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(adaptive_choices, "layer_costs", costs)
-    made = hopper()
-    clock.model = made.model
-    assert made.fit(vectors()).steps_applied == 12
-    assert made.adaptive.disabled == "layers could not be timed: RuntimeError: out of luck"
-
-
-def recipes(made: MixedPrecisionTrainer) -> dict[str, str]:
-    return {
-        name: module.unit_precision.recipe.name
-        for name, module in made.model.named_modules()
-        if hasattr(module, "unit_precision")
-    }
-
-
-def settled(clock: Clock, adapt: Any, **options: Any) -> MixedPrecisionTrainer:
-    made = hopper(adapt=adapt, **options)
-    clock.model = made.model
-    return made
-
-
-NAMED = replace(SOON, recipes=("block",))
-
-
-def test_a_resumed_run_decides_with_the_times_of_its_checkpoint(clock, tmp_path):
-    clock.unit["block"] = 1.0
-    whole = settled(clock, NAMED)
-    whole.fit(vectors())
-    settled(clock, NAMED, run_dir=tmp_path).fit(vectors(), max_steps=5)
-    clock.units.clear()
-    resumed = settled(clock, NAMED)
-    resumed.fit(vectors(), resume=tmp_path)
-    assert clock.units == []
-    assert resumed.adaptive.controller.units == whole.adaptive.controller.units
-    assert recipes(resumed) == recipes(whole)
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-
-
-@pytest.mark.parametrize(("first", "then"), [(NAMED, False), (False, NAMED)])
-def test_a_checkpoint_resumes_with_live_precision_and_without(clock, tmp_path, caplog, first, then):
-    made = settled(clock, first, run_dir=tmp_path)
-    made.fit(vectors(), max_steps=6)
-    before = recipes(made)
-    resumed = settled(clock, then)
-    resumed.load(tmp_path)
-    assert recipes(resumed) == before
-    assert "live precision" in caplog.text
-    assert resumed.fit(vectors()).steps_applied == 12
-    assert (resumed.adaptive is None) == (then is False)
-    if resumed.adaptive is not None:
-        assert resumed.adaptive.controller is not None
-    else:
-        assert recipes(resumed) == before
+def test_for_memory_a_recipe_that_is_slower_is_a_choice(monkeypatch):
+    slow = {"fp32": 4.0, "bf16": 1.0, "row": 2.0}
+    costs = LayerCosts(macs={"0": 1}, milliseconds={"0": slow, "2": slow}, inputs={"0": 512, "2": 1024})
+    monkeypatch.setattr(adaptive_choices, "layer_costs", lambda *_, **__: costs)
+    monkeypatch.setattr(adaptive_choices, "_is_timed", lambda *_: True)
+    made = trainer()
+    assert control(made, recipes=("row",))[1].startswith("no layer is 5% faster in row than in bf16: ")
+    assert control(made, recipes=("row",), objective="memory")[0] == {"0": ("row",), "2": ("row",)}

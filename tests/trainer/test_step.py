@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan, StepResult
 from deepseek_mp.errors import BatchError, NonFiniteError
-from deepseek_mp.trainer.step import Region
+from deepseek_mp.trainer.step import VETOED, Region
 
 CPU = torch.device("cpu")
 
@@ -144,6 +144,24 @@ def test_one_bad_micro_batch_discards_its_window():
     assert trainer.step(spoiled()).status == "skipped"
     trainer.step(batch())
     assert trainer.step(batch()).status == "applied"
+
+
+def test_a_veto_takes_a_step_back_without_blaming_the_loss_scale():
+    trainer = make("fp16", loss_scale_policy="dynamic")
+    trainer.step(batch())
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.stepper.veto = lambda: torch.ones(())
+    result = trainer.step(batch(seed=2))
+    assert (result.status, result.first_bad_module) == ("skipped", None)
+    assert result.reason == VETOED
+    assert result.loss > 0
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    scale = result.scale
+    trainer.stepper.veto = lambda: torch.zeros(())
+    again = trainer.step(batch(seed=2))
+    assert (again.status, again.scale) == ("applied", scale)
+    assert trainer.stepper.skipped_in_row == 0
 
 
 def test_too_many_skips_in_a_row_are_an_error_that_names_the_place():
