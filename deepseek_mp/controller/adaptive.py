@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepseek_mp.controller.limits import violations
+from deepseek_mp.controller.limits import is_crowded_out, violations
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
@@ -30,7 +30,8 @@ SURELY = 1.25
 """A budget must be exceeded by this to raise layers for it: budgets are predictions."""
 KURTOSIS_GROWTH = 4.0
 """Growth of an input's kurtosis since its layer was lowered that raises it: outliers foretell trouble, as the FOG
-recipes of FP8 training found."""
+recipes of FP8 training found. Only where they do harm: small values begin to be lost for them, or the layer alone costs
+the whole budget. Activations that grow sparse, as they do in healthy training, have as large a kurtosis."""
 MEMORY = 4
 """Batches that count as the past when a new probe joins: readings follow the model as it changes."""
 WRONG = 2.0
@@ -116,35 +117,43 @@ class AdaptiveController:
         made: list[Decision] = []
         if not math.isfinite(measured.loss):
             return made
+        self.loss, self.curvature = measured.loss, measured.curvature
         for name, new in measured.readings.items():
             if name not in self.units or not _is_finite(new):
                 continue
             known = self.readings.get(name)
             if known is not None and known.effects.keys() == new.effects.keys():
                 new = replace(known, batches=min(known.batches, MEMORY), calls=min(known.calls, MEMORY)).joined(new)
+            self.readings[name] = new
             raised = self._alarming(name, measured.readings[name], step)
             made += [] if raised is None else [raised]
-            self.readings[name] = new
-        self.loss, self.curvature = measured.loss, measured.curvature
         self.probes += 1
         return made
 
     def _alarming(self, name: str, seen: UnitReading, step: int) -> Decision | None:
-        """The raise of a layer whose tensors break a hard limit, or whose input's outliers grew, in this very probe."""
+        """The raise of a layer whose tensors break a hard limit, or whose input's outliers grew, in this very probe.
+
+        A limit must also be broken in the mean with the probes before: of a sample one value in a hundred, of one
+        batch, says nothing. What is five times the limit breaks it in the mean too, so nothing grave waits.
+        """
         state = self.states[name]
         if not self._is_lowered(state):
+            return None
+        own, _, named = state.recipe.rstrip("]").partition("[")
+        roles = [Role(role) for role in named.split("+")] if named else list(Role)
+        now, mean = seen.effects.get(own), self.readings[name].effects.get(own)
+        if now is None or mean is None:
             return None
         kurtosis = seen.spreads[Operand.INPUT]["kurtosis"]
         if state.kurtosis is None:
             state.kurtosis = kurtosis  # lowered before anything was measured
-        if state.kurtosis and kurtosis > KURTOSIS_GROWTH * state.kurtosis:
+        allowed = self.settings.loss_budget * self.scale * abs(self.loss)
+        does_harm = is_crowded_out(now, RECIPES[own], roles) or now.loss_change > allowed
+        if state.kurtosis and kurtosis > KURTOSIS_GROWTH * state.kurtosis and does_harm:
             evidence = {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis, "step": step}
             return self._guarded(name, step, "outliers grow in its input", evidence)
-        own, _, named = state.recipe.rstrip("]").partition("[")
-        roles = [Role(role) for role in named.split("+")] if named else list(Role)
-        effect = seen.effects.get(own)
-        words = [] if effect is None else [w for role in roles for w in violations(effect, RECIPES[own], role)]
-        if words:
+        words = [w for role in roles for w in violations(now, RECIPES[own], role)]
+        if words and any(any(violations(mean, RECIPES[own], role)) for role in roles):
             evidence = {"guard": "limits", "step": step}
             return self._guarded(name, step, "; ".join(dict.fromkeys(words)), evidence)
         return None

@@ -127,10 +127,36 @@ def test_a_hard_limit_raises_whatever_the_budget_says(errors, words):
 
 def test_growing_outliers_raise_and_lock():
     made = allocated()
-    (decision,) = made.learn(measured(a={"kurtosis": 40.0}, b={}), 20)
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "underflow": 0.002}, b={}), 20)
     assert decision.evidence["guard"] == "kurtosis"
     assert decision.evidence["when_lowered"] == 3.0
     assert made.states["a"].locked_until == 120
+
+
+def test_growing_outliers_raise_a_layer_that_alone_costs_the_budget():
+    made = allocated()
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "second": 0.003}, b={"second": 0.003}), 20)
+    assert (decision.layer, decision.evidence["guard"]) == ("a", "kurtosis")
+
+
+def test_an_activation_that_grows_sparse_does_no_harm():
+    made = allocated()
+    for step in range(20, 30):
+        assert made.learn(measured(a={"kurtosis": 126.0, "underflow": 0.001}, b={}), step) == []
+
+
+@pytest.mark.parametrize(
+    ("errors", "probes"), [({"underflow": 0.0086}, 4), ({"bias": -0.0202}, 21), ({"bias": -0.11}, 1)]
+)
+def test_a_limit_that_one_batch_breaks_by_a_little_must_be_broken_in_the_mean_of_several(errors, probes):
+    made = allocated()
+    for _ in range(8):
+        made.learn(measured(a={}, b={}), 15)
+    raised = []
+    while not raised:
+        raised = made.learn(measured(a=errors, b={}), 15)
+        probes -= 1
+    assert probes == 0
 
 
 def test_the_layer_that_made_a_bad_number_is_raised_and_stays_for_a_time_that_doubles():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepseek_mp.controller.limits import ideal_error, violations
+from deepseek_mp.controller.limits import ideal_error, is_crowded_out, violations
 from deepseek_mp.ops.rounding import rounded
 from deepseek_mp.ops.statistics import ERROR_FIELDS, rounding_error
 from deepseek_mp.precision import RECIPES, Role
@@ -50,3 +50,11 @@ def test_normal_values_are_healthy_in_every_recipe(name):
     errors = dict(zip(ERROR_FIELDS, rounding_error(x, rounded(x, side)).tolist(), strict=True))
     assert errors["relative"] == pytest.approx(ideal_error(side.format), rel=0.25)
     assert list(violations(effect(input=errors), RECIPES[name], Role.FPROP)) == []
+
+
+def test_outliers_do_harm_from_a_quarter_of_the_limit_on():
+    for share, does in ((0.001, False), (0.0015, True)):
+        found = effect(input={"underflow": share})
+        assert is_crowded_out(found, RECIPES["tensor"], list(Role)) is does
+        assert not is_crowded_out(found, RECIPES["tensor"], [Role.DGRAD])  # which does not read the input
+        assert not is_crowded_out(found, RECIPES["nvfp4"], list(Role))  # which loses some percent of any values
