@@ -18,6 +18,7 @@ from typing import Any
 
 from deepseek_mp.controller.limits import is_crowded_out, violations
 from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.controller.spikes import Gradient, Spikes
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
 from deepseek_mp.precision.allocation import Budget
@@ -103,6 +104,7 @@ class AdaptiveController:
     allocated: bool = False
     """Whether there was a first allocation that lowered anything."""
     trend: LossTrend = field(default_factory=LossTrend)
+    spikes: Spikes = field(default_factory=Spikes)
     next_decision: int = 0
 
     def __post_init__(self) -> None:
@@ -164,9 +166,15 @@ class AdaptiveController:
             return self._raise_guilty(step, first_bad_module)
         if not self.trend.see(step, loss):
             return []
-        lowered = [name for name, state in self.states.items() if self._is_lowered(state)]
         evidence = {"guard": "loss_spike", "step": step, "loss": loss}
-        return [self._guarded(name, step, "the loss jumped while it was lowered", evidence) for name in lowered]
+        return [self._guarded(name, step, "the loss jumped while it was lowered", evidence) for name in self.lowered]
+
+    def see_gradients(self, step: int, seen: Mapping[str, Gradient]) -> list[Decision]:
+        """The gradients of an applied step, by layer: one that spikes raises its layer for a short time."""
+        return [
+            self._held(spike.layer, self.spikes.held[spike.layer], spike.words, {**spike.evidence, "step": step})
+            for spike in self.spikes.see(step, seen, self.lowered, units=len(self.units))
+        ]
 
     def compare(self, step: int, found: Comparison) -> Decision | None:
         """The true rise of the loss by all lowered layers together: adjusts the budgets, and says so."""
@@ -220,6 +228,11 @@ class AdaptiveController:
         self.allocated = self.allocated or bool(made)
         return made
 
+    @property
+    def lowered(self) -> list[str]:
+        """The layers that run lower than the base now."""
+        return [name for name, state in self.states.items() if self._is_lowered(state)]
+
     def recipe_of(self, name: str) -> str:
         """The recipe that the layer is to run in."""
         return self.states[name].recipe
@@ -257,10 +270,14 @@ class AdaptiveController:
 
     def _guarded(self, name: str, step: int, why: str, evidence: dict[str, Any]) -> Decision:
         state = self.states[name]
-        state.locked_until = step + state.patience
-        evidence = {**evidence, "locked_until": state.locked_until}
+        until = step + state.patience
         state.patience = min(2 * state.patience, self.settings.longest_patience)
-        return self._moved(name, self.base.name, Reason.GUARDED, why, evidence)
+        return self._held(name, until, why, evidence)
+
+    def _held(self, name: str, until: int, why: str, evidence: Mapping[str, Any]) -> Decision:
+        """A raise by a guard, to the base, where the layer stays at least until that step."""
+        self.states[name].locked_until = until
+        return self._moved(name, self.base.name, Reason.GUARDED, why, {**evidence, "locked_until": until})
 
     # -- lowering ---------------------------------------------------------------------------------
 
@@ -406,6 +423,7 @@ class AdaptiveController:
             "curvature": self.curvature,
             "allocated": self.allocated,
             "trend": self.trend.state_dict(),
+            "spikes": self.spikes.state_dict(),
             "next_decision": self.next_decision,
         }
 
@@ -417,6 +435,7 @@ class AdaptiveController:
         for name in ("probes", "scale", "loss", "curvature", "allocated", "next_decision"):
             setattr(self, name, state[name])
         self.trend.load_state_dict(dict(state["trend"]))
+        self.spikes.load_state_dict(state["spikes"])
 
 
 def _is_finite(reading: UnitReading) -> bool:

@@ -37,8 +37,9 @@ from deepseek_mp.sensitivity import Arrived, Measured, Probe, Sent
 from deepseek_mp.sensitivity.transfer import Transfer
 from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.callbacks import Callback
+from deepseek_mp.trainer.gradient_watch import GradientWatch
 from deepseek_mp.trainer.probe_clock import ProbeClock
-from deepseek_mp.trainer.result import StepFacts
+from deepseek_mp.trainer.result import FitResult, StepFacts
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -73,6 +74,7 @@ class AdaptivePrecision(Callback):
         self._recipes: list[Recipe] = []
         self._sent: Sent | Arrived | None = None
         self._compared: Transfer | None = None
+        self._gradients: GradientWatch | None = None
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
         self._interval = 0
         """Steps between probes, once their cost is known."""
@@ -91,6 +93,13 @@ class AdaptivePrecision(Callback):
         controller = self.controller
         if controller is None:
             return
+        if self._gradients is None:
+            self._gradients = GradientWatch(
+                trainer.optimizer,
+                self._modules,
+                lowered=lambda: controller.lowered,
+                steps=lambda: trainer.steps_applied,
+            )
         step = trainer.steps_attempted
         if self._sent is not None and self._sent.ready:
             self._pending += controller.learn(self._sent.read(), step)
@@ -121,6 +130,7 @@ class AdaptivePrecision(Callback):
     def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
         """Show the outcome to the guards; what they raise is raised before the next step."""
         self._clock.step()
+        seen = {} if self._gradients is None else self._gradients.read()
         if self.controller is not None and facts.status in ("applied", "skipped"):
             self._pending += self.controller.see(
                 trainer.steps_attempted,
@@ -128,6 +138,17 @@ class AdaptivePrecision(Callback):
                 applied=facts.status == "applied",
                 first_bad_module=facts.first_bad_module,
             )
+            if facts.status == "applied":
+                self._pending += self.controller.see_gradients(trainer.steps_attempted, seen)
+
+    def on_fit_end(self, _trainer: MixedPrecisionTrainer, _result: FitResult) -> None:
+        """Nothing is left on the optimizer; a further fit begins anew."""
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        if self._gradients is not None:
+            self._gradients.remove()
+            self._gradients = None
 
     def _pace(self, trainer: MixedPrecisionTrainer) -> int:
         """Steps until the next probe: as asked for, or more where probes would take too much of the time.
@@ -220,6 +241,7 @@ class AdaptivePrecision(Callback):
 
     def _disable(self, why: str) -> None:
         self.disabled = why
+        self._stop_watching()
         log.info("live precision is off: %s", why)
 
     # -- while it runs ----------------------------------------------------------------------------
@@ -320,6 +342,7 @@ class AdaptivePrecision(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._saved = state
+        self._stop_watching()
         self.controller = self._sent = self._compared = None
         self.disabled = ""
 

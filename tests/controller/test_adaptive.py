@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_mp.controller.adaptive import AdaptiveController, AdaptiveUnit, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
+from deepseek_mp.controller.spikes import HELD, Gradient
 from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.precision import RECIPES, Operand, Reason
 from deepseek_mp.sensitivity import Effect, Measured, UnitReading
@@ -181,6 +182,29 @@ def test_a_jump_of_the_loss_raises_all_that_is_lowered():
     (decision,) = made.see(51, 9.0, applied=True)
     assert decision.layer == "a"
     assert decision.evidence["guard"] == "loss_spike"
+
+
+@pytest.mark.parametrize(
+    ("gradient", "guard"),
+    [(Gradient(norm=9.0, rms=1.0), "gradient_spike"), (Gradient(norm=1.0, rms=3.0), "update_rms")],
+)
+def test_a_spike_raises_its_layer_for_a_short_time(gradient, guard):
+    made, usual = allocated(), Gradient(norm=1.0, rms=1.0)
+    for step in range(50):
+        assert made.see_gradients(step, {"a": usual, "b": usual}) == []
+    (decision,) = made.see_gradients(50, {"a": usual, "b": gradient})
+    assert (decision.layer, decision.old, decision.new, decision.reason) == ("b", "row", "bf16", Reason.GUARDED)
+    assert decision.evidence["guard"] == guard
+    assert decision.evidence["value"] == max(gradient.norm, gradient.rms)
+    assert decision.evidence["locked_until"] == 50 + HELD == made.states["b"].locked_until
+    assert recipes(made) == {"a": "row", "b": "bf16"}
+    assert made.states["b"].patience == SETTINGS.patience  # which is for guards that see harm
+    assert made.see_gradients(51, {"b": gradient}) == []
+    restored = controller()
+    restored.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert restored.see_gradients(52, {"a": gradient}) == made.see_gradients(52, {"a": gradient}) == []  # one at once
+    after = 50 + HELD
+    assert restored.see_gradients(after, {"a": gradient}) == made.see_gradients(after, {"a": gradient}) != []
 
 
 def test_what_does_not_pay_is_not_lowered():
