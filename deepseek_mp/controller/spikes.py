@@ -20,6 +20,8 @@ UPDATE_RMS = 2.3
 SIGMAS = 6.0
 """And so many standard deviations of the layer's own logarithm above its mean: where the loss is almost nothing,
 gradients are those of a few hard examples, and scatter by more than five times as they should."""
+COUNTED, FLOOR = 3.0, 0.05
+"""Standard deviations up to which a value counts in the means, of a scatter that is at least so much."""
 LEAST = 32
 """As many steps must have been seen before one can be a spike."""
 DECAY = 0.98
@@ -29,6 +31,9 @@ HELD = 64
 AT_ONCE = 0.1
 """Share of the layers that are held at once, at least one."""
 NORM, RMS = "gradient_spike", "update_rms"
+IN_A_ROW = {NORM: 1, RMS: 2}
+"""Steps that make a spike. A second moment that a gradient has outgrown is too small for many steps; a batch unlike the
+others is so for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +75,22 @@ class Course:
     mean: float = 0.0
     log: float = 0.0
     scatter: float = 0.0
+    above: int = 0
+    """Steps in a row that were beyond what is usual."""
 
-    def is_spike(self, value: float, limit: float) -> bool:
+    def is_high(self, value: float, limit: float) -> bool:
         """Whether the next value is above the limit, and beyond what this number does by chance."""
         if self.count < LEAST or value <= limit:
             return False
         return math.log(value) - self.log > SIGMAS * math.sqrt(self.scatter)
 
     def add(self, value: float) -> None:
-        """Take the value in; of a spike no more than makes it one, so that it is not usual at once."""
+        """Take the value in; of a spike only a part, so that the next step is judged by what was usual before it.
+
+        A level that stays is usual after some twenty steps.
+        """
         if self.count >= LEAST:
-            value = min(value, TIMES_USUAL * self.mean)
+            value = min(value, math.exp(self.log + COUNTED * max(math.sqrt(self.scatter), FLOOR)))
         self.count += 1
         weight = max(1 - DECAY, 1 / self.count)
         self.mean += weight * (value - self.mean)
@@ -128,7 +138,8 @@ class Spikes:
             course = courses.setdefault(guard, Course())
             usual = course.mean
             limit = TIMES_USUAL * usual if guard == NORM else UPDATE_RMS
-            if course.is_spike(value, limit):
+            course.above = course.above + 1 if course.is_high(value, limit) else 0
+            if course.above >= IN_A_ROW[guard]:
                 yield Spike(layer=name, guard=guard, value=value, usual=usual, limit=limit)
             course.add(value)
 

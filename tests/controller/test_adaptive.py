@@ -192,6 +192,8 @@ def test_a_spike_raises_its_layer_for_a_short_time(gradient, guard):
     made, usual = allocated(), Gradient(norm=1.0, rms=1.0)
     for step in range(50):
         assert made.see_gradients(step, {"a": usual, "b": usual}) == []
+    if guard == "update_rms":
+        assert made.see_gradients(49, {"b": gradient}) == []
     (decision,) = made.see_gradients(50, {"a": usual, "b": gradient})
     assert (decision.layer, decision.old, decision.new, decision.reason) == ("b", "row", "bf16", Reason.GUARDED)
     assert decision.evidence["guard"] == guard
@@ -204,6 +206,8 @@ def test_a_spike_raises_its_layer_for_a_short_time(gradient, guard):
     restored.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert restored.see_gradients(52, {"a": gradient}) == made.see_gradients(52, {"a": gradient}) == []  # one at once
     after = 50 + HELD
+    for one in (made, restored):
+        one.see_gradients(after - 1, {"a": gradient})
     assert restored.see_gradients(after, {"a": gradient}) == made.see_gradients(after, {"a": gradient}) != []
 
 
