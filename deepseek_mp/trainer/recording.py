@@ -20,6 +20,7 @@ from deepseek_mp.monitor.layer_statistics import SAMPLED
 from deepseek_mp.nn import Saturated
 from deepseek_mp.nn.delayed import HISTORY
 from deepseek_mp.precision import OPERANDS, Decision, PrecisionPlan, Reason
+from deepseek_mp.precision.storage import STORAGE_KIND, StorageDecision
 from deepseek_mp.records import RunWriter
 from deepseek_mp.records.runfile import CHECKPOINTS, RUN_FILE, load_attempts
 from deepseek_mp.trainer.result import StepFacts
@@ -140,14 +141,14 @@ class Recorder:
             **(self._statistics() if not self._trainer.steps_attempted % self._trainer.config.monitor_every else {}),
         )
 
-    def decided(self, decisions: Sequence[Decision]) -> None:
-        """Decisions taken between two steps; those that change nothing are said here only."""
+    def decided(self, decisions: Sequence[Decision | StorageDecision]) -> None:
+        """Decisions taken between two steps; those that change no plan are said here only."""
         for decision in decisions:
             log.info("step %d: %s", self._trainer.steps_attempted, decision)
         out = self._out(done=self._trainer.steps_attempted)
         if out is not None:
             for decision in decisions:
-                out.decision({"step": self._trainer.steps_attempted, **decision.to_json()})
+                out.decision({"step": self._trainer.steps_attempted, **_line(decision)})
 
     def _alarmed(self) -> dict[str, Any]:
         """The alarms that are new, if there are any."""
@@ -218,6 +219,15 @@ class Recorder:
         if out is not None:
             more = {**self._alarmed(), **self._statistics()} if last else {}
             out.metrics(step=self._trainer.steps_attempted, status="epoch", **entry, **more)
+
+
+def _line(decision: Decision | StorageDecision) -> dict[str, Any]:
+    """A decision as its line in the records; that about a storage is marked, since it is none about a recipe."""
+    line = decision.to_json()
+    if isinstance(decision, StorageDecision):
+        del line["state"]
+        line |= {"role": None, "kind": STORAGE_KIND}
+    return line
 
 
 def _usable(run_dir: str | os.PathLike[str]) -> Path:

@@ -73,8 +73,9 @@ TASKS = {"text": text, "images": images, "regression": regression}
 def test_a_healthy_run_meets_no_guard_and_no_alarm(name: str, budget: str, steps: int) -> None:
     torch.manual_seed(0)
     task = TASKS[name]()
+    probe_every = 8 if steps < 1000 else 16
     live = AdaptivePrecision(
-        AdaptiveSettings(recipes=("tensor", "row"), warm_up=50, probe_every=8, share=1.0, **BUDGETS[budget])
+        AdaptiveSettings(recipes=("tensor", "row"), warm_up=50, probe_every=probe_every, share=1.0, **BUDGETS[budget])
     )
     trainer = MixedPrecisionTrainer(
         task.model,
