@@ -106,6 +106,8 @@ class AdaptiveController:
     trend: LossTrend = field(default_factory=LossTrend)
     spikes: Spikes = field(default_factory=Spikes)
     next_decision: int = 0
+    refusals: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Layer -> recipe -> why it was no choice when decisions were made last."""
 
     def __post_init__(self) -> None:
         for name in self.units:
@@ -328,6 +330,7 @@ class AdaptiveController:
             words = self._cost_of_products(costs, predicted[recipe_name], RECIPES[recipe_name], step)
             if words:
                 broken.setdefault(recipe_name, Refusal(reason=Reason.ALLOCATED, rule="pays", words=words))
+        self.refusals[name] = {r: why.words for r, why in broken.items()}
         refused[name] = {r: why for r, why in broken.items() if self._concerns(name, r, predicted[r])}
         return costs
 
@@ -404,6 +407,8 @@ class AdaptiveController:
 
     def _moved(self, name: str, new: str, reason: Reason, detail: str, evidence: Mapping[str, Any]) -> Decision:
         state = self.states[name]
+        if reason is Reason.ALLOCATED and self.refusals.get(name):
+            evidence = {**evidence, "refused": self.refusals[name]}
         made = Decision(layer=name, old=state.recipe, new=new, reason=reason, detail=detail, evidence=_plain(evidence))
         state.recipe = new
         if _speed(new) <= speed_of(self.base):

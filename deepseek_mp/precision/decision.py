@@ -50,7 +50,7 @@ class Reason(StrEnum):
     ALLOCATED = "allocated"
     """The solver chose it: what it saves against what it costs of the loss and of the gradient's accuracy."""
     GUARDED = "guarded"
-    """A guard raised it while training: it broke a limit, made a bad number, or the loss jumped."""
+    """A guard raised it while training: a limit was broken, a bad number made, or its gradient or the loss jumped."""
     COMPARED = "compared"
     """The loss was compared with that in FP32 on the same batch."""
     RESUMED = "resumed"
