@@ -19,22 +19,24 @@ from typing import Any
 from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState
 from deepseek_mp.controller.choice_costs import CostRules, Judged
 from deepseek_mp.controller.height import height, height_of, parts_of
-from deepseek_mp.controller.limits import broken
+from deepseek_mp.controller.limits import broken, is_crowded_out
 from deepseek_mp.controller.region import HARM_WITH_ALARM, SUDDEN_HARM, harbour, shares
 from deepseek_mp.controller.settings import OBJECTIVES, AdaptiveSettings
 from deepseek_mp.controller.speed import Gain
+from deepseek_mp.controller.spikes import Gradient, Spikes
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
 from deepseek_mp.precision.allocation import Budget, Choice
 from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for, choices_of, plan_for
-from deepseek_mp.sensitivity import Measured, UnitReading
+from deepseek_mp.sensitivity import Effect, Measured, UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
 SURELY = 1.25
 """A budget must be exceeded by this to raise layers for it: budgets are predictions."""
 KURTOSIS_GROWTH = 4.0
 """Growth of an input's kurtosis since its layer was lowered that raises it: outliers foretell trouble, as the FOG
-recipes of FP8 training found."""
+recipes of FP8 training found. Only where they do harm: small values begin to be lost for them, or the layer alone costs
+the whole budget. Activations that grow sparse, as they do in healthy training, have as large a kurtosis."""
 MEMORY = 4
 """Batches that count as the past when a new probe joins: readings follow the model as it changes."""
 WRONG = 2.0
@@ -62,11 +64,17 @@ class AdaptiveController:
     allocated: bool = False
     """Whether there was a first allocation that lowered anything."""
     trend: LossTrend = field(default_factory=LossTrend)
+    spikes: Spikes = field(default_factory=Spikes)
     next_decision: int = 0
     kept: float = 1.0
     """How much of what the layers' timings promise a step was seen to save; 0 or less: it became no faster."""
     pass_seconds: float | None = None
     """Time of a forward and backward with its share of the step, once steps were timed."""
+    is_explained: bool = False
+    """Whether it was said why layers were not lowered."""
+    _wanted: dict[str, Decision] = field(default_factory=dict)
+    refusals: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Layer -> recipe -> why it was no choice when decisions were made last."""
 
     def __post_init__(self) -> None:
         for name in self.units:
@@ -80,25 +88,28 @@ class AdaptiveController:
         made: list[Decision] = []
         if not math.isfinite(measured.loss):
             return made
+        self.loss, self.curvature = measured.loss, measured.curvature
         readings = {n: new for n, new in measured.readings.items() if n in self.units and _is_finite(new)}
         alone = Predictor(readings, measured.loss, curvature=measured.curvature)
         for name, new in readings.items():
             known = self.readings.get(name)
             if known is not None and known.effects.keys() == new.effects.keys():
                 new = replace(known, batches=min(known.batches, MEMORY), calls=min(known.calls, MEMORY)).joined(new)
-            raised = self._alarming(name, alone, step)
+            raised = self._alarming(name, alone, new, step)
             if raised is not None or self.states[name].alarmed:
                 new = readings[name]  # what was before is no mean of what is now
             self.states[name].alarmed = False
             made += [] if raised is None else [raised]
             self.readings[name] = new
-        self.loss, self.curvature = measured.loss, measured.curvature
         self.probes += 1
         return made
 
-    def _alarming(self, name: str, alone: Predictor, step: int) -> Decision | None:
+    def _alarming(self, name: str, alone: Predictor, mean: UnitReading, step: int) -> Decision | None:
         """The raise of a layer for what this very probe says: the base itself harms it, its range does not hold, a hard
         limit is broken, or outliers grew in its input. It is raised above the base where the probe says it needs that.
+
+        A limit must also be broken in the mean with the probes before: of a sample one value in a hundred, of one
+        batch, says nothing. What is five times the limit breaks it in the mean too, so nothing grave waits.
         """
         state, unit, seen = self.states[name], self.units[name], alone.readings[name]
         found = shares(name, alone, self.settings)
@@ -116,11 +127,20 @@ class AdaptiveController:
         if not self.is_lowered(name):
             return None
         evidence = self._outliers(state, seen.spreads[Operand.INPUT]["kurtosis"])
-        if evidence:
-            return self._guarded(name, step, "outliers grow in its input", {**evidence, "share": harm}, above)
         own, roles = parts_of(state.recipe)
-        words = broken(seen.effects[own], RECIPES[own], roles) if own in seen.effects else ""
-        return self._guarded(name, step, words, {"guard": "limits", "share": harm}, above) if words else None
+        if own not in seen.effects:
+            return None
+        if evidence and (above or self._harms(seen.effects[own], RECIPES[own], roles)):
+            return self._guarded(name, step, "outliers grow in its input", {**evidence, "share": harm}, above)
+        words = broken(seen.effects[own], RECIPES[own], roles)
+        if words and broken(mean.effects[own], RECIPES[own], roles):
+            return self._guarded(name, step, words, {"guard": "limits", "share": harm}, above)
+        return None
+
+    def _harms(self, seen: Effect, recipe: Recipe, roles: Sequence[Role]) -> bool:
+        """Whether outliers do harm: small values begin to become zero, or the layer alone costs the whole budget."""
+        allowed = self.settings.loss_budget * self.scale * abs(self.loss)
+        return is_crowded_out(seen, recipe, roles) or seen.loss_change > allowed
 
     def _outliers(self, state: UnitState, kurtosis: float) -> dict[str, Any]:
         """Evidence that the outliers in the input of a lowered layer grew; empty where they did not."""
@@ -156,6 +176,20 @@ class AdaptiveController:
             if name in self.readings and self.is_lowered(name)
         }
         return {name: size for name, size in sizes.items() if size > 0}
+
+    def see_gradients(self, step: int, seen: Mapping[str, Gradient]) -> list[Decision]:
+        """The gradients of an applied step, by layer: one that spikes raises its layer for a short time."""
+        return [
+            self._held(
+                spike.layer,
+                self.base.name,
+                self.spikes.held[spike.layer],
+                Reason.GUARDED,
+                spike.words,
+                {**spike.evidence, "step": step},
+            )
+            for spike in self.spikes.see(step, seen, self.lowered, units=len(self.units))
+        ]
 
     def compare(self, step: int, found: Comparison) -> Decision | None:
         """The true rise of the loss by all lowered layers together: adjusts the budgets, and says so."""
@@ -227,11 +261,27 @@ class AdaptiveController:
         if found is None:
             return []
         wanted = {decision.layer: decision for decision in plan.decisions}
+        self._wanted = wanted
+        self.refusals = {name: each.refused for name, each in judged.items() if each.refused}
         over = self._exceeds(judged, recipes, budget)
         changes = [self._raised(wanted[name], judged[name], over=over, step=step) for name in judged]
         made = [change for change in changes if change is not None]
         made += self._lowered(list(wanted.values()), {change.layer for change in made}, step)
         self.allocated = self.allocated or bool(made)
+        return made
+
+    def explained(self, step: int) -> list[Decision]:
+        """Once, when there was a first decision: why the layers that it left as they are were not lowered."""
+        if self.is_explained or not self._wanted:
+            return []
+        self.is_explained = True
+        made = []
+        for name, wanted in self._wanted.items():
+            now = self.states[name].recipe
+            if self.is_lowered(name) or now != wanted.old:
+                continue
+            words = "; ".join(f"{recipe}: {why}" for recipe, why in self.refusals.get(name, {}).items())
+            made.append(self._moved(name, now, Reason.ALLOCATED, words or wanted.detail, {"step": step}))
         return made
 
     def _judged(self, step: int) -> dict[str, Judged]:
@@ -262,6 +312,11 @@ class AdaptiveController:
             loss=max(self.settings.loss_budget * self.scale, math.fsum(each.loss for each in least)),
             noise=max(self.settings.noise_budget * self.scale, math.fsum(each.noise for each in least)),
         )
+
+    @property
+    def lowered(self) -> list[str]:
+        """The layers that run lower than the base now."""
+        return [name for name in self.states if self.is_lowered(name)]
 
     def recipe_of(self, name: str) -> str:
         """The recipe that the layer is to run in."""
@@ -302,10 +357,14 @@ class AdaptiveController:
     def _locked(self, name: str, new: str, reason: Reason, why: str, evidence: dict[str, Any]) -> Decision:
         """Raised, for a time that doubles with every repetition."""
         state = self.states[name]
-        state.locked_until = evidence["step"] + state.patience
-        evidence = {**evidence, "locked_until": state.locked_until}
+        until = evidence["step"] + state.patience
         state.patience = min(2 * state.patience, self.settings.longest_patience)
-        return self._moved(name, new, reason, why, evidence)
+        return self._held(name, new, until, reason, why, evidence)
+
+    def _held(self, name: str, new: str, until: int, reason: Reason, why: str, evidence: Mapping[str, Any]) -> Decision:
+        """Raised, at least until that step."""
+        self.states[name].locked_until = until
+        return self._moved(name, new, reason, why, {**evidence, "locked_until": until})
 
     # -- lowering ---------------------------------------------------------------------------------
 
@@ -386,6 +445,8 @@ class AdaptiveController:
 
     def _moved(self, name: str, new: str, reason: Reason, detail: str, evidence: Mapping[str, Any]) -> Decision:
         state = self.states[name]
+        if reason is Reason.ALLOCATED and self.refusals.get(name):
+            evidence = {**evidence, "refused": self.refusals[name]}
         made = Decision(layer=name, old=state.recipe, new=new, reason=reason, detail=detail, evidence=_plain(evidence))
         state.recipe = new
         if not self.is_lowered(name):
@@ -397,17 +458,11 @@ class AdaptiveController:
     def state_dict(self) -> dict[str, Any]:
         """JSON values: a run that is resumed decides as it would have."""
         return {
+            **{name: getattr(self, name) for name in _NUMBERS},
             "states": {name: vars(state).copy() for name, state in self.states.items()},
             "readings": {name: reading.to_json() for name, reading in self.readings.items()},
-            "probes": self.probes,
-            "scale": self.scale,
-            "loss": self.loss,
-            "curvature": self.curvature,
-            "allocated": self.allocated,
             "trend": self.trend.state_dict(),
-            "next_decision": self.next_decision,
-            "kept": self.kept,
-            "pass_seconds": self.pass_seconds,
+            "spikes": self.spikes.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -415,9 +470,16 @@ class AdaptiveController:
             if name in self.states:
                 self.states[name] = UnitState(**values)
         self.readings = {name: UnitReading.from_json(value) for name, value in state["readings"].items()}
-        for name in ("probes", "scale", "loss", "curvature", "allocated", "next_decision", "kept", "pass_seconds"):
+        for name in _NUMBERS:
             setattr(self, name, state[name])
         self.trend.load_state_dict(dict(state["trend"]))
+        self.spikes.load_state_dict(state["spikes"])
+
+
+_NUMBERS = (
+    "probes", "scale", "loss", "curvature", "allocated", "is_explained", "next_decision", "kept", "pass_seconds",
+)  # fmt: skip
+"""What of a controller is a number and part of its state."""
 
 
 def _is_finite(reading: UnitReading) -> bool:

@@ -28,6 +28,8 @@ class Judged:
 
     base: str
     costs: UnitCosts
+    refused: dict[str, str]
+    """Lower recipes that are no choice now, each with the reason."""
     unpaid: str
     """Why the recipe that it runs in does not pay; empty where it does."""
     above: str
@@ -64,9 +66,11 @@ class CostRules:
         costs = UnitCosts(name=name, macs=unit.macs, predicted=predicted, seconds=unit.seconds, inputs=unit.inputs)
         now, roles = parts_of(recipe)
         lower = [own for own in predicted if height(RECIPES[own]) < height(self.base)]
-        unpaid = ""
+        unpaid, refused = "", dict[str, str]()
         for own in lower:
+            refused[own] = out_of_range(reading, RECIPES[own]) or broken(reading.effects[own], RECIPES[own], list(Role))
             words = self._unpaid(costs, predicted[own], RECIPES[own], is_lowered=now in lower)
+            refused[own] = refused[own] or words
             if own == now and any(math.isinf(predicted[own][role].loss) for role in roles):
                 unpaid = words
         found = shares(name, self.predictor, self.settings)
@@ -75,7 +79,8 @@ class CostRules:
         above = harbour(costs, unit.recipes, self.base, found) if harm > most else ""
         self._rule_out(predicted, above)
         costs = replace(costs, above=above)
-        return Judged(costs=costs, unpaid=unpaid, above=above, harm=harm, base=self.base.name)
+        refused = {own: words for own, words in refused.items() if words}
+        return Judged(costs=costs, refused=refused, unpaid=unpaid, above=above, harm=harm, base=self.base.name)
 
     def _rule_out(self, predicted: dict[str, dict[Role, Predicted]], above: str) -> None:
         """A layer that the base harms has one choice, above it; any other has none there."""

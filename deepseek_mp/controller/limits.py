@@ -16,6 +16,8 @@ BIAS = 0.02
 """Mean relative error of a gradient's values. Errors of one sign add up over steps: on a small GPT in FP4 one biased
 gradient made two thirds of what FP4 cost."""
 
+CROWDED = 0.25
+"""Share of the limit on what becomes zero from which on outliers are taken to do harm."""
 EASE = 1.5
 """How many times what is unavoidable in the format comes on top: what becomes zero is an error of one sign too."""
 
@@ -80,3 +82,11 @@ def violations(effect: Effect, recipe: Recipe, role: Role) -> Iterator[str]:
             yield f"{errors['underflow']:.2%} of {operand} become zero"
         if is_gradient and abs(errors["bias"]) > BIAS + lost:
             yield f"{operand} is biased by {errors['bias']:.3f}"
+
+
+def is_crowded_out(effect: Effect, recipe: Recipe, roles: Sequence[Role]) -> bool:
+    """Whether small values of the input begin to become zero in these products, beside what is large in it."""
+    reads = [role for role in roles if Operand.INPUT in OPERANDS[role]]
+    formats = {role: recipe.operand(role, Operand.INPUT).format for role in reads}
+    limits = {role: CROWDED * UNDERFLOW_FORWARD + EASE * ideal_underflow(formats[role]) for role in reads}
+    return any(effect.errors[role, Operand.INPUT]["underflow"] > limits[role] for role in reads)

@@ -87,6 +87,8 @@ class LossScaler:
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._steppable: set[int] = set()
         self._scaled = False
+        self.norms: tuple[list[Tensor], Tensor] | None = None
+        """While optimizers step: parameters, and the L2 norm of each one's unscaled gradient before clipping."""
         if device is not None:
             self.policy.to(torch.device(device))
 
@@ -136,20 +138,25 @@ class LossScaler:
                 total = None
             before()
             grads = gradients.gradient_views(params)
-        norm = gradients.l2_norm(grads)
+        sizes = gradients.norms(grads)
+        norm = gradients.l2_norm_of(sizes)
         amax = gradients.largest_magnitude(grads) * used if self.policy.needs_amax else None
         bad = torch.isfinite(norm).logical_not_().to(torch.float32).to(used.device, non_blocking=True)
         if nonfinite is not None:
             bad = torch.maximum(bad, nonfinite)
         if total is not None:
-            norm = norm / total
+            norm, sizes = norm / total, sizes / total
             amax = None if amax is None else amax / total
         skip = bad
         if empty is not None:  # whatever its numbers are: a mean over nothing is 0/0
             nothing = empty.to(bad.device, torch.bool, non_blocking=True)
             skip, bad = torch.maximum(bad, nothing), bad.masked_fill(nothing, 0.0)
             amax = None if amax is None else amax.masked_fill(nothing, 0.0)
-        status = self._apply(optimizers, params, grads, _with_clipping(total, norm, max_grad_norm), skip)
+        self.norms = params, sizes
+        try:
+            status = self._apply(optimizers, params, grads, _with_clipping(total, norm, max_grad_norm), skip)
+        finally:
+            self.norms = None
         self._scaled = False
         self.policy.update(bad, amax)
         return Verdict(nonfinite=bad, skipped=skip, grad_norm=norm, scale=used, status=status)

@@ -14,6 +14,7 @@ from deepseek_mp.monitor.observed import Observed
 from deepseek_mp.monitor.sides import sides_of
 from deepseek_mp.monitor.store import PHASES, TENSORS, Parts
 from deepseek_mp.monitor.symptoms import symptoms
+from deepseek_mp.ops.storage_marks import storage_of
 
 log = logging.getLogger("deepseek_mp.monitor")
 
@@ -72,8 +73,10 @@ class AlarmLog:
             now = [name for name, count in zip(TENSORS, counts[unit].tolist(), strict=True) if count]
             if now:
                 sides = sides_of(seen.recipes[unit]) if unit in seen.recipes else {}
-                readings = symptoms(parts, unit, now, sides, self._limits, step=sampled.step)
-                yield from self._judge.judge(sampled.step, seen.subjects[unit].name, readings)
+                subject = seen.subjects[unit]
+                is_kept = storage_of(subject.weight) is not None
+                readings = symptoms(parts, unit, now, sides, self._limits, step=sampled.step, is_kept=is_kept)
+                yield from self._judge.judge(sampled.step, subject.name, readings)
 
     def _of_numbers(self, seen: Observed, sampled: Sampled, parts: Parts, bad: Tensor) -> Iterator[Alarm]:
         """The producer of non-finite values in this step, if there was one and it is not to be waited for others.

@@ -46,7 +46,8 @@ class Limits:
     """Calls of the model before `rms` counts: as long as the second moment has not seen the 1 / (1 - 0.999) steps that
     it spans, every gradient that begins to grow looks like a spike."""
     edq: float | None = 0.95
-    """What an update must still do of what it should, of weights that are stored in 16 bits. Their lost share must
+    """What an update must still do of what it should, of weights that are stored in 16 bits and rounded to the
+    nearest; `deepseek_mp.optim` writes them in other ways. Their lost share must
     not exceed what is missing to 1, since the update that was meant is not known of them."""
     non_finite: bool = True
     """The first module that made an infinity or NaN of finite numbers; in the backward, where a loss scale is found by

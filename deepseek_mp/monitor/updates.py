@@ -15,16 +15,17 @@ from deepseek_mp.monitor.own_work import own_work
 from deepseek_mp.monitor.store import UPDATE, Store
 from deepseek_mp.monitor.subjects import Choice, Subject, outputs_first, weight_rows
 from deepseek_mp.ops.gradients import l2_norm
+from deepseek_mp.ops.updates import effective_quality, kept_by_nearest, lost_share
 
 UPDATE_FIELDS = ("ratio", "lost", "edq", "grad_norm", "spike", "rms")
 """What is known of an update, with w the weight, dw what the step adds to it and g the gradient that the optimizer is
 given, clipped if it was. All but the norm are over the sampled rows.
 
 ratio      |dw| / |w|
-lost       share of dw other than zero that leaves the weight as it is if that is stored in BF16: of w' = bf16(w) it is
-           bf16(w' + dw) = w'. Of a weight that is stored in 16 bits already: share of g other than zero where dw = 0
-edq        <dw_eff, dw> / |dw|^2 with dw_eff = bf16(w' + dw) - w': 1 if nothing is lost (after "Collage", arXiv
-           2405.03637). Not known of a weight that is stored in 16 bits already
+lost       share of dw other than zero that a weight rounded to the nearest BF16 value would lose (`ops.updates`). Of a
+           weight that is stored in 16 bits already: share of g other than zero where dw = 0
+edq        what would arrive of dw, 1 if nothing is lost (`ops.updates`). Not known of a weight that is stored in 16
+           bits already
 grad_norm  |g|, of the whole gradient
 spike      |g| over its exponential mean before this step
 rms        sqrt(mean(g^2 / max(v, eps^2))) with Adam's second moment v, without its bias, after this step
@@ -129,10 +130,8 @@ def _lost(before: _Before, weight: Tensor, change: Tensor) -> tuple[Tensor, Tens
         asked = before.gradient != 0
         unknown = torch.full((), float("nan"), device=weight.device)
         return (asked & (change == 0)).sum() / asked.sum(), unknown
-    stored = weight.bfloat16().float()
-    kept = (stored + change).bfloat16().float() - stored
-    moved = change != 0
-    return (moved & (kept == 0)).sum() / moved.sum(), (kept * change).sum() / change.square().sum()
+    kept = kept_by_nearest(weight, change)
+    return lost_share(kept, change), effective_quality(kept, change)
 
 
 def _rms(optimizer: Optimizer, before: _Before) -> Tensor:

@@ -98,6 +98,14 @@ class Promise:
             *[part.peek() if isinstance(part, Promise) else part for part in self.arguments], **self.options
         )
 
+    def rows(self, every: int) -> Tensor:
+        """[n, K]: one of so many rows of the values [..., K]; of what was put off, computed for these rows only."""
+        if self.values is not None:
+            return self.values.detach().flatten(0, -2)[::every]
+        return self.operation(  # type: ignore[no-any-return]
+            *[part.rows(every) if isinstance(part, Promise) else part for part in self.arguments], **self.options
+        )
+
     def keep_followers(self) -> None:
         """Compute what reads the values as they are now."""
         followers, self.followers = self.followers, []
@@ -295,6 +303,14 @@ def lazy(values: Tensor) -> Lazy:
 def peeked(tensor: Tensor) -> Tensor:
     """An ordinary tensor with the same values for reading once, without a trace in what the tensor is used for."""
     return tensor.promise.peek() if isinstance(tensor, Lazy) else tensor.detach()
+
+
+def some_rows(tensor: Tensor, every: int) -> Tensor:
+    """[n, K]: one of so many rows of a tensor [..., K] of two or more dimensions, without what autograd knows of it.
+
+    What was put off stays put off.
+    """
+    return tensor.promise.rows(every) if isinstance(tensor, Lazy) else tensor.detach().flatten(0, -2)[::every]
 
 
 def is_traced(values: Tensor) -> bool:

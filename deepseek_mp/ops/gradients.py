@@ -1,4 +1,4 @@
-"""The gradients of one optimizer step: their norm, their largest magnitude, their unscaling.
+"""The gradients of one optimizer step: their norms, what they are over Adam's second moment, their unscaling.
 
 Everything is computed on the device and stays there as 0-dim tensors, so that nothing here waits for
 it. A gradient may be dense or sparse, real or complex, of any floating dtype and on any device; the
@@ -31,7 +31,7 @@ def gradient_views(params: Iterable[Tensor]) -> list[Tensor]:
             continue
         if grad.is_sparse:
             param.grad = grad = grad.coalesce()
-            grad = grad._values()  # noqa: SLF001 - values() is a copy that autograd tracks; this is the memory itself
+            grad = grad._values()
         views.append(torch.view_as_real(grad) if grad.is_complex() else grad)
     return views
 
@@ -43,27 +43,57 @@ def _by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     return groups
 
 
-def _norms(grads: Sequence[Tensor], order: float) -> Tensor:
-    """The norm of each gradient, as one vector on the device of the first."""
+def norms(grads: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """The norm of each gradient, as one vector on the device of the first, in their order; `order` 2 or infinity."""
     # The sum of squares is taken in float32 whatever the dtype of the gradient: a norm of 1e5 does
     # not fit in fp16, and clipping by an infinite norm would set every gradient to zero.
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    home = grads[0].device
-    parts = [
-        torch.stack(torch._foreach_norm(group, order, dtype=dtype)).to(home, non_blocking=True)  # noqa: SLF001
-        for group in _by_device(grads).values()
-    ]
-    return torch.cat(parts)
+    home, groups = grads[0].device, _by_device(grads)
+    found = {place: iter(torch._foreach_norm(group, order, dtype=dtype)) for place, group in groups.items()}
+    if len(found) == 1:
+        return torch.stack(list(found[home]))
+    return torch.stack([next(found[grad.device]).to(home, non_blocking=True) for grad in grads])
 
 
 def l2_norm(grads: Sequence[Tensor]) -> Tensor:
     """Square root of the sum of squares over all gradients, 0-dim; non-finite if any of them is."""
-    return torch.sqrt(_norms(grads, 2.0).square().sum())
+    return l2_norm_of(norms(grads))
+
+
+def l2_norm_of(norms: Tensor) -> Tensor:
+    """That of all gradients, from the norm of each."""
+    return torch.sqrt(norms.square().sum())
 
 
 def largest_magnitude(grads: Sequence[Tensor]) -> Tensor:
     """Largest absolute value over all gradients, 0-dim; NaN if any element is NaN."""
-    return _norms([g for g in grads if g.numel()] or [grads[0].new_zeros(1)], float("inf")).max()
+    return norms([g for g in grads if g.numel()] or [grads[0].new_zeros(1)], float("inf")).max()
+
+
+@torch.no_grad()
+def moment_ratios(
+    grads: Sequence[Tensor], moments: Sequence[Tensor], *, beta: float, eps: float, divisor: Tensor | None = None
+) -> Tensor:
+    """sqrt(sum(g^2 / max(v, eps^2))) of each gradient, v being Adam's second moment with this gradient, and its bias.
+
+    Times sqrt((1 - beta^t) / n), of n values and after t steps, it is the RMS of "Stable and low-precision training"
+    (arXiv 2304.13013): above 1 if the gradient has outgrown its past.
+
+    Args:
+        grads: fp32, whole or in part.
+        moments: the second moments before the step, of the same shapes.
+        divisor: 0-dim; the gradients are divided by it first (a loss scale).
+
+    Returns:
+        As `norms`.
+    """
+    own = list(grads)
+    if divisor is not None:
+        own = list(torch._foreach_mul(own, divisor.to(own[0].device, non_blocking=True).reciprocal()))
+    seconds = list(torch._foreach_lerp(list(moments), torch._foreach_mul(own, own), 1 - beta))
+    torch._foreach_clamp_min_(seconds, eps**2)
+    torch._foreach_sqrt_(seconds)
+    return norms(torch._foreach_div(own, seconds))
 
 
 def multiply_(grads: Sequence[Tensor], factor: Tensor) -> None:

@@ -50,7 +50,7 @@ class Reason(StrEnum):
     ALLOCATED = "allocated"
     """The solver chose it: what it saves against what it costs of the loss and of the gradient's accuracy."""
     GUARDED = "guarded"
-    """A guard raised it while training: it broke a limit, made a bad number, or the loss jumped."""
+    """A guard raised it while training: a limit was broken, a bad number made, or its gradient or the loss jumped."""
     REGION_HARMS = "region_harms"
     """The format of the region around it takes too much of the budgets in this layer: it runs above the region."""
     COMPARED = "compared"

@@ -41,6 +41,8 @@ class StorageFormat(StrEnum):
         return 2 if self is StorageFormat.BF16_SR else 4
 
 
+STORAGE_KIND = "storage"
+"""`kind` of these decisions in the records of a run; those about recipes have none."""
 _FROM_EXACT = tuple(StorageFormat)
 
 

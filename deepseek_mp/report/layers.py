@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepseek_mp.precision import Reason, Role
+from deepseek_mp.precision.storage import STORAGE_KIND
 from deepseek_mp.records import Run
 
 ROLES = tuple(role.value for role in Role)
@@ -57,11 +58,11 @@ class LayerHistory:
 
 
 def read_layers(run: Run) -> LayerHistory:
-    """The choices in the decisions in force of a run.
+    """The choices in the decisions in force of a run; how weights are stored is none.
 
     A decision of layers that the plan in force no longer has is not at its end, if the plan names its decisions.
     """
-    choices = [_choice(line) for line in run.decisions]
+    choices = [_choice(line) for line in run.decisions if line.get("kind") != STORAGE_KIND]
     lasting = [choice for choice in choices if choice.reason not in EVENTS]
     state: dict[str, dict[str, Choice]] = {}
     changes = []

@@ -37,9 +37,10 @@ from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.config import TrainerConfig
+from deepseek_mp.trainer.gradient_watch import GradientWatch
 from deepseek_mp.trainer.input_look import GROWTH, InputLook
 from deepseek_mp.trainer.probe_clock import ProbeClock
-from deepseek_mp.trainer.result import StepFacts
+from deepseek_mp.trainer.result import FitResult, StepFacts
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -73,6 +74,7 @@ class AdaptivePrecision(Callback):
         """A device, and what layers cost on it."""
         self._sent: Sent | Arrived | None = None
         self._compared: HostCopy | None = None
+        self._gradients: GradientWatch | None = None
         self._next_probe, self._next_comparison = 0, self.settings.compare_every
         self._interval = 0
         """Steps between probes, once their cost is known."""
@@ -94,6 +96,14 @@ class AdaptivePrecision(Callback):
         controller = self.controller
         if controller is None:
             return
+        if self._gradients is None:
+            self._gradients = GradientWatch(
+                trainer.optimizer,
+                self._modules,
+                lowered=lambda: controller.lowered,
+                steps=lambda: trainer.steps_applied,
+                norms=lambda: trainer.scaler.norms,
+            )
         step = trainer.steps_attempted
         grown = controller.grown(step, self._look.grown())
         if grown:
@@ -109,6 +119,7 @@ class AdaptivePrecision(Callback):
                 self._note(trainer, [decision])
         if controller.due(step):
             self._pending += controller.decide(step)
+            self._note(trainer, controller.explained(step))
         self._put_pending_in_force(trainer)
         if step >= self._next_probe and self._sent is None:
             self._next_probe = step + self._pace()
@@ -145,6 +156,7 @@ class AdaptivePrecision(Callback):
         seconds = self._clock.step()
         if self.controller is not None and seconds is not None and self._timed:
             self._time(trainer, self.controller, seconds)
+        seen = {} if self._gradients is None else self._gradients.read()
         if self.controller is not None and facts.status in ("applied", "skipped"):
             self._pending += self.controller.see(
                 trainer.steps_attempted,
@@ -152,6 +164,17 @@ class AdaptivePrecision(Callback):
                 applied=facts.status == "applied",
                 first_bad_module=facts.first_bad_module,
             )
+            if facts.status == "applied":
+                self._pending += self.controller.see_gradients(trainer.steps_attempted, seen)
+
+    def on_fit_end(self, _trainer: MixedPrecisionTrainer, _result: FitResult) -> None:
+        """Nothing is left on the optimizer; a further fit begins anew."""
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        if self._gradients is not None:
+            self._gradients.remove()
+            self._gradients = None
 
     def _time(self, trainer: MixedPrecisionTrainer, controller: AdaptiveController, seconds: float) -> None:
         """Hold the step's time against what the layers' timings promised."""
@@ -211,6 +234,7 @@ class AdaptivePrecision(Callback):
     def _disable(self, trainer: MixedPrecisionTrainer, why: str) -> None:
         """Nothing is decided from now on; the run's decisions say so."""
         self.disabled = why
+        self._stop_watching()
         base = trainer.plan.base.name
         said = Decision(layer="", old=base, new=base, reason=Reason.ADAPT_OFF, detail=why)
         trainer.recorder.decided([said])
@@ -332,6 +356,7 @@ class AdaptivePrecision(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._saved = state
+        self._stop_watching()
         self.controller = self._sent = self._compared = None
         self.disabled = ""
 

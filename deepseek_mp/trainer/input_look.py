@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from deepseek_mp.nn.lazy import some_rows
 from deepseek_mp.ops.host_copy import HostCopy
 
 ROWS = 256
@@ -97,8 +98,8 @@ class InputLook:
             given = args[0] if args else next(iter(kwargs.values()), None)
             if not (self.active and module.training and isinstance(given, Tensor) and given.numel()):
                 return
-            rows = given.detach().flatten(0, -2) if given.dim() > 1 else given.detach()[None]
-            some = rows[:: max(1, rows.shape[0] // ROWS)]
+            count = given.numel() // given.shape[-1] if given.dim() > 1 else 1
+            some = some_rows(given, max(1, count // ROWS)) if given.dim() > 1 else given.detach()
             size = torch.linalg.vector_norm(some, float("inf")).float()
             self._seen[name] = torch.maximum(self._seen[name], size) if name in self._seen else size
 

@@ -21,6 +21,7 @@ from deepseek_mp.monitor.layer_statistics import SAMPLED
 from deepseek_mp.nn import Saturated
 from deepseek_mp.nn.delayed import HISTORY
 from deepseek_mp.precision import OPERANDS, Decision, PrecisionPlan, Reason
+from deepseek_mp.precision.storage import STORAGE_KIND, StorageDecision
 from deepseek_mp.records import RunWriter
 from deepseek_mp.records.runfile import CHECKPOINTS, RUN_FILE, load_attempts
 from deepseek_mp.trainer.result import StepFacts
@@ -149,13 +150,13 @@ class Recorder:
             **(self._statistics() if not self._trainer.steps_attempted % self._trainer.config.monitor_every else {}),
         )
 
-    def decided(self, decisions: Sequence[Decision]) -> None:
-        """Decisions taken between two steps; those that change nothing are said here only."""
+    def decided(self, decisions: Sequence[Decision | StorageDecision]) -> None:
+        """Decisions taken between two steps; those that change no plan are said here only."""
         step = self._trainer.steps_attempted
         for decision in decisions:
             decided.info("step %d: %s", step, decision)
         if self.run_dir is not None:
-            self._decided += [{"step": step, **decision.to_json()} for decision in decisions]
+            self._decided += [{"step": step, **_line(decision)} for decision in decisions]
         if self._writer is not None:
             self._out(done=step)
 
@@ -228,6 +229,15 @@ class Recorder:
         if out is not None:
             more = {**self._alarmed(), **self._statistics()} if last else {}
             out.metrics(step=self._trainer.steps_attempted, status="epoch", **entry, **more)
+
+
+def _line(decision: Decision | StorageDecision) -> dict[str, Any]:
+    """A decision as its line in the records; that about a storage is marked, since it is none about a recipe."""
+    line = decision.to_json()
+    if isinstance(decision, StorageDecision):
+        del line["state"]
+        line |= {"role": None, "kind": STORAGE_KIND}
+    return line
 
 
 def _usable(run_dir: str | os.PathLike[str]) -> Path:

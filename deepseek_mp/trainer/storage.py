@@ -101,6 +101,7 @@ class WeightStorage(Callback):
         known = [parameter for parameter in fates if parameter in kinds]
         if not known:
             return
+        made: list[StorageDecision] = []
         numbers = torch.stack([fates[parameter].to(trainer.device) for parameter in known]).tolist()
         for parameter, line in zip(known, numbers, strict=True):
             about = kinds[parameter]
@@ -110,8 +111,9 @@ class WeightStorage(Callback):
             self.latest[about.name] = decision
             if decision.changes:
                 set_storage(optimizer, parameter, decision.new)
-                self.decisions.append(decision)
-                log.info("step %d: %s", trainer.steps_applied, decision)
+                made.append(decision)
+        self.decisions += made
+        trainer.recorder.decided(made)
 
     def _state(self, name: str, format: StorageFormat) -> StorageState:
         """What the last decision left; somebody else may have changed the storage since."""

@@ -59,10 +59,9 @@ def in_mode(mode: str, **options: Any) -> Policy:
     return build
 
 
-def adaptive(scenario: Scenario, model: nn.Module, device: torch.device) -> Trainee:
-    """BF16 whose layers go down to FP8 and up to FP32 while training runs, at the pace of so short a run."""
-    steps = scenario.steps
-    settings = AdaptiveSettings(
+def adaptive_settings(steps: int) -> AdaptiveSettings:
+    """Settings of live precision at the pace of so short a run."""
+    return AdaptiveSettings(
         recipes=("fp32", "tensor", "block"),
         warm_up=steps // 8,
         probe_every=max(1, steps // 64),
@@ -70,7 +69,12 @@ def adaptive(scenario: Scenario, model: nn.Module, device: torch.device) -> Trai
         compare_every=max(4, steps // 8),
         patience=steps // 4,
     )
-    return in_mode("bf16", callbacks=[AdaptivePrecision(settings)])(scenario, model, device)
+
+
+def adaptive(scenario: Scenario, model: nn.Module, device: torch.device) -> Trainee:
+    """BF16 whose layers go down to FP8 and up to FP32 while training runs."""
+    live = AdaptivePrecision(adaptive_settings(scenario.steps))
+    return in_mode("bf16", callbacks=[live])(scenario, model, device)
 
 
 @torch.no_grad()

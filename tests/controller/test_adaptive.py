@@ -11,6 +11,7 @@ from deepseek_mp.controller.adaptive import AdaptiveController
 from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import Gain, StepTime
+from deepseek_mp.controller.spikes import HELD, Gradient
 from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.precision import RECIPES, Operand, Reason
 from deepseek_mp.sensitivity import Effect, Measured, UnitReading
@@ -129,10 +130,36 @@ def test_a_hard_limit_raises_whatever_the_budget_says(errors, words):
 
 def test_growing_outliers_raise_and_lock():
     made = allocated()
-    (decision,) = made.learn(measured(a={"kurtosis": 40.0}, b={}), 20)
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "underflow": 0.002}, b={}), 20)
     assert decision.evidence["guard"] == "kurtosis"
     assert decision.evidence["when_lowered"] == 3.0
     assert made.states["a"].locked_until == 120
+
+
+def test_growing_outliers_raise_a_layer_that_alone_costs_the_budget():
+    made = allocated()
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "second": 0.003}, b={"second": 0.003}), 20)
+    assert (decision.layer, decision.evidence["guard"]) == ("a", "kurtosis")
+
+
+def test_an_activation_that_grows_sparse_does_no_harm():
+    made = allocated()
+    for step in range(20, 30):
+        assert made.learn(measured(a={"kurtosis": 126.0, "underflow": 0.001}, b={}), step) == []
+
+
+@pytest.mark.parametrize(
+    ("errors", "probes"), [({"underflow": 0.0086}, 4), ({"bias": -0.0202}, 21), ({"bias": -0.11}, 1)]
+)
+def test_a_limit_that_one_batch_breaks_by_a_little_must_be_broken_in_the_mean_of_several(errors, probes):
+    made = allocated()
+    for _ in range(8):
+        made.learn(measured(a={}, b={}), 15)
+    raised = []
+    while not raised:
+        raised = made.learn(measured(a=errors, b={}), 15)
+        probes -= 1
+    assert probes == 0
 
 
 def test_the_layer_that_made_a_bad_number_is_raised_and_stays_for_a_time_that_doubles():
@@ -157,6 +184,33 @@ def test_a_jump_of_the_loss_raises_all_that_is_lowered():
     (decision,) = made.see(51, 9.0, applied=True)
     assert decision.layer == "a"
     assert decision.evidence["guard"] == "loss_spike"
+
+
+@pytest.mark.parametrize(
+    ("gradient", "guard"),
+    [(Gradient(norm=9.0, rms=1.0), "gradient_spike"), (Gradient(norm=1.0, rms=3.0), "update_rms")],
+)
+def test_a_spike_raises_its_layer_for_a_short_time(gradient, guard):
+    made, usual = allocated(), Gradient(norm=1.0, rms=1.0)
+    for step in range(50):
+        assert made.see_gradients(step, {"a": usual, "b": usual}) == []
+    if guard == "update_rms":
+        assert made.see_gradients(49, {"b": gradient}) == []
+    (decision,) = made.see_gradients(50, {"a": usual, "b": gradient})
+    assert (decision.layer, decision.old, decision.new, decision.reason) == ("b", "row", "bf16", Reason.GUARDED)
+    assert decision.evidence["guard"] == guard
+    assert decision.evidence["value"] == max(gradient.norm, gradient.rms)
+    assert decision.evidence["locked_until"] == 50 + HELD == made.states["b"].locked_until
+    assert recipes(made) == {"a": "row", "b": "bf16"}
+    assert made.states["b"].patience == SETTINGS.patience  # which is for guards that see harm
+    assert made.see_gradients(51, {"b": gradient}) == []
+    restored = controller()
+    restored.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert restored.see_gradients(52, {"a": gradient}) == made.see_gradients(52, {"a": gradient}) == []  # one at once
+    after = 50 + HELD
+    for one in (made, restored):
+        one.see_gradients(after - 1, {"a": gradient})
+    assert restored.see_gradients(after, {"a": gradient}) == made.see_gradients(after, {"a": gradient}) != []
 
 
 def test_what_does_not_pay_is_not_lowered():
@@ -349,7 +403,7 @@ def test_outliers_that_harm_the_region_too_raise_above_it_at_once():
 
 def test_outliers_that_the_region_bears_raise_to_it():
     made = lowered_with_fp32()
-    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "region": 1e-6}, b={}), 20)
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "underflow": 0.002, "region": 1e-6}, b={}), 20)
     assert decision.new == "bf16"
 
 
@@ -470,3 +524,23 @@ def test_with_memory_as_the_objective_what_is_slower_is_lowered_and_the_bytes_ar
     assert decisions[0].evidence["saved_seconds"] < 0
     assert "taken instead of bf16 to save" in decisions[0].detail
     assert "bytes" in decisions[0].detail or "kiB" in decisions[0].detail or " B" in decisions[0].detail
+
+
+def test_why_layers_were_not_lowered_is_said_once():
+    made = controller(("a", "b", "c"))
+    for _ in range(2):
+        made.learn(measured(a={}, b={"second": 0.1}, c={"underflow": 0.02}), 5)
+    assert made.explained(9) == []
+    made.decide(10)
+    found = made.explained(10)
+    assert {(d.layer, d.old, d.new, d.reason) for d in found} == {
+        ("b", "bf16", "bf16", Reason.ALLOCATED), ("c", "bf16", "bf16", Reason.ALLOCATED),
+    }  # fmt: skip
+    words = {d.layer: d.detail for d in found}
+    assert "less than 4 times its cost" in words["b"]
+    assert words["c"] == "row: 2.00% of input become zero; 2.00% of weight become zero"
+    again = controller(("a", "b", "c"))
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    for one in (made, again):
+        one.decide(20)
+        assert one.explained(20) == []

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from deepseek_mp.controller.limits import broken, ideal_error, out_of_range, violations
+from deepseek_mp.controller.limits import broken, ideal_error, is_crowded_out, out_of_range, violations
 from deepseek_mp.ops.rounding import rounded
 from deepseek_mp.ops.statistics import ERROR_FIELDS, rounding_error
 from deepseek_mp.precision import RECIPES, Operand, Role
@@ -84,3 +84,11 @@ def test_limits_broken_by_several_products_are_said_once():
     lost = effect(input={"underflow": 0.006})
     assert broken(lost, RECIPES["row"], list(Role)) == "0.60% of input become zero"
     assert not broken(lost, RECIPES["row"], [Role.DGRAD])
+
+
+def test_outliers_do_harm_from_a_quarter_of_the_limit_on():
+    for share, does in ((0.001, False), (0.0015, True)):
+        found = effect(input={"underflow": share})
+        assert is_crowded_out(found, RECIPES["tensor"], list(Role)) is does
+        assert not is_crowded_out(found, RECIPES["tensor"], [Role.DGRAD])  # which does not read the input
+        assert not is_crowded_out(found, RECIPES["nvfp4"], list(Role))  # which loses some percent of any values

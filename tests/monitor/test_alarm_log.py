@@ -16,6 +16,7 @@ from deepseek_mp.monitor.observed import Observed
 from deepseek_mp.monitor.store import SEEN, UPDATE, WIDTH
 from deepseek_mp.monitor.updates import UPDATE_FIELDS
 from deepseek_mp.nn import apply
+from deepseek_mp.optim import AdamW, set_storage
 from deepseek_mp.precision import RECIPES, PrecisionPlan
 from deepseek_mp.workloads.demo import tasks
 
@@ -173,6 +174,30 @@ def test_a_healthy_run_raises_no_alarm(name: str, mode: str, steps: int) -> None
     assert trainer.steps_applied == steps
     assert min(layer.updates for layer in sampled.values()) > 10
     assert all({"weight", "grad_output"} <= set(layer.tensors) for layer in sampled.values())
+
+
+@pytest.mark.parametrize("storage", ["bf16_sr", "bf16_kahan", None])
+def test_updates_are_lost_only_where_weights_are_rounded_to_the_nearest(storage: str | None) -> None:
+    """Steps far below those of BF16; most leave the weight as it is, in every storage."""
+    torch.manual_seed(0)
+    model, data = regression()
+    if storage is None:
+        model[3].bfloat16().register_forward_pre_hook(lambda _, args: args[0].bfloat16())
+        model[3].register_forward_hook(lambda _, __, output: output.float())
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    else:
+        optimizer = AdamW(model.parameters(), lr=1e-5)
+        set_storage(optimizer, model[3].weight, storage)
+    with PrecisionMonitor(model, optimizer, sample_every=None, sampling=Sampling(every=1, units=3)) as monitor:
+        for x, y in data[:8]:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=storage is not None):
+                loss = (model(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+        assert monitor.statistics()["3"].update["lost"].last > 0.5
+    found = {(alarm.layer, alarm.kind) for alarm in monitor.alarms}
+    assert (("3", "edq") in found) is (storage is None)
 
 
 def test_gradients_too_small_for_fp16_raise_alarms_and_a_loss_scale_ends_them() -> None:

@@ -43,9 +43,11 @@ class Sample:
         self.store.parts.count[1, UPDATE] = 100
         return self
 
-    def beyond(self, recipe: str = "bf16", *, limits: Limits | None = None, step: int = 5000) -> set[tuple[Any, ...]]:
+    def beyond(
+        self, recipe: str = "bf16", *, limits: Limits | None = None, step: int = 5000, **more: Any
+    ) -> set[tuple[Any, ...]]:
         """(tensor, kind, samples in a row that are needed) of what is beyond its limit."""
-        found = symptoms(self.store.parts, 1, TENSORS, sides_of(RECIPES[recipe]), limits or Limits(), step=step)
+        found = symptoms(self.store.parts, 1, TENSORS, sides_of(RECIPES[recipe]), limits or Limits(), step=step, **more)
         return {(tensor, kind, wanted) for tensor, kind, value, limit, wanted in found if value > limit}
 
 
@@ -115,6 +117,7 @@ def test_lost_updates_count_where_weights_are_stored_in_16_bits() -> None:
     assert Sample().update(lost=0.9, edq=0.1).beyond() == set()
     assert Sample().update(lost=0.9, edq=math.nan).beyond() == {("update", "edq", 3)}
     assert Sample().update(lost=0.04, edq=math.nan).beyond() == set()
+    assert Sample().update(lost=0.9, edq=math.nan).beyond(is_kept=True) == set()
 
 
 def test_what_is_switched_off_is_not_looked_at() -> None:

@@ -21,7 +21,7 @@ from deepseek_mp import PrecisionPlan, autocast, convert
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import functional
 from deepseek_mp.nn.functional import Products, Scaling, UnitScaling, low_precision_linear
-from deepseek_mp.nn.lazy import Lazy, Made, lazy, peeked
+from deepseek_mp.nn.lazy import Lazy, Made, lazy, peeked, some_rows
 from deepseek_mp.ops.sources import compute
 from deepseek_mp.precision import RECIPES
 from deepseek_mp.precision.recipe import Rounding
@@ -737,3 +737,14 @@ def test_what_is_gone_is_forgotten() -> None:
     for _ in range(50):
         F.silu(y)
     assert len(y.promise.followers) < 3  # type: ignore[attr-defined]
+
+
+def test_some_rows_of_what_was_put_off_are_computed_alone() -> None:
+    a, b = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    hidden = F.silu(lazy(a)) * lazy(b)
+    torch.testing.assert_close(some_rows(hidden, 3), (F.silu(a) * b).view(10, 16)[::3])
+    assert isinstance(hidden, Lazy)
+    assert hidden.promise.values is None, "it is still to be computed"
+    assert torch.equal(some_rows(lazy(a), 4), a.view(10, 16)[::4])
+    assert torch.equal(some_rows(a.requires_grad_(), 4), a.detach().view(10, 16)[::4])
+    assert not some_rows(a, 4).requires_grad

@@ -72,3 +72,19 @@ def test_parameters_without_gradient_are_left_out():
     with_grad, without = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
     with_grad.grad = torch.ones(1)
     assert len(gradients.gradient_views([without, with_grad])) == 1
+
+
+def test_ratios_to_the_second_moment_by_their_definition():
+    grads, moments = [torch.randn(4, 3), torch.randn(2, 2)], [torch.rand(4, 3), torch.zeros(2, 2)]
+    grads[1][0] = 0.0
+    kept = [moment.clone() for moment in moments]
+    found = gradients.moment_ratios([g * 8 for g in grads], moments, beta=0.9, eps=1e-3, divisor=torch.tensor(8.0))
+    for ratio, g, v in zip(found.tolist(), grads, kept, strict=True):
+        after = (0.9 * v + 0.1 * g.square()).clamp_min(1e-6)
+        assert ratio == pytest.approx(float((g.square() / after).sum().sqrt()), rel=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(moments, kept, strict=True))
+
+
+def test_norms_are_one_number_for_each_gradient():
+    found = gradients.norms([torch.tensor([3.0, 4.0]), torch.tensor([-7.0]).half()])
+    assert found.tolist() == [5.0, 7.0]

@@ -32,7 +32,7 @@ def record(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         after: int = 0,
         info: Mapping[str, Any] = INFO,
         plan: PrecisionPlan | None = None,
-        decisions: Iterable[tuple[int, Decision]] = (),
+        decisions: Iterable[tuple[int, Decision | Mapping[str, Any]]] = (),
         lines: Mapping[int, Mapping[str, Any]] | None = None,
         ended: bool = True,
     ) -> Path:

@@ -73,6 +73,13 @@ def test_what_live_precision_says_of_the_model_is_no_choice(record: Record) -> N
     assert layers.adapt_off == ("no FP8 here",)
 
 
+def test_how_weights_are_stored_is_no_choice(record: Record) -> None:
+    stored = {**decision("a.weight", "bf16_sr").to_json(), "kind": "storage", "reason": "noise_small"}
+    layers = layers_of(record(decisions=[(0, decision("a", "bf16")), (4, stored), (8, {**stored, "new": "fp32"})]))
+    assert [c.layer for c in layers.in_force] == ["a"]
+    assert layers.changes == ()
+
+
 def test_layers_that_the_plan_in_force_does_not_have_are_gone(record: Record) -> None:
     plan = replace(PrecisionPlan.of("bf16"), decisions=(decision("a", "bf16"),))
     given = [

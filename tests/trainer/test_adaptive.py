@@ -115,6 +115,39 @@ def test_a_layer_that_makes_a_bad_number_is_raised():
     assert recipes(made)["up"] == "row"
 
 
+def spiking(at, **values):
+    """A trainer whose `up` gets a hundred times its gradient in one step."""
+    made = trainer(AdaptivePrecision(SETTINGS), **values)
+    weight = made.model.up.weight
+    weight.register_hook(lambda g: g * 100 if made.steps_attempted == at and g.shape == weight.shape else g)
+    return made
+
+
+def test_a_spike_of_one_layers_gradient_raises_it_before_the_next_step(tmp_path):
+    made = spiking(40, run_dir=tmp_path)
+    made.fit(batches(48))
+    lines = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    (line,) = {line["detail"]: line for line in lines if line["reason"] == Reason.GUARDED.value}.values()
+    assert (line["layer"], line["new"], line["evidence"]["guard"]) == ("up", "bf16", "gradient_spike")
+    assert line["evidence"]["step"] == 41  # counted from 1
+    assert line["evidence"]["value"] > 50 * line["evidence"]["usual"]
+    assert (recipes(made)["up"], recipes(made)["down"]) == ("bf16", "row")
+    assert not made.optimizer._optimizer_step_pre_hooks
+
+
+def test_a_resumed_run_knows_what_gradients_were_usual(tmp_path):
+    data = batches(48)
+    whole = spiking(40)
+    whole.fit(data)
+    spiking(40, run_dir=tmp_path).fit(data, max_steps=30)
+    resumed = spiking(40)
+    resumed.fit(data, resume=tmp_path)
+    assert resumed.callbacks[0].decisions == whole.callbacks[0].decisions
+    assert any(decision.evidence.get("guard") == "gradient_spike" for decision in whole.callbacks[0].decisions)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
 class BadOutput:
     """The layer's output is NaN in the forward of one training step, also when that is replayed."""
 

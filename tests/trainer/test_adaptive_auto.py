@@ -91,7 +91,11 @@ def test_after_auto_no_layer_is_timed_again_and_its_plan_is_where_it_begins(cloc
     assert len(clock.units) == len(set(clock.units))
     assert made.adaptive.controller.base.name == "bf16"
     units = made.adaptive.controller.units
-    assert {name: unit.recipes for name, unit in units.items()} == {"0": ("fp32", "block"), "2": ("fp32",), "5": ("fp32",)}
+    assert {name: unit.recipes for name, unit in units.items()} == {
+        "0": ("fp32", "block"),
+        "2": ("fp32",),
+        "5": ("fp32",),
+    }
     assert units["0"].seconds["block"] == 0.001
     assert made.adaptive.controller.states["0"].recipe == "block"
 

@@ -10,6 +10,8 @@ from torch import nn
 from deepseek_mp.errors import ConfigError, PlanError
 from deepseek_mp.optim import AdamW, set_storage
 from deepseek_mp.precision.storage import StorageFormat, StorageLimits, StorageReason
+from deepseek_mp.records import read_run
+from deepseek_mp.report.layers import read_layers
 from deepseek_mp.trainer.storage import WeightStorage
 
 INPUTS = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
@@ -91,6 +93,21 @@ def test_storage_follows_the_learning_rate():
     assert {decision.layer for decision in storage.decisions} == {"0.weight", "3.weight"}
     assert storage.latest["1.weight"].reason is StorageReason.KIND_KEPT
     assert storage.decisions[-1].evidence["policy"] == "auto"
+
+
+def test_decisions_are_in_the_records_of_the_run_with_their_evidence(tmp_path):
+    storage = WeightStorage(every=1, limits=AT_ONCE)
+    run = trainer("bf16", callbacks=[storage], run_dir=tmp_path)
+    run.fit([(INPUTS, TARGETS)] * 4, epochs=1)
+    found = read_run(tmp_path)
+    lines = [line for line in found.decisions if line.get("kind") == "storage"]
+    assert [(line["step"], line["layer"], line["old"], line["new"]) for line in lines] == [
+        (2, "0.weight", "fp32", "bf16_sr"), (2, "3.weight", "fp32", "bf16_sr"),
+    ]  # fmt: skip
+    assert lines[0]["reason"] == "noise_small"
+    assert lines[0]["evidence"] == dict(storage.decisions[0].evidence)
+    assert lines[0]["evidence"]["psi"] < 20
+    assert {choice.layer for choice in read_layers(found).in_force} == {"0", "1", "3"}
 
 
 def test_a_smaller_format_waits_for_three_measurements():
