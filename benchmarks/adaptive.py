@@ -239,14 +239,21 @@ def _short(decision: Any) -> dict[str, Any]:
 
 
 def overhead(device: torch.device, small: bool) -> dict[str, Any]:
-    """What a probe and a step whose statistics are sampled cost beside a step, on the 1.3B decoder in BF16."""
+    """What live precision costs beside a step of the 1.3B decoder: a probe, a step whose statistics are sampled, and
+    any other step, in which it looks at gradients and at the inputs of lowered layers (with all layers in `block`).
+    """
     live = AdaptivePrecision(AdaptiveSettings(warm_up=10**6))
     probed = alternating(decoder_1b(device, small=small), device, live)
     interval = max(live.settings.probe_every, math.ceil(probed["share"] / live.settings.probe_share))
     gc.collect()
     sampled = alternating(decoder_1b(device, small=small), device, None)
+    gc.collect()
+    watched = looked_at(decoder_1b(device, small=small), device)
     every = 50
     return {
+        "watched": watched,
+        "watched_every": 1,
+        "watched_share": watched["share"],
         "probe": probed,
         "probe_every": interval,
         "probe_share": probed["share"] / interval,
@@ -290,11 +297,50 @@ def alternating(case: Any, device: torch.device, live: AdaptivePrecision | None)
     }
 
 
+def looked_at(case: Any, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of steps with all layers lowered, with live precision and without, some at a time in turn."""
+    live = AdaptivePrecision(AdaptiveSettings(warm_up=10**6))
+    trainer = MixedPrecisionTrainer(
+        case.model(),
+        "block",
+        loss_fn=case.loss_fn,
+        optimizer=next(iter(case.optimizers.values())),
+        callbacks=[live],
+        statistics_every=10**9,
+        device=device,
+        progress=False,
+    )
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(13):
+        for on in (True, False) if number % 2 else (False, True):
+            trainer.callbacks = (live,) if on else ()
+            if live.controller is not None:
+                live._next_probe = 10**9 if number > 1 else 0  # noqa: SLF001 - one probe, and then none
+                if not on:
+                    live._look.close()  # noqa: SLF001
+                    live._stop_watching()  # noqa: SLF001
+            for _ in range(2):
+                trainer.step(case.batches[number % len(case.batches)])
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(4):
+                trainer.step(case.batches[number % len(case.batches)])
+            synchronize(device)
+            times[on].append(1e3 * (time.perf_counter() - started) / 4)
+    extra = [a - b for a, b in zip(times[True][3:], times[False][3:], strict=True)]
+    return {
+        "step_ms": Spread.of(times[False][3:]),
+        "extra_ms": Spread.of(extra),
+        "share": statistics.median(extra) / statistics.median(times[False][3:]),
+        "lowered": 0 if live.controller is None else len(live.controller.lowered),
+    }
+
+
 def rows(report: Report) -> list[list[str]]:
     found = [["case", "loss", "own loss", "ms", "GiB", "layers lowered at the end"]]
     for name, value in report.cases.items():
         if "loss" not in value:
-            for part in ("probe", "statistics"):
+            for part in ("probe", "statistics", "watched"):
                 share = f"{value[f'{part}_share']:.3%} with one in {value[f'{part}_every']} steps"
                 found.append(
                     [f"{name} {part}", spread(value[part]["step_ms"]), spread(value[part]["extra_ms"]), share, "", ""]

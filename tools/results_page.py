@@ -174,7 +174,7 @@ def _live_tables(report: Json) -> Iterator[list[Row]]:
     """What looking costs: a probe of the controller, and a step whose statistics are sampled."""
     rows: list[Row] = [("case", "step ms", "extra ms", "once in steps", "share of the time", "layers it controls")]
     for name, case in report["cases"].items():
-        for part in ("probe", "statistics"):
+        for part in (name for name in ("probe", "statistics", "watched") if name in case):
             times, share = case[part], f"{case[f'{part}_share']:.2%}"
             controlled = str(case["controlled"]) if part == "probe" else ""
             often = str(case[f"{part}_every"])

@@ -70,6 +70,8 @@ class AdaptiveController:
     """How much of what the layers' timings promise a step was seen to save; 0 or less: it became no faster."""
     pass_seconds: float | None = None
     """Time of a forward and backward with its share of the step, once steps were timed."""
+    switch_passes: float = 0.0
+    """How many of those a change of recipes was last seen to cost: code is compiled for the new combination."""
     is_explained: bool = False
     """Whether it was said why layers were not lowered."""
     _wanted: dict[str, Decision] = field(default_factory=dict)
@@ -156,9 +158,8 @@ class AdaptiveController:
             return self._raise_guilty(step, first_bad_module)
         if not self.trend.see(step, loss):
             return []
-        evidence = {"guard": "loss_spike", "loss": loss}
-        words = "the loss jumped while it was lowered"
-        return [self._guarded(name, step, words, evidence) for name in self.states if self.is_lowered(name)]
+        evidence, words = {"guard": "loss_spike", "loss": loss}, "the loss jumped while it was lowered"
+        return [self._guarded(name, step, words, evidence) for name in self.lowered]
 
     def grown(self, step: int, largest: Mapping[str, float]) -> list[Decision]:
         """Inputs of lowered layers that were found far larger than in the probes: these layers are raised."""
@@ -220,18 +221,8 @@ class AdaptiveController:
     def timed(self, step: int, gain: Gain) -> Decision:
         """What a change did to the step's time. Decisions count on that from now on; one is due if it was nothing."""
         self.kept = min(1.0, gain.kept)
-        evidence = {**gain.evidence, "kept": gain.kept, "step": step}
-        name, faster = self.base.name, gain.kept > 0
-        self.next_decision = self.next_decision if faster else step
-        return Decision(
-            layer="",
-            old=name,
-            new=name,
-            reason=Reason.MEASURED_FASTEST if faster else Reason.MEASURED_SLOWER,
-            detail=f"a step takes {evidence['after_ms']:.2f} ms, {evidence['before_ms']:.2f} before the change; "
-            f"the layers' timings promised {evidence['promised_ms']:.2f} less",
-            evidence=_plain(evidence),
-        )
+        self.next_decision = self.next_decision if gain.kept > 0 else step
+        return gain.decision(self.base.name, step)
 
     # -- what is asked ----------------------------------------------------------------------------
 
@@ -252,6 +243,8 @@ class AdaptiveController:
     def decide(self, step: int) -> list[Decision]:
         """The layers whose recipe changes, each with its evidence."""
         self.next_decision = step + self.settings.interval(self.total_steps)
+        if self._is_too_late(step):
+            return []
         judged = self._judged(step)
         costs = [found.costs for found in judged.values()]
         recipes = [RECIPES[name] for name in dict.fromkeys(r for name in judged for r in self.units[name].recipes)]
@@ -260,15 +253,23 @@ class AdaptiveController:
         plan, found = plan_for(costs, recipes, self.base, budget, by_role=by_role, objective=objective)
         if found is None:
             return []
-        wanted = {decision.layer: decision for decision in plan.decisions}
-        self._wanted = wanted
+        self._wanted = wanted = {decision.layer: decision for decision in plan.decisions}
         self.refusals = {name: each.refused for name, each in judged.items() if each.refused}
         over = self._exceeds(judged, recipes, budget)
-        changes = [self._raised(wanted[name], judged[name], over=over, step=step) for name in judged]
-        made = [change for change in changes if change is not None]
+        changes = (self._raised(wanted[name], judged[name], over=over, step=step) for name in judged)
+        made = [change for change in changes if change]
         made += self._lowered(list(wanted.values()), {change.layer for change in made}, step)
         self.allocated = self.allocated or bool(made)
         return made
+
+    def _is_too_late(self, step: int) -> bool:
+        """Whether what is left of the run is too short for any allocation to save what a change costs."""
+        if not (self.switch_passes and self.pass_seconds and self.total_steps):
+            return False
+        most = math.fsum(
+            unit.seconds[self.base.name] - min(unit.seconds.values()) for unit in self.units.values() if unit.seconds
+        )
+        return (self.total_steps - step) * most < self.switch_passes * self.pass_seconds
 
     def explained(self, step: int) -> list[Decision]:
         """Once, when there was a first decision: why the layers that it left as they are were not lowered."""
@@ -317,10 +318,6 @@ class AdaptiveController:
     def lowered(self) -> list[str]:
         """The layers that run lower than the base now."""
         return [name for name in self.states if self.is_lowered(name)]
-
-    def recipe_of(self, name: str) -> str:
-        """The recipe that the layer is to run in."""
-        return self.states[name].recipe
 
     # -- raising ----------------------------------------------------------------------------------
 
@@ -478,6 +475,7 @@ class AdaptiveController:
 
 _NUMBERS = (
     "probes", "scale", "loss", "curvature", "allocated", "is_explained", "next_decision", "kept", "pass_seconds",
+    "switch_passes",
 )  # fmt: skip
 """What of a controller is a number and part of its state."""
 

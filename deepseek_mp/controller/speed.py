@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from deepseek_mp.precision import Decision, Reason
+
 WINDOW = 24
 """Steps that a time is the median of."""
 SETTLING = 6
@@ -64,6 +66,19 @@ class Gain:
             "steps": WINDOW,
         }
 
+    def decision(self, base: str, step: int) -> Decision:
+        """As a record of the run, about no layer of its own."""
+        evidence = {**self.evidence, "kept": self.kept, "step": step}
+        return Decision(
+            layer="",
+            old=base,
+            new=base,
+            reason=Reason.MEASURED_FASTEST if self.kept > 0 else Reason.MEASURED_SLOWER,
+            detail=f"a step takes {evidence['after_ms']:.2f} ms, {evidence['before_ms']:.2f} before the change; "
+            f"the layers' timings promised {evidence['promised_ms']:.2f} less",
+            evidence=evidence,
+        )
+
 
 class SpeedCheck:
     """Fed each step's time and what the plan in force promises to save. A window with a change in it is dropped."""
@@ -71,6 +86,8 @@ class SpeedCheck:
     def __init__(self) -> None:
         self.last: StepTime | None = None
         """Of the last full window."""
+        self.switch = 0.0
+        """Seconds that the steps right after the last change took more than others: compiling, above all."""
         self._samples: list[float] = []
         self._promised = math.nan
         self._settling = 0
@@ -80,8 +97,10 @@ class SpeedCheck:
         if promised != self._promised:
             self._promised, self._samples = promised, []
             self._settling = SETTLING
+            self.switch = 0.0
         if self._settling:
             self._settling -= 1
+            self.switch += 0.0 if self.last is None else max(0.0, seconds - self.last.seconds)
             return None
         self._samples.append(seconds)
         if len(self._samples) < WINDOW:

@@ -80,6 +80,8 @@ class AdaptivePrecision(Callback):
         """Steps between probes, once their cost is known."""
         self._clock, self._speed = ProbeClock(), SpeedCheck()
         self._look = InputLook()
+        self._alarms = 0
+        """How many alarms of the monitor were seen."""
         self._pending: list[Decision] = []
         self._saved: Mapping[str, Any] | None = None
 
@@ -109,6 +111,8 @@ class AdaptivePrecision(Callback):
         if grown:
             self._pending += grown
             self._next_probe = step  # is the region's own format enough for it?
+        if self._is_alarmed(trainer, controller):
+            self._next_probe = step
         self._learn(controller, step)
         if self._compared is not None and self._compared.ready:
             now, exact = self._compared.numbers()
@@ -129,6 +133,12 @@ class AdaptivePrecision(Callback):
                 self._learn(controller, step)
                 self._put_pending_in_force(trainer)
         self._watch_inputs(trainer, controller)
+
+    def _is_alarmed(self, trainer: MixedPrecisionTrainer, controller: AdaptiveController) -> bool:
+        """Whether the monitor has raised an alarm about a lowered layer since the last step: a probe will tell more."""
+        raised, self._alarms = self._alarms, trainer.monitor.alarms_raised
+        new = trainer.monitor.alarms_since(raised) if self._alarms > raised else ()
+        return any(alarm.layer in controller.states and controller.is_lowered(alarm.layer) for alarm in new)
 
     def _watch_inputs(self, trainer: MixedPrecisionTrainer, controller: AdaptiveController) -> None:
         """Look at the inputs of the step that begins: not in compiled code, and where no other process must agree."""
@@ -182,6 +192,7 @@ class AdaptivePrecision(Callback):
         gain = self._speed.see(seconds, passes * controller.promised())
         if self._speed.last is not None:
             controller.pass_seconds = self._speed.last.seconds / passes
+            controller.switch_passes = self._speed.switch / self._speed.last.seconds
         if gain is not None:
             self._note(trainer, [controller.timed(trainer.steps_attempted, gain)])
 

@@ -544,3 +544,13 @@ def test_why_layers_were_not_lowered_is_said_once():
     for one in (made, again):
         one.decide(20)
         assert one.explained(20) == []
+
+
+def test_nothing_is_allocated_when_the_rest_of_the_run_cannot_save_what_a_change_costs():
+    for passes, lowered in ((0.0, True), (200.0, True), (250.0, False)):
+        made = controller(total_steps=1000)
+        for _ in range(2):
+            made.learn(measured(a={}, b={}), 5)
+        made.pass_seconds, made.switch_passes = 0.002, passes  # 0.8 ms of 2 can be saved, in 500 steps
+        assert bool(made.decide(500)) is lowered
+        assert made.learn(measured(a={"underflow": 0.02}, b={}), 501) != [] or not lowered, "guards always act"

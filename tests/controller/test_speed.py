@@ -45,6 +45,16 @@ def test_steps_right_after_a_change_do_not_count():
     assert gain.after.seconds == 0.050
 
 
+def test_what_a_change_costs_is_what_the_steps_after_it_took_more():
+    check = SpeedCheck()
+    steps(check, 0.060, 0.0)
+    steps(check, 2.0, 0.010, 2)
+    steps(check, 0.050, 0.010, WINDOW + SETTLING - 2)
+    assert check.switch == pytest.approx(2 * (2.0 - 0.060))
+    steps(check, 0.060, 0.0)
+    assert check.switch == pytest.approx(SETTLING * 0.010), "of the last change only"
+
+
 def test_a_window_with_a_change_in_it_is_dropped():
     check = SpeedCheck()
     steps(check, 0.060, 0.0)

@@ -12,6 +12,7 @@ from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import SETTLING, WINDOW
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.monitor.alarms import Alarm
 from deepseek_mp.nn.call import parse_batch
 from deepseek_mp.precision import Reason
 from deepseek_mp.profiler.layer_times import LayerCosts
@@ -466,3 +467,18 @@ def test_a_run_that_is_resumed_after_a_step_was_taken_back_goes_on_as_the_whole_
     assert recipes(resumed) == recipes(whole)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("layer", ["down", "embedding"])
+def test_an_alarm_of_the_monitor_about_a_lowered_layer_brings_a_probe(layer, monkeypatch):
+    adaptive = AdaptivePrecision(replace(SETTINGS, probe_every=100))
+    made = trainer(adaptive)
+    data = batches()
+    made.step(data[0])
+    adaptive.controller.states["down"].recipe = "row"
+    alarm = Alarm(step=3, layer=layer, tensor="input", kind="underflow", value=0.03, limit=0.005)
+    monkeypatch.setattr(type(made.monitor), "alarms_raised", 1)
+    monkeypatch.setattr(type(made.monitor), "alarms_since", lambda _, raised: (alarm,) if raised < 1 else ())
+    for batch in data[1:4]:
+        made.step(batch)
+    assert adaptive.controller.probes == (2 if layer == "down" else 1)
