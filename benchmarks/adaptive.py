@@ -311,7 +311,7 @@ def looked_at(case: Any, device: torch.device) -> dict[str, Any]:
         progress=False,
     )
     times: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(13):
+    for number in range(9):
         for on in (True, False) if number % 2 else (False, True):
             trainer.callbacks = (live,) if on else ()
             if live.controller is not None:
@@ -323,10 +323,10 @@ def looked_at(case: Any, device: torch.device) -> dict[str, Any]:
                 trainer.step(case.batches[number % len(case.batches)])
             synchronize(device)
             started = time.perf_counter()
-            for _ in range(4):
+            for _ in range(3):
                 trainer.step(case.batches[number % len(case.batches)])
             synchronize(device)
-            times[on].append(1e3 * (time.perf_counter() - started) / 4)
+            times[on].append(1e3 * (time.perf_counter() - started) / 3)
     extra = [a - b for a, b in zip(times[True][3:], times[False][3:], strict=True)]
     return {
         "step_ms": Spread.of(times[False][3:]),

@@ -19,6 +19,7 @@ by eta_x and eta_g (relative error energies) adds (eta_x + eta_g) `row_energy`:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,10 @@ PRODUCT_OPERANDS: tuple[tuple[Role, Operand], ...] = tuple((role, side) for role
 ENERGY_FIELDS = ("energy", "row_energy")
 TENSORS = (Operand.INPUT, Operand.WEIGHT, Operand.GRAD_OUTPUT)
 _LEAST_FOR_VARIANCE = 2
+WEIGHT_ROWS = 1024
+"""Rows of a weight that are compared, where not all are."""
+MOST_AT_ONCE = 2**25
+"""Values that several ways to round them may be compared on at once; more do not fit everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,8 @@ class Seen:
 class Operands:
     """The tensors of a unit as its products read them, and each rounded: once, however many recipes and products ask.
 
-    Without `both_ways` input and weight are rounded along the sum of fprop only, which stands for the other products.
+    Without `both_ways` input and weight are rounded along the sum of fprop only, which stands for the other products,
+    and of the weight some rows are compared.
     """
 
     def __init__(self, module: nn.Module, seen: Seen, *, both_ways: bool = True) -> None:
@@ -70,7 +76,6 @@ class Operands:
         self._largest = {Operand.INPUT: seen.largest_x, Operand.GRAD_OUTPUT: seen.largest_g}
         self._nothing = seen.g.new_zeros(len(ERROR_FIELDS), dtype=torch.float32)
         self._rounded: dict[tuple[Operand, bool, OperandRecipe], tuple[Tensor, Tensor]] = {}
-        self._errors: dict[tuple[Operand, bool, OperandRecipe], Tensor] = {}
 
     def rounded(self, which: Operand, side: OperandRecipe, *, turned: bool = False) -> tuple[Tensor, Tensor]:
         """A floating tensor as a matrix [outer, contraction], and the same rounded."""
@@ -85,21 +90,40 @@ class Operands:
             self._rounded[key] = matrix, made
         return self._rounded[key]
 
-    def errors(self, recipe: Recipe) -> Tensor:
-        """`ERROR_FIELDS` of the six operands [6, 5], in the order of `PRODUCT_OPERANDS`."""
-        return torch.stack([self._error(recipe, role, which) for role, which in PRODUCT_OPERANDS])
+    def errors(self, recipes: Sequence[Recipe]) -> list[Tensor]:
+        """For each recipe `ERROR_FIELDS` of the six operands [6, 5], in the order of `PRODUCT_OPERANDS`.
 
-    def _error(self, recipe: Recipe, role: Role, which: Operand) -> Tensor:
+        All ways to round a tensor are compared with it at once: it is many small operations, for each of which the
+        host takes longer than the device.
+        """
+        keys = [[self._way(recipe, role, which) for role, which in PRODUCT_OPERANDS] for recipe in recipes]
+        ways: dict[tuple[Operand, bool], list[OperandRecipe]] = {}
+        for which, turned, side in dict.fromkeys(key for row in keys for key in row if key is not None):
+            ways.setdefault((which, turned), []).append(side)
+        found = {
+            (which, turned, side): error
+            for (which, turned), sides in ways.items()
+            for side, error in zip(sides, self._compared(which, turned, sides), strict=True)
+        }
+        return [torch.stack([self._nothing if key is None else found[key] for key in row]) for row in keys]
+
+    def _way(self, recipe: Recipe, role: Role, which: Operand) -> tuple[Operand, bool, OperandRecipe] | None:
+        """How the product reads the tensor; None for one that is not rounded."""
         side, tensor = recipe.operand(role, which), self._tensors[which]
         if tensor is None or not tensor.is_floating_point():
-            return self._nothing
+            return None
         turned = self._is_linear and side.is_scaled and _is_turned(role, which)
-        if not self._both_ways and which is not Operand.GRAD_OUTPUT:
-            turned = False
-        key = which, turned, side
-        if key not in self._errors:
-            self._errors[key] = rounding_error(*self.rounded(which, side, turned=turned))
-        return self._errors[key]
+        return which, turned and (self._both_ways or which is Operand.GRAD_OUTPUT), side
+
+    def _compared(self, which: Operand, turned: bool, sides: Sequence[OperandRecipe]) -> list[Tensor]:
+        made = [self.rounded(which, side, turned=turned) for side in sides]
+        matrix, rounded_ways = made[0][0], [one for _, one in made]
+        if which is Operand.WEIGHT and not self._both_ways:
+            every = max(1, matrix.shape[0] // WEIGHT_ROWS)
+            matrix, rounded_ways = matrix[::every], [one[::every] for one in rounded_ways]
+        at_once = max(1, MOST_AT_ONCE // max(1, matrix.numel()))
+        parts = [rounded_ways[i : i + at_once] for i in range(0, len(rounded_ways), at_once)]
+        return [error for part in parts for error in rounding_error(matrix, torch.stack(part)).unbind()]
 
 
 @torch.no_grad()

@@ -249,9 +249,9 @@ class Probe:
         recipes = self._recipes[name]
         exact = exact_output(module, seen.x)
         operands = Operands(module, seen, both_ways=self._both_ways)
-        for recipe in recipes:
+        for recipe, errors in zip(recipes, operands.errors(recipes), strict=True):
             _add_to(sums.effects, recipe.name, effect(module, recipe, exact, seen, operands))
-            _add_to(sums.errors, recipe.name, operands.errors(recipe))
+            _add_to(sums.errors, recipe.name, errors)
         own, wide = energies(module, seen), spreads(module, seen)
         sums.energies = own if sums.energies is None else sums.energies + own
         sums.spreads = wide if sums.spreads is None else sums.spreads + wide

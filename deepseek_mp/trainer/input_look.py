@@ -36,10 +36,12 @@ class InputLook:
         self._seen: dict[str, Tensor] = {}
         self._sent: tuple[list[str], HostCopy] | None = None
         self._grown: dict[str, float] = {}
+        self._last: tuple[Tensor, Tensor] | None = None
+        """The input that was looked at last, and its largest magnitude."""
 
     def begin(self) -> None:
         """A training step begins: what ran since the last one does not count."""
-        self._seen, self.active = {}, True
+        self._seen, self._last, self.active = {}, None, True
 
     def watch(self, modules: Mapping[str, nn.Module], limits: Mapping[str, float]) -> None:
         """Look at these layers from now on, in the place of those before."""
@@ -58,7 +60,7 @@ class InputLook:
 
     def veto(self) -> Tensor | None:
         """0-dim FP32, on the device: 1 if an input of the step was too large. Ends the step; None without any input."""
-        seen, self._seen = self._seen, {}
+        seen, self._seen, self._last = self._seen, {}, None
         if not self.active or not seen:
             return None
         names = list(seen)
@@ -98,9 +100,17 @@ class InputLook:
             given = args[0] if args else next(iter(kwargs.values()), None)
             if not (self.active and module.training and isinstance(given, Tensor) and given.numel()):
                 return
-            count = given.numel() // given.shape[-1] if given.dim() > 1 else 1
-            some = some_rows(given, max(1, count // ROWS)) if given.dim() > 1 else given.detach()
-            size = torch.linalg.vector_norm(some, float("inf")).float()
+            if self._last is None or self._last[0] is not given:  # layers side by side read one input
+                self._last = given, _largest(given)
+            size = self._last[1]
             self._seen[name] = torch.maximum(self._seen[name], size) if name in self._seen else size
 
         return look
+
+
+def _largest(given: Tensor) -> Tensor:
+    """0-dim FP32, of some rows."""
+    rows = given.numel() // given.shape[-1]
+    some = some_rows(given, max(1, rows // ROWS)) if given.dim() > 1 else given.detach()
+    size: Tensor = torch.linalg.vector_norm(some, float("inf"), dtype=torch.float32)
+    return size

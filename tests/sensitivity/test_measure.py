@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.precision import RECIPES, Operand, Role
+from deepseek_mp.sensitivity import measure
 from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS, Operands, Seen, energies, spreads
 from deepseek_mp.sensitivity.measure import effect as effect_of
 from deepseek_mp.sensitivity.outputs import exact_output, largest_of, output_in
@@ -52,7 +54,7 @@ def test_each_operand_is_rounded_along_its_own_sum():
     """One input channel is tiny: only groups that run over the tokens of that channel keep it."""
     layer, x, g = nn.Linear(128, 128), torch.randn(128, 128), torch.randn(128, 128)
     x[:, 0] *= 1e-6
-    errors = Operands(layer, seen_of(x, g)).errors(RECIPES["block"])
+    errors = Operands(layer, seen_of(x, g)).errors([RECIPES["block"]])[0]
     underflow = dict(zip(PRODUCT_OPERANDS, errors[:, 3].tolist(), strict=True))
     assert underflow[Role.FPROP, Operand.INPUT] > 0.005
     assert underflow[Role.WGRAD, Operand.INPUT] < 0.001
@@ -62,7 +64,7 @@ def test_each_operand_is_rounded_along_its_own_sum():
 def test_normal_operands_have_the_error_of_their_format(name, expected):
     layer = nn.Linear(256, 256)
     nn.init.normal_(layer.weight)
-    errors = Operands(layer, seen_of(torch.randn(256, 256), torch.randn(256, 256))).errors(RECIPES[name])
+    errors = Operands(layer, seen_of(torch.randn(256, 256), torch.randn(256, 256))).errors([RECIPES[name]])[0]
     assert errors[:, 0].tolist() == pytest.approx([expected] * 6, rel=0.12)
 
 
@@ -104,9 +106,36 @@ def test_units_without_products_have_no_energy_and_no_weight_may_be_missing():
 def test_one_way_stands_for_both_in_input_and_weight():
     layer, x, g = nn.Linear(128, 128), torch.randn(128, 128), torch.randn(128, 128)
     x[:, 0] *= 1e-6
-    both, one = (Operands(layer, seen_of(x, g), both_ways=ways).errors(RECIPES["block"]) for ways in (True, False))
+    both, one = (Operands(layer, seen_of(x, g), both_ways=ways).errors([RECIPES["block"]])[0] for ways in (True, False))
     named = [dict(zip(PRODUCT_OPERANDS, errors.unbind(), strict=True)) for errors in (both, one)]
     for which in ((Role.FPROP, Operand.INPUT), (Role.DGRAD, Operand.GRAD_OUTPUT), (Role.WGRAD, Operand.GRAD_OUTPUT)):
         assert torch.equal(named[0][which], named[1][which])
     assert torch.equal(named[1][Role.WGRAD, Operand.INPUT], named[1][Role.FPROP, Operand.INPUT])
     assert not torch.equal(named[0][Role.WGRAD, Operand.INPUT], named[1][Role.WGRAD, Operand.INPUT])
+
+
+def test_recipes_are_compared_at_once_as_they_are_one_by_one(monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 256)
+    x, g = torch.randn(256, 128), torch.randn(256, 256)
+    recipes = [RECIPES[name] for name in ("bf16", "tensor", "row", "block", "row_gw_hp")]
+    for most in (2**25, 3 * 256 * 256, 1):
+        monkeypatch.setattr(measure, "MOST_AT_ONCE", most)
+        together = Operands(layer, seen_of(x, g)).errors(recipes)
+        for recipe, found in zip(recipes, together, strict=True):
+            (alone,) = Operands(layer, seen_of(x, g)).errors([recipe])
+            torch.testing.assert_close(found, alone)
+
+
+def test_a_probe_compares_some_rows_of_a_weight(monkeypatch):
+    monkeypatch.setattr(measure, "WEIGHT_ROWS", 64)
+    layer = nn.Linear(128, 256)
+    with torch.no_grad():
+        layer.weight[1::4] = 1e-12
+    x, g = torch.randn(256, 128), torch.randn(256, 256)
+    place, underflow = PRODUCT_OPERANDS.index((Role.FPROP, Operand.WEIGHT)), ERROR_FIELDS.index("underflow")
+    lost = []
+    for ways in (True, False):
+        (errors,) = Operands(layer, seen_of(x, g), both_ways=ways).errors([RECIPES["tensor"]])
+        lost.append(float(errors[place, underflow]))
+    assert lost == [pytest.approx(0.25, abs=0.02), pytest.approx(0.0, abs=0.02)]

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from deepseek_mp.trainer import input_look
 from deepseek_mp.trainer.input_look import InputLook
 
 
@@ -92,3 +93,21 @@ def test_what_is_still_to_be_told_is_its_state():
     other.load_state_dict(state)
     assert look.grown() == other.grown() == {"a": 99.0}
     assert look.state_dict() == {}
+
+
+def test_an_input_that_several_layers_read_is_looked_at_once(monkeypatch):
+    looks = []
+    original = input_look._largest
+    monkeypatch.setattr(input_look, "_largest", lambda given: looks.append(given) or original(given))
+    layers = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+    look = InputLook()
+    look.watch(layers, {"a": 1.0, "b": 1.0})
+    look.begin()
+    x, y = torch.ones(8, 4), torch.full((8, 4), 3.0)
+    for given in (x, y):
+        for layer in layers.values():
+            layer(given)
+    assert len(looks) == 2
+    assert float(look.veto()) == 1.0
+    assert look.grown() == {"a": 3.0, "b": 3.0}
+    assert look._last is None, "nothing is held on to"
