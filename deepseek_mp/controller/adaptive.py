@@ -178,19 +178,19 @@ class AdaptiveController:
         }
         return {name: size for name, size in sizes.items() if size > 0}
 
-    def see_gradients(self, step: int, seen: Mapping[str, Gradient]) -> list[Decision]:
-        """The gradients of an applied step, by layer: one that spikes raises its layer for a short time."""
-        return [
-            self._held(
-                spike.layer,
-                self.base.name,
-                self.spikes.held[spike.layer],
-                Reason.GUARDED,
-                spike.words,
-                {**spike.evidence, "step": step},
-            )
-            for spike in self.spikes.see(step, seen, self.lowered, units=len(self.units))
-        ]
+    def see_gradients(self, step: int, seen: Mapping[str, Gradient], rate: float) -> list[Decision]:
+        """The gradients of an applied step, by layer: one that spikes raises its layer for a short time. A learning
+        rate that jumps raises all: what rounding adds grows faster then.
+        """
+        made, known = list[Decision](), self.spikes.rate
+        if known.is_high(rate, self.settings.patience, warm=step >= self.settings.warm_up):
+            evidence = {"guard": "learning_rate", "rate": rate, "highest": known.highest}
+            words = f"the learning rate is {rate:.3g}, {known.highest:.3g} at most before"
+            made = [self._guarded(name, step, words, evidence) for name in self.lowered]
+        for spike in self.spikes.see(step, seen, self.lowered, units=len(self.units)):
+            evidence, until = {**spike.evidence, "step": step}, self.spikes.held[spike.layer]
+            made.append(self._held(spike.layer, self.base.name, until, Reason.GUARDED, spike.words, evidence))
+        return made
 
     def compare(self, step: int, found: Comparison) -> Decision | None:
         """The true rise of the loss by all lowered layers together: adjusts the budgets, and says so."""
@@ -243,7 +243,7 @@ class AdaptiveController:
     def decide(self, step: int) -> list[Decision]:
         """The layers whose recipe changes, each with its evidence."""
         self.next_decision = step + self.settings.interval(self.total_steps)
-        if self._is_too_late(step):
+        if self._is_too_late(step) or self.spikes.rate.steps:
             return []
         judged = self._judged(step)
         costs = [found.costs for found in judged.values()]

@@ -1,4 +1,5 @@
-"""Spikes of single layers: a gradient far above its usual norm, or one that has outgrown Adam's second moment.
+"""Spikes of single layers: a gradient far above its usual norm, or one that has outgrown Adam's second moment. And of
+the learning rate.
 
 Pure: fed with numbers, it says which of the lowered layers are to be raised for a short time. A layer is held for that
 while only, since most spikes come from the batch; and few at once, the worst, since a spike in all layers at once is no
@@ -30,6 +31,8 @@ HELD = 64
 """Steps that a layer stays raised."""
 AT_ONCE = 0.1
 """Share of the layers that are held at once, at least one."""
+RATE_JUMP = 1.5
+"""A learning rate so many times the highest before is a spike. A restart goes to the highest again."""
 NORM, RMS = "gradient_spike", "update_rms"
 IN_A_ROW = {NORM: 1, RMS: 2}
 """Steps that make a spike. A second moment that a gradient has outgrown is too small for many steps; a batch unlike the
@@ -100,8 +103,26 @@ class Course:
 
 
 @dataclass
+class Rate:
+    """The learning rate: the highest that is usual, and for how many steps it has been far above."""
+
+    highest: float = 0.0
+    steps: int = 0
+
+    def is_high(self, rate: float, longest: int, *, warm: bool) -> bool:
+        """Take a step's rate; whether it has jumped, after the warm-up. One that stays for `longest` steps is usual."""
+        if warm and self.highest and rate > RATE_JUMP * self.highest and self.steps < longest:
+            self.steps += 1
+            return True
+        self.highest, self.steps = max(self.highest, rate), 0
+        return False
+
+
+@dataclass
 class Spikes:
     """The courses of all layers, and which of them are held."""
+
+    rate: Rate = field(default_factory=Rate)
 
     courses: dict[str, dict[str, Course]] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
@@ -146,10 +167,10 @@ class Spikes:
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
         courses = {name: {guard: asdict(c) for guard, c in own.items()} for name, own in self.courses.items()}
-        return {"courses": courses, "held": dict(self.held)}
+        return {"courses": courses, "held": dict(self.held), "rate": asdict(self.rate)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.courses = {
             name: {guard: Course(**values) for guard, values in own.items()} for name, own in state["courses"].items()
         }
-        self.held = dict(state["held"])
+        self.held, self.rate = dict(state["held"]), Rate(**state["rate"])

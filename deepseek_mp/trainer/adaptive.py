@@ -177,8 +177,8 @@ class AdaptivePrecision(Callback):
                 applied=facts.status == "applied",
                 first_bad_module=facts.first_bad_module,
             )
-            if facts.status == "applied":
-                self._pending += self.controller.see_gradients(trainer.steps_attempted, seen)
+            if facts.status == "applied" and self._gradients is not None:
+                self._pending += self.controller.see_gradients(trainer.steps_attempted, seen, self._gradients.rate)
 
     def on_fit_end(self, _trainer: MixedPrecisionTrainer, _result: FitResult) -> None:
         """Nothing is left on the optimizer; a further fit begins anew."""

@@ -58,6 +58,8 @@ class GradientWatch:
     ) -> None:
         self._layers, self._lowered, self._steps, self._norms = layers, lowered, steps, norms
         self._sent: _Sent | None = None
+        self.rate = 0.0
+        """The highest learning rate of the last step, of those that are numbers: reading a tensor would wait."""
         self._handle = optimizer.register_step_pre_hook(self._look)
 
     def remove(self) -> None:
@@ -76,6 +78,8 @@ class GradientWatch:
 
     @torch.no_grad()
     def _look(self, optimizer: Optimizer, *_: Any) -> None:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self.rate = max((float(rate) for rate in rates if not isinstance(rate, Tensor)), default=0.0)
         weights = {name: weight for name, module in self._layers.items() if (weight := _trained(module)) is not None}
         if not weights:
             return

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from deepseek_mp.controller.spikes import HELD, LEAST, NORM, RMS, Course, Gradient, Spikes
+from deepseek_mp.controller.spikes import HELD, LEAST, NORM, RMS, Course, Gradient, Rate, Spikes
 
 NAMES = tuple("abcdefghijklmnopqrstuvwxy")
 
@@ -128,3 +128,18 @@ def test_the_means_are_plain_ones_at_first():
         course.add(value)
     assert course.mean == pytest.approx(2.0)
     assert course.log == pytest.approx(math.log(6) / 3)
+
+
+@pytest.mark.parametrize(
+    ("rates", "jumps"),
+    [
+        ([0.1, 0.2, 0.6, 0.7, 0.8, 0.9], []),  # the first three are a warm-up
+        ([1.0, 0.6, 0.2, 1.0, 0.5], []),  # a restart
+        ([1.0, 1.0, 1.0, 5.0, 5.0, 1.0, 1.6], [3, 4, 6]),
+        ([1.0] * 3 + [5.0] * 12, list(range(3, 13))),  # it is usual after ten steps
+        ([0.0, 0.0, 0.0, 1.0, 1.0], []),
+    ],
+)
+def test_a_learning_rate_jumps_when_it_is_far_above_the_highest_before(rates, jumps):
+    known = Rate()
+    assert [step for step, rate in enumerate(rates) if known.is_high(rate, 10, warm=step > 2)] == jumps
