@@ -39,7 +39,7 @@ def _section(name: str, report: Json) -> str:
     where = machine["device_name"] if machine["device"] != "cpu" else machine["cpu"]
     versions = [f"torch {machine['torch']}", *(f"CUDA {machine[key]}" for key in ("cuda",) if machine.get(key))]
     facts = f"{where}, {', '.join(versions)}, {report['date'][:10]}, commit {report['commit'][:7]}"
-    if report["arguments"].get("regional"):
+    if report["arguments"].get("regional") or report["arguments"].get("compile") == "regional":
         facts += "; what is compiled, is compiled block by block"
     kind = report["benchmark"]
     tables = (_TABLES.get(kind) or _TABLES[kind.partition("-")[0]])(report)
