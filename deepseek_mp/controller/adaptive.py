@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState, is_finite, plain
 from deepseek_mp.controller.choice_costs import CostRules, Judged
 from deepseek_mp.controller.height import height, height_of, parts_of
 from deepseek_mp.controller.limits import broken, is_crowded_out
@@ -91,7 +91,7 @@ class AdaptiveController:
         if not math.isfinite(measured.loss):
             return made
         self.loss, self.curvature = measured.loss, measured.curvature
-        readings = {n: new for n, new in measured.readings.items() if n in self.units and _is_finite(new)}
+        readings = {n: new for n, new in measured.readings.items() if n in self.units and is_finite(new)}
         alone = Predictor(readings, measured.loss, curvature=measured.curvature)
         for name, new in readings.items():
             known = self.readings.get(name)
@@ -215,7 +215,7 @@ class AdaptiveController:
         words = "rose by more than twice what was predicted" if wrong else "rose no more than predicted"
         name = self.base.name
         return Decision(
-            layer="", old=name, new=name, reason=Reason.COMPARED, detail=f"the loss {words}", evidence=_plain(evidence)
+            layer="", old=name, new=name, reason=Reason.COMPARED, detail=f"the loss {words}", evidence=plain(evidence)
         )
 
     def timed(self, step: int, gain: Gain) -> Decision:
@@ -243,8 +243,7 @@ class AdaptiveController:
     def decide(self, step: int) -> list[Decision]:
         """The layers whose recipe changes, each with its evidence."""
         self.next_decision = step + self.settings.interval(self.total_steps)
-        if self._is_too_late(step) or self.spikes.rate.steps:
-            return []
+        late = self._is_too_late(step) or self.spikes.rate.steps > 0
         judged = self._judged(step)
         costs = [found.costs for found in judged.values()]
         recipes = [RECIPES[name] for name in dict.fromkeys(r for name in judged for r in self.units[name].recipes)]
@@ -256,9 +255,10 @@ class AdaptiveController:
         self._wanted = wanted = {decision.layer: decision for decision in plan.decisions}
         self.refusals = {name: each.refused for name, each in judged.items() if each.refused}
         over = self._exceeds(judged, recipes, budget)
-        changes = (self._raised(wanted[name], judged[name], over=over, step=step) for name in judged)
+        stay = late and self.kept > 0
+        changes = (self._raised(wanted[name], judged[name], over=over, stay=stay, step=step) for name in judged)
         made = [change for change in changes if change]
-        made += self._lowered(list(wanted.values()), {change.layer for change in made}, step)
+        made += [] if late else self._lowered(list(wanted.values()), {change.layer for change in made}, step)
         self.allocated = self.allocated or bool(made)
         return made
 
@@ -321,7 +321,7 @@ class AdaptiveController:
 
     # -- raising ----------------------------------------------------------------------------------
 
-    def _raised(self, wanted: Decision, judged: Judged, *, over: bool, step: int) -> Decision | None:
+    def _raised(self, wanted: Decision, judged: Judged, *, over: bool, stay: bool, step: int) -> Decision | None:
         name, state = wanted.layer, self.states[wanted.layer]
         if judged.above and self._height(judged.above) > self._height(state.recipe):
             words = f"{self.base.name} would take {judged.harm:.1%} of a budget here"
@@ -329,7 +329,7 @@ class AdaptiveController:
         if not self.is_lowered(name):
             return None
         higher = wanted.new != state.recipe and self._height(wanted.new) >= self._height(state.recipe)
-        if judged.unpaid:
+        if judged.unpaid and not stay:
             # The allocation left the recipe out; where it wants another that is no lower, that will do.
             state.locked_until = step + self.settings.patience
             evidence = {"step": step, "rule": "pays"}
@@ -339,6 +339,10 @@ class AdaptiveController:
             state.locked_until = step + self.settings.patience
             return self._moved(name, wanted.new, Reason.ALLOCATED, wanted.detail, {**wanted.evidence, "step": step})
         return None
+
+    def release(self, step: int, why: str) -> list[Decision]:
+        """All lowered layers back to the base, since nothing watches over them any more."""
+        return [self._moved(name, self.base.name, Reason.ADAPT_OFF, why, {"step": step}) for name in self.lowered]
 
     def _raise_guilty(self, step: int, module: str | None) -> list[Decision]:
         """The layer that made the first bad number, before the loss scale is cut for all of them."""
@@ -444,7 +448,7 @@ class AdaptiveController:
         state = self.states[name]
         if reason is Reason.ALLOCATED and self.refusals.get(name):
             evidence = {**evidence, "refused": self.refusals[name]}
-        made = Decision(layer=name, old=state.recipe, new=new, reason=reason, detail=detail, evidence=_plain(evidence))
+        made = Decision(layer=name, old=state.recipe, new=new, reason=reason, detail=detail, evidence=plain(evidence))
         state.recipe = new
         if not self.is_lowered(name):
             state.kurtosis = None
@@ -466,7 +470,14 @@ class AdaptiveController:
         for name, values in state["states"].items():
             if name in self.states:
                 self.states[name] = UnitState(**values)
-        self.readings = {name: UnitReading.from_json(value) for name, value in state["readings"].items()}
+                if parts_of(values["recipe"])[0] not in (self.base.name, *self.units[name].recipes):
+                    self.states[name].recipe = self.base.name  # which nobody asks for any more
+        readings = {name: UnitReading.from_json(value) for name, value in state["readings"].items()}
+        self.readings = {
+            name: reading
+            for name, reading in readings.items()
+            if name in self.units and {*self.units[name].recipes} <= reading.effects.keys() | {"fp32", "tf32"}
+        }
         for name in _NUMBERS:
             setattr(self, name, state[name])
         self.trend.load_state_dict(dict(state["trend"]))
@@ -478,20 +489,3 @@ _NUMBERS = (
     "switch_passes",
 )  # fmt: skip
 """What of a controller is a number and part of its state."""
-
-
-def _is_finite(reading: UnitReading) -> bool:
-    """Whether the batch that it is of had finite numbers here: one that the trainer skips says nothing.
-
-    An infinite effect is something else: of values that would overflow in a recipe.
-    """
-    gradients = reading.spreads[Operand.GRAD_OUTPUT].get("non_finite", 0.0)
-    return math.isfinite(reading.energy) and math.isfinite(reading.row_energy) and not gradients
-
-
-def _plain(evidence: Mapping[str, Any]) -> dict[str, Any]:
-    """Evidence that JSON can hold: an infinite number as text."""
-    return {
-        key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
-        for key, value in evidence.items()
-    }

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from deepseek_mp.precision import Operand
+from deepseek_mp.sensitivity import UnitReading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +46,20 @@ class Comparison:
     exact: float
     standard_error: float
     """Of the change in one batch, by the first order's scatter: what chance decides."""
+
+
+def is_finite(reading: UnitReading) -> bool:
+    """Whether the batch that it is of had finite numbers here: one that the trainer skips says nothing.
+
+    An infinite effect is something else: of values that would overflow in a recipe.
+    """
+    gradients = reading.spreads[Operand.GRAD_OUTPUT].get("non_finite", 0.0)
+    return math.isfinite(reading.energy) and math.isfinite(reading.row_energy) and not gradients
+
+
+def plain(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """Evidence that JSON can hold: an infinite number as text."""
+    return {
+        key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
+        for key, value in evidence.items()
+    }

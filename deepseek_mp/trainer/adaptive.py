@@ -9,7 +9,8 @@ afterwards as they were. When layers change, the trainer changes its plan betwee
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ from deepseek_mp.trainer.config import TrainerConfig
 from deepseek_mp.trainer.gradient_watch import GradientWatch
 from deepseek_mp.trainer.input_look import GROWTH, InputLook
 from deepseek_mp.trainer.probe_clock import ProbeClock
-from deepseek_mp.trainer.result import FitResult, StepFacts
+from deepseek_mp.trainer.result import StepFacts
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -50,6 +51,8 @@ ROWS = 1024
 EXACT = ("fp32", "tf32")
 """What nothing is measured of above the region: FP32 is what others differ from, TF32 has an error energy 64 times
 smaller than BF16's and its range."""
+FAILURES = 2
+"""Probes in a row that fail: memory may be short once, a model that bears none never does."""
 LEAST_ITEMS = 8
 """Norms of the batch are another function for very few items, with other gradients."""
 
@@ -85,6 +88,10 @@ class AdaptivePrecision(Callback):
         self._look = InputLook()
         self._alarms = 0
         """How many alarms of the monitor were seen."""
+        self._failures = 0
+        """Probes in a row that failed."""
+        self._in_force = ""
+        """Digest of the plan that is in force as far as is known here."""
         self._pending: list[Decision] = []
         self._saved: Mapping[str, Any] | None = None
 
@@ -94,12 +101,13 @@ class AdaptivePrecision(Callback):
         """Read what has arrived, decide, and start the next probe, each when it is due."""
         self._look.active = False
         if self.disabled:
-            self._look.close()
             return
         if self.controller is None:
             self._begin(trainer, batch)
+        elif trainer.plan.digest != self._in_force:
+            self._disable(trainer, "the plan was changed from outside, and is left as it is")
         controller = self.controller
-        if controller is None:
+        if controller is None or self.disabled:
             return
         if self._gradients is None:
             self._gradients = GradientWatch(
@@ -146,7 +154,9 @@ class AdaptivePrecision(Callback):
     def _watch_inputs(self, trainer: MixedPrecisionTrainer, controller: AdaptiveController) -> None:
         """Look at the inputs of the step that begins: not in compiled code, and where no other process must agree."""
         if self.settings.watch_inputs and not trainer.config.compile and not _several_processes():
-            trainer.stepper.veto = self._look.veto
+            if trainer.stepper.veto is None:
+                trainer.settle()  # so that looks and outcomes are of the same steps
+                trainer.stepper.veto = self._look.veto
             limits = {name: GROWTH * size for name, size in controller.input_sizes().items()}
             self._look.watch(self._modules, limits)
             self._look.begin()
@@ -166,6 +176,7 @@ class AdaptivePrecision(Callback):
         """Show the outcome to the guards; what they raise is raised before the next step."""
         if self.disabled:
             return
+        self._look.settle()
         seconds = self._clock.step()
         if self.controller is not None and seconds is not None and self._timed:
             self._time(trainer, self.controller, seconds)
@@ -180,11 +191,16 @@ class AdaptivePrecision(Callback):
             if facts.status == "applied" and self._gradients is not None:
                 self._pending += self.controller.see_gradients(trainer.steps_attempted, seen, self._gradients.rate)
 
-    def on_fit_end(self, _trainer: MixedPrecisionTrainer, _result: FitResult) -> None:
-        """Nothing is left on the optimizer; a further fit begins anew."""
-        self._stop_watching()
+    def on_epoch_end(self, _trainer: MixedPrecisionTrainer, _epoch: int, _metrics: dict[str, Any]) -> None:
+        """The time until the next step is not that of a step."""
+        self._clock.forget()
 
-    def _stop_watching(self) -> None:
+    def stop_watching(self, trainer: MixedPrecisionTrainer) -> None:
+        """Nothing is left on the model and the optimizer; another step begins to look again."""
+        self._clock.forget()
+        self._look.close()
+        if trainer.has_stepper:
+            trainer.stepper.veto = None
         if self._gradients is not None:
             self._gradients.remove()
             self._gradients = None
@@ -234,6 +250,7 @@ class AdaptivePrecision(Callback):
         for name, state in self.controller.states.items():
             state.recipe = layers[name].recipe
         self._restore(trainer)
+        self._in_force = trainer.plan.digest
 
     def _costs(self, trainer: MixedPrecisionTrainer, batch: Any, recipes: Sequence[Recipe]) -> LayerCosts:
         """Of the checkpoint, if it is of such a device: with its times a resumed run decides as the whole one would."""
@@ -248,29 +265,39 @@ class AdaptivePrecision(Callback):
     def _disable(self, trainer: MixedPrecisionTrainer, why: str) -> None:
         """Nothing is decided from now on; the run's decisions say so."""
         self.disabled = why
-        self._stop_watching()
+        if self._saved is not None:  # where the run stood is no place to go back to any more
+            self.decisions = [Decision.from_json(value) for value in self._saved["decisions"]]
+            self._saved = None
+        self.stop_watching(trainer)
         base = trainer.plan.base.name
         said = Decision(layer="", old=base, new=base, reason=Reason.ADAPT_OFF, detail=why)
         trainer.recorder.decided([said])
 
     def _failed(self, trainer: MixedPrecisionTrainer, what: str, error: Exception) -> None:
         message = str(error).splitlines()[0] if str(error) else ""
+        if self.controller is not None:  # nobody watches over them from now on
+            self._pending += self.controller.release(trainer.steps_attempted, f"{what}: {type(error).__name__}")
+            self._put_pending_in_force(trainer)
         self._disable(trainer, f"{what}: {type(error).__name__}: {message}")
         log.warning("live precision is off: %s", self.disabled)
 
     # -- while it runs ----------------------------------------------------------------------------
 
     def _try_probe(self, trainer: MixedPrecisionTrainer, batch: Any, *, compare: bool) -> None:
-        """A probe; where the model does not bear one, live precision is off from then on, and training goes on."""
-        snapshot = Snapshot(trainer.model, trainer.device)
+        """A probe. Training goes on where one fails; where two in a row do, live precision is off from then on."""
+        snapshot, failed = Snapshot(trainer.model, trainer.device), None
         try:
             with maxima_kept(trainer.model), torch.compiler.set_stance("force_eager"):
                 self._probe(trainer, batch, snapshot, compare=compare)
         except Exception as error:  # noqa: BLE001 - said aloud and kept: a look at the model must not end its training
-            self._sent = self._compared = None
-            self._failed(trainer, "a probe failed", error)
+            self._sent, self._compared, failed = None, None, error
         finally:
             snapshot.restore()
+        self._failures = 0 if failed is None else self._failures + 1
+        if failed is not None and self._failures >= FAILURES:
+            self._failed(trainer, "probes failed", failed)
+        elif failed is not None:
+            log.warning("a probe failed, and another is tried: %s: %s", type(failed).__name__, failed)
 
     def _probe(self, trainer: MixedPrecisionTrainer, batch: Any, snapshot: Snapshot, *, compare: bool) -> None:
         """One forward and half a backward on a part of the batch; then the same forward with lowered layers in FP32."""
@@ -306,6 +333,7 @@ class AdaptivePrecision(Callback):
             made, self._pending = self._pending, []
             self._note(trainer, made)
             trainer.change_plan(self._plan(trainer, made))
+            self._in_force = trainer.plan.digest
 
     def _plan(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> PrecisionPlan:
         """The plan of the controller's states: a rule for every layer that is not in the base."""
@@ -346,6 +374,7 @@ class AdaptivePrecision(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Part of the trainer's checkpoint, with what a probe measured that was not read yet. Waits for that."""
+        self._clock.forget()
         if self._saved is not None:
             return dict(self._saved)
         measured = None if self._sent is None else self._sent.read()
@@ -367,10 +396,20 @@ class AdaptivePrecision(Callback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._saved = state
-        self._stop_watching()
-        self.controller = self._sent = self._compared = None
-        self.disabled = ""
+        self.reset()
+        if state["disabled"] and state["controller"] is not None:  # it had begun, and ended
+            self.disabled = state["disabled"]
+            self.decisions = [Decision.from_json(value) for value in state["decisions"]]
+        else:
+            self._saved = state
+
+    def reset(self) -> None:
+        """Begin anew with the next step."""
+        self.controller = self._sent = self._compared = self._saved = None
+        self.decisions, self._pending, self.disabled = [], [], ""
+        self._next_probe, self._next_comparison, self._interval = 0, self.settings.compare_every, 0
+        self._speed, self._failures = SpeedCheck(), 0
+        self._look.load_state_dict({})
 
     def _restore(self, trainer: MixedPrecisionTrainer) -> None:
         """Go on where a checkpoint stood, in its plan."""
@@ -386,8 +425,6 @@ class AdaptivePrecision(Callback):
             self._sent = Arrived(Measured.from_json(saved["measured"]))
         if saved["compared"] is not None:
             self._compared = HostCopy([torch.tensor(value) for value in saved["compared"]])
-        if saved["disabled"]:
-            self._disable(trainer, saved["disabled"])
         if saved["controller"] is None:
             return
         before = {name: state.recipe for name, state in self.controller.states.items()}
@@ -414,6 +451,16 @@ def with_adaptive(callbacks: tuple[Callback, ...], config: TrainerConfig) -> tup
     if given or adapt is False or config.precision_mode != "auto":
         return callbacks
     return (*callbacks, AdaptivePrecision(adapt if isinstance(adapt, AdaptiveSettings) else None))
+
+
+@contextmanager
+def looks_ended(trainer: MixedPrecisionTrainer) -> Iterator[None]:
+    """However training ends inside, live precision leaves nothing on the model and the optimizer."""
+    try:
+        yield
+    finally:
+        if trainer.adaptive is not None:
+            trainer.adaptive.stop_watching(trainer)
 
 
 def _several_processes() -> bool:

@@ -30,7 +30,7 @@ from deepseek_mp.nn import apply
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
-from deepseek_mp.trainer.adaptive import AdaptivePrecision, adaptive_of, with_adaptive
+from deepseek_mp.trainer.adaptive import AdaptivePrecision, adaptive_of, looks_ended, with_adaptive
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile, compiled_run
 from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent
@@ -406,7 +406,7 @@ class MixedPrecisionTrainer:
             restore(self, Path(resume))
         if self.position.epoch >= epochs:
             log.warning("nothing to train: the run already has %d of %d epochs", self.position.epoch, epochs)
-        with self.recorder, Progress(self._progress) as shown, unfinished_discarded(self):
+        with self.recorder, Progress(self._progress) as shown, unfinished_discarded(self), looks_ended(self):
             fitting = Fitting(
                 trainer=self,
                 loader=train_loader,
@@ -488,4 +488,6 @@ class MixedPrecisionTrainer:
     def close(self) -> None:
         """End a run of your own loop over `step`: settle the last step and end its records. `fit` does it itself."""
         self.settle()
+        if self.adaptive is not None:
+            self.adaptive.stop_watching(self)
         self.recorder.close()

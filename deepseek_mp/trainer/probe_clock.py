@@ -42,6 +42,10 @@ class ProbeClock:
         self._last, self._probed = now, False
         return plain
 
+    def forget(self) -> None:
+        """Something else than a step comes now: the time until the next outcome is none of a step."""
+        self._last = None
+
     @contextmanager
     def probe(self, device: torch.device) -> Iterator[None]:
         """Around a probe."""

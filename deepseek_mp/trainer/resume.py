@@ -130,6 +130,8 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     if trainer.adaptive is not None and live is not None:
         trainer.adaptive.load_state_dict(live)
     elif (trainer.adaptive is None) != (live is None):
+        if trainer.adaptive is not None:
+            trainer.adaptive.reset()
         was, now = ("with", "without") if live is not None else ("without", "with")
         log.warning("resumed %s live precision a run that was %s; it goes on from its plan", now, was)
 

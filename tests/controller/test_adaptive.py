@@ -576,3 +576,20 @@ def test_a_learning_rate_that_jumps_raises_all_and_nothing_is_lowered_while_it_i
     for step in range(30, 100, 10):
         made.decide(step)
     assert recipes(made) == {"a": "row", "b": "row"}
+
+
+def test_a_budget_that_is_exceeded_raises_also_late_in_a_run():
+    made = allocated()
+    made.pass_seconds, made.switch_passes = 0.002, 1e6
+    for _ in range(12):
+        made.learn(measured(a={}, b={"second": 0.1}), 15)
+    assert [(d.layer, d.new) for d in made.decide(20)] == [("b", "bf16")]
+
+
+def test_a_state_in_a_recipe_that_is_no_choice_any_more_is_that_of_the_base():
+    made = allocated()
+    units = {name: AdaptiveUnit(macs=1e9, seconds=SECONDS, recipes=("block",)) for name in ("a", "b")}
+    other = AdaptiveController(units, RECIPES["bf16"], SETTINGS, total_steps=1000)
+    other.load_state_dict(made.state_dict())
+    assert recipes(other) == {"a": "bf16", "b": "bf16"}
+    assert other.readings == {}

@@ -1,6 +1,7 @@
 """Live precision in the trainer: what it changes, and what it leaves exactly alone."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -482,3 +483,111 @@ def test_an_alarm_of_the_monitor_about_a_lowered_layer_brings_a_probe(layer, mon
     for batch in data[1:4]:
         made.step(batch)
     assert adaptive.controller.probes == (2 if layer == "down" else 1)
+
+
+def lowered_run(**values):
+    adaptive = AdaptivePrecision(SETTINGS)
+    made = trainer(adaptive, **values)
+    for batch in batches(12):
+        made.step(batch)
+    made.settle()
+    assert adaptive.controller.lowered
+    return adaptive, made
+
+
+def test_a_plan_that_the_user_changes_is_left_alone():
+    adaptive, made = lowered_run()
+    made.change_plan("fp32")
+    for batch in batches(12):
+        made.step(batch)
+    assert adaptive.disabled == "the plan was changed from outside, and is left as it is"
+    assert set(recipes(made).values()) == {"fp32"}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_probe_that_fails_is_tried_again_and_two_raise_what_nobody_watches_any_more(count, monkeypatch, tmp_path):
+    adaptive, made = lowered_run(run_dir=tmp_path)
+    left, original = [count], AdaptivePrecision._probe
+
+    def failing(self, *args, **values):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.OutOfMemoryError("none left")
+        original(self, *args, **values)
+
+    monkeypatch.setattr(AdaptivePrecision, "_probe", failing)
+    for batch in batches(12):
+        made.step(batch)
+    made.close()
+    lowered = {name for name, recipe in recipes(made).items() if recipe == "row"}
+    assert bool(adaptive.disabled) is (count == 2) is not bool(lowered)
+    (path,) = tmp_path.rglob("decisions.jsonl")
+    reasons = [json.loads(line)["reason"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert ("adapt_off" in reasons) is (count == 2)
+
+
+def hooks(made):
+    on_modules = [m for m in made.model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    return len(made.optimizer._optimizer_step_pre_hooks), len(on_modules)
+
+
+def test_nothing_is_left_on_the_model_and_the_optimizer_however_training_ends():
+    plain = trainer(None)
+    plain.fit(batches(2))
+    before = hooks(plain)
+    _, made = lowered_run()
+    assert hooks(made) > before
+    made.close()
+    assert hooks(made) == before
+    assert made.stepper.veto is None
+    made.step(batches(1)[0])
+    assert hooks(made) > before
+
+    def broken():
+        yield from batches(12)
+        raise OSError("the disk is gone")
+
+    for data in (batches(12), broken()):
+        other = trainer(AdaptivePrecision(SETTINGS))
+        with pytest.raises(OSError, match="gone") if not isinstance(data, list) else nullcontext():
+            other.fit(data)
+        assert hooks(other) == before
+
+
+def test_a_run_resumed_with_other_recipes_leaves_those_that_are_not_among_them(tmp_path):
+    _, made = lowered_run()
+    made.save(tmp_path)
+    other = AdaptivePrecision(replace(SETTINGS, recipes=("fp32", "block")))
+    resumed = trainer(other)
+    resumed.load(tmp_path)
+    resumed.step(batches(1)[0])
+    assert set(recipes(resumed).values()) == {"bf16"}
+    assert all({"block"} <= reading.effects.keys() for reading in other.controller.readings.values())
+
+
+def test_a_run_that_had_ended_live_precision_does_not_begin_it_again_when_resumed(tmp_path, monkeypatch):
+    adaptive, made = lowered_run()
+    adaptive._failed(made, "probes failed", ValueError("odd"))
+    made.step(batches(1)[0])
+    made.save(tmp_path)
+    again = AdaptivePrecision(SETTINGS)
+    resumed = trainer(again)
+    resumed.load(tmp_path)
+    for batch in batches(8):
+        resumed.step(batch)
+    assert again.disabled == adaptive.disabled == "probes failed: ValueError: odd"
+    assert again.controller is None
+    assert again.decisions == adaptive.decisions
+    assert again.state_dict()["disabled"] == again.disabled
+
+
+def test_a_checkpoint_without_live_precision_begins_it_anew(tmp_path):
+    plain = trainer(None)
+    for batch in batches(3):
+        plain.step(batch)
+    plain.save(tmp_path)
+    adaptive, made = lowered_run()
+    made.load(tmp_path)
+    assert (adaptive.controller, adaptive.decisions, adaptive._next_probe) == (None, [], 0)
+    made.step(batches(1)[0])
+    assert not adaptive.controller.lowered

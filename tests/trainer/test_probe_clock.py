@@ -48,3 +48,14 @@ def test_steps_with_a_probe_do_not_count(moved):
     assert clock.share() is None
     steps(clock, moved, LEAST_STEPS)
     assert clock.share() == pytest.approx(5.0)
+
+
+def test_what_is_no_step_is_forgotten(moved):
+    clock = ProbeClock()
+    steps(clock, moved, 2)
+    moved(60.0)
+    clock.forget()
+    moved(2.0)
+    assert clock.step() is None
+    moved(2.0)
+    assert clock.step() == pytest.approx(2.0)
