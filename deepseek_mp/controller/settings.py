@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
-from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.precision import find_recipe
+from deepseek_mp.errors import ConfigError, explain, suggest
+from deepseek_mp.precision import RECIPES
 from deepseek_mp.precision.allocation import Objective
+from deepseek_mp.precision.checks import shown
 from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS
 
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType({"time": "seconds", "memory": "bytes"})
 """What the allocation minimises, by its name in the settings."""
+PLAIN = ("fp32", "tf32", "bf16", "fp16")
+"""Recipes without scales that layers may go to; FP64 and HF32 are not among them."""
+ALLOWED = (*PLAIN, *(name for name, recipe in RECIPES.items() if not recipe.is_plain))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,8 @@ class AdaptiveSettings:
     """Variance that rounding may add to the gradient, relative to that of a batch."""
     recipes: tuple[str, ...] | None = None
     """What layers may run in beside the format of the region: scaled recipes, and 'fp32', 'tf32', 'bf16', 'fp16'. None:
-    the FP8 recipes that the device multiplies, and above a bf16 region fp32 (tf32 where the device has it)."""
+    the FP8 recipes that the device multiplies, and above a bf16 region fp32 (tf32 where the device has it). A list is
+    stored as a tuple."""
     objective: str = "time"
     """What lowering is to save: measured 'time', or 'memory', the bytes that layers keep for backward."""
     by_role: bool = False
@@ -68,11 +73,17 @@ class AdaptiveSettings:
             self._check_count("decide_every", 1)
         if self.share > 1 or self.most_at_once > 1:
             raise ConfigError(explain("a share above one", "at most 1", "Change share or most_at_once"))
-        if self.objective not in OBJECTIVES:
+        if self.longest_patience < self.patience:
+            passed = f"longest_patience={self.longest_patience} with patience={self.patience}"
+            raise ConfigError(explain(passed, "at least patience", "Raise longest_patience or lower patience"))
+        for name in ("by_role", "watch_inputs"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(explain(f"{name}={shown(value)}", "True or False", f"Change {name}"))
+        if not isinstance(self.objective, str) or self.objective not in OBJECTIVES:
             allowed = " or ".join(map(repr, OBJECTIVES))
-            raise ConfigError(explain(f"objective={self.objective!r}", allowed, "Change objective"))
-        for recipe in self.recipes or ():
-            find_recipe(recipe)
+            raise ConfigError(explain(f"objective={shown(self.objective)}", allowed, "Change objective"))
+        if self.recipes is not None:
+            object.__setattr__(self, "recipes", _checked_recipes(self.recipes))
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -90,3 +101,20 @@ class AdaptiveSettings:
             field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
             for field in fields(self)
         }
+
+
+def _checked_recipes(recipes: object) -> tuple[str, ...]:
+    """The names as a tuple; `ConfigError` if they are no list or tuple of recipes that layers may go to."""
+    passed = f"recipes={shown(recipes)}"
+    if not isinstance(recipes, list | tuple):
+        example = f"({recipes!r},)" if isinstance(recipes, str) else "('fp32', 'block')"
+        raise ConfigError(explain(passed, "a tuple of names of recipes", f"Pass recipes={example}"))
+    if not recipes:
+        change = "Name a recipe, or leave recipes out for those that the device has"
+        raise ConfigError(explain(passed, "one name or more, or None", change))
+    for name in recipes:
+        if not (isinstance(name, str) and name in ALLOWED):
+            hint = suggest(name, ALLOWED) if isinstance(name, str) else ""
+            change = f"Change {shown(name)} to one of these names.{hint}"
+            raise ConfigError(explain(passed, ", ".join(ALLOWED), change))
+    return tuple(recipes)

@@ -42,6 +42,8 @@ PRODUCT_OPERANDS: tuple[tuple[Role, Operand], ...] = tuple((role, side) for role
 """The six operands, in the order of `operand_errors`."""
 ENERGY_FIELDS = ("energy", "row_energy")
 TENSORS = (Operand.INPUT, Operand.WEIGHT, Operand.GRAD_OUTPUT)
+AMAX = SPREAD_FIELDS.index("amax")
+"""Its place in a row of `spreads`. Of several calls the largest counts, of all other fields the mean."""
 _LEAST_FOR_VARIANCE = 2
 WEIGHT_ROWS = 1024
 """Rows of a weight that are compared, where not all are."""
@@ -167,10 +169,16 @@ def energies(module: nn.Module, seen: Seen) -> Tensor:
 
 @torch.no_grad()
 def spreads(module: nn.Module, seen: Seen) -> Tensor:
-    """`SPREAD_FIELDS` of input, weight and output gradient [3, 6], in the order of `TENSORS`."""
+    """`SPREAD_FIELDS` of input, weight and output gradient [3, 6], in the order of `TENSORS`.
+
+    `amax` is that of the whole tensors: few draws have the largest value. The rest is that of what was drawn.
+    """
     tensors = (seen.x, _weight(module), seen.g)
     nothing = seen.g.new_zeros(len(SPREAD_FIELDS), dtype=torch.float32)
-    return torch.stack([nothing if t is None or not t.is_floating_point() else spread(t) for t in tensors])
+    found = torch.stack([nothing if t is None or not t.is_floating_point() else spread(t) for t in tensors])
+    for which, largest in ((Operand.INPUT, seen.largest_x), (Operand.GRAD_OUTPUT, seen.largest_g)):
+        found[TENSORS.index(which), AMAX] = largest
+    return found
 
 
 def _is_turned(role: Role, which: Operand) -> bool:

@@ -18,6 +18,7 @@ from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS
 from deepseek_mp.precision import Recipe
 from deepseek_mp.sensitivity.measure import (
+    AMAX,
     PRODUCT_OPERANDS,
     TENSORS,
     Operands,
@@ -69,9 +70,9 @@ class _Sums:
                 _add_to(own, name, value)
         assert self.energies is not None
         assert other.energies is not None
-        assert self.spreads is not None
         assert other.spreads is not None
-        self.energies, self.spreads = self.energies + other.energies, self.spreads + other.spreads
+        self.energies = self.energies + other.energies
+        self.spreads = _with_spreads(self.spreads, other.spreads)
         self.calls += other.calls
         self.batches += other.batches
 
@@ -254,7 +255,7 @@ class Probe:
             _add_to(sums.errors, recipe.name, errors)
         own, wide = energies(module, seen), spreads(module, seen)
         sums.energies = own if sums.energies is None else sums.energies + own
-        sums.spreads = wide if sums.spreads is None else sums.spreads + wide
+        sums.spreads = _with_spreads(sums.spreads, wide)
         sums.calls += 1
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -270,6 +271,15 @@ def _some_items(given: Tensor, index: Tensor | None) -> Tensor:
 
 def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
+
+
+def _with_spreads(sums: Tensor | None, more: Tensor) -> Tensor:
+    """The sums of spreads [3, 6] with more of them on top; of the largest magnitudes the largest."""
+    if sums is None:
+        return more
+    both = sums + more
+    both[:, AMAX] = torch.maximum(sums[:, AMAX], more[:, AMAX])
+    return both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +367,9 @@ def _reading(
             },
         )
     energy, row_energy = (next(rest) / batches).tolist()
-    wide = (next(rest) / calls).tolist()
+    summed = next(rest)
+    wide = summed / calls
+    wide[:, AMAX] = summed[:, AMAX]
     return UnitReading(
         order=order,
         batches=batches,
@@ -366,6 +378,7 @@ def _reading(
         energy=energy,
         row_energy=row_energy,
         spreads={
-            which: dict(zip(SPREAD_FIELDS, values, strict=True)) for which, values in zip(TENSORS, wide, strict=True)
+            which: dict(zip(SPREAD_FIELDS, values, strict=True))
+            for which, values in zip(TENSORS, wide.tolist(), strict=True)
         },
     )

@@ -78,7 +78,10 @@ class UnitReading:
     row_energy: float
     """What relative errors of wgrad's operands are multiplied with to give the variance that they add."""
     spreads: Mapping[Operand, Mapping[str, float]]
-    """`ops.statistics.SPREAD_FIELDS` of input, weight and output gradient."""
+    """`ops.statistics.SPREAD_FIELDS` of input, weight and output gradient.
+
+    `amax` is the largest magnitude of the whole tensors in all calls; the others are means over the calls, of what was
+    drawn."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -92,7 +95,7 @@ class UnitReading:
         }
 
     def joined(self, other: UnitReading) -> UnitReading:
-        """This reading with that of more batches, weighted by their numbers."""
+        """This reading with that of more batches, weighted by their numbers; the largest magnitudes are the larger."""
         mine, both = self.batches, self.batches + other.batches
         share = mine / both
         calls = self.calls / (self.calls + other.calls)
@@ -115,7 +118,11 @@ class UnitReading:
                 errors=errors,
             )
         spreads = {
-            which: {field: mean(value, other.spreads[which][field], calls) for field, value in values.items()}
+            which: {
+                field: max(value, more) if field == "amax" else mean(value, more, calls)
+                for field, value in values.items()
+                for more in (other.spreads[which][field],)
+            }
             for which, values in self.spreads.items()
         }
         return UnitReading(

@@ -63,13 +63,15 @@ def layers_to_control(
     recipes = recipes_asked(trainer, settings)
     low = [recipe for recipe in recipes if _is_low(recipe, region)]
     only_raised = bool(settings.recipes) and len(recipes) > len(low)
-    if not low and auto:
-        return {}, "this device has no FP8 recipe of its own that 'auto' could time"
     if not low and not only_raised:
-        return {}, f"this device multiplies in none of {', '.join(settings.recipes or CANDIDATES)}"
+        return {}, _why_nothing_is_low(trainer, settings, recipes)
     if auto and region != "bf16":
         return {}, f"'auto' found nothing faster than {region}"
-    taken = _takers(trainer, recipes)
+    free = _free_layers(trainer)
+    if not free:
+        multiply = any(multiplies(original_class(module)) for module in survey(trainer.model).units.values())
+        return {}, "every layer is pinned or named by the plan" if multiply else "no layer multiplies matrices"
+    taken = _takers(trainer, free, recipes)
     if not only_raised and not any(_is_low(RECIPES[name], region) for _, names in taken.values() for name in names):
         return {}, "no layer can be lowered"
     costs = costs_of(recipes)
@@ -79,6 +81,22 @@ def layers_to_control(
         return found, ""
     lower = ", ".join(recipe.name for recipe in low)
     return {}, f"no layer is {PAYS - 1:.0%} faster in {lower} than in {region}{_closest(costs, region, low, taken)}"
+
+
+def _why_nothing_is_low(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings, recipes: list[Recipe]) -> str:
+    """Why no recipe below the region is left: none was asked for, or the device has none of those that were."""
+    region = trainer.plan.base.region
+    if follows_auto(trainer, settings):
+        hint = "; name recipes= to emulate one" if trainer.config.emulate else ""
+        return f"this device has no FP8 recipe of its own that 'auto' could time{hint}"
+    if settings.recipes and not recipes and all(_is_own(name, region) for name in settings.recipes):
+        return f"nothing beside the region, {region}, was asked for"
+    return f"this device multiplies in none of {', '.join(settings.recipes or CANDIDATES)}"
+
+
+def _is_own(name: str, region: str) -> bool:
+    """Whether the recipe is the region's own, or its FP32 of the other kind."""
+    return name == region or (name in _FP32_KINDS and region in _FP32_KINDS)
 
 
 def _worth_it(
@@ -126,7 +144,7 @@ def recipes_asked(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings) ->
     found: dict[str, Recipe] = {}
     for name in asked:
         recipe = RECIPES[kind if name in _FP32_KINDS else name]
-        if recipe.name == region or (name in _FP32_KINDS and region in _FP32_KINDS):
+        if _is_own(recipe.name, region):
             continue
         runs = recipe.is_plain or trainer.config.emulate or formats_of(recipe) <= native
         if runs and (not recipe.is_plain or _runs_plain(trainer, recipe.name)):
@@ -152,17 +170,23 @@ def _fp32_kind(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings) -> st
     return "tf32" if wants and not exact and "tf32" in trainer.capabilities.matmul_formats else "fp32"
 
 
-def _takers(trainer: MixedPrecisionTrainer, recipes: list[Recipe]) -> Takers:
-    """The layers that multiply and that no rule of the user names, with the recipes that they can run in."""
-    found = survey(trainer.model)
-    last = output_layer(trainer.model, found)
+def _free_layers(trainer: MixedPrecisionTrainer) -> dict[str, nn.Module]:
+    """The layers that multiply and that no rule of the user names."""
     mode = trainer.config.precision_mode
     rules = [Rule(pattern=p, recipe=r) for p, r in (trainer.config.pin or {}).items()]  # type: ignore[arg-type]
     rules += mode.rules if isinstance(mode, PrecisionPlan) else ()
+    return {
+        name: module
+        for name, module in survey(trainer.model).units.items()
+        if multiplies(original_class(module)) and not any(rule.matches(name) for rule in rules)
+    }
+
+
+def _takers(trainer: MixedPrecisionTrainer, free: Mapping[str, nn.Module], recipes: list[Recipe]) -> Takers:
+    """Those of the layers that can run in some of the recipes, with these."""
+    last = output_layer(trainer.model, survey(trainer.model))
     taken = {}
-    for name, module in found.units.items():
-        if not multiplies(original_class(module)) or any(rule.matches(name) for rule in rules):
-            continue
+    for name, module in free.items():
         possible = [r.name for r in recipes if r.is_plain or why_not(r, module, is_output=name == last) is None]
         if possible:
             taken[name] = module, tuple(possible)

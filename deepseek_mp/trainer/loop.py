@@ -296,8 +296,6 @@ class MixedPrecisionTrainer:
         """
         if self._plan is None:
             self._install(self._apply(resumed_plan(saved_plan, self.config.pin or {})))
-        elif self._plan.digest != saved_plan.digest:
-            log.warning("resumed with plan %s; the checkpoint had %s", self._plan.base, saved_plan.base)
         if saved_scale["policy"] == self.scaler.policy.name:
             self.scaler.load_state_dict(saved_scale)
         else:

@@ -29,6 +29,8 @@ STATE_KEYS = {
     "plan", "counters", "optimizer", "scheduler", "scaler", "position", "window", "epoch", "history", "callbacks",
 }  # fmt: skip
 TENSOR_KEYS = {"model", "buffers", "optimizer", "outside", "ema", "window", "rng", "state"}
+SHOWN = 4
+"""Differences of two plans that one line of the log has."""
 CHANGE_LOADER = "Pass the loader that the run was saved with"
 
 
@@ -105,7 +107,13 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     saved = state.join_tensors(dict(snapshot.state), tensors["state"])
     _say_what_changes(trainer, saved["optimizer"])
     saved_storage.adopt(trainer.optimizer, _formats(trainer, snapshot))
-    stepper = trainer.adopt_plan(PrecisionPlan.from_json(saved["plan"]), saved["scaler"])
+    plan, live = PrecisionPlan.from_json(saved["plan"]), saved.get("adaptive")
+    is_named = trainer.has_stepper
+    if is_named:
+        _say_how_plans_differ(trainer.plan, plan, _live_layers(live))
+        plan = trainer.plan
+    _say_what_becomes_of_live(trainer, live, is_named=is_named)
+    stepper = trainer.adopt_plan(plan, saved["scaler"])
     state.load_model(trainer.model, tensors["model"], tensors["buffers"])
     state.load_optimizer(trainer.model, trainer.optimizer, tensors["optimizer"], saved["optimizer"])
     state.load_tensors(state.outside_parameters(trainer.model, trainer.optimizer), tensors["outside"])
@@ -126,14 +134,10 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     for callback, kept in zip(_others(trainer), saved["callbacks"], strict=True):
         if kept is not None:
             cast(Any, callback).load_state_dict(kept)
-    live = saved.get("adaptive")
     if trainer.adaptive is not None and live is not None:
         trainer.adaptive.load_state_dict(live)
-    elif (trainer.adaptive is None) != (live is None):
-        if trainer.adaptive is not None:
-            trainer.adaptive.reset()
-        was, now = ("with", "without") if live is not None else ("without", "with")
-        log.warning("resumed %s live precision a run that was %s; it goes on from its plan", now, was)
+    elif trainer.adaptive is not None:
+        trainer.adaptive.reset()
 
 
 def _others(trainer: MixedPrecisionTrainer) -> list[Callback]:
@@ -155,6 +159,43 @@ def _say_what_changes(trainer: MixedPrecisionTrainer, saved: Mapping[str, Any]) 
             now = group.get(key)
             if isinstance(now, int | float | bool) and now != value and trainer.scheduler is None:
                 log.warning("resumed with %s=%s from the checkpoint; group %d had %s", key, value, i, now)
+
+
+def _live_layers(live: Mapping[str, Any] | None) -> frozenset[str]:
+    """The layers that live precision decided on in the run of a checkpoint."""
+    controller = None if live is None else live["controller"]
+    return frozenset() if controller is None else frozenset(controller["states"])
+
+
+def _say_how_plans_differ(plan: PrecisionPlan, saved: PrecisionPlan, live: frozenset[str]) -> None:
+    """Log where the plan that this run names is not the checkpoint's, but for what live precision made of it."""
+    if plan.digest == saved.digest:
+        return
+    pairs = [("the region", plan.base.region, saved.base.region)]
+    pairs.append(("the memory format", plan.memory_format, saved.memory_format))
+    recipes, before = ({d.layer: d.new for d in one.decisions if d.layer} for one in (plan, saved))
+    pairs += [(name, recipes[name], before[name]) for name in recipes if name in before and name not in live]
+    found = [f"{what} is {now}, was {then}" for what, now, then in pairs if now != then]
+    if not found:
+        return
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    same = plan.base.name == saved.base.name
+    said = f"a changed plan {plan.base}" if same else f"plan {plan.base}; the checkpoint had {saved.base}"
+    log.warning("resumed with %s: %s%s", said, "; ".join(found[:SHOWN]), more)
+
+
+def _say_what_becomes_of_live(
+    trainer: MixedPrecisionTrainer, live: Mapping[str, Any] | None, *, is_named: bool
+) -> None:
+    """Log that the checkpoint's run had live precision and this one has not, or the other way round."""
+    if (trainer.adaptive is None) == (live is None):
+        return
+    if live is None:
+        whose = "this run has" if is_named else "the checkpoint has"
+        log.warning("resumed with live precision a run that was without; it goes on from the plan that %s", whose)
+        return
+    becomes = "layers go back to the plan that this run has" if is_named else "it keeps the checkpoint's plan"
+    log.warning("resumed without live precision a run that was with; %s", becomes)
 
 
 def resumed_plan(saved: PrecisionPlan, pin: Mapping[str, str | Recipe]) -> PrecisionPlan:

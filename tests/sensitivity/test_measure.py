@@ -1,10 +1,12 @@
 """The scores against their formulas, written out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from deepseek_mp.ops.statistics import ERROR_FIELDS
+from deepseek_mp.ops.statistics import ERROR_FIELDS, spread
 from deepseek_mp.precision import RECIPES, Operand, Role
 from deepseek_mp.sensitivity import measure
 from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS, Operands, Seen, energies, spreads
@@ -139,3 +141,11 @@ def test_a_probe_compares_some_rows_of_a_weight(monkeypatch):
         (errors,) = Operands(layer, seen_of(x, g), both_ways=ways).errors([RECIPES["tensor"]])
         lost.append(float(errors[place, underflow]))
     assert lost == [pytest.approx(0.25, abs=0.02), pytest.approx(0.0, abs=0.02)]
+
+
+def test_the_largest_magnitude_is_that_of_the_whole_tensor_and_the_rest_of_what_was_drawn():
+    layer, x, g = nn.Linear(4, 2), torch.randn(3, 4), torch.randn(3, 2)
+    seen = replace(seen_of(x, g), largest_x=torch.tensor(300.0), largest_g=torch.tensor(200.0))
+    found, drawn = spreads(layer, seen), torch.stack([spread(t) for t in (x, layer.weight, g)])
+    assert found[:, 0].tolist() == [300.0, float(drawn[1, 0]), 200.0]
+    assert torch.equal(found[:, 1:], drawn[:, 1:])

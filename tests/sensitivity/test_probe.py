@@ -68,6 +68,25 @@ def test_the_gradient_seen_is_that_of_the_output_before_it_is_overwritten():
     assert reading.spreads[Operand.GRAD_OUTPUT]["amax"] == pytest.approx(float(g.abs().max()), rel=1e-4)
 
 
+def test_the_largest_magnitudes_are_those_of_all_batches_drawn_or_not():
+    model, data = Model(), [batch(), batch(), batch()]
+    data[1][0][:, 3] *= torch.linspace(1, 100, 32)
+    reading = watched(model, data, rows=4).read()["first"]
+    assert reading.batches == 3
+    assert reading.spreads[Operand.INPUT]["amax"] == float(data[1][0].abs().max())
+    assert reading.spreads[Operand.WEIGHT]["amax"] == float(model.first.weight.detach().abs().max())
+
+
+def test_of_two_calls_of_a_unit_the_larger_input_counts():
+    model, data = Model(), batch()
+    model.second = nn.Linear(16, 16)
+    model.forward = lambda x: model.second(100 * model.second(model.first(x)))
+    reading = watched(model, [data], rows=4).read()["second"]
+    assert reading.calls == 2
+    larger = (100 * model.second(model.first(data[0]))).detach().abs().max()
+    assert reading.spreads[Operand.INPUT]["amax"] == pytest.approx(float(larger), rel=1e-5)
+
+
 def test_a_unit_called_twice_counts_once_a_batch():
     model = Model()
     model.second = nn.Linear(16, 16)

@@ -40,3 +40,22 @@ def test_a_reading_survives_json():
     again = UnitReading.from_json(json.loads(json.dumps(reading.to_json())))
     assert again == reading
     assert again.effects["bf16"].relative_error(Role.WGRAD, Operand.INPUT) == 1e-3
+
+
+def reading(calls, **spread):
+    return UnitReading(
+        order=0,
+        batches=calls,
+        calls=calls,
+        effects={},
+        energy=1.0,
+        row_energy=1.0,
+        spreads={Operand.INPUT: spread, Operand.GRAD_OUTPUT: spread},
+    )
+
+
+@pytest.mark.parametrize(("first", "then"), [(8.0, 2.0), (2.0, 8.0)])
+def test_of_several_batches_the_largest_magnitude_is_the_largest(first, then):
+    both = reading(3, amax=first, rms=1.0).joined(reading(1, amax=then, rms=2.0))
+    for which in (Operand.INPUT, Operand.GRAD_OUTPUT):
+        assert both.spreads[which] == {"amax": 8.0, "rms": 1.25}

@@ -253,7 +253,8 @@ def test_a_checkpoint_resumes_with_live_precision_and_without(clock, tmp_path, c
     resumed = settled(clock, then)
     resumed.load(tmp_path)
     assert recipes(resumed) == before
-    assert "live precision" in caplog.text
+    kept = "it keeps the checkpoint's plan" if then is False else "it goes on from the plan that the checkpoint has"
+    assert kept in caplog.text
     assert resumed.fit(vectors()).steps_applied == 12
     assert (resumed.adaptive is None) == (then is False)
     if resumed.adaptive is not None:

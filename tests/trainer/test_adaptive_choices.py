@@ -14,9 +14,10 @@ from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_cos
 BATCH = torch.randn(16, 32), torch.randint(0, 8, (16,))
 
 
-def trainer(precision="bf16", native=(), emulate=True, **values):
+def trainer(precision="bf16", native=(), emulate=True, model=None, **values):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    if model is None:
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
     made = MixedPrecisionTrainer(model, precision, emulate=emulate, progress=False, **values)
     made.step(BATCH)
     known = made.capabilities
@@ -70,7 +71,44 @@ def test_layers_that_take_no_fp8_can_still_go_up():
 
 def test_only_raising_is_something_to_decide_if_it_was_asked_for():
     assert control(trainer(), recipes=("fp32",))[0] == {"0": ("fp32",), "2": ("fp32",), "4": ("fp32",)}
-    assert control(trainer(PrecisionPlan.of("bf16", {"*": "bf16"})))[1] == "no layer can be lowered"
+
+
+NAMED = "every layer is pinned or named by the plan"
+
+
+@pytest.mark.parametrize("settings", [{}, {"recipes": ("fp32",)}, {"recipes": ("fp32", "row")}, {"recipes": ("row",)}])
+def test_where_the_user_decided_on_every_layer_it_says_so(settings):
+    assert control(trainer(pin={"*": "bf16"}), **settings) == ({}, NAMED)
+    assert control(trainer(PrecisionPlan.of("bf16", {"*": "bf16"})), **settings) == ({}, NAMED)
+    assert (
+        control(trainer(PrecisionPlan.of("bf16", {"0": "fp32", "2": "row"}), pin={"4": "bf16"}), **settings)[1] == NAMED
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"recipes": ("fp32",)}])
+def test_a_model_that_multiplies_nothing_says_so(settings):
+    made = trainer(model=nn.Sequential(nn.LayerNorm(32)))
+    assert control(made, **settings) == ({}, "no layer multiplies matrices")
+
+
+@pytest.mark.parametrize(("region", "recipes"), [("bf16", ("bf16",)), ("fp32", ("fp32",)), ("fp32", ("tf32", "fp32"))])
+def test_the_region_alone_is_nothing_to_choose_from(region, recipes):
+    why = control(trainer(region), recipes=recipes)[1]
+    assert why == f"nothing beside the region, {region}, was asked for"
+
+
+def test_recipes_that_the_device_does_not_have_are_named():
+    why = control(trainer(emulate=False), recipes=("bf16", "row"))[1]
+    assert why == "this device multiplies in none of bf16, row"
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_after_auto_it_says_how_a_recipe_is_emulated(monkeypatch, emulate):
+    made = trainer(emulate=emulate)
+    monkeypatch.setattr(made, "config", replace(made.config, precision_mode="auto"))
+    why = control(made)[1]
+    assert why.startswith("this device has no FP8 recipe of its own that 'auto' could time")
+    assert why.endswith("; name recipes= to emulate one") == emulate
 
 
 def test_the_numbers_of_inputs_are_counted():

@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import load_model
 from torch import nn
 
-from deepseek_mp import Callback, Decision, MixedPrecisionTrainer, PrecisionPlan, Reason
+from deepseek_mp import (
+    AdaptivePrecision,
+    AdaptiveSettings,
+    Callback,
+    Decision,
+    MixedPrecisionTrainer,
+    PrecisionPlan,
+    Reason,
+)
 from deepseek_mp.errors import CheckpointError, ConfigError, NonFiniteError
 from deepseek_mp.trainer import resume, state
 from deepseek_mp.trainer.checkpoint import read_checkpoint
@@ -221,3 +229,58 @@ def test_pins_of_the_resuming_run_come_first(pin, caplog):
     assert [rule.pattern for rule in plan.rules] == [*pin, "head"]
     assert plan.decisions == ()
     assert "resumed with the pins" in caplog.text
+
+
+def lowered(precision, callbacks=(), **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    return MixedPrecisionTrainer(
+        model, precision, emulate=True, device="cpu", callbacks=list(callbacks), progress=False, **options
+    )
+
+
+def live():
+    return AdaptivePrecision(
+        AdaptiveSettings(warm_up=2, probe_every=1, decide_every=2, recipes=("row",), loss_budget=1.0, noise_budget=99.0)
+    )
+
+
+def vectors():
+    return [(torch.randn(16, 32), torch.randint(0, 8, (16,))) for _ in range(8)]
+
+
+@pytest.fixture
+def with_lowered_layers(tmp_path):
+    made = lowered("bf16", [live()])
+    made.fit(vectors())
+    assert made.plan.rules, "layers were lowered"
+    made.save(tmp_path)
+    return tmp_path
+
+
+def test_that_live_precision_lowered_layers_is_no_difference_of_the_plans(with_lowered_layers, caplog):
+    lowered("bf16", [live()]).load(with_lowered_layers)
+    assert "resumed" not in caplog.text
+
+
+def test_what_differs_beside_lowered_layers_is_said(with_lowered_layers, caplog):
+    lowered("bf16", [live()], pin={"4": "fp32"}).load(with_lowered_layers)
+    assert "resumed with a changed plan bf16: 4 is fp32, was bf16" in caplog.text
+    assert "0 is" not in caplog.text
+
+
+def test_without_live_precision_layers_go_back_to_a_plan_that_is_named(with_lowered_layers, caplog):
+    made = lowered("bf16")
+    made.load(with_lowered_layers)
+    assert not made.plan.rules
+    assert "resumed without live precision a run that was with; layers go back to the plan that" in caplog.text
+    assert "changed plan" not in caplog.text
+
+
+def test_with_live_precision_a_named_plan_is_where_it_begins(tmp_path, caplog):
+    made = lowered("bf16", pin={"4": "fp32"})
+    made.fit(vectors())
+    made.save(tmp_path)
+    lowered("bf16", [live()]).load(tmp_path)
+    assert "was without; it goes on from the plan that this run has" in caplog.text
+    assert "resumed with a changed plan bf16: 4 is bf16, was fp32" in caplog.text
