@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepseek_mp.nn.lazy import lazy
 from deepseek_mp.trainer import input_look
 from deepseek_mp.trainer.input_look import InputLook
 
@@ -264,6 +265,19 @@ def test_a_linear_layer_has_its_channels_last_however_many_dimensions_there_are(
     x[..., 5] = 50.0
     model["a"](x)
     assert float(look.veto()) == 1.0
+
+
+def test_what_was_put_off_is_looked_at_and_stays_put_off():
+    model, look = looking({"a": 10.0})
+    values = torch.ones(4, 5, 8)
+    values[..., 5] = 50.0
+    x = torch.relu(lazy(values))
+    assert x.promise.values is None
+    look.see("a", model["a"], x)
+    assert float(look.veto()) == 1.0
+    look.see("a", nn.Conv1d(5, 2, 1), x)  # its channels are not what a row is made of
+    assert float(look.veto()) == 1.0
+    assert x.promise.values is None
 
 
 # -- copies of the model ---------------------------------------------------------------------------------
