@@ -37,6 +37,7 @@ from deepseek_mp.nn.held import HeldWeights
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.nn.unit import NARROW_FORMATS
 from deepseek_mp.nn.weight_casts import WeightCasts
+from deepseek_mp.ops import gradients
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.precision import PrecisionPlan
@@ -56,6 +57,8 @@ NO_GRADIENTS = "no parameter of the optimizer received a gradient"
 SLOWER_IN_ONE_PASS = ("cpu",)
 """Devices on which weights are left to autocast: a CPU saves no launches, and casts a gradient best while it is cached.
 Compiled code is left alone everywhere: it casts weights inside of what it does with them."""
+_FIXED_SCALES = ("none", "static")
+"""Policies whose loss scale does not depend on whether a step was finite."""
 _FACTS = 6
 """Numbers of a step that are copied to the host, before those about delayed scales."""
 
@@ -152,7 +155,8 @@ class Stepper:
         self.closing = False
         """Whether a window is between full and done: what callbacks see then is no state to save."""
         self.veto: Callable[[], Tensor | None] | None = None
-        """Asked for each full window: 0-dim, 1 on the device takes the step back without blaming the loss scale."""
+        """Asked once for each window that closes, in order: 0-dim, 1 on the device takes the step back without blaming
+        the loss scale, unless the step is not finite."""
         self.flops: int | None = None
         """Floating-point operations of a micro-batch, forward and backward, once one was sampled."""
         self._warned_scale = False
@@ -329,6 +333,7 @@ class Stepper:
             nonfinite = torch.maximum(nonfinite, flag)
         empty = window.empty
         if veto is not None:
+            veto = self._where_finite(veto, nonfinite, empty)
             empty = veto if empty is None else torch.maximum(empty.to(veto), veto)
         verdict = self.scaler.step(
             self.optimizer,
@@ -352,6 +357,20 @@ class Stepper:
         if verdict.status is not None:
             self.settle()
         return StepResult(lambda: self._facts_of(pending))
+
+    def _where_finite(self, veto: Tensor, nonfinite: Tensor | None, empty: Tensor | None) -> Tensor:
+        """The veto, and 0 where a window is no step anyway: where it has no items, or its numbers are not finite.
+
+        Gradients are asked only where a loss scale hangs on it: that is one more pass over them.
+        """
+        found = [flag for flag in (nonfinite, empty) if flag is not None]
+        if self.scaler.policy.name not in _FIXED_SCALES:
+            params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if params:
+                found.append(gradients.l2_norm(gradients.gradient_views(params)).isfinite().logical_not())
+        for flag in found:
+            veto = veto.masked_fill(flag.to(veto.device, torch.bool, non_blocking=True), 0.0)
+        return veto
 
     def _update_scales(self) -> list[Tensor]:
         """Delayed scales for the next window, and how many tensors outgrew theirs in this one: one number per device.
@@ -379,14 +398,15 @@ class Stepper:
         if pending is None:
             return
         facts = pending.facts = replace(self._read(pending), saturated=self._saturated(pending))
+        failed = facts.status == "skipped" and facts.reason != VETOED  # a veto's cause is mended by who spoke it
         if facts.status == "applied":
             self.skipped_in_row = 0
         elif facts.status == "skipped":
-            self.skipped_in_row += 1
+            self.skipped_in_row += failed
             log.warning("step skipped: %s (first bad module: %s)", facts.reason, facts.first_bad_module)
         self._warn_small_scale(facts)
         self.finished(facts, pending.window)
-        if self.skipped_in_row >= self.max_skipped:
+        if failed and self.skipped_in_row >= self.max_skipped:
             raise self._too_many_skips(facts)
 
     def _read(self, pending: Pending) -> StepFacts:
@@ -395,6 +415,7 @@ class Stepper:
             return StepFacts(status="applied", loss=loss, scale=scale, grad_norm=norm)
         if pending.verdict.status == "no_grads":
             return StepFacts(status="no_grads", reason=NO_GRADIENTS, loss=loss, scale=scale)
+        nonfinite = nonfinite or (vetoed and not math.isfinite(norm))
         if not nonfinite and vetoed:
             return StepFacts(status="skipped", reason=VETOED, loss=loss, scale=scale, grad_norm=norm)
         if not nonfinite:

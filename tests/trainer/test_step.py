@@ -164,6 +164,54 @@ def test_a_veto_takes_a_step_back_without_blaming_the_loss_scale():
     assert trainer.stepper.skipped_in_row == 0
 
 
+@pytest.mark.parametrize(("mode", "policy"), [("fp16", "dynamic"), ("fp16", "predictive"), ("bf16", "none")])
+@pytest.mark.parametrize("where", ["loss", "gradients"])
+def test_a_step_that_is_not_finite_is_no_matter_of_a_veto(mode, policy, where):
+    results = []
+    for vetoed in (False, True):
+        trainer = make(mode, loss_scale_policy=policy)
+        trainer.step(batch())
+        if vetoed:
+            trainer.stepper.veto = lambda: torch.ones(())
+        if where == "loss":
+            trainer.model[2].register_forward_hook(lambda module, args, output: output / 0.0)
+        else:
+            trainer.model[2].register_full_backward_hook(lambda module, given, taken: (given[0] / 0.0,))
+        result = trainer.step(batch(seed=2))
+        results.append((result.status, result.reason, result.first_bad_module, trainer.scaler.get_scale()))
+        assert trainer.stepper.skipped_in_row == 1
+    assert results[0] == results[1]
+    assert results[0][2] is not None
+
+
+@pytest.mark.parametrize("least", [0, 1], ids=["nan", "zero"])
+def test_a_window_without_items_is_no_matter_of_a_veto(least):
+    def loss_fn(output, labels):
+        items = (labels != -100).sum()  # counted on the device
+        return F.cross_entropy(output, labels, reduction="sum") / items.clamp(min=least), items
+
+    trainer = make(loss_fn=loss_fn, loss_scale_policy="dynamic")
+    trainer.step(batch())
+    trainer.stepper.veto = lambda: torch.ones(())
+    inputs, labels = batch()
+    for items in (inputs[:0], labels[:0]), (inputs, torch.full_like(labels, -100)):
+        result = trainer.step(items)
+        assert (result.status, result.first_bad_module) == ("no_grads", None)
+
+
+def test_vetoed_steps_are_not_counted_as_skips_in_a_row():
+    trainer = make(max_skipped_steps=2)
+    trainer.step(batch())
+    trainer.step(spoiled())
+    trainer.stepper.veto = lambda: torch.ones(())
+    for _ in range(4):
+        assert trainer.step(batch()).reason == VETOED
+    assert trainer.stepper.skipped_in_row == 1, "nor do they end the row"
+    with pytest.raises(NonFiniteError, match="2 steps in a row were skipped"):
+        trainer.step(spoiled())
+    assert trainer.step(batch()).reason == VETOED, "no error of its own"
+
+
 def test_too_many_skips_in_a_row_are_an_error_that_names_the_place():
     trainer = make(max_skipped_steps=3)
     hook = trainer.model[2].register_forward_hook(lambda module, args, output: output / 0.0)
