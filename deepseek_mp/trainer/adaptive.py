@@ -174,9 +174,9 @@ class AdaptivePrecision(Callback):
 
     def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:
         """Show the outcome to the guards; what they raise is raised before the next step."""
+        self._look.settle()
         if self.disabled:
             return
-        self._look.settle()
         seconds = self._clock.step()
         if self.controller is not None and seconds is not None and self._timed:
             self._time(trainer, self.controller, seconds)
