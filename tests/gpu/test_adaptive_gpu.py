@@ -101,3 +101,35 @@ def test_the_profile_of_a_gpu_agrees_with_that_of_the_cpu():
         for key in ("bf16_loss", "fp8_loss"):
             assert on_gpu[name][key] == pytest.approx(on_cpu[name][key], rel=0.2, abs=1e-8)
     assert "block" in on_gpu["blocks.0.1"]["milliseconds"]
+
+
+@hopper
+def test_outliers_between_two_probes_are_taken_back_until_their_layer_is_raised():
+    """The device decides on the step at once; the host hears of it a step or two later."""
+    adaptive = AdaptivePrecision(AdaptiveSettings(warm_up=2, probe_every=10**6, decide_every=2, **GENEROUS))
+    torch.manual_seed(0)
+    trainer = MixedPrecisionTrainer(
+        Model(), "block", seed=1, callbacks=[adaptive], device="cuda", progress=False,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
+    )  # fmt: skip
+    down = trainer.model.blocks[1][3]
+
+    def outliers(_module, args):
+        x = args[0].clone()
+        x[..., 0] *= 1e4
+        return (x,)
+
+    data = batches(12)
+    for batch in data[:6]:
+        trainer.step(batch)
+    handle = down.register_forward_pre_hook(outliers, prepend=True)
+    results = [trainer.step(batch) for batch in data[6:]]
+    trainer.settle()
+    handle.remove()
+    statuses = [result.status for result in results]
+    assert statuses[0] == "skipped"
+    assert statuses[-1] == "applied"
+    assert 1 <= statuses.count("skipped") <= 3
+    raised = [d for d in adaptive.decisions if d.layer == "blocks.1.3"]
+    assert raised[0].evidence["guard"] == "input"
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
