@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState, is_finite, plain
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState, as_past, is_finite, plain
 from deepseek_mp.controller.choice_costs import CostRules, Judged
 from deepseek_mp.controller.height import height, height_of, parts_of
 from deepseek_mp.controller.limits import broken, is_crowded_out
@@ -94,9 +94,9 @@ class AdaptiveController:
         readings = {n: new for n, new in measured.readings.items() if n in self.units and is_finite(new)}
         alone = Predictor(readings, measured.loss, curvature=measured.curvature)
         for name, new in readings.items():
-            known = self.readings.get(name)
-            if known is not None and known.effects.keys() == new.effects.keys():
-                new = replace(known, batches=min(known.batches, MEMORY), calls=min(known.calls, MEMORY)).joined(new)
+            past = as_past(self.readings[name], MEMORY) if name in self.readings else None
+            if past is not None and past.effects.keys() == new.effects.keys():
+                new = past.joined(new)
             raised = self._alarming(name, alone, new, step)
             if raised is not None or self.states[name].alarmed:
                 new = readings[name]  # what was before is no mean of what is now

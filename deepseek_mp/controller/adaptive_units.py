@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deepseek_mp.precision import Operand
@@ -55,6 +55,20 @@ def is_finite(reading: UnitReading) -> bool:
     """
     gradients = reading.spreads[Operand.GRAD_OUTPUT].get("non_finite", 0.0)
     return math.isfinite(reading.energy) and math.isfinite(reading.row_energy) and not gradients
+
+
+def as_past(reading: UnitReading, batches: int) -> UnitReading | None:
+    """The reading as the past of a new one: it counts as so many batches at most, and its largest magnitudes fade to
+    half in as many probes. None where an output overflowed in some recipe: a mean would never forget that.
+    """
+    if not all(math.isfinite(effect.loss_change) for effect in reading.effects.values()):
+        return None
+    fade = 0.5 ** (1 / batches)
+    spreads = {
+        which: {field: value * fade if field == "amax" else value for field, value in values.items()}
+        for which, values in reading.spreads.items()
+    }
+    return replace(reading, batches=min(reading.batches, batches), calls=min(reading.calls, batches), spreads=spreads)
 
 
 def plain(evidence: Mapping[str, Any]) -> dict[str, Any]:

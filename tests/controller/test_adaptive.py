@@ -593,3 +593,19 @@ def test_a_state_in_a_recipe_that_is_no_choice_any_more_is_that_of_the_base():
     other.load_state_dict(made.state_dict())
     assert recipes(other) == {"a": "bf16", "b": "bf16"}
     assert other.readings == {}
+
+
+def test_an_overflow_that_a_probe_saw_is_forgotten_with_the_next_one_that_does_not():
+    made = controller()
+    for seconds in (math.inf, 1e-5, 1e-5):
+        made.learn(measured(a={"second": seconds}, b={}), 5)
+    made.decide(10)
+    assert recipes(made)["a"] == "row"
+
+
+def test_the_largest_magnitude_of_the_past_fades():
+    made = controller()
+    for amax in (100.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        made.learn(measured(a={"amax": amax}, b={}), 5)
+    seen = made.readings["a"].spreads[Operand.INPUT]["amax"]
+    assert 1.0 < seen < 50.0
