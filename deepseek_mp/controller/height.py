@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from deepseek_mp.precision import RECIPES, Recipe, Role
 
 
@@ -21,6 +23,7 @@ def height_of(name: str, base: Recipe) -> float:
     return share * height(RECIPES[own]) + (1 - share) * height(base)
 
 
+@cache
 def parts_of(name: str) -> tuple[str, tuple[Role, ...]]:
     """The recipe that a mixture is of, and the products that have it: all of them where it is no mixture."""
     own, _, named = name.rstrip("]").partition("[")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from deepseek_mp.controller.trend import NORMAL_MAD
 from deepseek_mp.precision import Decision, Reason
 
 WINDOW = 24
@@ -23,7 +24,6 @@ LEAST = 0.02
 DOUBT = 3.0
 """Standard errors by which the promise must exceed what the two medians scatter by."""
 _OF_MEDIAN = 1.2533
-_NORMAL_MAD = 1.4826
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class StepTime:
     def of(cls, samples: Sequence[float], promised: float) -> StepTime:
         """The time of these steps."""
         middle = median(samples)
-        sigma = _NORMAL_MAD * median(abs(sample - middle) for sample in samples)
+        sigma = NORMAL_MAD * median(abs(sample - middle) for sample in samples)
         return cls(seconds=middle, error=_OF_MEDIAN * sigma / math.sqrt(len(samples)), promised=promised)
 
 

@@ -17,7 +17,8 @@ SIGMAS = 6.0
 RATIO = 1.5
 """And at least so many times the median."""
 IN_A_ROW = 2
-_NORMAL_MAD = 1.4826
+NORMAL_MAD = 1.4826
+"""Standard deviations of a normal distribution in its median absolute deviation."""
 LEAST_MARKS = 16
 """Points that a slope is drawn through, at least."""
 MARKS = 64
@@ -77,7 +78,7 @@ class LossTrend:
             return False
         logs = [math.log(value) for value in self._recent]
         middle = median(logs)
-        sigma = _NORMAL_MAD * median(abs(value - middle) for value in logs)
+        sigma = NORMAL_MAD * median(abs(value - middle) for value in logs)
         above = math.log(loss) - middle
         return above > math.log(RATIO) and above > SIGMAS * sigma
 

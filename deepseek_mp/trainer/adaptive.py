@@ -90,8 +90,8 @@ class AdaptivePrecision(Callback):
         """How many alarms of the monitor were seen."""
         self._failures = 0
         """Probes in a row that failed."""
-        self._in_force = ""
-        """Digest of the plan that is in force as far as is known here."""
+        self._in_force = PrecisionPlan.of("fp32")
+        """The plan, as far as is known here, once there is a controller."""
         self._pending: list[Decision] = []
         self._saved: Mapping[str, Any] | None = None
 
@@ -104,7 +104,7 @@ class AdaptivePrecision(Callback):
             return
         if self.controller is None:
             self._begin(trainer, batch)
-        elif trainer.plan.digest != self._in_force:
+        elif trainer.plan is not self._in_force and trainer.plan.digest != self._in_force.digest:
             self._disable(trainer, "the plan was changed from outside, and is left as it is")
         controller = self.controller
         if controller is None or self.disabled:
@@ -250,7 +250,7 @@ class AdaptivePrecision(Callback):
         for name, state in self.controller.states.items():
             state.recipe = layers[name].recipe
         self._restore(trainer)
-        self._in_force = trainer.plan.digest
+        self._in_force = trainer.plan
 
     def _costs(self, trainer: MixedPrecisionTrainer, batch: Any, recipes: Sequence[Recipe]) -> LayerCosts:
         """Of the checkpoint, if it is of such a device: with its times a resumed run decides as the whole one would."""
@@ -333,7 +333,7 @@ class AdaptivePrecision(Callback):
             made, self._pending = self._pending, []
             self._note(trainer, made)
             trainer.change_plan(self._plan(trainer, made))
-            self._in_force = trainer.plan.digest
+            self._in_force = trainer.plan
 
     def _plan(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> PrecisionPlan:
         """The plan of the controller's states: a rule for every layer that is not in the base."""
@@ -420,7 +420,7 @@ class AdaptivePrecision(Callback):
         self._interval = saved["interval"]
         self._pending = [Decision.from_json(value) for value in saved["pending"]]
         self.decisions = [Decision.from_json(value) for value in saved["decisions"]]
-        self._look.load_state_dict(saved.get("grown", {}))
+        self._look.load_state_dict(saved["grown"])
         if saved["measured"] is not None:
             self._sent = Arrived(Measured.from_json(saved["measured"]))
         if saved["compared"] is not None:
