@@ -95,7 +95,7 @@ def schedule(steps: int) -> Callable[[int], float]:
 
 
 def warm_up(args: argparse.Namespace) -> int:
-    return min(200, args.steps // 5)
+    return min(200, int(args.steps) // 5)
 
 
 def settings(args: argparse.Namespace, *, once: bool) -> AdaptiveSettings:
@@ -308,6 +308,7 @@ def looked_at(case: Any, device: torch.device) -> dict[str, Any]:
         callbacks=[live],
         statistics_every=10**9,
         device=device,
+        emulate=device.type == "cpu",
         progress=False,
     )
     times: dict[bool, list[float]] = {True: [], False: []}
@@ -318,7 +319,7 @@ def looked_at(case: Any, device: torch.device) -> dict[str, Any]:
                 live._next_probe = 10**9 if number > 1 else 0  # noqa: SLF001 - one probe, and then none
                 if not on:
                     live._look.close()  # noqa: SLF001
-                    live._stop_watching()  # noqa: SLF001
+                    live.stop_watching(trainer)
             for _ in range(2):
                 trainer.step(case.batches[number % len(case.batches)])
             synchronize(device)
@@ -339,6 +340,8 @@ def looked_at(case: Any, device: torch.device) -> dict[str, Any]:
 def rows(report: Report) -> list[list[str]]:
     found = [["case", "loss", "own loss", "ms", "GiB", "layers lowered at the end"]]
     for name, value in report.cases.items():
+        if value["check"] == "failed":
+            continue
         if "loss" not in value:
             for part in ("probe", "statistics", "watched"):
                 share = f"{value[f'{part}_share']:.3%} with one in {value[f'{part}_every']} steps"
@@ -398,9 +401,9 @@ def main() -> int:
     lowered: dict[int, Lowered] = {}
     if args.merge:
         report.cases.update(json.loads(args.merge.read_text(encoding="utf-8"))["cases"])
-        for name, case in report.cases.items():
-            if case.get("allocation"):
-                lowered[int(name.rpartition(" ")[2])] = Lowered(**case["allocation"])
+        for name, value in report.cases.items():
+            if value.get("allocation"):
+                lowered[int(name.rpartition(" ")[2])] = Lowered(**value["allocation"])
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name in args.arms:
             if name in ("tf32", "nudged") and seed:

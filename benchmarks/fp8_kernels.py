@@ -129,7 +129,8 @@ def products(
 
 def _product(operands: Sequence[Tensor], pair: tuple[str, str], out: torch.dtype, implementation: str) -> Tensor:
     """`operands`: left, its scales, right, its scales."""
-    result: Tensor = product(*operands, pair, None, out, implementation=implementation)
+    left, left_scale, right, right_scale = operands
+    result: Tensor = product(left, left_scale, right, right_scale, pair, None, out, implementation=implementation)
     return result
 
 
