@@ -6,11 +6,11 @@
 Arms of one seed train from the same weights on the same batches, one after the other in one process: TF32, BF16,
 `nudged` (BF16 from weights that differ in their last bit: how far BF16 is from itself), FP8 in every layer that takes
 it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left), `adaptive`, `random` and
-`worst` (as many layers lowered as `adaptive` had at the end, drawn at random, or those that its last readings hold for
-the worst), and `all` (all that it controls). Losses are means over fixed validation windows, of the weights in BF16.
-Milliseconds are the median of the steps of the second half, without validation. With `--recipes` layers are lowered to
-those, emulated where the device lacks them, and times mean nothing. `--overhead` gives the cost of probes on the 1.3B
-decoder instead. `--merge` keeps the cases of an earlier run's file.
+`worst` (as large a share of the multiply-adds lowered as by `adaptive` in the mean, drawn at random, or what its last
+readings hold for the worst), and `all` (all that it controls). Losses are means over fixed validation windows, of the
+weights in BF16. Milliseconds are the median of the steps of the second half, without validation. With `--recipes`
+layers are lowered to those, emulated where the device lacks them, and times mean nothing. `--overhead` gives the cost
+of probes on the 1.3B decoder instead. `--merge` keeps the cases of an earlier run's file.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deepseek_mp import AdaptivePrecision, AdaptiveSettings, Callback, MixedPrecisionTrainer
 from deepseek_mp.backends import default_device, energy_joules, peak_memory_bytes, reset_peak_memory, synchronize
-from deepseek_mp.precision import RECIPES
+from deepseek_mp.controller.height import parts_of
+from deepseek_mp.precision import RECIPES, Recipe, Role
+from deepseek_mp.precision.composite import with_roles
 from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS
+from deepseek_mp.sensitivity.prediction import Predictor
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.workloads.data import TextWindows
 from deepseek_mp.workloads.gpt import ByteGPT, GPTConfig, byte_gpt, next_byte_loss
@@ -105,64 +108,89 @@ def settings(args: argparse.Namespace, *, once: bool) -> AdaptiveSettings:
         recipes=tuple(args.recipes or ()) or None,
         loss_budget=args.loss_budget,
         noise_budget=args.noise_budget,
+        by_role=args.by_role,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered:
-    """What live precision had lowered when it ended, for the arms that lower as much without its choice."""
+    """How much live precision had lowered, for the arms that lower as much without its choice."""
 
     recipe: str = "block"
-    macs: float = 0.0
-    layers: dict[str, float] = field(default_factory=dict)
-    """Multiply-adds of every layer it controlled."""
+    share: float = 0.0
+    """Of the multiply-adds of all that it controlled, in the mean over the steps after the warm-up."""
+    macs: dict[str, float] = field(default_factory=dict)
+    """Multiply-adds of one product of every layer that it controlled."""
     costs: dict[str, float] = field(default_factory=dict)
-    """Predicted rise of the loss of each by the recipe."""
+    """By layer, or by product where it decided by product (`head fprop`): the larger share of the two budgets that the
+    recipe was predicted to take, in its last reading."""
 
     @classmethod
-    def by(cls, live: AdaptivePrecision) -> Lowered:
+    def by(cls, live: AdaptivePrecision, share: float) -> Lowered:
         controller = live.controller
-        if controller is None:
+        recipes = {parts_of(decision.new)[0] for decision in live.decisions} - {"bf16", "fp32", "tf32"}
+        if controller is None or not recipes:
             return cls()
-        now = {n: s.recipe.split("[")[0] for n, s in controller.states.items() if s.recipe != controller.base.name}
-        if not now:
-            return cls()
-        recipe = statistics.mode(now.values())
-        layers = {name: unit.macs for name, unit in controller.units.items()}
-        costs = {
-            name: reading.effects[recipe].loss_change
-            for name, reading in controller.readings.items()
-            if recipe in reading.effects
-        }
-        return cls(recipe=recipe, macs=sum(layers[name] for name in now), layers=layers, costs=costs)
+        recipe, own = min(recipes), live.settings
+        predictor = Predictor(controller.readings, controller.loss, curvature=controller.curvature)
+        costs: dict[str, float] = {}
+        for name in controller.readings:
+            loss = predictor.loss(name, RECIPES[recipe]) / own.loss_budget
+            noise = {role: predictor.noise(name, RECIPES[recipe], role) / own.noise_budget for role in Role}
+            if own.by_role:
+                costs |= {f"{name} {role}": max(noise[role], loss * (role is Role.FPROP)) for role in Role}
+            else:
+                costs[name] = max(loss, sum(noise.values()))
+        macs = {name: unit.macs for name, unit in controller.units.items()}
+        return cls(recipe=recipe, share=share, macs=macs, costs=costs)
 
-    def others(self, how: str, seed: int) -> tuple[str, ...]:
-        """Layers of about as many multiply-adds, drawn at random or the costliest first."""
-        names = sorted(self.layers)
-        if how == "all":
-            return tuple(names)
-        random.Random(seed).shuffle(names)
+    def others(self, how: str, seed: int) -> dict[str, Recipe]:
+        """Recipes of layers that make up the same share, drawn at random or the costliest first."""
+        parts = sorted(self.costs)
+        random.Random(seed).shuffle(parts)
         if how == "worst":
-            names.sort(key=lambda name: -self.costs.get(name, 0.0))
-        chosen, left = [], self.macs
-        for name in names:
-            if self.layers[name] <= left * (1 + 1e-9):
-                chosen.append(name)
-                left -= self.layers[name]
-        return tuple(chosen)
+            parts.sort(key=lambda part: -self.costs[part])
+        size = {part: self.macs[part.split()[0]] for part in parts}
+        left = math.inf if how == "all" else self.share * sum(size.values())
+        chosen: dict[str, list[Role]] = {}
+        for part in parts:
+            if size[part] <= left * (1 + 1e-9):
+                name, *role = part.split()
+                chosen.setdefault(name, []).extend(map(Role, role or Role))
+                left -= size[part]
+        return {name: with_roles(RECIPES[self.recipe], roles, RECIPES["bf16"]) for name, roles in chosen.items()}
 
 
 class Once(Callback):
     """Lowers the layers given after as many steps as live precision waits."""
 
-    def __init__(self, names: tuple[str, ...], recipe: str, step: int) -> None:
-        self.names, self.recipe, self.at = names, recipe, step
+    def __init__(self, recipes: dict[str, Recipe], step: int) -> None:
+        self.recipes, self.at = recipes, step
 
     def on_step_start(self, trainer: MixedPrecisionTrainer, batch: Any) -> None:  # noqa: ARG002
-        if trainer.steps_attempted == self.at and self.names:
+        if trainer.steps_attempted == self.at and self.recipes:
             trainer.settle()
-            trainer.change_plan("bf16", pin=dict.fromkeys(self.names, self.recipe))
-            self.names = ()
+            trainer.change_plan("bf16", pin=self.recipes)
+            self.recipes = {}
+
+
+class Share(Callback):
+    """The share of multiply-adds that live precision had lowered, in the mean over its steps from `start` on."""
+
+    def __init__(self, live: AdaptivePrecision, start: int) -> None:
+        self.live, self.start, self.shares = live, start, list[float]()
+
+    def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:  # noqa: ARG002
+        controller = self.live.controller
+        if controller is None or trainer.steps_attempted <= self.start:
+            return
+        now = {name: controller.states[name].recipe for name in controller.lowered}
+        low = sum(controller.units[name].macs * len(parts_of(recipe)[1]) for name, recipe in now.items())
+        self.shares.append(low / sum(unit.macs * len(Role) for unit in controller.units.values()))
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.shares) if self.shares else 0.0
 
 
 def arm(
@@ -179,15 +207,15 @@ def arm(
     )
     windows = partial(TextWindows, batch_size=args.batch, length=args.length)
     live = AdaptivePrecision(settings(args, once=name == "once"))
-    laps = Laps()
-    callbacks: list[Callback] = [laps]
+    laps, share = Laps(), Share(live, warm_up(args))
+    callbacks: list[Callback] = [laps, share]
     if name == "nudged":
         nudge(model)
     if name in ("once", "adaptive"):
         callbacks.append(live)
     if name in LOWER_AS_MANY:
         most = lowered.get(seed, Lowered())
-        callbacks.append(Once(most.others(name, seed), most.recipe, warm_up(args)))
+        callbacks.append(Once(most.others(name, seed), warm_up(args)))
     trainer = MixedPrecisionTrainer(
         model,
         name if name in ("tf32", "tensor", "block") else "bf16",
@@ -212,7 +240,7 @@ def arm(
     validation = windows(data["validation"], count=VALIDATION_WINDOWS, seed=0, fixed=True)
     own = trainer.evaluate(validation)["loss"]
     if name == "adaptive":
-        lowered[seed] = Lowered.by(live)
+        lowered[seed] = Lowered.by(live, share.mean)
     rules = {rule.pattern: rule.recipe.name for rule in trainer.plan.rules}
     if str(trainer.plan.base) != "bf16" or trainer.plan.rules:
         trainer.change_plan("bf16", pin={})
@@ -226,6 +254,7 @@ def arm(
         "peak_gib": (peak_memory_bytes(device) or 0) / 2**30,
         "curve": [round(statistics.fmean(laps.losses[i : i + 50]), 5) for i in range(0, len(laps.losses), 50)],
         "lowered": rules,
+        "share": share.mean,
         "allocation": asdict(lowered[seed]) if name == "adaptive" else None,
         "decisions": [_short(decision) for decision in live.decisions],
         "disabled": live.disabled,
@@ -384,6 +413,7 @@ def main() -> int:
     for name, budget in (("loss-budget", SMALL_LOSS), ("noise-budget", NOISE_BUDGET)):
         parser.add_argument(f"--{name}", type=float, default=budget, help="of live precision (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--by-role", action="store_true", help="decide on each product of a layer by itself")
     parser.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), help="what may be lowered to, emulated")
     parser.add_argument("--merge", type=Path, help="a file of this benchmark whose cases are kept")
     parser.add_argument("--compile", choices=("regional",), default=False, help="compile the blocks in all arms")

@@ -172,7 +172,7 @@ class Allocation:
         first = item.choices[0]
         least = "no choice takes less time" if self.objective == "seconds" else "no choice takes fewer bytes"
         gains = chosen != first and first.loss != math.inf and self._trade(first, chosen).saved > 0.0
-        return f"{least}; taken instead of {first.name} to {self._trade(first, chosen)}" if gains else least
+        return f"taken instead of {first.name} to {self._trade(first, chosen)}; {least}" if gains else least
 
     def _trade(self, old: Choice, new: Choice) -> Trade:
         loss, noise, memory = (b - a for a, b in zip(old.amounts, new.amounts, strict=True))

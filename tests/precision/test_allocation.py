@@ -106,8 +106,8 @@ def test_a_choice_worth_its_price_that_does_not_fit() -> None:
 def test_the_fastest_choice_says_what_it_is_taken_for() -> None:
     cheap = PerBudget(0.1, 0.0, None)
     assert allocated(FP8, 1, multipliers=cheap).explain(FP8) == (
-        "fp8: no choice takes less time; taken instead of bf16 to save 120 µs and cost 3.1e-4 of the loss budget, "
-        "0.26 times the going rate of 10 µs per 1e-4 of loss"
+        "fp8: taken instead of bf16 to save 120 µs and cost 3.1e-4 of the loss budget, "
+        "0.26 times the going rate of 10 µs per 1e-4 of loss; no choice takes less time"
     )
     slow = Item("a", (Choice("bf16", 1.0, 0.0, 0.0), Choice("fp8", 2.0, 0.0, 0.0)))
     assert allocated(slow, 0).explain(slow) == "bf16: no choice takes less time"
@@ -116,8 +116,8 @@ def test_the_fastest_choice_says_what_it_is_taken_for() -> None:
 def test_an_objective_and_a_budget_of_bytes() -> None:
     values: dict[str, Any] = {"objective": "bytes", "multipliers": PerBudget(1e10, 0.0, None)}
     assert allocated(FP8, 1, **values).explain(FP8) == (
-        "fp8: no choice takes fewer bytes; taken instead of bf16 to save 1 MB and cost 3.1e-4 of the loss budget, "
-        "3.1 times the going rate of 1 MB per 1e-4 of loss"
+        "fp8: taken instead of bf16 to save 1 MB and cost 3.1e-4 of the loss budget, "
+        "3.1 times the going rate of 1 MB per 1e-4 of loss; no choice takes fewer bytes"
     )
     limited = allocated(FP8, 1, multipliers=PerBudget(0.0, 0.0, 1e-10), slack=PerBudget(1e-4, 1.0, 0.0))
     assert "bytes" not in limited.explain(FP8)  # it gives bytes back
