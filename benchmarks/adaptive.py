@@ -1,7 +1,6 @@
 """Live precision in real training: a GPT on the text of installed Python packages, under several policies.
 
     python benchmarks/adaptive.py [--arms ...] [--steps N] [--seeds N] [--width N] [--layers N] [--out FILE]
-    python benchmarks/adaptive.py --overhead
 
 Arms of one seed train from the same weights on the same batches, one after the other in one process: TF32, BF16,
 `nudged` (BF16 from weights that differ in their last bit: how far BF16 is from itself), FP8 in every layer that takes
@@ -9,13 +8,15 @@ it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up an
 `worst` (as large a share of the multiply-adds lowered as by `adaptive` in the mean, drawn at random, or what its last
 readings hold for the worst), and `all` (all that it controls). Losses are means over fixed validation windows, of the
 weights in BF16. Milliseconds are the median of the steps of the second half, without validation. With `--recipes`
-layers are lowered to those, emulated where the device lacks them, and times mean nothing. `--overhead` gives the cost
-of probes on the 1.3B decoder instead. `--merge` keeps the cases of an earlier run's file.
+layers are lowered to those, emulated where the device lacks them, and times mean nothing. `--merge` keeps the cases of
+an earlier run's file. With `--shared N` the first N of the steps are in BF16 and one for all arms of a seed: when a
+byte-level GPT leaves its first plateau is chance, which decides by how much BF16 differs from itself at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import itertools
 import json
@@ -24,14 +25,13 @@ import random
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import decoder_1b
 from harness import Report, Spread, commit, positive
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,13 +39,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from deepseek_mp import AdaptivePrecision, AdaptiveSettings, Callback, MixedPrecisionTrainer
 from deepseek_mp.backends import default_device, energy_joules, peak_memory_bytes, reset_peak_memory, synchronize
 from deepseek_mp.controller.height import parts_of
+from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.precision import RECIPES, Recipe, Role
 from deepseek_mp.precision.composite import with_roles
 from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS
 from deepseek_mp.sensitivity.prediction import Predictor
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.workloads.data import TextWindows
-from deepseek_mp.workloads.gpt import ByteGPT, GPTConfig, byte_gpt, next_byte_loss
+from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
 from deepseek_mp.workloads.stress_policies import nudge
 
 ARMS = ("tf32", "bf16", "nudged", "tensor", "block", "once", "adaptive", "random", "worst", "all")
@@ -84,6 +85,10 @@ class Laps(Callback):
         half = self.times[len(self.times) // 2 :]
         return [1e3 * (b - a) for a, b in itertools.pairwise(half)]
 
+    def mean(self) -> float:
+        """Of the steps of the second half, with probes and compilations."""
+        return statistics.fmean(self.milliseconds())
+
 
 def schedule(steps: int) -> Callable[[int], float]:
     """Linear warm-up, then a cosine to a tenth."""
@@ -98,7 +103,32 @@ def schedule(steps: int) -> Callable[[int], float]:
 
 
 def warm_up(args: argparse.Namespace) -> int:
-    return min(200, int(args.steps) // 5)
+    """Steps after those that all arms share before layers are lowered."""
+    return max(20, min(200, int(args.steps) // 5) - int(args.shared))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where the arms of a seed begin."""
+
+    step: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def after(cls, trainer: MixedPrecisionTrainer, step: int) -> Start:
+        """On the CPU, so that the device's memory stays that of an arm."""
+        model, optimizer = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
+        return cls(step=step, **map_leaves({"model": model, "optimizer": optimizer}, _to_cpu))
+
+    def load(self, trainer: MixedPrecisionTrainer) -> None:
+        if self.step:
+            trainer.model.load_state_dict(self.model)
+            trainer.optimizer.load_state_dict(copy.deepcopy(self.optimizer))  # which keeps what is on its device
+
+
+def _to_cpu(leaf: Any) -> Any:
+    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
 
 
 def settings(args: argparse.Namespace, *, once: bool) -> AdaptiveSettings:
@@ -193,35 +223,23 @@ class Share(Callback):
         return statistics.fmean(self.shares) if self.shares else 0.0
 
 
-def arm(
-    name: str,
+def trainer_of(
+    mode: str,
     seed: int,
     args: argparse.Namespace,
     device: torch.device,
-    data: dict[str, Tensor],
-    lowered: dict[int, Lowered],
-) -> dict[str, Any]:
-    """One training: losses, times, memory, energy, and what became of the layers."""
-    model: ByteGPT = byte_gpt(
-        GPTConfig(width=args.width, heads=args.width // 128, layers=args.layers, context=args.length), seed=seed
-    )
-    windows = partial(TextWindows, batch_size=args.batch, length=args.length)
-    live = AdaptivePrecision(settings(args, once=name == "once"))
-    laps, share = Laps(), Share(live, warm_up(args))
-    callbacks: list[Callback] = [laps, share]
-    if name == "nudged":
-        nudge(model)
-    if name in ("once", "adaptive"):
-        callbacks.append(live)
-    if name in LOWER_AS_MANY:
-        most = lowered.get(seed, Lowered())
-        callbacks.append(Once(most.others(name, seed), warm_up(args)))
-    trainer = MixedPrecisionTrainer(
-        model,
-        name if name in ("tf32", "tensor", "block") else "bf16",
+    done: int = 0,
+    callbacks: Sequence[Callback] = (),
+) -> MixedPrecisionTrainer:
+    """Of a new model, whose learning rate goes on after `done` steps."""
+    config = GPTConfig(width=args.width, heads=args.width // 128, layers=args.layers, context=args.length)
+    factor = schedule(args.steps)
+    return MixedPrecisionTrainer(
+        byte_gpt(config, seed=seed),
+        mode,
         loss_fn=next_byte_loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True),
-        scheduler=lambda optimizer: LambdaLR(optimizer, schedule(args.steps)),
+        scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: factor(step + done)),
         max_grad_norm=1.0,
         emulate=bool(args.recipes),
         device=device,
@@ -230,10 +248,48 @@ def arm(
         callbacks=callbacks,
         progress=False,
     )
+
+
+def shared_start(seed: int, args: argparse.Namespace, device: torch.device, batches: TextWindows) -> Start:
+    """After the steps that all arms of a seed share, in BF16."""
+    if not args.shared:
+        return Start()
+    trainer = trainer_of("bf16", seed, args, device)
+    trainer.fit(batches, epochs=1)
+    trainer.settle()
+    return Start.after(trainer, args.shared)
+
+
+def arm(
+    name: str,
+    seed: int,
+    args: argparse.Namespace,
+    device: torch.device,
+    data: dict[str, Tensor],
+    lowered: dict[int, Lowered],
+    starts: dict[int, Start],
+) -> dict[str, Any]:
+    """One training: losses, times, memory, energy, and what became of the layers."""
+    windows = partial(TextWindows, batch_size=args.batch, length=args.length)
+    if seed not in starts:
+        starts[seed] = shared_start(seed, args, device, windows(data["train"], count=args.shared or 1, seed=seed))
+    live = AdaptivePrecision(settings(args, once=name == "once"))
+    laps, share = Laps(), Share(live, warm_up(args))
+    callbacks: list[Callback] = [laps, share]
+    if name in ("once", "adaptive"):
+        callbacks.append(live)
+    if name in LOWER_AS_MANY:
+        most = lowered.get(seed, Lowered())
+        callbacks.append(Once(most.others(name, seed), warm_up(args)))
+    mode = name if name in ("tf32", "tensor", "block") else "bf16"
+    trainer = trainer_of(mode, seed, args, device, starts[seed].step, callbacks)
+    starts[seed].load(trainer)
+    if name == "nudged":
+        nudge(trainer.model)
     reset_peak_memory(device)
     joules = energy_joules(device)
     started = time.perf_counter()
-    trainer.fit(windows(data["train"], count=args.steps, seed=seed), epochs=1)
+    trainer.fit(windows(data["train"], count=args.steps - args.shared, seed=seed + args.shared), epochs=1)
     synchronize(device)
     seconds = time.perf_counter() - started
     spent = energy_joules(device)
@@ -249,6 +305,7 @@ def arm(
         "loss": loss,
         "own_loss": own,
         "ms": Spread.of(laps.milliseconds()),
+        "mean_ms": laps.mean(),
         "seconds": seconds,
         "joules": None if spent is None or joules is None else spent - joules,
         "peak_gib": (peak_memory_bytes(device) or 0) / 2**30,
@@ -267,116 +324,10 @@ def _short(decision: Any) -> dict[str, Any]:
     return {k: v for k, v in decision.to_json().items() if k != "role"}
 
 
-def overhead(device: torch.device, small: bool) -> dict[str, Any]:
-    """What live precision costs beside a step of the 1.3B decoder: a probe, a step whose statistics are sampled, and
-    any other step, in which it looks at gradients and at the inputs of lowered layers (with all layers in `block`).
-    """
-    live = AdaptivePrecision(AdaptiveSettings(warm_up=10**6))
-    probed = alternating(decoder_1b(device, small=small), device, live)
-    interval = max(live.settings.probe_every, math.ceil(probed["share"] / live.settings.probe_share))
-    gc.collect()
-    sampled = alternating(decoder_1b(device, small=small), device, None)
-    gc.collect()
-    watched = looked_at(decoder_1b(device, small=small), device)
-    every = 50
-    return {
-        "watched": watched,
-        "watched_every": 1,
-        "watched_share": watched["share"],
-        "probe": probed,
-        "probe_every": interval,
-        "probe_share": probed["share"] / interval,
-        "controlled": 0 if live.controller is None else len(live.controller.units),
-        "disabled": live.disabled,
-        "statistics": sampled,
-        "statistics_every": every,
-        "statistics_share": sampled["share"] / every,
-        "check": "passed",
-    }
-
-
-def alternating(case: Any, device: torch.device, live: AdaptivePrecision | None) -> dict[str, Any]:
-    """Milliseconds of steps without and with a probe, or with statistics where there is no controller, in turn."""
-    trainer = MixedPrecisionTrainer(
-        case.model(),
-        "bf16",
-        loss_fn=case.loss_fn,
-        optimizer=next(iter(case.optimizers.values())),
-        callbacks=[] if live is None else [live],
-        statistics_every=2 if live is None else 10**9,
-        device=device,
-        progress=False,
-    )
-    trainer.step(case.batches[0])
-    times: list[list[float]] = [[], []]
-    for number in range(24):
-        if live is not None:
-            live._next_probe = 10**9 if number % 2 else 0  # noqa: SLF001 - every second step has a probe
-        synchronize(device)
-        started = time.perf_counter()
-        trainer.step(case.batches[number % len(case.batches)])
-        synchronize(device)
-        times[number % 2].append(1e3 * (time.perf_counter() - started))
-    slow, fast = sorted((times[0][4:], times[1][4:]), key=statistics.median, reverse=True)
-    extra = [a - b for a, b in zip(slow, fast, strict=True)]
-    return {
-        "step_ms": Spread.of(fast),
-        "extra_ms": Spread.of(extra),
-        "share": statistics.median(extra) / statistics.median(fast),
-    }
-
-
-def looked_at(case: Any, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of steps with all layers lowered, with live precision and without, some at a time in turn."""
-    live = AdaptivePrecision(AdaptiveSettings(warm_up=10**6))
-    trainer = MixedPrecisionTrainer(
-        case.model(),
-        "block",
-        loss_fn=case.loss_fn,
-        optimizer=next(iter(case.optimizers.values())),
-        callbacks=[live],
-        statistics_every=10**9,
-        device=device,
-        emulate=device.type == "cpu",
-        progress=False,
-    )
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(9):
-        for on in (True, False) if number % 2 else (False, True):
-            trainer.callbacks = (live,) if on else ()
-            if live.controller is not None:
-                live._next_probe = 10**9 if number > 1 else 0  # noqa: SLF001 - one probe, and then none
-                if not on:
-                    live._look.close()  # noqa: SLF001
-                    live.stop_watching(trainer)
-            for _ in range(2):
-                trainer.step(case.batches[number % len(case.batches)])
-            synchronize(device)
-            started = time.perf_counter()
-            for _ in range(3):
-                trainer.step(case.batches[number % len(case.batches)])
-            synchronize(device)
-            times[on].append(1e3 * (time.perf_counter() - started) / 3)
-    extra = [a - b for a, b in zip(times[True][3:], times[False][3:], strict=True)]
-    return {
-        "step_ms": Spread.of(times[False][3:]),
-        "extra_ms": Spread.of(extra),
-        "share": statistics.median(extra) / statistics.median(times[False][3:]),
-        "lowered": 0 if live.controller is None else len(live.controller.lowered),
-    }
-
-
 def rows(report: Report) -> list[list[str]]:
     found = [["case", "loss", "own loss", "ms", "GiB", "layers lowered at the end"]]
     for name, value in report.cases.items():
         if value["check"] == "failed":
-            continue
-        if "loss" not in value:
-            for part in ("probe", "statistics", "watched"):
-                share = f"{value[f'{part}_share']:.3%} with one in {value[f'{part}_every']} steps"
-                found.append(
-                    [f"{name} {part}", spread(value[part]["step_ms"]), spread(value[part]["extra_ms"]), share, "", ""]
-                )
             continue
         found.append(
             [
@@ -400,7 +351,6 @@ def main() -> int:
     parser.add_argument(
         "--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name not in ("worst", "all")]
     )
-    parser.add_argument("--overhead", action="store_true", help="measure what probes cost instead")
     for name, default in (
         ("steps", 1500),
         ("seeds", 3),
@@ -412,6 +362,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=positive, default=default)
     for name, budget in (("loss-budget", SMALL_LOSS), ("noise-budget", NOISE_BUDGET)):
         parser.add_argument(f"--{name}", type=float, default=budget, help="of live precision (default %(default)s)")
+    parser.add_argument("--shared", type=int, default=0, help="steps in BF16 that all arms of a seed share")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--by-role", action="store_true", help="decide on each product of a layer by itself")
     parser.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), help="what may be lowered to, emulated")
@@ -421,14 +372,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = default_device()
-    report = Report("adaptive-overhead" if args.overhead else "adaptive", device, vars(args))
-    if args.overhead:
-        report.run("decoder-1.3b", partial(overhead, device, args.small))
-        return report.finish(args.out, rows(report))
+    report = Report("adaptive", device, vars(args))
     whole = text(2**21 if args.small else TEXT_BYTES)
     split = len(whole) - len(whole) // 20
     data = {"train": whole[:split], "validation": whole[split:]}
     lowered: dict[int, Lowered] = {}
+    starts: dict[int, Start] = {}
     if args.merge:
         report.cases.update(json.loads(args.merge.read_text(encoding="utf-8"))["cases"])
         for name, value in report.cases.items():
@@ -439,7 +388,7 @@ def main() -> int:
             if name in ("tf32", "nudged") and seed:
                 continue
             case = f"{name} seed {seed}"
-            report.run(case, partial(arm, name, seed, args, device, data, lowered))
+            report.run(case, partial(arm, name, seed, args, device, data, lowered, starts))
             report.cases[case]["commit"] = commit()
             report.write(args.out)  # what was measured outlives an end before time
             gc.collect()

@@ -63,6 +63,7 @@ def adaptive_settings(steps: int) -> AdaptiveSettings:
     """Settings of live precision at the pace of so short a run."""
     return AdaptiveSettings(
         recipes=("fp32", "tensor", "block"),
+        objective="memory",
         warm_up=steps // 8,
         probe_every=max(1, steps // 64),
         decide_every=max(2, steps // 32),
