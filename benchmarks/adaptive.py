@@ -164,14 +164,16 @@ class Lowered:
         recipe, own = min(recipes), live.settings
         predictor = Predictor(controller.readings, controller.loss, curvature=controller.curvature)
         costs: dict[str, float] = {}
-        for name in controller.readings:
+        for name, reading in controller.readings.items():
+            if recipe not in reading.effects:
+                continue
             loss = predictor.loss(name, RECIPES[recipe]) / own.loss_budget
             noise = {role: predictor.noise(name, RECIPES[recipe], role) / own.noise_budget for role in Role}
             if own.by_role:
                 costs |= {f"{name} {role}": max(noise[role], loss * (role is Role.FPROP)) for role in Role}
             else:
                 costs[name] = max(loss, sum(noise.values()))
-        macs = {name: unit.macs for name, unit in controller.units.items()}
+        macs = {name: unit.macs for name, unit in controller.units.items() if name in controller.readings}
         return cls(recipe=recipe, share=share, macs=macs, costs=costs)
 
     def others(self, how: str, seed: int) -> dict[str, Recipe]:
