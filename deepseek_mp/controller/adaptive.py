@@ -19,7 +19,7 @@ from typing import Any
 from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState, as_past, is_finite, plain
 from deepseek_mp.controller.choice_costs import CostRules, Judged
 from deepseek_mp.controller.height import height, height_of, parts_of
-from deepseek_mp.controller.limits import broken, is_crowded_out
+from deepseek_mp.controller.limits import broken
 from deepseek_mp.controller.region import HARM_WITH_ALARM, SUDDEN_HARM, harbour, shares
 from deepseek_mp.controller.settings import OBJECTIVES, AdaptiveSettings
 from deepseek_mp.controller.speed import Gain
@@ -35,8 +35,8 @@ SURELY = 1.25
 """A budget must be exceeded by this to raise layers for it: budgets are predictions."""
 KURTOSIS_GROWTH = 4.0
 """Growth of an input's kurtosis since its layer was lowered that raises it: outliers foretell trouble, as the FOG
-recipes of FP8 training found. Only where they do harm: small values begin to be lost for them, or the layer alone costs
-the whole budget. Activations that grow sparse, as they do in healthy training, have as large a kurtosis."""
+recipes of FP8 training found. Only where they do harm, the layer alone costs the whole budget: activations that grow
+sparse, as they do in healthy training, have as large a kurtosis."""
 MEMORY = 4
 """Batches that count as the past when a new probe joins: readings follow the model as it changes."""
 WRONG = 2.0
@@ -132,17 +132,16 @@ class AdaptiveController:
         own, roles = parts_of(state.recipe)
         if own not in seen.effects:
             return None
-        if evidence and (above or self._harms(seen.effects[own], RECIPES[own], roles)):
+        if evidence and (above or self._harms(seen.effects[own])):
             return self._guarded(name, step, "outliers grow in its input", {**evidence, "share": harm}, above)
         words = broken(seen.effects[own], RECIPES[own], roles)
         if words and broken(mean.effects[own], RECIPES[own], roles):
             return self._guarded(name, step, words, {"guard": "limits", "share": harm}, above)
         return None
 
-    def _harms(self, seen: Effect, recipe: Recipe, roles: Sequence[Role]) -> bool:
-        """Whether outliers do harm: small values begin to become zero, or the layer alone costs the whole budget."""
-        allowed = self.settings.loss_budget * self.scale * abs(self.loss)
-        return is_crowded_out(seen, recipe, roles) or seen.loss_change > allowed
+    def _harms(self, seen: Effect) -> bool:
+        """Whether outliers do harm: the layer alone costs the whole budget."""
+        return seen.loss_change > self.settings.loss_budget * self.scale * abs(self.loss)
 
     def _outliers(self, state: UnitState, kurtosis: float) -> dict[str, Any]:
         """Evidence that the outliers in the input of a lowered layer grew; empty where they did not."""

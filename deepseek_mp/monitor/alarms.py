@@ -15,28 +15,25 @@ _WHOLE = {"in_a_row": 1, "spikes_in_a_row": 1, "warmup": 0, "rms_after": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is let pass. Only the format in use raises alarms, not those one asks about; None switches one off.
+    """What is let pass. Only the format in use raises alarms, not those one asks about; None switches one off."""
 
-    Formats of less than 8 bits are judged by `by_row` and `overflow` only: FP4 makes zeros of 7 % of normal values.
-    """
-
-    underflow: float | None = 0.005
-    """Share of an input's or weight's values that the format in use makes zero. Rounding to FP8 with scales of their
-    own takes far less from values that are spread normally; products of what is left are off by about this share."""
-    gradient_underflow: float | None = 0.05
-    """The same of an output gradient, which training bears more of: most of its small values are noise."""
+    mass: float | None = 0.005
+    """Share of the sum of magnitudes of an input or weight that rounding takes or adds, beyond what rounding to the
+    nearest takes anyway. How many values become zero is no harm of its own: after a GELU up to a tenth of the values do
+    in FP8, for they are a millionth of the others."""
+    gradient_mass: float | None = 0.02
+    """The same of an output gradient: as a change of the learning rate that differs from layer to layer."""
+    lean: float | None = 0.02
+    """How far the errors of an output gradient lean to one side: those do not cancel over the steps."""
     overflow: float | None = 0.0
     """Share of values that become infinite: one is enough to lose a step."""
-    bias: float | None = 0.02
-    """Mean relative error of an output gradient, either way. Errors of a sign do not cancel over the steps; they act
-    as a change of the learning rate that differs from layer to layer."""
     by_row: float | None = 5.0
     """Mean error energy of a row over its energy, in units of what the format does to values it can hold
     (`ideal_error`). Above, rows lie outside the format's range and are not rounded but cut."""
     kurtosis: float | None = 4.0
     """Of an input, over its first value (at least 3, that of normal values), where a scaled format in use makes more
-    than a quarter of `underflow` zero: outliers have grown, and take the range from what shares a scale with them. It
-    comes before the underflow does. Kurtosis alone is no harm: activations grow sparse as they should."""
+    than an 800th of the values zero: outliers have grown, and take the range from what shares a scale with them.
+    Kurtosis alone is no harm: activations grow sparse as they should."""
     spike: float | None = 5.0
     """A gradient's norm over its usual one."""
     rms: float | None = 2.3

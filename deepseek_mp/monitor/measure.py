@@ -13,8 +13,8 @@ from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS, rounding_err
 from deepseek_mp.precision import Rounding
 from deepseek_mp.precision.recipe import OperandRecipe
 
-WIDTH = len(SPREAD_FIELDS)
-"""Numbers of a row of a block; rounding errors are fewer, and a zero stands behind them."""
+WIDTH = max(len(SPREAD_FIELDS), len(ERROR_FIELDS))
+"""Numbers of a row of a block; zeros stand behind what has fewer."""
 _generators: dict[torch.device, torch.Generator] = {}
 
 
@@ -24,7 +24,7 @@ def block(rows: Tensor, ways: Sequence[OperandRecipe], largest: Callable[[], Ten
     `largest` gives the largest magnitude of the whole tensor; it is asked where a way has one scale for all of it.
     """
     rows = rows.float()
-    lines = spread(rows)[None]
+    lines = F.pad(spread(rows)[None], (0, WIDTH - len(SPREAD_FIELDS)))
     if not rows.numel() or not ways:
         return F.pad(lines, (0, 0, 0, len(ways)))
     found = rounding_error(rows, torch.stack([_rounded(rows, side, largest) for side in ways]))

@@ -11,7 +11,7 @@ from deepseek_mp.monitor.alarms import Limits, Reading, ideal_error
 from deepseek_mp.monitor.sides import Sides
 from deepseek_mp.monitor.store import TENSORS, UPDATE, Parts
 from deepseek_mp.monitor.updates import UPDATE_FIELDS
-from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS
+from deepseek_mp.ops.statistics import ERROR_FIELDS, ROUNDING_TAKES, SPREAD_FIELDS
 from deepseek_mp.precision import Operand
 from deepseek_mp.precision.recipe import OperandRecipe
 
@@ -19,9 +19,9 @@ IN_USE = 1
 """The row of a block with the errors of the format in use."""
 NORMAL_KURTOSIS = 3.0
 FINE_BITS = 8
-"""Formats of fewer bits make some percent of any values zero, and biased by as much: that is how they are."""
-HARM = 0.25
-"""Share of the limit on underflow from which on outliers are taken to do harm."""
+"""Formats of fewer bits make some percent of any values zero: that is how they are."""
+CROWDED = 0.00125
+"""Share of the values that become zero from which on outliers are taken to do harm."""
 
 
 def symptoms(
@@ -47,15 +47,13 @@ def _named(fields: Sequence[str], line: Tensor) -> dict[str, float]:
 
 def _of_rounding(found: dict[str, float], operand: Operand, side: OperandRecipe, limits: Limits) -> Iterator[Reading]:
     tensor, is_gradient = operand.value, operand is Operand.GRAD_OUTPUT
-    underflow = limits.gradient_underflow if is_gradient else limits.underflow
-    coarse = side.format.bits < FINE_BITS
-    if underflow is not None and not coarse:
-        yield tensor, "underflow", found["underflow"], underflow, limits.in_a_row
+    mass, ideal = limits.gradient_mass if is_gradient else limits.mass, ideal_error(side.format)
+    if mass is not None:
+        yield tensor, "mass", abs(found["mass"]), mass + ROUNDING_TAKES * (ideal or 0.0), limits.in_a_row
     if limits.overflow is not None:
         yield tensor, "overflow", found["overflow"], limits.overflow, limits.in_a_row if is_gradient else 1
-    if limits.bias is not None and is_gradient and not coarse:
-        yield tensor, "bias", abs(found["bias"]), limits.bias, limits.in_a_row
-    ideal = ideal_error(side.format)
+    if limits.lean is not None and is_gradient:
+        yield tensor, "lean", found["lean"], limits.lean, limits.in_a_row
     if limits.by_row is not None and ideal is not None:
         yield tensor, "by_row", found["by_row"], limits.by_row * ideal, limits.in_a_row
 
@@ -66,7 +64,7 @@ def _of_outliers(parts: Parts, unit: int, underflow: float, side: OperandRecipe,
     line = unit, TENSORS.index(Operand.INPUT.value), 0
     now, first = (_named(SPREAD_FIELDS, plane[line])["kurtosis"] for plane in (parts.last, parts.first))
     fine = side.format.bits >= FINE_BITS
-    harm = side.is_scaled and fine and underflow > (limits.underflow or 0.0) * HARM
+    harm = side.is_scaled and fine and underflow > CROWDED
     limit = limits.kurtosis * max(first, NORMAL_KURTOSIS)
     yield Operand.INPUT.value, "kurtosis", now if harm else 0.0, limit, limits.in_a_row
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ERROR_FIELDS = ("relative", "by_row", "bias", "underflow", "overflow")
+ERROR_FIELDS = ("relative", "by_row", "bias", "underflow", "overflow", "mass", "lean")
 """What `rounding_error` gives.
 
 relative   error energy over energy, sum (q - x)^2 / sum x^2; the noise-to-signal ratio of the format
@@ -21,7 +21,17 @@ bias       the mean of (q - x) / x, cut to [-1, 1]: errors that do not cancel in
            values between large ones in a row
 underflow  share of the values other than zero that become zero
 overflow   share of the finite values that become infinite or NaN
+mass       change of the sum of magnitudes, sum |q| / sum |x| - 1: `bias` weighted by magnitude, so that values count by
+           what they do to a sum. Rounding to the nearest loses about `relative` of it
+lean       how far the errors of a row lean to one side: with the mean m of (q - x) / |x|, cut to [-1, 1], in a row, the
+           root of the mean of m^2 over the rows, less what chance makes of it. Where positive and negative values lose
+           alike it is 0; where a row's small values are all of one sign, as in the gradient of a softmax, it is the
+           share of them that become zero. A row of few large and many small values shows neither in `by_row` nor in
+           `mass`
 """
+ROUNDING_TAKES = 1.5
+"""Times the relative error of a format, at most, that rounding to the nearest takes of `mass`."""
+_BY_ROW, _LEAN = ERROR_FIELDS.index("by_row"), ERROR_FIELDS.index("lean")
 SPREAD_FIELDS = ("amax", "rms", "smallest", "octaves", "kurtosis", "non_finite")
 """What `spread` gives, of the finite values.
 
@@ -35,20 +45,27 @@ non_finite  share of all values that are infinite or NaN
 
 
 @torch.no_grad()
-def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
-    """`ERROR_FIELDS` [5] of a matrix [rows, columns] and the same matrix rounded; 0 where nothing can be said.
+def rounding_error(x: Tensor, rounded: Tensor, *, columns: bool = False) -> Tensor:
+    """`ERROR_FIELDS` [7] of a matrix [rows, columns] and the same matrix rounded; 0 where nothing can be said.
 
-    Rounded in several ways [ways, rows, columns] it gives [ways, 5], by as many operations as one.
+    Rounded in several ways [ways, rows, columns] it gives [ways, 7], by as many operations as one.
 
+    With `columns` its `by_row` is the larger of the means over rows and over columns.
     Values of `x` that are not finite are left out. Values that rounding makes infinite count in `overflow` only.
     """
     x, rounded = x.float(), rounded.float()
     finite, kept = x.abs() < float("inf"), rounded.abs() < float("inf")
     dropped = ~(finite & kept)
     error, value = (rounded - x).masked_fill_(dropped, 0.0), x.masked_fill(dropped, 0.0)
-    error_rows, energy_rows = error.square().sum(-1), value.square().sum(-1)
+    error_energy, energy = error.square(), value.square()
+    error_rows, energy_rows = error_energy.sum(-1), energy.sum(-1)
     nonzero = value != 0
     ratio = (error / value).masked_fill_(value == 0, 0.0).clamp_(-1, 1)
+    magnitude = value.abs().sum((-2, -1))
+    by_row = nonzero.sum(-1)
+    # The mean over pairs of different values of a row: a square of a mean has the mean of squares in it.
+    sides = (ratio * value.sign()).sum(-1).square() - ratio.square().sum(-1)
+    pairs = by_row * (by_row - 1)
     # Side by side, so that one division makes all shares.
     parts = [
         error_rows.sum(-1),
@@ -56,10 +73,26 @@ def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
         ratio.sum((-2, -1)),
         (nonzero & (rounded == 0)).sum((-2, -1)),
         (finite & dropped).sum((-2, -1)),
+        (error + value).abs_().sum((-2, -1)) - magnitude,
+        _quotient(sides, pairs).sum(-1),
     ]
-    count = nonzero.sum((-2, -1))
-    wholes = [energy_rows.sum(-1), (energy_rows > 0).sum(-1), count, count, finite.sum().expand_as(count)]
-    return _quotient(_line(parts), _line(wholes))
+    count = by_row.sum(-1)
+    wholes = [
+        energy_rows.sum(-1),
+        (energy_rows > 0).sum(-1),
+        count,
+        count,
+        finite.sum().expand_as(count),
+        magnitude,
+        (pairs > 0).sum(-1),
+    ]
+    found = _quotient(_line(parts), _line(wholes))
+    found[..., _LEAN].clamp_(min=0).sqrt_()
+    if columns:
+        balanced = _quotient(error_energy.sum(-2), energy_columns := energy.sum(-2)).sum(-1)
+        balanced = _quotient(balanced, (energy_columns > 0).sum(-1))
+        found[..., _BY_ROW] = torch.maximum(found[..., _BY_ROW], balanced)
+    return found
 
 
 @torch.no_grad()

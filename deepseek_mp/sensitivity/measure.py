@@ -93,7 +93,7 @@ class Operands:
         return self._rounded[key]
 
     def errors(self, recipes: Sequence[Recipe]) -> list[Tensor]:
-        """For each recipe `ERROR_FIELDS` of the six operands [6, 5], in the order of `PRODUCT_OPERANDS`.
+        """For each recipe `ERROR_FIELDS` of the six operands [6, 7], in the order of `PRODUCT_OPERANDS`.
 
         All ways to round a tensor are compared with it at once: it is many small operations, for each of which the
         host takes longer than the device.
@@ -125,7 +125,9 @@ class Operands:
             matrix, rounded_ways = matrix[::every], [one[::every] for one in rounded_ways]
         at_once = max(1, MOST_AT_ONCE // max(1, matrix.numel()))
         parts = [rounded_ways[i : i + at_once] for i in range(0, len(rounded_ways), at_once)]
-        return [error for part in parts for error in rounding_error(matrix, torch.stack(part)).unbind()]
+        # A gradient's columns are tokens then, of which small ones may lie beside large ones in every row.
+        both = turned and which is Operand.GRAD_OUTPUT
+        return [error for part in parts for error in rounding_error(matrix, torch.stack(part), columns=both).unbind()]
 
 
 @torch.no_grad()

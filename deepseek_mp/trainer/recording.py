@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,8 @@ class Recorder:
         """A plan in force that is not written down yet."""
         self._decided: list[dict[str, Any]] = []
         """Decisions taken before there was anything to write them to."""
+        self._said: dict[tuple[str, str | None, str | None], dict[str, tuple[Any, ...]]] = {}
+        """By layer, role and kind, what was written since its precision changed: by reason, the rest of it."""
         self._last = time.monotonic()
         self._joules: float | None = None
         self._alarms = 0
@@ -100,14 +102,23 @@ class Recorder:
             self._writer = RunWriter(self.run_dir, info=describe(self._trainer), resume_step=done)
         if self._writer is not None and self._plan is not None:
             self._writer.plan(self._plan.to_json())
-            for decision in self._plan.decisions:
-                self._writer.decision({"step": done, **decision.to_json()})
+            self._decided[:0] = [{"step": done, **decision.to_json()} for decision in self._plan.decisions]
             self._plan = None
         if self._writer is not None:
-            for line in self._decided:
+            for line in filter(self._is_new, self._decided):
                 self._writer.decision(line)
             self._decided.clear()
         return self._writer
+
+    def _is_new(self, line: Mapping[str, Any]) -> bool:
+        """Whether the line was not written yet: a plan brings the decisions on all layers, of which few are new."""
+        said = self._said.setdefault((line["layer"], line["role"], line.get("kind")), {})
+        if any(new != line["new"] for new, *_ in said.values()):
+            said.clear()
+        what = line["new"], line["detail"], line["evidence"]
+        is_new = said.get(line["reason"]) != what
+        said[line["reason"]] = what
+        return is_new
 
     def plan(self, plan: PrecisionPlan) -> None:
         """A plan came into force; it is written down with the next record."""

@@ -71,7 +71,7 @@ def test_it_stays_above_until_the_share_is_half():
 
 
 def test_a_limit_that_is_broken_rules_a_recipe_out():
-    assert never(judged(underflow=0.5), "row")
+    assert never(judged(mass=-0.5), "row")
 
 
 def test_what_does_not_pay_says_so_to_the_layer_that_is_in_it():

@@ -16,6 +16,7 @@ from deepseek_mp.monitor.observed import Observed
 from deepseek_mp.monitor.store import SEEN, UPDATE, WIDTH
 from deepseek_mp.monitor.updates import UPDATE_FIELDS
 from deepseek_mp.nn import apply
+from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.optim import AdamW, set_storage
 from deepseek_mp.precision import RECIPES, PrecisionPlan
 from deepseek_mp.workloads.demo import tasks
@@ -37,10 +38,10 @@ class Run:
         assert isinstance(sampled, Sampled)
         return self.log.take_in(self.seen, sampled)
 
-    def sample(self, unit: int, *, underflow: float) -> None:
+    def sample(self, unit: int, *, mass: float) -> None:
         self.seen.ran_in(self.seen.subjects[unit], RECIPES["fp16"])
         block = torch.zeros(2, WIDTH)
-        block[1, 3] = underflow
+        block[1, ERROR_FIELDS.index("mass")] = mass
         self.seen.store.add(unit, 0, block)
 
     def produced(self, place: int, phase: int) -> None:
@@ -52,20 +53,20 @@ class Run:
 def test_samples_in_a_row_raise_one_alarm_and_say_it_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="deepseek_mp")
     run = Run()
-    for underflow in (0.1, 0.1, 0.1, 0.1, 0.0, 0.1, 0.1, 0.1):
-        run.sample(1, underflow=underflow)
+    for mass in (0.1, 0.1, 0.1, 0.1, 0.0, 0.1, 0.1, 0.1):
+        run.sample(1, mass=mass)
         assert run.after() is False
     assert [(alarm.step, alarm.layer, alarm.kind) for alarm in run.log.alarms] == [
-        (3, "1", "underflow"), (8, "1", "underflow"),
+        (3, "1", "mass"), (8, "1", "mass"),
     ]  # fmt: skip
     assert run.log.raised == 2
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("1, input: underflow 0.1, limit 0.005 (step 3)")
+    assert caplog.messages[0].startswith("1, input: mass 0.1, limit 0.005 (step 3)")
 
 
 def test_a_step_without_a_new_sample_of_a_layer_does_not_count() -> None:
     run = Run()
-    run.sample(0, underflow=0.1)
+    run.sample(0, mass=0.1)
     for _ in range(5):
         run.after()
     assert not run.log.alarms
@@ -121,8 +122,8 @@ def test_an_update_raises_alarms_too() -> None:
 def test_alarms_are_forgotten_but_counted() -> None:
     run = Run(Limits(in_a_row=1))
     for _ in range(KEPT + 10):
-        for underflow in (0.1, 0.0):
-            run.sample(0, underflow=underflow)
+        for mass in (0.1, 0.0):
+            run.sample(0, mass=mass)
             run.after()
     assert len(run.log.alarms) == KEPT
     assert run.log.raised == KEPT + 10

@@ -31,8 +31,8 @@ def test_integers_have_no_such_error() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("underflow", -0.1, "None or a number from 0"),
-        ("bias", "small", "None or a number from 0"),
+        ("mass", -0.1, "None or a number from 0"),
+        ("gradient_mass", "small", "None or a number from 0"),
         ("in_a_row", 0, "a whole number from 1"),
         ("warmup", 1.5, "a whole number from 0"),
         ("rms_after", -1, "a whole number from 0"),
@@ -62,7 +62,7 @@ def judged(values: list[float], *, wanted: int, limit: float = 1.0) -> list[int]
     judge = Judge(Limits())
 
     def readings(value: float) -> Iterator[Reading]:
-        yield "input", "bias", value, limit, wanted
+        yield "input", "mass", value, limit, wanted
         yield "input", "other", 0.0, limit, wanted
 
     return [alarm.step for step, value in enumerate(values) for alarm in judge.judge(step, "a", readings(value))]
@@ -79,7 +79,7 @@ def test_layers_are_counted_apart() -> None:
     judge = Judge(Limits())
 
     def reading() -> Iterator[Reading]:
-        yield "input", "bias", 2.0, 1.0, 2
+        yield "input", "mass", 2.0, 1.0, 2
 
     assert not list(judge.judge(1, "a", reading()))
     assert not list(judge.judge(1, "b", reading()))

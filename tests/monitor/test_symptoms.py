@@ -55,25 +55,30 @@ def test_a_calm_sample_has_none() -> None:
     assert Sample().beyond() == Sample().beyond("row") == set()
 
 
-def test_underflow_in_the_forward_and_in_the_backward_have_limits_of_their_own() -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_magnitude_lost_in_the_forward_and_in_the_backward_has_limits_of_its_own(sign: int) -> None:
     sample = Sample()
     for tensor in ("input", "weight", "grad_output"):
-        sample.errors(tensor, underflow=0.02)
-    assert sample.beyond() == {("input", "underflow", 3), ("weight", "underflow", 3)}
-    assert sample.errors("grad_output", underflow=0.06).beyond() == {
-        ("input", "underflow", 3), ("weight", "underflow", 3), ("grad_output", "underflow", 3),
+        sample.errors(tensor, mass=sign * 0.019)
+    assert sample.beyond() == {("input", "mass", 3), ("weight", "mass", 3)}
+    assert sample.errors("grad_output", mass=sign * 0.021).beyond() == {
+        ("input", "mass", 3), ("weight", "mass", 3), ("grad_output", "mass", 3),
     }  # fmt: skip
+
+
+def test_errors_that_lean_to_one_side_count_in_gradients() -> None:
+    sample = Sample().errors("input", lean=0.5).errors("grad_output", lean=0.021)
+    assert sample.beyond() == {("grad_output", "lean", 3)}
+
+
+def test_how_many_values_become_zero_is_no_harm_of_its_own() -> None:
+    sample = Sample().errors("input", underflow=0.1).errors("grad_output", underflow=0.3, bias=-0.3)
+    assert sample.beyond("row") == set()
 
 
 def test_overflow_counts_at_once_in_the_forward() -> None:
     sample = Sample().errors("input", overflow=1e-6).errors("grad_output", overflow=1e-6)
     assert sample.beyond() == {("input", "overflow", 1), ("grad_output", "overflow", 3)}
-
-
-@pytest.mark.parametrize("bias", [0.03, -0.03])
-def test_bias_counts_in_gradients_only_and_either_way(bias: float) -> None:
-    sample = Sample().errors("input", bias=bias).errors("grad_output", bias=bias)
-    assert sample.beyond() == {("grad_output", "bias", 3)}
 
 
 @pytest.mark.parametrize(("recipe", "format"), [("bf16", "bf16"), ("fp16", "fp16"), ("row", "fp8_e4m3")])
@@ -94,11 +99,10 @@ def test_outliers_count_where_a_scale_makes_them_do_harm() -> None:
 
 
 def test_formats_of_four_bits_are_as_coarse_as_they_are() -> None:
-    sample = (
-        Sample().kurtosis(2.0, 13.0).errors("input", underflow=0.07).errors("grad_output", underflow=0.07, bias=0.1)
-    )
+    sample = Sample().kurtosis(2.0, 13.0).errors("input", underflow=0.07, mass=-0.012)
+    sample.errors("grad_output", underflow=0.07, mass=-0.03)
     assert sample.beyond("nvfp4") == set()
-    assert len(sample.beyond("row")) == 4
+    assert len(sample.beyond("row")) == 3
     assert sample.errors("weight", by_row=0.05, overflow=0.01).beyond("nvfp4") == {
         ("weight", "by_row", 3), ("weight", "overflow", 1),
     }  # fmt: skip
@@ -122,13 +126,13 @@ def test_lost_updates_count_where_weights_are_stored_in_16_bits() -> None:
 
 def test_what_is_switched_off_is_not_looked_at() -> None:
     off = Limits(
-        underflow=None, gradient_underflow=None, overflow=None, bias=None, by_row=None, kurtosis=None, spike=None,
+        mass=None, gradient_mass=None, lean=None, overflow=None, by_row=None, kurtosis=None, spike=None,
         rms=None, edq=None,
     )  # fmt: skip
     assert not list(symptoms(Sample().store.parts, 1, TENSORS, sides_of(RECIPES["row"]), off, step=1))
 
 
 def test_only_what_was_sampled_is_looked_at() -> None:
-    sample = Sample().errors("weight", underflow=1.0)
+    sample = Sample().errors("weight", mass=1.0)
     found = symptoms(sample.store.parts, 1, ["input"], sides_of(RECIPES["row"]), Limits(), step=1)
     assert {tensor for tensor, *_ in found} == {"input"}

@@ -30,7 +30,7 @@ class Watched:
 
 
 def numbers(store: Store) -> dict[str, float]:
-    return dict(zip(UPDATE_FIELDS, store.parts.last[0, UPDATE, 0].tolist(), strict=True))
+    return dict(zip(UPDATE_FIELDS, store.parts.last[0, UPDATE, 0].tolist(), strict=False))
 
 
 def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:

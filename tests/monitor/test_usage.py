@@ -96,7 +96,7 @@ def test_the_table() -> None:
     assert str(USAGE) == render(USAGE) == TABLE
 
 
-ALARM = Alarm(step=7, layer="body", tensor="input", kind="underflow", value=0.1, limit=0.005)
+ALARM = Alarm(step=7, layer="body", tensor="input", kind="mass", value=0.1, limit=0.005)
 LAYER = LayerStatistics(
     layer="body",
     status="sampled",
@@ -120,7 +120,7 @@ def test_statistics_and_alarms_are_part_of_a_report() -> None:
     before, _, after = text.partition("\n\nstatistics  recipe")
     assert before + "\n\nnote: something to know" == TABLE
     assert "body        bf16" in after
-    assert after.endswith("\n\nalarm: body, input: underflow 0.1, limit 0.005 (step 7)\n\nnote: something to know")
+    assert after.endswith("\n\nalarm: body, input: mass 0.1, limit 0.005 (step 7)\n\nnote: something to know")
 
 
 def test_many_layers_are_cut_and_said_so() -> None:

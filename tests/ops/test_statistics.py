@@ -42,6 +42,32 @@ def test_small_values_between_large_ones_are_seen_by_the_bias_only():
     found = errors(x, rounded)
     assert found["by_row"] < 1e-6
     assert found["bias"] == pytest.approx(-0.99)
+    assert found["lean"] == pytest.approx(0.99, rel=0.02)
+    assert found["mass"] == pytest.approx(-99e-5, rel=0.01)
+
+
+def test_errors_of_both_signs_lean_to_no_side():
+    x = 1e-5 * torch.randn(64, 100).sign()
+    x[:, 0] = 1.0
+    rounded = torch.zeros_like(x)
+    rounded[:, 0] = 1.0
+    found = errors(x, rounded)
+    assert found["bias"] == pytest.approx(-0.99)
+    assert found["lean"] < 0.05  # chance alone would make it 0.1
+
+
+def test_half_of_the_magnitude_is_missing():
+    assert errors(torch.ones(4, 4), torch.full((4, 4), 0.5))["mass"] == pytest.approx(-0.5)
+    assert errors(-torch.ones(4, 4), torch.full((4, 4), -1.5))["mass"] == pytest.approx(0.5)
+    assert errors(torch.zeros(4, 4), torch.zeros(4, 4))["mass"] == 0
+
+
+def test_columns_that_are_lost_are_seen_where_they_are_asked_for():
+    x = torch.ones(8, 4)
+    x[:, 1:] = 1e-6
+    rounded = x * (x > 0.5)
+    assert errors(x, rounded)["by_row"] < 1e-6
+    assert named(ERROR_FIELDS, rounding_error(x, rounded, columns=True))["by_row"] == pytest.approx(0.75)
 
 
 def test_what_overflows_is_counted_and_spoils_nothing_else():

@@ -477,7 +477,7 @@ def test_an_alarm_of_the_monitor_about_a_lowered_layer_brings_a_probe(layer, mon
     data = batches()
     made.step(data[0])
     adaptive.controller.states["down"].recipe = "row"
-    alarm = Alarm(step=3, layer=layer, tensor="input", kind="underflow", value=0.03, limit=0.005)
+    alarm = Alarm(step=3, layer=layer, tensor="input", kind="mass", value=0.03, limit=0.005)
     monkeypatch.setattr(type(made.monitor), "alarms_raised", 1)
     monkeypatch.setattr(type(made.monitor), "alarms_since", lambda _, raised: (alarm,) if raised < 1 else ())
     for batch in data[1:4]:

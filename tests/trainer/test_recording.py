@@ -72,6 +72,17 @@ def test_a_run_directory_tells_the_whole_run(tmp_path):
     assert (tmp_path / "checkpoints" / "step-00000006").is_dir()
 
 
+def test_a_decision_is_written_once_and_again_when_its_layer_came_back(tmp_path):
+    trainer = make("bf16", run_dir=tmp_path)
+    for pin in ({}, {"0": "fp32"}, {"0": "fp32"}, {}):
+        trainer.change_plan("bf16", pin=pin)
+        trainer.step(batches(1)[0])
+    trainer.close()
+    found = [(line["step"], line["layer"], line["new"]) for line in read_run(tmp_path).decisions]
+    assert [line for line in found if line[1] == "0"] == [(0, "0", "bf16"), (1, "0", "fp32"), (3, "0", "bf16")]
+    assert [step for step, layer, _ in found if layer == "2"] == [0]
+
+
 def test_the_first_line_names_what_ran_on_what(tmp_path):
     make("bf16", run_dir=tmp_path, pin={"2": "fp32"}, seed=3).fit(batches(1))
     info = read_run(tmp_path).info
