@@ -26,6 +26,7 @@ IMPLEMENTATIONS = {
     "quantise": ("triton", "reference"),
     "made": ("triton", "reference"),
     "product": ("native", "triton", "reference"),
+    "row_sums": ("triton", "reference"),
 }
 """By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
@@ -41,6 +42,8 @@ Quantise = Callable[[Tensor, Cast, Tensor | None], Operands]
 """Of a tensor, how it is cast, and the seed where it is rounded stochastically."""
 QuantiseDelayed = Callable[[Tensor, Tensor, Tensor, Cast], Operands]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[str, str], Tensor | None, torch.dtype], Tensor]
+RowSums = Callable[[Tensor, Tensor], Tensor]
+"""Of a matrix [M, K], and of it rounded in one way or several."""
 Granularities = Sequence[str] | Sequence[tuple[str, str]]
 """Names for quantise, pairs (left, right) for product."""
 
@@ -134,6 +137,17 @@ def made_of(op: str, name: str) -> Callable[..., Any]:
     """The function behind an implementation's name, for an op of `ops.schema_made`; its arguments differ by op."""
     run: Callable[..., Any] = getattr(_module("made", name), op)
     return run
+
+
+def row_sums_of(name: str) -> RowSums:
+    """The function behind an implementation's name."""
+    run: RowSums = _module("row_sums", name).row_sums
+    return run
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton has code for the device, whatever it multiplies."""
+    return device.type == "cuda" and _has_triton()
 
 
 def product_of(name: str) -> Product:

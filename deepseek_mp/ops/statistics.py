@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepseek_mp.ops.choose import has_kernels, row_sums_of
+
 ERROR_FIELDS = ("relative", "by_row", "bias", "underflow", "overflow", "mass", "lean")
 """What `rounding_error` gives.
 
@@ -28,6 +30,23 @@ lean       how far the errors of a row lean to one side: with the mean m of (q -
            alike it is 0; where a row's small values are all of one sign, as in the gradient of a softmax, it is the
            share of them that become zero. A row of few large and many small values shows neither in `by_row` nor in
            `mass`
+"""
+ROW_FIELDS = (
+    "error",
+    "energy",
+    "ratio",
+    "ratio_square",
+    "side",
+    "nonzero",
+    "underflow",
+    "overflow",
+    "finite",
+    "size",
+    "rounded_size",
+)
+"""Sums over a row of x, which rounding makes q, both finite where nothing else is said: (q - x)^2, x^2;
+r = (q - x) / x cut to [-1, 1], its square, r with the sign of x; how many x are not zero, and how many of them become
+zero; how many finite x become infinite or NaN; how many x are finite; |x|, |q|.
 """
 ROUNDING_TAKES = 1.5
 """Times the relative error of a format, at most, that rounding to the nearest takes of `mass`."""
@@ -53,46 +72,46 @@ def rounding_error(x: Tensor, rounded: Tensor, *, columns: bool = False) -> Tens
     With `columns` its `by_row` is the larger of the means over rows and over columns.
     Values of `x` that are not finite are left out. Values that rounding makes infinite count in `overflow` only.
     """
-    x, rounded = x.float(), rounded.float()
-    finite, kept = x.abs() < float("inf"), rounded.abs() < float("inf")
-    dropped = ~(finite & kept)
-    error, value = (rounded - x).masked_fill_(dropped, 0.0), x.masked_fill(dropped, 0.0)
-    error_energy, energy = error.square(), value.square()
-    error_rows, energy_rows = error_energy.sum(-1), energy.sum(-1)
-    nonzero = value != 0
-    ratio = (error / value).masked_fill_(value == 0, 0.0).clamp_(-1, 1)
-    magnitude = value.abs().sum((-2, -1))
-    by_row = nonzero.sum(-1)
+    sums = row_sums(x, rounded)
+    by_row = dict(zip(ROW_FIELDS, sums.unbind(-1), strict=True))
+    whole = dict(zip(ROW_FIELDS, sums.sum(-2).unbind(-1), strict=True))
     # The mean over pairs of different values of a row: a square of a mean has the mean of squares in it.
-    sides = (ratio * value.sign()).sum(-1).square() - ratio.square().sum(-1)
-    pairs = by_row * (by_row - 1)
+    sides, pairs = by_row["side"].square() - by_row["ratio_square"], by_row["nonzero"] * (by_row["nonzero"] - 1)
     # Side by side, so that one division makes all shares.
+    per_row = _quotient(torch.stack([by_row["error"], sides]), torch.stack([by_row["energy"], pairs])).sum(-1)
+    counted = torch.stack([(by_row["energy"] > 0).sum(-1), (pairs > 0).sum(-1)])
     parts = [
-        error_rows.sum(-1),
-        _quotient(error_rows, energy_rows).sum(-1),
-        ratio.sum((-2, -1)),
-        (nonzero & (rounded == 0)).sum((-2, -1)),
-        (finite & dropped).sum((-2, -1)),
-        (error + value).abs_().sum((-2, -1)) - magnitude,
-        _quotient(sides, pairs).sum(-1),
+        whole["error"],
+        per_row[0],
+        whole["ratio"],
+        whole["underflow"],
+        whole["overflow"],
+        whole["rounded_size"] - whole["size"],
+        per_row[1],
     ]
-    count = by_row.sum(-1)
     wholes = [
-        energy_rows.sum(-1),
-        (energy_rows > 0).sum(-1),
-        count,
-        count,
-        finite.sum().expand_as(count),
-        magnitude,
-        (pairs > 0).sum(-1),
+        whole["energy"],
+        counted[0],
+        whole["nonzero"],
+        whole["nonzero"],
+        whole["finite"],
+        whole["size"],
+        counted[1],
     ]
     found = _quotient(_line(parts), _line(wholes))
     found[..., _LEAN].clamp_(min=0).sqrt_()
     if columns:
-        balanced = _quotient(error_energy.sum(-2), energy_columns := energy.sum(-2)).sum(-1)
-        balanced = _quotient(balanced, (energy_columns > 0).sum(-1))
+        turned = row_sums(x.transpose(-2, -1), rounded.transpose(-2, -1))
+        error, energy = turned[..., 0], turned[..., 1]
+        balanced = _quotient(_quotient(error, energy).sum(-1), (energy > 0).sum(-1))
         found[..., _BY_ROW] = torch.maximum(found[..., _BY_ROW], balanced)
     return found
+
+
+def row_sums(x: Tensor, rounded: Tensor) -> Tensor:
+    """`ROW_FIELDS` [..., rows, 11] of a matrix [rows, columns] and of it rounded, [rows, columns] or several."""
+    kernel = x.is_floating_point() and x.dtype == rounded.dtype and has_kernels(x.device)
+    return row_sums_of("triton" if kernel else "reference")(x, rounded)
 
 
 @torch.no_grad()
