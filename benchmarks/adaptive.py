@@ -4,12 +4,12 @@
 
 Arms of one seed train from the same weights on the same batches, one after the other in one process: TF32, BF16,
 `nudged` (BF16 from weights that differ in their last bit: how far BF16 is from itself), FP8 in every layer that takes
-it (`tensor`, `block`), `once` (BF16, layers allocated once after the warm-up and then left), `adaptive`, `random` and
-`worst` (as large a share of the multiply-adds lowered as by `adaptive` in the mean, drawn at random, or what its last
-readings hold for the worst), and `all` (all that it controls). Losses are means over fixed validation windows, of the
-weights in BF16. Milliseconds are the median of the steps of the second half, without validation. With `--recipes`
-layers are lowered to those, emulated where the device lacks them, and times mean nothing. `--merge` keeps the cases of
-an earlier run's file. With `--shared N` the first N of the steps are in BF16 and one for all arms of a seed: when a
+it (`tensor`, `block`, `delayed`), `once` (BF16, layers allocated once after the warm-up and then left), `adaptive`,
+`random` and `worst` (as large a share of the multiply-adds lowered as by `adaptive` in the mean, drawn at random, or
+what its last readings hold for the worst), and `all` (all that it controls). Losses are means over fixed validation
+windows, of the weights in BF16. Milliseconds are the median of the steps of the second half, without validation. With
+`--recipes` layers are lowered to those, emulated where the device lacks them; then times mean nothing. `--merge` keeps
+the cases of an earlier run's file. With `--shared N` the first N of the steps are in BF16 and one for all arms of a seed: when a
 byte-level GPT leaves its first plateau is chance, which decides by how much BF16 differs from itself at the end.
 """
 
@@ -49,7 +49,7 @@ from deepseek_mp.workloads.data import TextWindows
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
 from deepseek_mp.workloads.stress_policies import nudge
 
-ARMS = ("tf32", "bf16", "nudged", "tensor", "block", "once", "adaptive", "random", "worst", "all")
+ARMS = ("tf32", "bf16", "nudged", "tensor", "block", "delayed", "once", "adaptive", "random", "worst", "all")
 LOWER_AS_MANY = ("random", "worst", "all")
 TEXT_BYTES = 48 * 2**20
 LEARNING_RATE, WARM_UP, FLOOR = 3e-4, 100, 0.1
@@ -283,7 +283,7 @@ def arm(
     if name in LOWER_AS_MANY:
         most = lowered.get(seed, Lowered())
         callbacks.append(Once(most.others(name, seed), warm_up(args)))
-    mode = name if name in ("tf32", "tensor", "block") else "bf16"
+    mode = name if name in ("tf32", "tensor", "block", "delayed") else "bf16"
     trainer = trainer_of(mode, seed, args, device, starts[seed].step, callbacks)
     starts[seed].load(trainer)
     if name == "nudged":
@@ -351,7 +351,7 @@ def spread(value: dict[str, float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name not in ("worst", "all")]
+        "--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name not in ("delayed", "worst", "all")]
     )
     for name, default in (
         ("steps", 1500),
