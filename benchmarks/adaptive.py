@@ -9,8 +9,9 @@ it (`tensor`, `block`, `delayed`), `once` (BF16, layers allocated once after the
 what its last readings hold for the worst), and `all` (all that it controls). Losses are means over fixed validation
 windows, of the weights in BF16. Milliseconds are the median of the steps of the second half, without validation. With
 `--recipes` layers are lowered to those, emulated where the device lacks them; then times mean nothing. `--merge` keeps
-the cases of an earlier run's file. With `--shared N` the first N of the steps are in BF16 and one for all arms of a seed: when a
-byte-level GPT leaves its first plateau is chance, which decides by how much BF16 differs from itself at the end.
+the cases of an earlier run's file. With `--shared N` the first N of the steps are in BF16 and one for all arms of a
+seed: when a byte-level GPT leaves its first plateau is chance, which decides by how much BF16 differs from itself at
+the end.
 """
 
 from __future__ import annotations
