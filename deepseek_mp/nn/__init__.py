@@ -1,5 +1,6 @@
 """Modules: which of a model's layers are units, and how a plan is put in force on them."""
 
+from deepseek_mp.nn.chunked_loss import linear_cross_entropy
 from deepseek_mp.nn.convert import apply, convert, current_plan, fp32_arithmetic, kernels_in_force, revert, unconverted
 from deepseek_mp.nn.delayed import Saturated, saturated_tensors, update_scales
 from deepseek_mp.nn.layout import memory_format_of
@@ -15,6 +16,7 @@ __all__ = [
     "current_plan",
     "fp32_arithmetic",
     "kernels_in_force",
+    "linear_cross_entropy",
     "memory_format_of",
     "register_unit",
     "revert",
