@@ -81,11 +81,9 @@ def linear_cross_entropy(
     dtype = _product_dtype(hidden, weight)
     _check_settings(label_smoothing, reduction, chunk)
     if torch.compiler.is_compiling():
-        logits = F.linear(hidden, weight, bias).reshape(-1, weight.shape[0]).to(_sum_dtype(dtype))
-        loss = F.cross_entropy(
-            logits, target.reshape(-1).long(), ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+        logits = F.linear(hidden, weight, bias).to(_sum_dtype(dtype)).reshape(-1, weight.shape[0])
+        settings: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        loss = F.cross_entropy(logits, target.reshape(-1).long(), reduction=reduction, **settings)
         return loss.view(target.shape) if reduction == "none" else loss
     how = _How(
         dtype=dtype,
@@ -96,7 +94,7 @@ def linear_cross_entropy(
         in_forward=torch.is_grad_enabled() and reduction != "none" and dtype != torch.float16,
     )
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
-    loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, labels, how)  # type: ignore[no-untyped-call]
+    loss = _LinearCrossEntropy.apply(rows, weight, bias, labels, how)  # type: ignore[no-untyped-call]
     return loss.view(target.shape) if reduction == "none" else loss
 
 
