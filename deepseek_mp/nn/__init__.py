@@ -3,6 +3,7 @@
 from deepseek_mp.nn.chunked_loss import linear_cross_entropy
 from deepseek_mp.nn.convert import apply, convert, current_plan, fp32_arithmetic, kernels_in_force, revert, unconverted
 from deepseek_mp.nn.delayed import Saturated, saturated_tensors, update_scales
+from deepseek_mp.nn.known_loss import computes_cross_entropy
 from deepseek_mp.nn.layout import memory_format_of
 from deepseek_mp.nn.survey import uncontrollable, units
 from deepseek_mp.nn.unit import Unit, UnitPrecision, register_unit
@@ -12,6 +13,7 @@ __all__ = [
     "Unit",
     "UnitPrecision",
     "apply",
+    "computes_cross_entropy",
     "convert",
     "current_plan",
     "fp32_arithmetic",

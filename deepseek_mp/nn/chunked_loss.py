@@ -94,8 +94,8 @@ def linear_cross_entropy(
         in_forward=torch.is_grad_enabled() and reduction != "none" and dtype != torch.float16,
     )
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
-    loss = _LinearCrossEntropy.apply(rows, weight, bias, labels, how)  # type: ignore[no-untyped-call]
-    return loss.view(target.shape) if reduction == "none" else loss
+    chunked: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, labels, how)  # type: ignore[no-untyped-call]
+    return chunked.view(target.shape) if reduction == "none" else chunked
 
 
 def rows_of(classes: int) -> int:
