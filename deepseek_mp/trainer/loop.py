@@ -31,14 +31,15 @@ from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
 from deepseek_mp.trainer.adaptive import AdaptivePrecision, adaptive_of, looks_ended, with_adaptive
+from deepseek_mp.trainer.assembly import assemble_stepper, computation
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
-from deepseek_mp.trainer.compile import check_compile, compiled_run
+from deepseek_mp.trainer.compile import check_compile
 from deepseek_mp.trainer.config import Compile, FusedLossOption, TrainerConfig, check_extent
 from deepseek_mp.trainer.ema import WeightAverage
 from deepseek_mp.trainer.evaluation import Inference, Metric, check_metrics, evaluate, inference
 from deepseek_mp.trainer.fitting import Fitting, unfinished_discarded
 from deepseek_mp.trainer.functions import mixed_formats
-from deepseek_mp.trainer.fused_loss import check_fused_loss, with_fused_loss
+from deepseek_mp.trainer.fused_loss import check_fused_loss
 from deepseek_mp.trainer.planning import measured_plan, named_plan, requested_plan
 from deepseek_mp.trainer.position import LoaderPosition, check_loader
 from deepseek_mp.trainer.progress import Progress
@@ -256,20 +257,12 @@ class MixedPrecisionTrainer:
         align_optimizer(self.optimizer)
         self.scaler = make_scaler(self._policy, plan, self.capabilities, self.device)
         wants_gradients = any(overrides(c, "on_gradients") for c in self.callbacks)
-        self._stepper = Stepper(
-            self.model,
-            compute=with_fused_loss(compiled_run(self.model, self.loss_fn, self.config.compile), self, plan),
-            loss_fn=self.loss_fn,
-            optimizer=self.optimizer,
+        self._stepper = assemble_stepper(
+            self,
+            plan,
+            compute=computation(self, plan),
             scaler=self.scaler,
-            region=Region(plan, self.device, search=True),
-            device=self.device,
-            accumulation=self.config.gradient_accumulation_steps,
-            max_grad_norm=self.config.max_grad_norm,
-            max_skipped=self.config.max_skipped_steps,
-            compiled=bool(self.config.compile),
             monitor=self.monitor,
-            monitor_every=self.config.monitor_every,
             finished=self._finished,
             before=self._show_gradients if wants_gradients else None,
         )
