@@ -29,7 +29,10 @@ LONG_MS = 10.0
 """No host takes that long to launch what one layer does."""
 HOLD, CYCLES = 1.5, 2e9
 """The pause lasts so many times the calls' median of before; and a device's cycles in a second, rather too many."""
-_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "alloc_failed")
+_MEMORY_MESSAGES = (
+    "out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "out_of_device_memory",
+    "out_of_host_memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

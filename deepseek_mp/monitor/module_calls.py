@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from deepseek_mp.nn.deferred import is_pending
+
 Look = Callable[[Any, Any, Any], None]
-"""Given a call's positional arguments, its keyword arguments and its output."""
+"""Given a call's positional arguments, its keyword arguments and its output, None if nobody computes that."""
 _Left = Callable[[nn.Module, Any, Any, Any], None]
 
 
@@ -49,8 +51,9 @@ class ModuleCalls:
             handle.remove()
 
     def _left(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen = None if is_pending(output) else output  # a look must not be what computes it
         for looks in self._looks:
             if (look := looks.get(module)) is not None:
-                look(args, kwargs, output)
+                look(args, kwargs, seen)
         if module is self._model:
             self.end()

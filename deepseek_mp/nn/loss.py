@@ -43,13 +43,21 @@ def infer_loss(output: Any, target: Any) -> tuple[str, LossFn]:
     if target.is_floating_point() and target.shape == output.shape:
         return "mse", _squared_error
     if is_integer(target) and output.dim() >= 2:
-        last = output.shape[:-1] == target.shape
-        second = (output.shape[0], *output.shape[2:]) == tuple(target.shape)
-        if last and (output.dim() <= 3 or not second):
+        if classes_last(output, target):
             return "cross_entropy", _cross_entropy_last
-        if second:
+        if _classes_second(output, target):
             return "cross_entropy", _cross_entropy_second
     raise _no_loss(output, target)
+
+
+def classes_last(output: Tensor, target: Tensor) -> bool:
+    """Whether whole-number targets [...] are read as the classes of logits [..., C]."""
+    last = output.shape[:-1] == target.shape
+    return last and (output.dim() <= 3 or not _classes_second(output, target))
+
+
+def _classes_second(output: Tensor, target: Tensor) -> bool:
+    return (output.shape[0], *output.shape[2:]) == tuple(target.shape)
 
 
 def is_integer(target: Tensor) -> bool:
@@ -94,21 +102,22 @@ def _cross_entropy_second(output: Tensor, target: Tensor) -> tuple[Tensor, int |
 def _cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, int | Tensor]:
     total = F.cross_entropy(_widened(logits), target.long(), reduction="sum", ignore_index=IGNORED_LABEL)
     count = count_labels(target)
-    return _mean(total, count), count
+    return mean_of(total, count), count
 
 
 def _squared_error(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
     output = _widened(output)
-    return _mean(F.mse_loss(output, target.to(output.dtype), reduction="sum"), output.numel()), output.numel()
+    return mean_of(F.mse_loss(output, target.to(output.dtype), reduction="sum"), output.numel()), output.numel()
 
 
 def _binary_cross_entropy(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
     output = _widened(output)
     total = F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="sum")
-    return _mean(total, output.numel()), output.numel()
+    return mean_of(total, output.numel()), output.numel()
 
 
-def _mean(total: Tensor, count: int | Tensor) -> Tensor:
+def mean_of(total: Tensor, count: int | Tensor) -> Tensor:
+    """A sum over so many items as their mean; 0 where there is none."""
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 

@@ -57,6 +57,10 @@ class Reason(StrEnum):
     """The loss was compared with that in FP32 on the same batch."""
     ADAPT_OFF = "adapt_off"
     """Live precision decides nothing in this run, for what the detail says."""
+    LOSS_FUSED = "loss_fused"
+    """Its output is computed in chunks inside of the loss, and never held whole."""
+    LOSS_NOT_FUSED = "loss_not_fused"
+    """The loss is computed of the model's output as ever, for what the detail says."""
     RESUMED = "resumed"
     """Taken from the plan stored with a checkpoint."""
 

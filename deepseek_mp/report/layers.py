@@ -11,7 +11,7 @@ from deepseek_mp.precision.storage import STORAGE_KIND
 from deepseek_mp.records import Run
 
 ROLES = tuple(role.value for role in Role)
-EVENTS = (Reason.SATURATED, Reason.COMPARED, Reason.ADAPT_OFF)
+EVENTS = (Reason.SATURATED, Reason.COMPARED, Reason.ADAPT_OFF, Reason.LOSS_FUSED, Reason.LOSS_NOT_FUSED)
 """They are written down among the decisions and change no recipe."""
 
 

@@ -1,6 +1,7 @@
 """The trainer: fit, step, save and resume."""
 
 from deepseek_mp.trainer.adaptive import AdaptivePrecision
+from deepseek_mp.trainer.batch_size import BatchSize, find_batch_size
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.progressive import progressive
@@ -10,6 +11,7 @@ from deepseek_mp.trainer.storage import WeightStorage
 
 __all__ = [
     "AdaptivePrecision",
+    "BatchSize",
     "Callback",
     "FitResult",
     "MixedPrecisionTrainer",
@@ -17,5 +19,6 @@ __all__ = [
     "StepFacts",
     "StepResult",
     "WeightStorage",
+    "find_batch_size",
     "progressive",
 ]

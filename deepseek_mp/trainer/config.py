@@ -19,6 +19,7 @@ from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe
 MODES = ("auto", *(name for name in RECIPES if name != "fp64"))
 """FP64 is for single layers; everything else that has a name can be the base of a run."""
 Compile = Literal[False, True, "regional"]
+FusedLossOption = Literal[False, True, "auto"]
 
 
 def _refuse(name: str, value: object, allowed: str, change: str | None = None) -> ConfigError:
@@ -50,6 +51,7 @@ class TrainerConfig:
     adapt: bool | AdaptiveSettings | None = None
     kernels: str | None = None
     compile: Compile = False
+    fused_loss: FusedLossOption = False
     seed: int | None = None
     max_skipped_steps: int = 25
     checkpoint_every: int | None = None
@@ -70,6 +72,8 @@ class TrainerConfig:
             raise _refuse("pin", self.pin, "a mapping of name patterns to recipes, {'*.norm*': 'fp32'}")
         if not (isinstance(self.compile, bool) or self.compile == "regional"):
             raise _refuse("compile", self.compile, "False, True, 'regional'")
+        if not (isinstance(self.fused_loss, bool) or self.fused_loss == "auto"):
+            raise _refuse("fused_loss", self.fused_loss, "False, True, 'auto'")
         if self.seed is not None and not _is_seed(self.seed):
             raise _refuse("seed", self.seed, "None or a whole number from 0 and below 2**64")
         for name in ("max_skipped_steps", "monitor_every"):

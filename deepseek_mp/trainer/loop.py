@@ -31,13 +31,15 @@ from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
 from deepseek_mp.trainer.adaptive import AdaptivePrecision, adaptive_of, looks_ended, with_adaptive
+from deepseek_mp.trainer.assembly import assemble_stepper, computation
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
-from deepseek_mp.trainer.compile import check_compile, compiled_run
-from deepseek_mp.trainer.config import Compile, TrainerConfig, check_extent
+from deepseek_mp.trainer.compile import check_compile
+from deepseek_mp.trainer.config import Compile, FusedLossOption, TrainerConfig, check_extent
 from deepseek_mp.trainer.ema import WeightAverage
 from deepseek_mp.trainer.evaluation import Inference, Metric, check_metrics, evaluate, inference
 from deepseek_mp.trainer.fitting import Fitting, unfinished_discarded
 from deepseek_mp.trainer.functions import mixed_formats
+from deepseek_mp.trainer.fused_loss import check_fused_loss
 from deepseek_mp.trainer.planning import measured_plan, named_plan, requested_plan
 from deepseek_mp.trainer.position import LoaderPosition, check_loader
 from deepseek_mp.trainer.progress import Progress
@@ -86,6 +88,8 @@ class MixedPrecisionTrainer:
             on; `AdaptiveSettings` says how. None: with 'auto'. A precision that you name is kept.
         kernels: what runs FP8 ('reference', 'triton', 'native'), used or refused; None: the best there is.
         compile: True compiles the model and its loss, 'regional' its repeated blocks and its loss.
+        fused_loss: compute cross entropy in chunks from the input of the model's last layer, so that its output is
+            never held whole (docs/memory.md): 'auto' where that is possible and saves memory, True always, or refused.
         device: where to train; None: where the model is if that is an accelerator, else the best here.
         seed: seeds Python's, NumPy's and PyTorch's generators.
         run_dir: folder for records and checkpoints; None writes nothing.
@@ -124,6 +128,7 @@ class MixedPrecisionTrainer:
         adapt: bool | AdaptiveSettings | None = None,
         kernels: str | None = None,
         compile: Compile = False,
+        fused_loss: FusedLossOption = False,
         device: torch.device | str | None = None,
         seed: int | None = None,
         run_dir: str | Path | None = None,
@@ -145,6 +150,7 @@ class MixedPrecisionTrainer:
             adapt=adapt,
             kernels=kernels,
             compile=compile,
+            fused_loss=fused_loss,
             seed=seed,
             max_skipped_steps=max_skipped_steps,
             checkpoint_every=checkpoint_every,
@@ -153,16 +159,14 @@ class MixedPrecisionTrainer:
         )
         self._policy = make_policy(loss_scale_policy)
         self._unused_policy = deepcopy(self._policy)  # for when fp16 comes in again
-        self.loss_fn = loss_fn
+        self.model, self.loss_fn = model, loss_fn
         self.callbacks = with_adaptive(check_callbacks(callbacks), self.config)
-        self._progress = progress
-        self.device = choose_device(model, device)
-        self.capabilities = backends.capabilities(self.device)
-        self.costs = CostCache()
-        self.model = model
+        self._progress, self.device = progress, choose_device(model, device)
+        self.capabilities, self.costs = backends.capabilities(self.device), CostCache()
         self.recorder = Recorder(run_dir, self)
         with unchanged_if_refused(model, self.device):
             check_compile(model, compile)
+            check_fused_loss(self.config, loss_fn)
             plan = requested_plan(model, self.config, self.capabilities)
             self._plan = None if plan is None else self._apply(plan)
             seed_everything(seed)
@@ -253,20 +257,12 @@ class MixedPrecisionTrainer:
         align_optimizer(self.optimizer)
         self.scaler = make_scaler(self._policy, plan, self.capabilities, self.device)
         wants_gradients = any(overrides(c, "on_gradients") for c in self.callbacks)
-        self._stepper = Stepper(
-            self.model,
-            compute=compiled_run(self.model, self.loss_fn, self.config.compile),
-            loss_fn=self.loss_fn,
-            optimizer=self.optimizer,
+        self._stepper = assemble_stepper(
+            self,
+            plan,
+            compute=computation(self, plan),
             scaler=self.scaler,
-            region=Region(plan, self.device, search=True),
-            device=self.device,
-            accumulation=self.config.gradient_accumulation_steps,
-            max_grad_norm=self.config.max_grad_norm,
-            max_skipped=self.config.max_skipped_steps,
-            compiled=bool(self.config.compile),
             monitor=self.monitor,
-            monitor_every=self.config.monitor_every,
             finished=self._finished,
             before=self._show_gradients if wants_gradients else None,
         )

@@ -44,10 +44,11 @@ from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import state
 from deepseek_mp.trainer.buffers import BufferGuard
 from deepseek_mp.trainer.compile import many_plans
+from deepseek_mp.trainer.failed_step import let_go, undone_if_it_fails
 from deepseek_mp.trainer.replay import find_first_bad_module
 from deepseek_mp.trainer.result import StepFacts, StepResult
 from deepseek_mp.trainer.rng import get_rng, set_rng
-from deepseek_mp.trainer.window import MicroBatch, Window
+from deepseek_mp.trainer.window import MicroBatch, Weight, Window
 
 log = logging.getLogger("deepseek_mp")
 
@@ -152,6 +153,8 @@ class Stepper:
         self._loss_named = False
         self._pending: Pending | None = None
         self.windows_opened = 0
+        self._before: tuple[Weight | None, int] = None, 0
+        """`largest` and `windows_opened` before the open window."""
         self.closing = False
         """Whether a window is between full and done: what callbacks see then is no state to save."""
         self.veto: Callable[[], Tensor | None] | None = None
@@ -182,8 +185,9 @@ class Stepper:
             self.window.samples += samples
             if closing:
                 return self.close()
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            let_go(error, self.device)
             raise
         if loss is None:
             return StepResult(lambda: StepFacts(status="accumulated", reason="the batch has no items"))
@@ -206,6 +210,7 @@ class Stepper:
     def load_window(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Reopen a window that `save_window` returned."""
         self.window = Window.load(values, self.device)
+        self._before = self.window.largest, self.windows_opened
         if not self.window.micro_batches:
             return
         parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "buffer": {}}
@@ -224,6 +229,7 @@ class Stepper:
         self._clear_gradients()
         self._buffers.snapshot()
         backends.clear_overflow(self.device)
+        self._before = self.window.largest, self.windows_opened
         self.windows_opened += 1
 
     def _compute(self, batch: Any, call: calls.Call, index: int, *, whole: bool) -> Tensor | None:
@@ -295,7 +301,7 @@ class Stepper:
     @contextmanager
     def _sampled(self) -> Iterator[None]:
         """The first step after a report, and then every `monitor_every`-th, is counted with its FLOPs."""
-        if self.monitor.has_sample and self.windows_opened % self.monitor_every:
+        if self.flops is not None and self.monitor.has_sample and self.windows_opened % self.monitor_every:
             yield
             return
         with (
@@ -335,14 +341,15 @@ class Stepper:
         if veto is not None:
             veto = self._where_finite(veto, nonfinite, empty)
             empty = veto if empty is None else torch.maximum(empty.to(veto), veto)
-        verdict = self.scaler.step(
-            self.optimizer,
-            max_grad_norm=self.max_grad_norm,
-            divisor=divisor,
-            nonfinite=nonfinite,
-            empty=empty,
-            before=self.before,
-        )
+        with undone_if_it_fails(self.optimizer):
+            verdict = self.scaler.step(
+                self.optimizer,
+                max_grad_norm=self.max_grad_norm,
+                divisor=divisor,
+                nonfinite=nonfinite,
+                empty=empty,
+                before=self.before,
+            )
         self.window = Window(largest=window.largest)  # not before: if the step raises, `abandon` takes this window back
         if verdict.status is None:
             self._buffers.restore_where(verdict.skipped)
@@ -479,12 +486,15 @@ class Stepper:
         )
 
     def abandon(self) -> None:
-        """Give up the open window: gradients cleared, buffers and random state as when it opened."""
+        """Give up the open window: gradients cleared, buffers, counters and random state as when it opened."""
+        largest = self.window.largest
         if self.window.micro_batches:
             self._buffers.restore()
             self._discard_maxima()
             if self.window.entries:
                 set_rng(self.window.entries[0].rng, self.device)
-        self.window = Window(largest=self.window.largest)
+            largest, self.windows_opened = self._before
+        self.window = Window(largest=largest)
         self._forget_weights()
+        torch.clear_autocast_cache()
         self._clear_gradients()

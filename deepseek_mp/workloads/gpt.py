@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn.known_loss import computes_cross_entropy
 
 VOCABULARY = 256
 
@@ -100,6 +101,7 @@ class ByteGPT(nn.Module):
         return scores
 
 
+@computes_cross_entropy()
 def next_byte_loss(scores: Tensor, target: Tensor) -> Tensor:
     """Mean cross entropy in nats, computed in fp32: scores [B, T, 256], target [B, T] int64."""
     return F.cross_entropy(scores.flatten(0, 1).float(), target.flatten())

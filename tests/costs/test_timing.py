@@ -150,6 +150,8 @@ def test_a_timing_survives_json_and_refuses_nonsense() -> None:
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), True),
         (RuntimeError("NPU out of memory. Tried to allocate"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried 9 bytes"), True),
+        (RuntimeError("level_zero backend failed with error: UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"), True),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("expected scalar type Float"), False),
         (ValueError("out of memory"), False),

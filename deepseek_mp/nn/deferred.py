@@ -1,0 +1,166 @@
+"""The output of a linear layer that is multiplied only if somebody reads it: what a loss in chunks needs.
+
+A model that ends in a linear layer returns its output, and a loss that reads hidden and weight instead has no use for
+it (`nn.chunked_loss`). Inside of `deferring(layer)` the layer therefore returns a `Deferred`: it has the shape and type
+of the output, and knows the input. Whoever does anything else with it (a hook, a metric, the model itself) sees the
+ordinary output with its graph, which is computed at that moment and kept.
+
+It is PyTorch's Python functions that are seen here. What hands tensors past them, an `autograd.Function` that is given
+the output, would lose its gradient: that is refused, at the latest in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn.nested import map_leaves
+
+_FORWARD = "forward"
+_TENSOR: Any = Tensor
+_LOOKS = frozenset({
+    Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
+    *(getattr(_TENSOR, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+    *(getattr(_TENSOR, name).__get__ for name in ("is_cuda", "is_sparse", "is_nested", "is_quantized", "is_meta")),
+})  # fmt: skip
+"""What asks for no value."""
+
+
+class LinearCall:
+    """A call of a linear layer: with what, and in which autocast region."""
+
+    def __init__(self, layer: nn.Linear, hidden: Tensor) -> None:
+        kind = hidden.device.type
+        self.layer = layer
+        self.hidden = hidden
+        """[..., K]: the input."""
+        self._version = hidden._version  # noqa: SLF001 - there is no public one
+        self._enabled, self._dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the output."""
+        return self._dtype if self._enabled and self.hidden.dtype != torch.float64 else self.hidden.dtype
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to the input since."""
+        return self.hidden._version == self._version  # noqa: SLF001 - there is no public one
+
+    @contextmanager
+    def region(self) -> Iterator[None]:
+        """The region that the call was made in, with gradients; `ConfigError` if the input is not what it was."""
+        if not self.is_unchanged:
+            change = "Write to a copy, or train with fused_loss=False"
+            raise ConfigError(explain("the last layer's input was changed in place after that layer", "none", change))
+        kind = self.hidden.device.type
+        with (
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            torch.autocast(kind, dtype=self._dtype, enabled=self._enabled),
+        ):
+            yield
+
+
+class Deferred(Tensor):
+    """[..., V]: a linear layer's output, not computed yet; made by `deferring`."""
+
+    call: LinearCall
+    _computed: Tensor | None
+
+    @classmethod
+    def of(cls, call: LinearCall) -> Deferred:
+        """The output of the call."""
+        layer = call.layer
+        made: Deferred = _Unread.apply(call.hidden, layer.weight, layer.bias, call.dtype)  # type: ignore[no-untyped-call]
+        made.call, made._computed = call, None
+        return made
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether nobody has read it."""
+        return self._computed is None
+
+    def computed(self) -> Tensor:
+        """The output, with its graph."""
+        if self._computed is None:
+            layer = self.call.layer
+            with self.call.region():
+                self._computed = _forward_of(layer)(layer, self.call.hidden)
+        return self._computed
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _LOOKS:
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way
+                return func(*args, **kwargs)
+        args, kwargs = map_leaves((args, kwargs), _values)
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        raise _went_past()
+
+
+class _Unread(Function):
+    """The node of a `Deferred` in the graph: no gradient ever comes to it, since what is computed has its own."""
+
+    @staticmethod
+    def forward(_ctx: Any, hidden: Tensor, weight: Tensor, _bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return Tensor._make_wrapper_subclass(  # noqa: SLF001 - the documented way
+            Deferred, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device=hidden.device
+        )
+
+    @staticmethod
+    def backward(_ctx: Any, _grad: Tensor) -> Any:
+        raise _went_past()
+
+
+def _went_past() -> ConfigError:
+    return ConfigError(
+        explain(
+            "the output of the model's last layer went into an autograd.Function, or through a full backward hook",
+            "with a fused loss, a last layer whose output goes into the loss alone",
+            "Train with fused_loss=False",
+        )
+    )
+
+
+@contextmanager
+def deferring(layer: nn.Linear) -> Iterator[None]:
+    """Inside, what the layer gives while gradients are enabled is `Deferred`."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not isinstance(hidden, Deferred):
+            return Deferred.of(LinearCall(layer, hidden))
+        return _forward_of(layer)(layer, hidden)  # type: ignore[no-any-return]
+
+    layer.__dict__[_FORWARD] = forward
+    try:
+        yield
+    finally:
+        layer.__dict__.pop(_FORWARD, None)
+
+
+def is_pending(value: object) -> bool:
+    """Whether to read this is to compute it."""
+    return isinstance(value, Deferred) and value.is_pending
+
+
+def _forward_of(layer: nn.Linear) -> Any:
+    return type(layer).forward
+
+
+def _values(leaf: Any) -> Any:
+    return leaf.computed() if isinstance(leaf, Deferred) else leaf

@@ -1,0 +1,280 @@
+"""`find_batch_size`: the largest batch whose whole training step fits in the device's memory.
+
+Sizes are tried by making the steps that the trainer would make, in its own precision and with its own optimizer:
+forward, loss, backward and update, with the optimizer's state in place. They double until one does not fit, and the
+gap is then halved. What was tried leaves no trace: see `kept_state`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deepseek_mp.backends import peak_memory_bytes, reset_peak_memory
+from deepseek_mp.controller.loss_scale import make_policy
+from deepseek_mp.costs.restore import release_memory
+from deepseek_mp.costs.timing import is_out_of_memory
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.monitor import PrecisionMonitor
+from deepseek_mp.nn import apply, memory_format_of, revert, unconverted
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer.assembly import assemble_stepper, computation
+from deepseek_mp.trainer.kept_state import kept_state
+from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+from deepseek_mp.trainer.result import StepFacts
+from deepseek_mp.trainer.setup import make_scaler
+from deepseek_mp.trainer.window import Window
+
+log = logging.getLogger("deepseek_mp")
+
+Fits = Callable[[int], bool]
+WARM_UP = 8
+"""Steps of the first size at most, until one is applied: the optimizer then has its state."""
+CONFIRMING = 2
+"""Steps that the size found is tried with once more."""
+STEP_DOWN = 16
+"""A size that is not confirmed is made smaller by this part of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One size, and whether its step fitted."""
+
+    size: int
+    fits: bool
+    peak_bytes: int | None = None
+    """The most memory in tensors during it; None where that is not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSize:
+    """What `find_batch_size` found."""
+
+    size: int
+    """The largest that fits."""
+    too_large: int | None
+    """The smallest that was tried and does not; None where the limit was reached."""
+    tried: tuple[Tried, ...] = field(default=())
+    """In order."""
+
+    def __str__(self) -> str:
+        end = "the limit" if self.too_large is None else f"{self.too_large} does not fit"
+        return f"batch size {self.size} ({end}; {len(self.tried)} steps tried)"
+
+
+def find_batch_size(
+    trainer: MixedPrecisionTrainer | Callable[[], MixedPrecisionTrainer],
+    make_batch: Callable[[int], Any],
+    *,
+    start: int = 8,
+    limit: int | None = None,
+    multiple: int = 1,
+    fits: Fits | None = None,
+) -> BatchSize:
+    """The largest batch whose step fits; model, optimizer, gradients and random generators end as they began.
+
+    With 'auto', before its plan was measured, the device's recommended format is tried.
+
+    Example:
+        found = find_batch_size(trainer, lambda size: (images[:size], labels[:size]), limit=len(images))
+
+    Args:
+        trainer: the trainer, or a function that makes one.
+        make_batch: from a size to a batch as for `step`. Where samples differ, give the largest: what fits is known
+            of these batches only.
+        start: the first size to try; smaller ones are tried only if it does not fit.
+        limit: the largest size to try. Needed on a CPU, whose system ends a process that takes too much.
+        multiple: sizes are multiples of it.
+        fits: asked instead of making steps, from a size to whether it fits.
+
+    Raises:
+        ConfigError: an argument that is not allowed, an open accumulation window, or not even the smallest size fits.
+    """
+    _check(start, limit, multiple)
+    made = trainer if isinstance(trainer, MixedPrecisionTrainer) else trainer()
+    if fits is None and made.device.type == "cpu" and limit is None:
+        change = "Pass limit=, the largest batch that you would use"
+        raise ConfigError(explain("find_batch_size on a CPU without a limit", "a limit there", change))
+    top = None if limit is None else limit // multiple
+    first = max(1, start // multiple) if top is None else min(max(1, start // multiple), top)
+    if fits is not None:
+        asked = _Asked(fits)
+        good, bad = _largest(lambda size: asked.fits(size * multiple), first, top)
+        return _result(good, bad, multiple, asked.tried)
+    with _trials(made, make_batch) as trials:
+        while not trials.warm_up(first * multiple) and first > 1:
+            first //= 2
+        good, bad = _largest(lambda size: trials.fits(size * multiple), first, top)
+        while good and not trials.fits(good * multiple, steps=CONFIRMING):
+            good, bad = good - max(1, good // STEP_DOWN), good
+        return _result(good, bad, multiple, trials.tried)
+
+
+def _result(good: int, bad: int | None, multiple: int, tried: list[Tried]) -> BatchSize:
+    if not good:
+        passed = f"a batch of {multiple}, the smallest that may be tried, which does not fit"
+        change = "Free memory, or make the model smaller"
+        raise ConfigError(explain(passed, "a model whose step fits with that", change))
+    too_large = None if bad is None else bad * multiple
+    found = BatchSize(size=good * multiple, too_large=too_large, tried=tuple(tried))
+    log.info("%s", found)
+    return found
+
+
+def _largest(fits: Fits, first: int, top: int | None) -> tuple[int, int | None]:
+    """The largest size that fits, 0 if none does, and the smallest known not to; None if `top`, the last to try, fits.
+
+    What fits is taken to fit for every smaller size too.
+    """
+    good, size = 0, first
+    bad: int | None = None
+    while bad is None or bad - good > 1:
+        size = size if top is None else min(size, top)
+        if fits(size):
+            good = size
+        else:
+            bad = size
+        if good == top:
+            break
+        size = 2 * good if bad is None else (good + bad) // 2
+    return good, bad
+
+
+class _Asked:
+    """Sizes that the caller's own function was asked about."""
+
+    def __init__(self, fits: Fits) -> None:
+        self._fits = fits
+        self.tried: list[Tried] = []
+
+    def fits(self, size: int) -> bool:
+        self.tried.append(Tried(size=size, fits=bool(self._fits(size))))
+        return self.tried[-1].fits
+
+
+class _Trials:
+    """Makes training steps of a size and sees whether memory suffices."""
+
+    def __init__(self, trainer: MixedPrecisionTrainer, plan: PrecisionPlan, make_batch: Callable[[int], Any]) -> None:
+        self._device, self._make_batch = trainer.device, make_batch
+        self._micro_batches = min(2, trainer.config.gradient_accumulation_steps)
+        self._status = ""
+        self.tried: list[Tried] = []
+        self._monitor = PrecisionMonitor(trainer.model, trainer.optimizer, sample_every=None, sampling=None)
+        if trainer.has_stepper:
+            compute, scaler = trainer.stepper.compute, deepcopy(trainer.scaler)
+        else:
+            compute = computation(trainer, plan)
+            scaler = make_scaler(make_policy("dynamic"), plan, trainer.capabilities, trainer.device)
+        self._stepper = assemble_stepper(
+            trainer,
+            plan,
+            compute=compute,
+            scaler=scaler,
+            monitor=self._monitor,
+            finished=self._finished,
+        )
+
+    def _finished(self, facts: StepFacts, _window: Window) -> None:
+        self._status = facts.status
+
+    def warm_up(self, size: int) -> bool:
+        """Whether steps of this size fit; they are made until one is applied, so that the optimizer has its state."""
+        for _ in range(WARM_UP):
+            if not self.fits(size):
+                return False
+            if self._status == "applied":
+                return True
+        log.warning("no step of %d samples was applied, so memory for the optimizer's state may be missing", size)
+        return True
+
+    def fits(self, size: int, *, steps: int = 1) -> bool:
+        """Whether so many steps of this size go through."""
+        fits = True
+        reset_peak_memory(self._device)
+        try:
+            for _ in range(steps):
+                self._step(size)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        peak = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
+        if not fits:
+            gc.collect()  # a model may leave cycles, and in them activations
+            release_memory(self._device)
+        self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
+        return fits
+
+    def _step(self, size: int) -> None:
+        """One window; of more micro-batches than two the others are like the second."""
+        batch = self._make_batch(size)
+        for number in range(1, self._micro_batches + 1):
+            self._stepper.run(batch, close=number == self._micro_batches)
+        self._stepper.settle()
+
+    def close(self) -> None:
+        self._stepper.abandon()
+        self._monitor.close()
+
+
+@contextmanager
+def _trials(trainer: MixedPrecisionTrainer, make_batch: Callable[[int], Any]) -> Iterator[_Trials]:
+    """Inside steps can be tried; afterwards the trainer is as it was."""
+    if trainer.has_stepper and (trainer.stepper.closing or trainer.stepper.window.micro_batches):
+        allowed = "it between optimizer steps"
+        raise ConfigError(explain("find_batch_size within an accumulation window", allowed, "Call it before the first"))
+    trainer.settle()
+    with trainer.monitor.paused(), kept_state(trainer), _plan_in_force(trainer) as plan:
+        trainer.model.train()
+        _stand_still(trainer.optimizer)
+        trials = _Trials(trainer, plan, make_batch)
+        try:
+            yield trials
+        finally:
+            trials.close()
+
+
+@contextmanager
+def _plan_in_force(trainer: MixedPrecisionTrainer) -> Iterator[PrecisionPlan]:
+    """The trainer's plan; for the time being that of the device's recommended format where it is not known yet."""
+    if trainer.has_stepper:
+        yield trainer.plan
+        return
+    model, config = trainer.model, trainer.config
+    plan = PrecisionPlan.of(trainer.capabilities.recommended.compute, config.pin or {})
+    plan = replace(plan, memory_format=memory_format_of(model))
+    with unconverted(model):
+        try:
+            yield apply(model, plan, emulate=config.emulate, kernels=config.kernels, capabilities=trainer.capabilities)
+        finally:
+            revert(model)
+
+
+def _stand_still(optimizer: Optimizer) -> None:
+    """Learning rates of zero: trials on made-up batches must not drive the weights out of range."""
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if isinstance(rate, Tensor):
+            rate.zero_()
+        elif rate is not None:
+            group["lr"] = 0.0
+
+
+def _check(start: int, limit: int | None, multiple: int) -> None:
+    for name, value in (("start", start), ("multiple", multiple), ("limit", limit)):
+        if value is None and name == "limit":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(explain(f"{name}={value!r}", "a whole number from 1", f"Change {name}"))
+    if limit is not None and limit < multiple:
+        passed = f"limit={limit} with multiple={multiple}"
+        raise ConfigError(explain(passed, "a limit that is no smaller than multiple", "Change one of them"))

@@ -1,0 +1,241 @@
+"""The loss of a model that ends in a linear layer, computed from that layer's input: the logits are never there.
+
+The first step runs as ever, with hooks: the output of the model has to be the very object that its last linear layer
+gave, so that nothing came after. The loss in chunks is then compared with the loss function on a few rows, and takes
+its place, in this step already. From the second step on the layer multiplies only if somebody reads its output
+(`nn.deferred`); a step in which somebody does has the ordinary loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn import call as calls
+from deepseek_mp.nn.chunked_loss import CHUNK_BYTES
+from deepseek_mp.nn.deferred import Deferred, LinearCall, deferring
+from deepseek_mp.nn.known_loss import CrossEntropy, known_cross_entropy
+from deepseek_mp.nn.loss import LossFn
+from deepseek_mp.nn.unit import Unit
+from deepseek_mp.precision import Decision, PrecisionPlan, Reason
+from deepseek_mp.trainer.config import Compile, TrainerConfig
+
+if TYPE_CHECKING:
+    from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+
+COMPARED_ROWS = 64
+"""Rows of a flat output that the two losses are compared on; of others one sequence."""
+CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}
+CLOSE_NARROW = 2e-2
+"""How far the two may be apart, relative to the loss or 1: products of other shapes round differently."""
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+Run = Callable[[calls.Call], calls.Result]
+"""From a call to its loss."""
+
+
+def check_fused_loss(config: TrainerConfig, loss_fn: LossFn | None) -> None:
+    """`ConfigError` for True where the loss or the compiler makes it impossible, whatever the model is."""
+    how = _how(loss_fn, config.compile)
+    if config.fused_loss is True and isinstance(how, str):
+        raise _refusal(how)
+
+
+def with_fused_loss(run: Run, trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Run:
+    """`run`, or what computes the same without logits, where the trainer is to and it turns out to be possible.
+
+    What was found is one of the run's decisions.
+    """
+    option = trainer.config.fused_loss
+    if option is False:
+        return run
+
+    def said(layer: str, reason: Reason, detail: str) -> None:
+        base = plan.base.name
+        trainer.recorder.decided([Decision(layer=layer, old=base, new=base, reason=reason, detail=detail)])
+
+    how = _how(trainer.loss_fn, trainer.config.compile)
+    if isinstance(how, str):
+        said("", Reason.LOSS_NOT_FUSED, how)
+        return run
+    return FusedLoss(trainer.model, trainer.loss_fn, how, required=option is True, said=said)
+
+
+def _how(loss_fn: LossFn | None, compile: Compile) -> CrossEntropy | str:
+    if compile:
+        return "compiled code has the loss in it, and fuses it in its own way"
+    return known_cross_entropy(loss_fn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ran:
+    """A call of a linear layer, and what it gave."""
+
+    name: str
+    call: LinearCall
+    output: Tensor
+    mark: tuple[Any, ...]
+
+
+class FusedLoss:
+    """From a call to its loss, like `calls.run` of the model and the loss function.
+
+    Args:
+        how: what the loss function computes.
+        required: whether it is an error if the loss cannot be fused.
+        said: told once, by layer, reason and detail, which layer was found, or why there is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        how: CrossEntropy,
+        *,
+        required: bool,
+        said: Callable[[str, Reason, str], None],
+    ) -> None:
+        self._model, self._loss_fn, self._how = model, loss_fn, how
+        self._required, self._said = required, said
+        self.layer: nn.Linear | None = None
+        """The model's last layer, once it was found."""
+        self.why = ""
+        """Why the loss is not fused, once that is known."""
+        self._path: list[nn.Module] = []
+
+    def __call__(self, call: calls.Call) -> calls.Result:
+        if self.why:
+            return calls.run(self._model, call, self._loss_fn)
+        if self.layer is None:
+            return self._look(call)
+        with deferring(self.layer) if self._can_defer(self.layer) else nullcontext():
+            output = calls.invoke(self._model, call)
+        if isinstance(output, Deferred) and output.is_pending and self._how.fits(output, call.target):
+            return self._fused(call, output.call)
+        return self._ordinary(call, output)
+
+    def _fused(self, call: calls.Call, last: LinearCall) -> calls.Result:
+        with last.region():
+            found = self._how.of(last.hidden, last.layer, call.target)
+        return calls.result(call, (found, "cross_entropy in chunks"), self._loss_fn)
+
+    def _ordinary(self, call: calls.Call, output: Any) -> calls.Result:
+        return calls.result(call, calls.loss_of(output, call.target, self._loss_fn), self._loss_fn, output=output)
+
+    def _can_defer(self, layer: nn.Linear) -> bool:
+        """Whether the layer's product is a plain one, and no hook takes its output past PyTorch's functions."""
+        hooked = any(getattr(module, hooks) for module in self._path for hooks in _BACKWARD_HOOKS)
+        return not hooked and not _own_precision(layer)
+
+    # -- the first step -------------------------------------------------------------------------
+
+    def _look(self, call: calls.Call) -> calls.Result:
+        ran: list[_Ran] = []
+        with self._watched(ran):
+            output = calls.invoke(self._model, call)
+        why = self._why_not(output, call.target, ran[-1] if ran else None)
+        if why == "":
+            self._found(ran[-1])
+            last = ran.pop().call
+            del output  # nobody reads it
+            return self._fused(call, last)
+        if why:
+            self._give_up(why)
+        return self._ordinary(call, output)
+
+    def _found(self, ran: _Ran) -> None:
+        self.layer = ran.call.layer
+        parts = ran.name.split(".") if ran.name else []
+        self._path = [self._model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
+        size = f"{4 * ran.output.numel() / 2**20:.3g} MiB in FP32 for the first batch"
+        self._said(ran.name, Reason.LOSS_FUSED, f"its output, {size}, is computed in chunks inside of the loss")
+
+    def _give_up(self, why: str) -> None:
+        if self._required:
+            raise _refusal(why)
+        self.why = why
+        self._said("", Reason.LOSS_NOT_FUSED, why)
+
+    def _why_not(self, output: Any, target: Any, ran: _Ran | None) -> str | None:
+        """Why the loss cannot be fused: empty if it can, None if this batch does not tell."""
+        if ran is None or output is not ran.output:
+            return "the model's output is not, as it is, that of the last linear layer to run"
+        if ran.mark != _mark(output) or not ran.call.is_unchanged or not output.requires_grad:
+            return "the last layer's input or output was changed in place, or it ran without gradients"
+        if not self._how.fits(output, target):
+            return "the target is not one whole number for each row of the output"
+        if own := _own_precision(ran.call.layer):
+            return own
+        if 4 * output.numel() <= CHUNK_BYTES and not self._required:
+            return f"the output takes no more than a chunk, {CHUNK_BYTES >> 20} MiB in FP32"
+        return self._why_other(output, target, ran.call)
+
+    def _why_other(self, output: Tensor, target: Tensor, last: LinearCall) -> str | None:
+        """How the two losses differ, on some rows."""
+        rows = _rows_that_count(target, self._how.ignore_index)
+        with last.region(), torch.no_grad():
+            theirs = _number(calls.loss_of(output.detach()[rows], target[rows], self._loss_fn)[0])
+            ours = _number(self._how.of(last.hidden.detach()[rows], last.layer, target[rows]))
+        if not (len(rows) and math.isfinite(theirs)):
+            return None
+        if abs(theirs - ours) <= CLOSE.get(output.dtype, CLOSE_NARROW) * max(1.0, abs(theirs)):
+            return ""
+        return f"the loss of some rows is {theirs:.6g}, and their cross entropy {ours:.6g}"
+
+    @contextmanager
+    def _watched(self, ran: list[_Ran]) -> Iterator[None]:
+        """Inside, `ran` holds the last call of a linear layer with one argument."""
+
+        def hook(name: str) -> Callable[..., None]:
+            def left(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if len(args) == 1 and isinstance(layer, nn.Linear):
+                    call = LinearCall(layer, args[0])
+                    ran[:] = [_Ran(name=name, call=call, output=output, mark=_mark(output))]
+
+            return left
+
+        named = self._model.named_modules()
+        handles = [m.register_forward_hook(hook(name)) for name, m in named if isinstance(m, nn.Linear)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _mark(output: Tensor) -> tuple[Any, ...]:
+    """What is equal as long as nobody writes to it."""
+    return output._version, output.grad_fn  # noqa: SLF001 - there is no public one
+
+
+def _own_precision(layer: nn.Linear) -> str:
+    """Why the layer's product is not that of a plain linear layer in the region around it; empty if it is."""
+    if not isinstance(layer, Unit) or layer.original_class is not nn.Linear:
+        return f"the last layer is a {type(layer).__name__} with a forward of its own"
+    precision = layer.unit_precision
+    if precision.region is not None or precision.products is not None or precision.rounds:
+        return f"the last layer runs in {precision.recipe.name}, beside the rest of the model"
+    return ""
+
+
+def _number(loss: Any) -> float:
+    return float(loss[0] if isinstance(loss, tuple) else loss)
+
+
+def _rows_that_count(target: Tensor, ignored: int) -> Tensor:
+    """Places along the first dimension that have labels: some of a flat target, else the one that has most."""
+    counts = (target != ignored).flatten(1).sum(1) if target.dim() > 1 else (target != ignored).long()
+    most = COMPARED_ROWS if target.dim() == 1 else 1
+    return counts.topk(min(most, int(counts.count_nonzero()))).indices
+
+
+def _refusal(why: str) -> ConfigError:
+    allowed = "it where the model's output is its last linear layer's and the loss its cross entropy"
+    return ConfigError(explain(f"fused_loss=True, but {why}", allowed, "Use fused_loss='auto' or False"))

@@ -1,0 +1,103 @@
+"""Keeps all that training changes in a trainer, on the host, and puts it back bit for bit after something was tried.
+
+Copies lie in the host's memory, so that what is tried finds the device's as full as training would. What belongs to
+steps that are counted (the scheduler, the average of the weights, records, callbacks) is not touched by a trial and not
+kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deepseek_mp.costs.restore import preserved
+from deepseek_mp.nn.delayed import scales_of
+
+if TYPE_CHECKING:
+    from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+
+
+@contextmanager
+def kept_state(trainer: MixedPrecisionTrainer) -> Iterator[None]:
+    """Whatever training steps change inside, afterwards it is as it was, also after an exception.
+
+    Parameters, buffers, gradients (set aside inside), optimizer, delayed scales, train and eval flags, and random
+    generators. Unused memory goes back to the device.
+    """
+    model, optimizer = trainer.model, trainer.optimizer
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    with preserved(model, trainer.device):
+        parameters = {id(p): _Value(p) for p in (*model.parameters(), *trained)}
+        scales = [_Value(part) for found in scales_of(model) for part in (*found.amax, *_own_tensors(found))]
+        state = _OptimizerState(optimizer)
+        try:
+            yield
+        finally:
+            state.put_back()
+            for value in (*parameters.values(), *scales):
+                value.put_back()
+            torch.clear_autocast_cache()
+
+
+class _Value:
+    """A tensor, and a copy of its values on the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._copy = tensor.detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        self.tensor.copy_(self._copy)
+
+
+class _OptimizerState:
+    """What an optimizer holds: the state of each parameter, the options of its groups, and numbers of its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._numbers = _numbers(optimizer)
+        self._state = {parameter: _kept(entries) for parameter, entries in optimizer.state.items()}
+        self._groups = [_kept({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+
+    def put_back(self) -> None:
+        for name in _numbers(self._optimizer):
+            delattr(self._optimizer, name)
+        vars(self._optimizer).update(self._numbers)
+        state = self._optimizer.state
+        for parameter in [p for p in state if p not in self._state]:
+            del state[parameter]
+        for parameter, entries in self._state.items():
+            _put_back(state[parameter], entries)
+        for group, entries in zip(self._optimizer.param_groups, self._groups, strict=True):
+            _put_back(group, {"params": group["params"], **entries})
+
+
+def _kept(entries: dict[str, Any]) -> dict[str, Any]:
+    """The entries by name: a tensor with its values, anything else as a copy."""
+    return {k: _Value(v) if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in entries.items()}
+
+
+def _put_back(now: dict[str, Any], kept: dict[str, Any]) -> None:
+    now.clear()
+    for name, value in kept.items():
+        if isinstance(value, _Value):
+            value.put_back()
+            now[name] = value.tensor
+        else:
+            now[name] = value
+
+
+def _numbers(owner: object) -> dict[str, Any]:
+    """Attributes that are numbers, flags or None."""
+    return {name: value for name, value in vars(owner).items() if isinstance(value, int | float | None)}
+
+
+def _own_tensors(owner: object) -> list[Tensor]:
+    return [value for value in vars(owner).values() if isinstance(value, Tensor)]

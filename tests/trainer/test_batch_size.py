@@ -1,0 +1,324 @@
+"""The largest batch that fits is found, and nothing of the search stays."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp import Callback, MixedPrecisionTrainer
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.trainer import batch_size, find_batch_size
+from deepseek_mp.trainer.batch_size import BatchSize
+
+
+class Model(nn.Module):
+    """Runs out of memory above `room` samples, in the forward or the backward, or of an error of some backend's."""
+
+    def __init__(self, room: int, where: str = "forward", error: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.drop = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.last = nn.Linear(8, 3)
+        self.room, self.where = room, where
+        self.error = error or torch.OutOfMemoryError("out of memory")
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        x = self.drop(self.norm(self.first(x)))
+        if len(x) > self.room and self.where == "forward":
+            raise copy.copy(self.error)  # an exception keeps the frames that it came through
+        if len(x) > self.room and x.requires_grad:
+            x.register_hook(self._fail)
+        return self.last(x)
+
+    def _fail(self, _grad: Tensor) -> None:
+        raise copy.copy(self.error)
+
+
+@pytest.fixture(autouse=True)
+def _uncollected(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's collector takes longer than a small model's steps."""
+    if "memory" not in request.node.name:
+        monkeypatch.setattr(batch_size, "gc", SimpleNamespace(collect=lambda: None))
+
+
+def make_batch(size: int) -> tuple[Tensor, Tensor]:
+    random.random()
+    np.random.rand()
+    return torch.randn(size, 4), torch.randint(0, 3, (size,))
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+def trainer(model: nn.Module, mode: str = "fp32", **options: Any) -> MixedPrecisionTrainer:
+    options = {"optimizer": adam, "emulate": True, "statistics_every": None} | options
+    return MixedPrecisionTrainer(model, mode, device="cpu", seed=0, **options)
+
+
+# -- the search ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 7, 8, 100, 1000])
+@pytest.mark.parametrize("start", [1, 3, 64])
+@pytest.mark.parametrize("limit", [None, 1, 50, 1000])
+def test_the_largest_size_is_found_whatever_the_search_starts_with(room: int, start: int, limit: int | None) -> None:
+    asked: list[int] = []
+    run = trainer(Model(0))
+    found = find_batch_size(
+        run, make_batch, start=start, limit=limit, fits=lambda size: asked.append(size) or size <= room
+    )
+    assert found.size == (room if limit is None else min(room, limit))
+    assert found.too_large == (None if limit is not None and room >= limit else room + 1)
+    assert [one.size for one in found.tried] == asked
+    assert len(asked) == len(set(asked)) <= 24, asked
+    assert limit is None or max(asked) <= limit
+
+
+@pytest.mark.parametrize(("room", "expected"), [(100, 96), (8, 8), (15, 8)])
+def test_sizes_are_multiples(room: int, expected: int) -> None:
+    asked: list[int] = []
+    found = find_batch_size(
+        trainer(Model(0)), make_batch, start=20, multiple=8, fits=lambda size: asked.append(size) or size <= room
+    )
+    assert (found.size, found.too_large) == (expected, expected + 8)
+    assert all(size % 8 == 0 for size in asked)
+
+
+def test_that_nothing_fits_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="a batch of 4, the smallest that may be tried, which does not fit"):
+        find_batch_size(trainer(Model(0)), make_batch, multiple=4, fits=lambda size: False)
+
+
+# -- real steps ------------------------------------------------------------------------------------------
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError("NPU out of memory. Tried to allocate 9 MiB"),
+    RuntimeError("CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("level_zero backend failed with error: UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=str)
+def test_errors_of_all_backends_are_survived(error: Exception) -> None:
+    assert find_batch_size(trainer(Model(11, error=error)), make_batch, limit=64).size == 11
+
+
+def everything(run: MixedPrecisionTrainer) -> dict[str, Any]:
+    """All that the search may touch, objects by their identity and values as they are."""
+    model, optimizer = run.model, run.optimizer
+    return {
+        "values": {name: value.tolist() for name, value in model.state_dict().items()},
+        "objects": {name: id(value) for name, value in [*model.named_parameters(), *model.named_buffers()]},
+        "gradients": [(id(p.grad), None if p.grad is None else p.grad.tolist()) for p in model.parameters()],
+        "state": [{k: (id(v), v.tolist()) for k, v in state.items()} for state in optimizer.state.values()],
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "optimizer": {k: v for k, v in vars(optimizer).items() if isinstance(v, int | float | None)},
+        "hooks": {k: list(v.values()) for k, v in vars(optimizer).items() if "hooks" in k},
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "counts": (run.steps_attempted, run.steps_applied, run.has_stepper and run.stepper.windows_opened),
+        "scale": run.scaler.state_dict(),
+        "schedule": run.scheduler and run.scheduler.state_dict(),
+        "average": run.ema and [value.tolist() for value in run.ema.values.values()],
+        "training": [module.training for module in model.modules()],
+        "classes": [type(module) for module in model.modules()],
+        "monitor": run.monitor.has_sample,
+    }
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_everything_is_as_it_was(where: str, before: int, mode: str) -> None:
+    class Counting(Callback):
+        calls = 0
+
+        def on_step_start(self, trainer: Any, batch: Any) -> None:
+            self.calls += 1
+
+        def on_step(self, trainer: Any, facts: Any) -> None:
+            self.calls += 1
+
+    counting = Counting()
+    run = trainer(
+        Model(13, where),
+        mode,
+        callbacks=[counting],
+        ema_decay=0.9,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+    )
+    for _ in range(before):
+        run.step(make_batch(5))
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run.model.eval()
+    run.model.norm.train()
+    was, calls = everything(run), counting.calls
+    found = find_batch_size(run, make_batch, limit=64)
+    assert (found.size, found.too_large) == (13, 14)
+    assert everything(run) == was
+    assert counting.calls == calls
+
+
+def test_training_goes_on_as_if_nobody_had_searched() -> None:
+    runs = [trainer(Model(13)) for _ in range(2)]
+    for run, searches in zip(runs, (True, False), strict=True):
+        torch.manual_seed(4)
+        for _ in range(3):
+            run.step(make_batch(6))
+            if searches:
+                find_batch_size(run, make_batch, limit=20)
+    assert everything(runs[0])["values"] == everything(runs[1])["values"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_is_a_whole_window(accumulation: int) -> None:
+    model = Model(13)
+    run = trainer(model, gradient_accumulation_steps=accumulation)
+    find_batch_size(run, make_batch, start=4, limit=20)
+    # One step to warm up, one for each size, and two that confirm.
+    sizes = [4, 4, 8, 16, 12, 14, 13, 13, 13]
+    assert model.sizes == [size for size in sizes for _ in range(1 if size > 13 else min(2, accumulation))]
+
+
+def test_the_optimizer_has_its_state_while_sizes_are_tried() -> None:
+    model, seen = Model(13), []
+    run = trainer(model)
+    model.first.register_forward_hook(lambda *_: seen.append(len(run.optimizer.state)))
+    find_batch_size(run, make_batch, limit=2)
+    assert seen[0] == 0
+    assert set(seen[1:]) == {6}
+    assert run.optimizer.state == {}
+
+
+class Tight(torch.optim.SGD):
+    """Runs out of memory in its own step, for a model that was last called with many samples."""
+
+    model: Any
+
+    def step(self, closure: Any = None) -> Any:
+        if self.model.sizes[-1] > 9:
+            raise torch.OutOfMemoryError("no room to update")
+        return super().step(closure)
+
+
+def test_the_update_is_part_of_the_step() -> None:
+    model = Model(13)
+    run = trainer(model, optimizer=lambda params: Tight(params, lr=0.1))
+    run.optimizer.model = model
+    assert find_batch_size(run, make_batch, limit=64).size == 9
+
+
+def test_a_size_that_is_not_confirmed_is_made_smaller() -> None:
+    class Fragmented(Model):
+        """Fits 40 once, and 37 again and again."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            again = self.sizes.count(len(x))
+            self.room = 40 if again == 0 else 37
+            return super().forward(x)
+
+    assert find_batch_size(trainer(Fragmented(0)), make_batch, limit=64).size == 36
+
+
+def test_a_first_size_that_does_not_fit_is_halved() -> None:
+    model = Model(5)
+    assert find_batch_size(trainer(model), make_batch, start=64, limit=100).size == 5
+    assert model.sizes[:5] == [64, 32, 16, 8, 4]
+
+
+def test_a_batch_of_one_is_tried_only_where_two_do_not_fit() -> None:
+    """Batch normalisation refuses one sample."""
+    model = Model(13)
+    find_batch_size(trainer(model), make_batch, start=2, limit=64)
+    assert min(model.sizes) == 2
+
+
+def test_memory_that_fails_while_the_batch_is_made_counts_too() -> None:
+    def tight(size: int) -> Any:
+        if size > 6:
+            raise MemoryError
+        return make_batch(size)
+
+    assert find_batch_size(trainer(Model(13)), tight, limit=64).size == 6
+
+
+def test_other_errors_are_the_caller_s_and_change_nothing() -> None:
+    run = trainer(Model(5, error=ValueError("a mistake")))
+    run.step(make_batch(3))
+    was = everything(run)
+    with pytest.raises(ValueError, match="a mistake"):
+        find_batch_size(run, make_batch, limit=64)
+    assert everything(run) == was
+
+
+def test_nothing_is_left_in_memory() -> None:
+    run = trainer(Model(13, "backward"))
+    run.step(make_batch(3))
+    run.settle()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(one, Tensor) for one in gc.get_objects())
+
+    find_batch_size(run, make_batch, limit=64)
+    before = alive()
+    find_batch_size(run, make_batch, limit=64)
+    assert alive() == before
+
+
+def test_auto_is_tried_in_the_recommended_format_and_stays_unmeasured() -> None:
+    run = trainer(Model(13), "auto", pin={"last": "fp32"})
+    was = everything(run)
+    assert find_batch_size(run, make_batch, limit=64).size == 13
+    assert everything(run) == was
+    assert not run.has_stepper
+
+
+def test_a_function_that_makes_the_trainer() -> None:
+    assert find_batch_size(lambda: trainer(Model(13)), make_batch, limit=64).size == 13
+
+
+def test_a_fused_loss_is_part_of_what_is_tried() -> None:
+    run = trainer(Model(13), fused_loss=True)
+    assert find_batch_size(run, make_batch, limit=64).size == 13
+
+
+def test_within_an_accumulation_window_it_is_refused() -> None:
+    run = trainer(Model(13), gradient_accumulation_steps=2)
+    run.step(make_batch(3))
+    with pytest.raises(ConfigError, match=r"find_batch_size within an accumulation window.*between optimizer steps"):
+        find_batch_size(run, make_batch, limit=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "find_batch_size on a CPU without a limit"),
+        ({"start": 0, "limit": 4}, "start=0. Allowed: a whole number from 1"),
+        ({"limit": 2.5}, r"limit=2\.5. Allowed"),
+        ({"multiple": True, "limit": 4}, "multiple=True. Allowed"),
+        ({"multiple": 8, "limit": 4}, "limit=4 with multiple=8"),
+    ],
+)
+def test_arguments_that_are_not_allowed(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_batch_size(trainer(Model(13)), make_batch, **options)
+
+
+def test_the_result_in_words() -> None:
+    assert str(BatchSize(size=8, too_large=9)) == "batch size 8 (9 does not fit; 0 steps tried)"
+    assert str(BatchSize(size=8, too_large=None)) == "batch size 8 (the limit; 0 steps tried)"

@@ -1,0 +1,349 @@
+"""A trainer computes the loss in chunks where that is the same, and says why where it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_mp import MixedPrecisionTrainer
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.nn import computes_cross_entropy
+from deepseek_mp.precision import Reason
+from deepseek_mp.trainer import fused_loss
+from deepseek_mp.trainer.fused_loss import FusedLoss
+from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
+
+SMALL = GPTConfig(width=16, heads=2, layers=1, context=12)
+
+
+class Classifier(nn.Module):
+    """[N, 4] to [N, 7]; `after` is what becomes of the last layer's output."""
+
+    def __init__(self, after: Any = lambda output: output, *, bias: bool = True) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 7, bias=bias)
+        self.after = after
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.head(self.body(x).tanh()))
+
+
+def batches(steps: int = 3, size: int = 6) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(steps, size, 4, generator=generator)
+    labels = torch.randint(0, 7, (steps, size), generator=generator)
+    labels[:, 0] = -100
+    return list(zip(inputs, labels, strict=True))
+
+
+def text(steps: int = 3) -> list[tuple[Tensor, Tensor]]:
+    tokens = torch.randint(0, 256, (steps, 3, 13), generator=torch.Generator().manual_seed(5))
+    return [(part[:, :-1], part[:, 1:]) for part in tokens]
+
+
+def trainer(model: nn.Module, mode: str = "fp32", **options: Any) -> MixedPrecisionTrainer:
+    options = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.5), "statistics_every": None} | options
+    return MixedPrecisionTrainer(model, mode, device="cpu", seed=0, **options)
+
+
+def model_of(kind: type[nn.Module] | str) -> nn.Module:
+    torch.manual_seed(0)
+    return byte_gpt(SMALL) if kind == "gpt" else Classifier()
+
+
+def fused(run: MixedPrecisionTrainer) -> FusedLoss:
+    assert isinstance(run.stepper.compute, FusedLoss)
+    return run.stepper.compute
+
+
+def train(run: MixedPrecisionTrainer, data: list[Any]) -> list[float]:
+    return [run.step(batch).loss for batch in data]
+
+
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of hidden that the chunked loss was given with gradients."""
+    seen: list[tuple[int, ...]] = []
+    original = fused_loss.CrossEntropy.of
+
+    def of(how: Any, hidden: Tensor, *rest: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen.append(tuple(hidden.shape))
+        return original(how, hidden, *rest)
+
+    monkeypatch.setattr(fused_loss.CrossEntropy, "of", of)
+    return seen
+
+
+LOSSES = [
+    None,
+    F.cross_entropy,
+    nn.CrossEntropyLoss(),
+    nn.CrossEntropyLoss(label_smoothing=0.1),
+    nn.CrossEntropyLoss(reduction="sum"),
+]
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("loss_fn", LOSSES, ids=str)
+def test_training_is_the_same_as_without(mode: str, loss_fn: Any, chunks: list[Any]) -> None:
+    runs = [
+        trainer(model_of("classifier"), mode, loss_fn=loss_fn, fused_loss=on, emulate=True, loss_scale_policy=64.0)
+        for on in (True, False)
+    ]
+    losses = [train(run, batches()) for run in runs]
+    close = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}[mode]
+    assert losses[0] == pytest.approx(losses[1], rel=close)
+    for ours, theirs in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
+    assert chunks == [(6, 8)] * 3
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_language_model_with_a_tied_head(accumulation: int, chunks: list[Any]) -> None:
+    runs = [
+        trainer(model_of("gpt"), loss_fn=next_byte_loss, fused_loss=on, gradient_accumulation_steps=accumulation)
+        for on in (True, False)
+    ]
+    losses = [train(run, text(4)) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(runs[0].model.state_dict(), runs[1].model.state_dict(), rtol=1e-4, atol=1e-6)
+    assert len(chunks) == 4
+    assert fused(runs[0]).layer is runs[0].model.head
+
+
+def test_the_layer_multiplies_in_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(model_of("classifier"), fused_loss=True)
+    run.step(batches()[0])
+    calls = []
+    kind = type(run.model.head)
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda unit, *args: calls.append(unit) or original(unit, *args))
+    train(run, batches())
+    assert calls == [run.model.body] * 3
+
+
+def test_what_was_found_is_a_decision_of_the_run(tmp_path: Any) -> None:
+    run = trainer(model_of("classifier"), fused_loss=True, run_dir=tmp_path)
+    run.fit(batches())
+    (path,) = tmp_path.glob("**/decisions.jsonl")
+    assert path.read_text().count(f'"{Reason.LOSS_FUSED.value}"') == 1
+    assert '"head"' in path.read_text()
+
+
+def looked_at(module: nn.Module, args: Any, output: Tensor) -> None:
+    module.mean = output.detach().mean()
+
+
+def changed(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def changed_in_place(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.mul_(2)
+
+
+@pytest.mark.parametrize("where", ["head", ""])
+@pytest.mark.parametrize("hook", [looked_at, changed, changed_in_place])
+def test_a_hook_that_comes_later_sees_the_output_and_is_obeyed(where: str, hook: Any, chunks: list[Any]) -> None:
+    runs = [trainer(model_of("classifier"), fused_loss=on) for on in (True, False)]
+    for run in runs:
+        run.step(batches()[0])
+        run.model.get_submodule(where).register_forward_hook(hook)
+    losses = [train(run, batches()) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(chunks) == 1
+
+
+def test_a_backward_hook_that_comes_later_is_obeyed(chunks: list[Any]) -> None:
+    runs = [trainer(model_of("classifier"), fused_loss=on) for on in (True, False)]
+    seen: list[Tensor] = []
+    for run in runs:
+        run.step(batches()[0])
+        run.model.register_full_backward_hook(lambda module, grads, out: seen.append(out[0].clone()))
+    losses = [train(run, batches(1)) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(*seen)
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def test_an_output_that_goes_into_a_function_later_is_refused() -> None:
+    model = model_of("classifier")
+    run = trainer(model, fused_loss=True)
+    run.step(batches()[0])
+    before = [p.clone() for p in model.parameters()]
+    model.after = Twice.apply
+    with pytest.raises(ConfigError, match=r"went into an autograd.Function.*fused_loss=False"):
+        run.step(batches()[1])
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def off(detail: str, *, model: Any = None, loss_fn: Any = None, data: Any = None, **options: Any) -> Any:
+    return pytest.param(model, loss_fn, data, options, detail, id=detail[:50])
+
+
+def _times_two(output: Tensor) -> Tensor:
+    return output * 2
+
+
+def _in_place(output: Tensor) -> Tensor:
+    return output.mul_(2)
+
+
+@computes_cross_entropy()
+def wrong_mark(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target) * 2
+
+
+OFF = [
+    off("output is not, as it is, that of the last linear layer", model=lambda: Classifier(_times_two)),
+    off("output is not, as it is, that of the last linear layer", model=lambda: Classifier(lambda y: {"logits": y}),
+        loss_fn=computes_cross_entropy()(lambda output, target: F.cross_entropy(output["logits"], target))),
+    off("input or output was changed in place", model=lambda: Classifier(_in_place)),
+    off("the loss of some rows is", loss_fn=wrong_mark),
+    off("loss_fn is not known to be the cross entropy", loss_fn=lambda output, target: F.cross_entropy(output, target)),
+    off("the loss weighs its classes", loss_fn=nn.CrossEntropyLoss(weight=torch.ones(7))),
+    off("the target is not one whole number", data=[(x, torch.randn(6, 7)) for x, _ in batches()]),
+    off("the last layer runs in fp32", mode="bf16", pin={"head": "fp32"}),
+]  # fmt: skip
+
+
+def required(model: nn.Module, data: list[Any], mode: str = "fp32", **options: Any) -> None:
+    """It is refused when the trainer is made, or in the first step."""
+    train(trainer(model, mode, fused_loss=True, **options), data)
+
+
+@pytest.mark.parametrize(("model", "loss_fn", "data", "options", "detail"), OFF)
+def test_where_it_cannot_be_it_says_why_and_trains_as_ever(
+    model: Any, loss_fn: Any, data: Any, options: Any, detail: str, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 0)
+    caplog.set_level("INFO")
+    losses = []
+    for on in ("auto", False):
+        torch.manual_seed(0)
+        run = trainer((model or Classifier)(), **({"loss_fn": loss_fn, "fused_loss": on} | options))
+        losses.append(train(run, data or batches(2)))
+    assert losses[0] == losses[1]
+    lines = [record.getMessage() for record in caplog.records if "loss_not_fused" in record.getMessage()]
+    assert len(lines) == 1
+    assert detail in lines[0]
+    torch.manual_seed(0)
+    with pytest.raises(ConfigError, match=r"fused_loss=True, but .*Use fused_loss='auto' or False"):
+        required((model or Classifier)(), data or batches(1), loss_fn=loss_fn, **options)
+
+
+def test_compiled_code_has_a_loss_of_its_own(caplog: Any) -> None:
+    caplog.set_level("INFO")
+    run = trainer(model_of("classifier"), fused_loss="auto", compile=True)
+    assert not isinstance(run.stepper.compute, FusedLoss)
+    assert "loss_not_fused: compiled code has the loss in it" in caplog.text
+    with pytest.raises(ConfigError, match="fused_loss=True, but compiled code has the loss in it"):
+        trainer(model_of("classifier"), fused_loss=True, compile=True)
+
+
+def test_auto_leaves_a_small_output_alone(caplog: Any, chunks: list[Any]) -> None:
+    caplog.set_level("INFO")
+    train(trainer(model_of("classifier"), fused_loss="auto"), batches())
+    assert "the output takes no more than a chunk, 64 MiB" in caplog.text
+    assert chunks == []
+
+
+def test_a_batch_without_labels_tells_nothing(chunks: list[Any]) -> None:
+    run = trainer(model_of("classifier"), fused_loss=True)
+    inputs, labels = batches()[0]
+    assert run.step((inputs, torch.full_like(labels, -100))).status == "no_grads"
+    assert fused(run).layer is None
+    run.step((inputs, labels))
+    assert len(chunks) == 1
+
+
+def test_it_follows_the_plan(chunks: list[Any]) -> None:
+    run = trainer(model_of("classifier"), fused_loss=True)
+    train(run, batches())
+    run.change_plan("bf16", pin={"head": "fp32"})
+    train(run, batches())
+    assert len(chunks) == 3
+    run.change_plan("bf16", pin={})
+    train(run, batches())
+    assert len(chunks) == 6
+
+
+def test_a_region_of_the_model_s_own_around_the_last_layer(chunks: list[Any]) -> None:
+    class Own(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.body(x).tanh()
+            with torch.autocast("cpu", enabled=False):
+                return self.head(hidden.float())
+
+    losses = []
+    for on in (True, False):
+        torch.manual_seed(0)
+        losses.append(train(trainer(Own(), "bf16", fused_loss=on, emulate=True), batches()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    assert len(chunks) == 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_last_layer_within_checkpointing(reentrant: bool, chunks: list[Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 0)
+
+    class Checkpointed(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            def block(h: Tensor) -> Tensor:
+                return self.head(h.tanh())
+
+            return checkpoint(block, self.body(x), use_reentrant=reentrant)
+
+    runs = []
+    for on in ("auto", False):
+        torch.manual_seed(0)
+        runs.append(trainer(Checkpointed(), fused_loss=on))
+    losses = [train(run, batches()) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(runs[0].model.state_dict(), runs[1].model.state_dict())
+    assert len(chunks) == (0 if reentrant else 3)
+
+
+def test_statistics_of_the_last_layer_do_not_compute_its_output(chunks: list[Any]) -> None:
+    run = trainer(model_of("classifier"), fused_loss=True, statistics_every=1)
+    train(run, batches(6))
+    assert len(chunks) == 6
+
+
+def test_evaluation_sees_the_output() -> None:
+    run = trainer(model_of("classifier"), fused_loss=True)
+    run.fit(batches())
+    shapes = []
+    run.evaluate(batches(), metrics={"rows": lambda output, target: shapes.append(output.shape) or output.sum()})
+    assert shapes == [(6, 7)] * 3
+    assert type(run.predict(batches()[0])) is Tensor
+
+
+def test_a_skipped_step_is_replayed_as_ever() -> None:
+    run = trainer(model_of("classifier"), fused_loss=True)
+    run.step(batches()[0])
+    inputs, labels = batches()[1]
+    result = run.step((inputs.fill_(torch.nan), labels))
+    assert (result.status, result.first_bad_module) == ("skipped", "(batch)")
+
+
+@pytest.mark.parametrize("wrong", ["yes", 2, None])
+def test_other_options_are_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"fused_loss=.* Allowed: False, True, 'auto'"):
+        trainer(model_of("classifier"), fused_loss=wrong)
