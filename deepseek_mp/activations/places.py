@@ -28,7 +28,7 @@ class Places:
     """The innermost module whose forward runs on this thread; modules inside compiled ones are not looked at."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {module: name for name, module in model.named_modules()}
+        self._names = {module: name for name, module in model.named_modules() if name}
         self._stack: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._thread = threading.get_ident()
@@ -57,10 +57,7 @@ class Places:
 
     def _enter(self, module: nn.Module) -> None:
         if threading.get_ident() == self._thread:
-            name = self._names[module]
-            if not name:
-                self._stack.clear()
-            self._stack.append(name)
+            self._stack.append(self._names[module])
 
     def _leave(self, module: nn.Module) -> None:
         """Forget the module, and those inside it that an exception has ended: hooks that are called then too would

