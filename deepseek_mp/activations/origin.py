@@ -30,14 +30,22 @@ class Held:
         return isinstance(x, nn.Parameter) or _place(x) in self._places
 
     def has_source(self, x: Tensor) -> bool:
-        """Whether x is a parameter in another format or layout, such as autocast makes."""
+        """Whether x is a parameter in another format or layout, such as autocast and `nn.weight_casts` make.
+
+        What requires gradients in it is parameters alone, and it has as many values as one of them: a table of
+        embeddings is a parameter too, but what is read from it is an activation.
+        """
         node: Any = x.grad_fn
         for _ in range(_LONGEST):
             if node is None or node.name() not in _VIEWS_AND_CASTS:
                 break
             node = node.next_functions[0][0]
-        variable = getattr(node, "variable", None)
-        return variable is not None and self.has(variable)
+        if node is None:
+            return False
+        sources = [node] if hasattr(node, "variable") else [source for source, _ in node.next_functions if source]
+        variables = [getattr(source, "variable", None) for source in sources]
+        held = [variable for variable in variables if variable is not None and self.has(variable)]
+        return len(held) == len(variables) and any(variable.numel() == x.numel() for variable in held)
 
 
 def is_plain(x: Tensor) -> bool:

@@ -115,7 +115,7 @@ class Session(TorchFunctionMode):
 
     def _enter(self, x: Tensor, key: Key | None, choice: _Choice, place: _Place) -> Entry:
         stored, choice = self._brought_into(x, choice)
-        return self._accounted(Entry(stored, key), choice, place, before=x.nbytes if is_plain(x) else 0)
+        return self._accounted(Entry(stored, key), choice, place, before=x.nbytes if is_plain(x) else stored.nbytes)
 
     def _accounted(self, entry: Entry, choice: _Choice, place: _Place, *, before: int) -> Entry:
         form, reason = choice
