@@ -29,7 +29,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-bf16": {"mode": "bf16"},
     "ours-auto": {"mode": "auto"},
 }
-"""Options of `MixedPrecisionTrainer` by arm: `mode` is its precision, all others are passed as they are."""
+"""Options of `MixedPrecisionTrainer` by arm: `mode` names its precision, all others are passed as they are."""
 ARMS = (*BASELINES, *OURS)
 NAME = re.compile(r"(?P<base>.+?)(?P<compiled>-compiled)?(?P<nudged>-nudged)?")
 
@@ -144,15 +144,21 @@ class OurArm:
     def __init__(self, arm: Arm, setting: Setting) -> None:
         case = _nudged(setting.case) if arm.nudged else setting.case
         options = dict(OURS[arm.base])
-        plan: str | PrecisionPlan = options.pop("mode")
-        if plan != "auto":
-            plan = replace(PrecisionPlan.of(plan), memory_format="channels_last" if case.images else "contiguous")
-        # A CPU without units for a format runs it all the same, to try the script.
-        emulate = plan != "auto" and setting.device.type == "cpu"
+        mode: str = options.pop("mode")
+        plan: str | PrecisionPlan = mode
+        if mode != "auto":
+            plan = replace(PrecisionPlan.of(mode), memory_format="channels_last" if case.images else "contiguous")
+        values: dict[str, Any] = {
+            "loss_fn": case.loss_fn,
+            "optimizer": setting.optimizer,
+            "scheduler": setting.schedule,
+            "compile": arm.compiled,
+            # A CPU without units for a format runs it all the same, to try the script.
+            "emulate": mode != "auto" and setting.device.type == "cpu",
+        }
         self.trainer = MixedPrecisionTrainer(
-            case.model(), plan, loss_fn=case.loss_fn, optimizer=setting.optimizer, scheduler=setting.schedule,
-            device=setting.device, compile=arm.compiled, emulate=emulate, progress=False, **options,
-        )  # fmt: skip
+            case.model(), plan, device=setting.device, progress=False, **(values | options)
+        )
         self.batches = setting.batches()
         self.model = self.trainer.model
         self.options = OURS[arm.base]
