@@ -1,7 +1,7 @@
 """Peak memory and step time of whole trainings, by arm; and with --quality, what the arms' trainings come to.
 
     python benchmarks/memory.py [--cases ...] [--arms ...] [--compile] [--rounds N] [--steps N] [--out FILE]
-    python benchmarks/memory.py --quality [--cases ...] [--arms ...] [--seeds N] [--steps N]
+    python benchmarks/memory.py --quality [--cases ...] [--arms ...] [--seeds N] [--steps N] [--merge FILE]
 
 Arms are fp32 and bf16 of PyTorch alone (autocast; images in channels_last) and the trainer under the options in
 `memory_arms.py`; `--compile` adds a compiled one of each but fp32. All train from the same weights on the same
@@ -239,6 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="timed steps of a visit, or of a training with --quality")
     parser.add_argument("--quality", action="store_true", help="train, and compare what comes out")
     parser.add_argument("--seeds", type=positive, default=2, help="trainings of each arm with --quality")
+    parser.add_argument("--merge", type=Path, help="a file of --quality whose cases are kept")
     parser.add_argument("--limit", type=positive, default=240, help="seconds for one visit (default %(default)s)")
     parser.add_argument("--device", type=torch.device, default=default_device(), help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script; the numbers mean nothing")
@@ -247,6 +248,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     try:
         args.chosen = chosen(args)
+        if args.quality:
+            memory_quality.check(args.cases or ())
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -255,7 +258,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     if args.quality:
-        return memory_quality.main(args, args.chosen)
+        return memory_quality.main(args, args.cases or installed(list(memory_quality.TASKS)), args.chosen)
     args.steps, args.rounds = args.steps or (2 if args.small else 10), args.rounds or (1 if args.small else 2)
     if args.child:
         result = visit(args.cases[0], Arm.parse(args.child), args.device, small=args.small, steps=args.steps)

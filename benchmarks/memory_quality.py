@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -162,32 +163,39 @@ def _judged(task: Task, loop: Loop, unseen: Iterator[Pair]) -> float:
     return task.judge([output for output, _ in pairs], [target for _, target in pairs])
 
 
-def main(args: argparse.Namespace, arms: list[Arm]) -> int:
-    """Train the arms of each task at each seed in turn, write after each, and print what came out."""
-    report = Report("memory-quality", args.device, {k: v for k, v in vars(args).items() if k != "chosen"})
-    names = args.cases or list(TASKS)
+def check(names: Sequence[str]) -> None:
+    """`ValueError` for a case that has no task."""
     unknown = [name for name in names if name not in TASKS]
     if unknown:
-        print(f"--quality has no case {', '.join(unknown)}. Allowed: {', '.join(TASKS)}. Use one of these")
-        return 2
+        raise ValueError(f"--quality with {', '.join(unknown)}. Allowed: {', '.join(TASKS)}. Use one of these")
+
+
+def main(args: argparse.Namespace, names: Sequence[str], arms: Sequence[Arm]) -> int:
+    """Train the arms of each task at each seed in turn, write after each, and print what came out."""
+    report = Report("memory-quality", args.device, {k: v for k, v in vars(args).items() if k != "chosen"})
+    if args.merge:
+        report.cases.update(json.loads(args.merge.read_text(encoding="utf-8"))["cases"])
     for name, seed, arm in itertools.product(names, range(args.seeds), arms):
         task = TASKS[name](small=args.small)
         steps = args.steps or task.steps
         report.run(f"{name} {arm.name} seed {seed}", partial(train, task, arm, seed, steps, args.device))
         report.write(args.out)
-    return report.finish(args.out, rows(report, names, [arm.name for arm in arms], args.seeds))
+    return report.finish(args.out, rows(report))
 
 
-def rows(report: Report, names: list[str], arms: list[str], seeds: int) -> list[tuple[str, ...]]:
-    """For each arm of each task its losses and judgements by seed, and the loss against the first arm's."""
-    found: list[tuple[str, ...]] = [("task", "arm", "final loss", f"% over {arms[0]}'s", "mAP or accuracy")]
-    for name, arm in itertools.product(names, arms):
-        own = [report.cases[f"{name} {arm} seed {seed}"] for seed in range(seeds)]
-        first = [report.cases[f"{name} {arms[0]} seed {seed}"] for seed in range(seeds)]
-        losses = [case.get("final_loss") for case in own]
-        gaps = [_gap(case.get("final_loss"), base.get("final_loss")) for case, base in zip(own, first, strict=True)]
-        qualities = [case.get("quality") for case in own]
-        found.append((name, arm, _list(losses, "{:.4f}"), _list(gaps, "{:+.2f}"), _list(qualities, "{:.3f}")))
+def rows(report: Report) -> list[tuple[str, ...]]:
+    """For each arm of each task its losses and judgements by seed, and the losses against fp32's."""
+    found: list[tuple[str, ...]] = [("task", "arm", "final loss", "% over fp32's", "mAP or accuracy")]
+    arms: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, case in report.cases.items():
+        task, arm, _, seed = name.split()
+        arms.setdefault((task, arm), {})[seed] = case
+    for (task, arm), cases in arms.items():
+        base = arms.get((task, "fp32"), {})
+        losses = [case.get("final_loss") for case in cases.values()]
+        gaps = [_gap(case.get("final_loss"), base.get(seed, {}).get("final_loss")) for seed, case in cases.items()]
+        qualities = [case.get("quality") for case in cases.values()]
+        found.append((task, arm, _list(losses, "{:.4f}"), _list(gaps, "{:+.2f}"), _list(qualities, "{:.3f}")))
     return found
 
 

@@ -11,7 +11,8 @@ from deepseek_mp.workloads.detection_loss import BOX_WEIGHT, CANDIDATES, OVERLAP
 from deepseek_mp.workloads.detector import Predictions
 
 CLASSES = 3
-NOTHING = [-1.0, 0.0, 0.0, 0.0, 0.0]
+NOTHING = [-1.0, 0.0, 0.0, 32.0, 32.0]
+"""Padding, whose box must not count."""
 SURE = 20.0
 
 

@@ -44,7 +44,7 @@ def test_the_number_of_parameters_is_the_stated_one(config: DetectorConfig, mill
 def test_the_output_has_four_distances_and_the_classes_at_each_of_three_scales() -> None:
     scales = detector(TINY_DETECTOR)(torch.randn(2, 3, 64, 96))
     assert [tuple(scale.shape) for scale in scales] == [(2, 10, 64 // s, 96 // s) for s in STRIDES]
-    found = predictions(scales)
+    found = predictions(tuple(scale - 4 for scale in scales))  # raw distances are negative then
     places = 8 * 12 + 4 * 6 + 2 * 3
     assert (found.boxes.shape, found.logits.shape) == ((2, places, 4), (2, places, 6))
     assert found.places[:2].tolist() == [[4, 4], [12, 4]]  # along a row first
