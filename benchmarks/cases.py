@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepseek_mp.workloads.data import library_windows
+from deepseek_mp.workloads.detection_loss import detection_loss
+from deepseek_mp.workloads.detector import TINY_DETECTOR, Detector, DetectorConfig
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
+from deepseek_mp.workloads.scenes import TINY_SCENES, SceneConfig, Scenes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -47,11 +50,11 @@ def sgd_fused(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=True)
 
 
-def seeded(build: Callable[[], nn.Module], device: torch.device) -> Callable[[], nn.Module]:
+def seeded(build: Callable[[], nn.Module], device: torch.device, *, seed: int = 0) -> Callable[[], nn.Module]:
     """`build` under a fixed seed, on the device from the start: billions of random numbers take a CPU long."""
 
     def model() -> nn.Module:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         with device:
             return build().to(device).train()
 
@@ -75,6 +78,19 @@ def resnet50(device: torch.device, *, small: bool) -> Case:
         batches=[(image, labels) for image in images],
         loss_fn=cross_entropy,
         optimizers={"sgd foreach": sgd_foreach, "sgd fused": sgd_fused},
+        images=True,
+    )
+
+
+def detector(device: torch.device, *, small: bool) -> Case:
+    """A detector of YOLO's shape, 12 million parameters, on scenes of 640 x 640, batch 64."""
+    config, scenes = (TINY_DETECTOR, TINY_SCENES) if small else (DetectorConfig(), SceneConfig())
+    data = Scenes(scenes, batch_size=2 if small else 64, count=2, seed=0, device=device)
+    return Case(
+        model=seeded(lambda: Detector(config), device),
+        batches=list(data),
+        loss_fn=detection_loss,
+        optimizers={"adamw fused": adamw},
         images=True,
     )
 

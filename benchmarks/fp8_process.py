@@ -1,61 +1,18 @@
-"""A process for each part of the FP8 benchmark: started, killed when it is late, and its last line read.
-
-Compilers start with empty caches in it, and nothing that another part left on the device counts.
-"""
+"""A process for each part of the FP8 benchmark, with the arguments that all of them get."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-ERROR_LINES = 12
+from process import run_script
+
 SCRIPT = Path(__file__).with_name("fp8.py")
 
 
 def in_process(what: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """What `fp8.py` printed with the arguments `what` and those of `args` that each process gets; or why nothing."""
-    command = [sys.executable, str(SCRIPT.resolve()), *what, "--device", str(args.device)]
-    command += [*["--small"] * args.small, *["--regional"] * args.regional]
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="fp8-") as caches:
-        env = {**os.environ, "DEEPSEEK_MP_CACHE": "off"}  # a cold decision is part of what is measured
-        if not args.keep_caches:
-            env |= {name: str(Path(caches, name)) for name in CACHES}
-        code, output, errors = _communicate(command, env, args.limit)
-    result = _last_json(output)
-    if code or result is None:
-        why = f"killed after {args.limit} s" if code == -signal.SIGKILL else f"exit status {code}"
-        result = {"check": f"failed: {why}", "error": errors.strip().splitlines()[-ERROR_LINES:]}
-        print(*result["error"], sep="\n", file=sys.stderr)
-    return {**result, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def _communicate(command: Sequence[str], env: Mapping[str, str], limit: int) -> tuple[int, str, str]:
-    """Exit status and output; after `limit` seconds the process and the compilers it started are killed."""
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
-    )
-    try:
-        output, errors = process.communicate(timeout=limit)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
-    return process.returncode, output, errors
-
-
-def _last_json(output: str) -> dict[str, Any] | None:
-    """The last line that is a JSON object: libraries print before it."""
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else None
+    passed = [*what, "--device", str(args.device), *["--small"] * args.small, *["--regional"] * args.regional]
+    return run_script(SCRIPT, passed, limit=args.limit, keep_caches=args.keep_caches)

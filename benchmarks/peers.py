@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,7 +73,7 @@ class HandLoop:
         self.optimizer = optimizer(self.model.parameters())
         # No skipped first step: PyTorch's fused SGD then leaves its momentum without a value (NaN, seen on an H200).
         self.scaler = torch.amp.GradScaler(device.type, init_scale=SAFE_SCALE) if mode.format == "fp16" else None
-        self.batches = itertools.cycle(case.batches)
+        self.batches: Iterator[Any] = itertools.cycle(case.batches)
 
     def step(self) -> Tensor:
         """Train on the next batch; returns the loss, still on the device."""

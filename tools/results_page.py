@@ -184,6 +184,46 @@ def _live_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
+def _memory_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each arm of each case, what it takes and how that is to bf16 of PyTorch alone."""
+    rows: list[Row] = [("case", "arm", "ms", "/ bf16", "peak MiB", "/ bf16", "reserved MiB", "reserved until warm",
+                        "weights and optimizer", "check")]  # fmt: skip
+    for name, case in report["cases"].items():
+        for arm, result in case.get("arms", {}).items():
+            if "step_ms" not in result:
+                rows.append((name, arm, *["-"] * 7, result["check"]))
+                continue
+            against = case["over_bf16"].get(arm)
+            slower, more = (_spread(against["step_ms"]), _number(against["peak_mib"], 3)) if against else ("-", "-")
+            memory = [_number(result[key], 0) for key in ("reserved_mib", "start_reserved_mib", "resident_mib")]
+            peak = _number(result["peak_mib"], 0)
+            rows.append((name, arm, _spread(result["step_ms"]), slower, peak, more, *memory, result["check"]))
+    yield rows
+
+
+def _memory_quality_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each arm of each task, with its losses and judgements by seed."""
+    arms: dict[tuple[str, str], dict[str, Json]] = {}
+    for name, case in report["cases"].items():
+        task, arm, _, seed = name.split()
+        arms.setdefault((task, arm), {})[seed] = case
+    rows: list[Row] = [("task", "arm", "final loss, by seed", "% over FP32's", "mAP or accuracy", "check")]
+    for (task, arm), cases in arms.items():
+        base = arms.get((task, "fp32"), {})
+        done = {seed: case for seed, case in cases.items() if case.get("final_loss") is not None}
+        gaps = [100 * (case["final_loss"] / base[seed]["final_loss"] - 1) for seed, case in done.items()
+                if base.get(seed, {}).get("final_loss")]  # fmt: skip
+        rows.append((
+            task,
+            arm,
+            ", ".join(f"{case['final_loss']:.4f}" for case in done.values()) or "-",
+            ", ".join(f"{gap:+.2f}" for gap in gaps) or "-",
+            ", ".join(f"{case['quality']:.3f}" for case in done.values()) or "-",
+            "; ".join(dict.fromkeys(case["check"] for case in cases.values())),
+        ))  # fmt: skip
+    yield rows
+
+
 def _survival(summary: Json) -> str:
     """Gap of the final weights in FP32, and in the policy's precision; in bold if it broke at most seeds."""
     finite = summary["finite"] == summary["seeds"]
@@ -200,6 +240,8 @@ _TABLES = {
     "fp8-switch": _switch_tables,
     "fp8-fusions": _fusions_tables,
     "fp8-kernels": _kernels_tables,
+    "memory": _memory_tables,
+    "memory-quality": _memory_quality_tables,
     "stress": _stress_tables,
 }
 """By a report's name, or by its first word."""

@@ -10,6 +10,7 @@ from deepseek_mp.backends.measure import (
     energy_joules,
     overflow_seen,
     peak_memory_bytes,
+    peak_reserved_bytes,
     reset_peak_memory,
     synchronize,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "nearest_recipe",
     "overflow_seen",
     "peak_memory_bytes",
+    "peak_reserved_bytes",
     "reset_peak_memory",
     "synchronize",
 ]

@@ -74,8 +74,12 @@ class Backend(ABC):
         """Largest memory held by tensors since the last reset, or None where it is not counted."""
         return torch.accelerator.max_memory_allocated(device)
 
+    def peak_reserved_bytes(self, device: torch.device) -> int | None:
+        """Largest memory PyTorch's allocator took from the device since the last reset, or None where none counts."""
+        return torch.accelerator.max_memory_reserved(device)
+
     def reset_peak_memory(self, device: torch.device) -> bool:
-        """Start counting the peak anew; False where it cannot be reset."""
+        """Start counting the peaks anew; False where it cannot be reset."""
         torch.accelerator.reset_peak_memory_stats(device)
         return True
 

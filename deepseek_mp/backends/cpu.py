@@ -72,6 +72,9 @@ class CpuBackend(Backend):
         used = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return used if platform.system() == "Darwin" else used * 1024
 
+    def peak_reserved_bytes(self, device: torch.device) -> int | None:
+        """None: the C library's heap does not say."""
+
     def reset_peak_memory(self, device: torch.device) -> bool:
         """Possible on Linux only, and there down to what the process holds now."""
         if _linux_peak() is None:

@@ -22,8 +22,17 @@ def peak_memory_bytes(device: Device) -> int | None:
     return backend_for(where).peak_memory_bytes(where)
 
 
+def peak_reserved_bytes(device: Device) -> int | None:
+    """Peak memory that PyTorch's allocator took from the device since the last reset: tensors, and gaps between them.
+
+    What decides whether a training fits. None where nothing counts it (CPUs, Apple GPUs).
+    """
+    where = as_device(device)
+    return backend_for(where).peak_reserved_bytes(where)
+
+
 def reset_peak_memory(device: Device) -> bool:
-    """Start counting the peak anew; False where it cannot be reset (a CPU outside Linux, Apple GPUs)."""
+    """Start counting the peaks anew; False where it cannot be reset (a CPU outside Linux, Apple GPUs)."""
     where = as_device(device)
     return backend_for(where).reset_peak_memory(where)
 

@@ -50,8 +50,10 @@ def test_memory_and_waiting_go_through_pytorchs_portable_layer(monkeypatch: pyte
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: calls.append("synchronize"))
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 123)
     monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda device: 456)
     backend = Plain()
     backend.synchronize(DEVICE)
     assert backend.peak_memory_bytes(DEVICE) == 123
+    assert backend.peak_reserved_bytes(DEVICE) == 456
     assert backend.reset_peak_memory(DEVICE) is True
     assert calls == ["synchronize", "reset"]

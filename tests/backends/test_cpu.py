@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_mp.backends import capabilities, fp32_mode, math_mode, peak_memory_bytes, reset_peak_memory, synchronize
+from deepseek_mp.backends import (
+    capabilities,
+    fp32_mode,
+    math_mode,
+    peak_memory_bytes,
+    peak_reserved_bytes,
+    reset_peak_memory,
+    synchronize,
+)
 from deepseek_mp.backends import cpu as cpu_module
 
 Install = Callable[..., None]
@@ -110,6 +118,10 @@ def test_peak_memory_is_the_processs_and_can_be_reset() -> None:
     assert grown is not None
     assert 60 << 20 < grown - start < 80 << 20
     assert peak_memory_bytes(CPU) < grown - (32 << 20)  # type: ignore[operator]
+
+
+def test_what_the_heap_took_is_not_counted() -> None:
+    assert peak_reserved_bytes(CPU) is None
 
 
 def test_peak_memory_without_linux_is_getrusages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

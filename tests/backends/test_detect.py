@@ -121,6 +121,7 @@ def test_a_device_type_without_a_backend_gets_fp32() -> None:
     found = capabilities("meta")
     assert (found.id, found.admissible(), found.recommended.reason) == ("unknown", ("fp32",), "unknown device")
     assert backend_for("meta").peak_memory_bytes(torch.device("meta")) is None
+    assert backend_for("meta").peak_reserved_bytes(torch.device("meta")) is None
     assert not backend_for("meta").reset_peak_memory(torch.device("meta"))
     backend_for("meta").synchronize(torch.device("meta"))
 

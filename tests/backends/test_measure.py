@@ -19,6 +19,7 @@ CPU_BACKEND = next(backend for backend in BUILT_IN if backend.name == "cpu")
     [
         (measure.synchronize, "synchronize"),
         (measure.peak_memory_bytes, "peak_memory_bytes"),
+        (measure.peak_reserved_bytes, "peak_reserved_bytes"),
         (measure.reset_peak_memory, "reset_peak_memory"),
         (measure.energy_joules, "energy_joules"),
         (measure.clear_overflow, "clear_overflow"),

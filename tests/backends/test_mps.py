@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from deepseek_mp.backends import capabilities, peak_memory_bytes, reset_peak_memory
+from deepseek_mp.backends import capabilities, peak_memory_bytes, peak_reserved_bytes, reset_peak_memory
 from deepseek_mp.backends.mps import MpsBackend
 
 Install = Callable[..., None]
@@ -30,6 +30,7 @@ def test_bf16_needs_macos_14_and_apple_silicon(apple: Install, macos: int, machi
 def test_memory_has_no_peak(apple: Install) -> None:
     apple()
     assert peak_memory_bytes("mps") is None
+    assert peak_reserved_bytes("mps") is None
     assert reset_peak_memory("mps") is False
 
 

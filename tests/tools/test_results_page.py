@@ -60,6 +60,32 @@ def test_what_looking_costs_has_a_row_for_each_way_of_it() -> None:
     assert "| gpt statistics | 20 (19-21) | 20 (19-21) | 50 | 0.08% |  |" in page
 
 
+def test_memory_has_a_row_for_each_arm() -> None:
+    result = {
+        "step_ms": SPREAD, "peak_mib": 1000.4, "reserved_mib": 1100.0, "start_reserved_mib": None, "resident_mib": 90.0,
+        "check": "passed",
+    }  # fmt: skip
+    arms = {"bf16": result, "fp32": {"check": "failed: out of memory"}, "far": {**result, "check": "void: a loss"}}
+    over = {"bf16": {"step_ms": SPREAD, "peak_mib": 1.0}}
+    case = {"arms": arms, "over_bf16": over, "check": "fp32: failed"}
+    page = results_page.render([("memory.json", report("memory", decoder=case, bert={"check": "failed: x"}))])
+    assert "| decoder | bf16 | 20 (19-21) | 20 (19-21) | 1000 | 1.000 | 1100 | - | 90 | passed |" in page
+    assert "| decoder | fp32 | - | - | - | - | - | - | - | failed: out of memory |" in page
+    assert "| decoder | far | 20 (19-21) | - | 1000 | - | 1100 | - | 90 | void: a loss |" in page
+
+
+def test_what_trainings_come_to_is_paired_with_fp32_at_the_same_seed() -> None:
+    cases = {
+        "resnet50 fp32 seed 0": {"final_loss": 1.0, "quality": 0.5, "check": "passed"},
+        "resnet50 fp32 seed 1": {"final_loss": 2.0, "quality": 0.25, "check": "passed"},
+        "resnet50 bf16 seed 0": {"final_loss": None, "quality": 0.1, "check": "a loss is not finite"},
+        "resnet50 bf16 seed 1": {"final_loss": 2.02, "quality": 0.3, "check": "passed"},
+    }
+    page = results_page.render([("memory-quality.json", report("memory-quality", **cases))])
+    assert "| resnet50 | fp32 | 1.0000, 2.0000 | +0.00, +0.00 | 0.500, 0.250 | passed |" in page
+    assert "| resnet50 | bf16 | 2.0200 | +1.00 | 0.300 | a loss is not finite; passed |" in page
+
+
 def test_policies_that_broke_are_in_bold() -> None:
     kept = {"gap": 0.001, "own_gap": 0.0049, "finite": 3, "broken": 1, "seeds": 3}
     lost = {"gap": 0.0461, "own_gap": 0.07, "finite": 3, "broken": 2, "seeds": 3}

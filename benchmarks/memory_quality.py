@@ -1,0 +1,208 @@
+"""What trainings come to under the arms of the memory benchmark: loss curves, and mAP or accuracy on unseen images.
+
+`memory.py --quality` runs it. The detector trains on scenes, ResNet-50 tells the shape of the one object of a scene.
+Arms of one seed train from the same weights on the same batches. How far an arm may be from fp32 is told by the
+nudged arms, which differ from their own by the last bits of the first weights only, and by the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from cases import Case as TrainingCase
+from cases import adamw, cross_entropy, seeded, sgd_fused
+from harness import Report
+from memory_arms import OURS, Arm, Loop, Setting, make_loop
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from deepseek_mp.workloads.data import Pair
+from deepseek_mp.workloads.detection_loss import detection_loss
+from deepseek_mp.workloads.detections import detect, mean_average_precision
+from deepseek_mp.workloads.detector import TINY_DETECTOR, Detector, DetectorConfig
+from deepseek_mp.workloads.scenes import CLASSES, TINY_SCENES, SceneConfig, Scenes
+
+ARMS = ("fp32", "fp32-nudged", "bf16", "bf16-nudged", *OURS)
+WINDOW = 25
+"""Steps that are averaged for a point of the curve."""
+WARM_UP = 0.05
+"""Of the steps, in which the learning rate rises; in the last fifth it falls to 0."""
+UNSEEN = 10**6
+"""Added to the seed of the images that are not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model, images to train it on, and what it is judged by."""
+
+    model: Callable[[], nn.Module]
+    optimizer: Callable[[Any], Optimizer]
+    loss_fn: Callable[[Any, Any], Tensor]
+    scenes: SceneConfig
+    batch_size: int
+    steps: int
+    judged_on: int
+    """Batches of unseen images."""
+    target: Callable[[Tensor], Tensor]
+    """From the scenes' boxes to what the loss is computed with."""
+    judge: Callable[[list[Any], list[Tensor]], float]
+    """From outputs and targets of all batches to a number, larger is better."""
+    least: float
+    """What has learned reaches more."""
+
+
+def detector_task(*, small: bool) -> Task:
+    """The detector on scenes of 320 x 320, judged by mAP at an overlap of 0.5."""
+    config = TINY_DETECTOR if small else DetectorConfig()
+    return Task(
+        model=lambda: Detector(config),
+        optimizer=lambda parameters: _with_rate(adamw(parameters), 3e-3 if small else 1e-3),
+        loss_fn=detection_loss,
+        scenes=TINY_SCENES if small else SceneConfig(side=320, objects=8, smallest=0.07),
+        batch_size=4 if small else 32,
+        steps=10 if small else 1000,
+        judged_on=1 if small else 16,
+        target=lambda boxes: boxes,
+        judge=_mean_average_precision,
+        least=0.0 if small else 0.5,
+    )
+
+
+def resnet_task(*, small: bool) -> Task:
+    """ResNet-50 on scenes of one object of 128 x 128, judged by the accuracy of its shape."""
+    import torchvision
+
+    return Task(
+        model=lambda: torchvision.models.resnet50(num_classes=len(CLASSES)),
+        optimizer=lambda parameters: _with_rate(sgd_fused(parameters), 0.05),
+        loss_fn=cross_entropy,
+        scenes=SceneConfig(side=64 if small else 128, objects=1, smallest=0.12, largest=0.4),
+        batch_size=4 if small else 128,
+        steps=4 if small else 500,
+        judged_on=1 if small else 16,
+        target=lambda boxes: boxes[:, 0, 0].long(),
+        judge=_accuracy,
+        least=0.0 if small else 0.5,
+    )
+
+
+TASKS: dict[str, Callable[..., Task]] = {"detector": detector_task, "resnet50": resnet_task}
+
+
+def _mean_average_precision(outputs: list[Any], targets: list[Tensor]) -> float:
+    found = [detections for output in outputs for detections in detect(output)]
+    return mean_average_precision(found, [rows for target in targets for rows in target])[0]
+
+
+def _accuracy(outputs: list[Any], targets: list[Tensor]) -> float:
+    right = [(output.argmax(dim=1) == target).float().mean() for output, target in zip(outputs, targets, strict=True)]
+    return float(torch.stack(right).mean())
+
+
+def _with_rate(optimizer: Optimizer, rate: float) -> Optimizer:
+    """The optimizer with another learning rate than the benchmarks of time use."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return optimizer
+
+
+def train(task: Task, arm: Arm, seed: int, steps: int, device: torch.device) -> dict[str, Any]:
+    """One training from its first weights; losses and the judgement of unseen images."""
+
+    def batches(of: int, count: int) -> Iterator[Pair]:
+        data = Scenes(task.scenes, batch_size=task.batch_size, count=count, seed=of, device=device)
+        return ((images, task.target(boxes)) for images, boxes in data)
+
+    def rate(number: int) -> float:
+        return min(1.0, (number + 1) / (WARM_UP * steps), (steps - number) / (0.2 * steps))
+
+    setting = Setting(
+        case=TrainingCase(
+            model=seeded(task.model, device, seed=seed), batches=[], loss_fn=task.loss_fn, optimizers={}, images=True
+        ),
+        optimizer=task.optimizer,
+        device=device,
+        batches=lambda: batches(seed, steps),
+        schedule=partial(_schedule, rate=rate),
+    )
+    loop = make_loop(arm, setting)
+    with loop.settings():
+        outcomes = [loop.step() for _ in range(steps)]
+        losses = [loop.loss(outcome) for outcome in outcomes]
+        quality = _judged(task, loop, batches(seed + UNSEEN, task.judged_on))
+    curve = [statistics.mean(losses[start : start + WINDOW]) for start in range(0, steps, WINDOW)]
+    problems = [] if all(map(math.isfinite, losses)) else ["a loss is not finite, or a step was not applied"]
+    if not quality >= task.least:
+        problems.append(f"it has not learned: {quality:.3f} is below {task.least}")
+    return {
+        "curve": [round(loss, 5) if math.isfinite(loss) else None for loss in curve],
+        "final_loss": curve[-1] if math.isfinite(curve[-1]) else None,
+        "quality": quality,
+        "steps": steps,
+        **loop.about(),
+        "check": "; ".join(problems) or "passed",
+    }
+
+
+def _schedule(optimizer: Optimizer, rate: Callable[[int], float]) -> LRScheduler:
+    return LambdaLR(optimizer, rate)
+
+
+def _judged(task: Task, loop: Loop, unseen: Iterator[Pair]) -> float:
+    pairs = [(loop.predict(images), target) for images, target in unseen]
+    return task.judge([output for output, _ in pairs], [target for _, target in pairs])
+
+
+def check(names: Sequence[str]) -> None:
+    """`ValueError` for a case that has no task."""
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise ValueError(f"--quality with {', '.join(unknown)}. Allowed: {', '.join(TASKS)}. Use one of these")
+
+
+def main(args: argparse.Namespace, names: Sequence[str], arms: Sequence[Arm]) -> int:
+    """Train the arms of each task at each seed in turn, write after each, and print what came out."""
+    report = Report("memory-quality", args.device, {k: v for k, v in vars(args).items() if k != "chosen"})
+    if args.merge:
+        report.cases.update(json.loads(args.merge.read_text(encoding="utf-8"))["cases"])
+    for name, seed, arm in itertools.product(names, range(args.seeds), arms):
+        task = TASKS[name](small=args.small)
+        steps = args.steps or task.steps
+        report.run(f"{name} {arm.name} seed {seed}", partial(train, task, arm, seed, steps, args.device))
+        report.write(args.out)
+    return report.finish(args.out, rows(report))
+
+
+def rows(report: Report) -> list[tuple[str, ...]]:
+    """For each arm of each task its losses and judgements by seed, and the losses against fp32's."""
+    found: list[tuple[str, ...]] = [("task", "arm", "final loss", "% over fp32's", "mAP or accuracy")]
+    arms: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, case in report.cases.items():
+        task, arm, _, seed = name.split()
+        arms.setdefault((task, arm), {})[seed] = case
+    for (task, arm), cases in arms.items():
+        base = arms.get((task, "fp32"), {})
+        losses = [case.get("final_loss") for case in cases.values()]
+        gaps = [_gap(case.get("final_loss"), base.get(seed, {}).get("final_loss")) for seed, case in cases.items()]
+        qualities = [case.get("quality") for case in cases.values()]
+        found.append((task, arm, _list(losses, "{:.4f}"), _list(gaps, "{:+.2f}"), _list(qualities, "{:.3f}")))
+    return found
+
+
+def _gap(loss: float | None, base: float | None) -> float | None:
+    """Percent that a loss is above another."""
+    return None if loss is None or not base else 100 * (loss / base - 1)
+
+
+def _list(values: list[float | None], form: str) -> str:
+    return ", ".join("-" if value is None else form.format(value) for value in values)
