@@ -30,14 +30,15 @@ class ForwardWaits:
         self._handles: list[Any] = []
         self.attached = False
 
-    def attach(self, model: nn.Module, chunk_of: Mapping[Tensor, int]) -> None:
-        """Hook a model whose parameters are in these chunks."""
+    def attach(self, model: nn.Module, chunk_of: Mapping[Tensor, int], *, reading: Callable[[], None]) -> None:
+        """Hook a model whose parameters are in these chunks; `reading` is called before its state is read."""
         self._chunk_of = {id(parameter): chunk for parameter, chunk in chunk_of.items()}
         for module in model.modules():
             own = frozenset(id(p) for p in module.parameters(recurse=False) if id(p) in self._chunk_of)
             if own:
                 self._handles.append(module.register_forward_pre_hook(_Hook(partial(self._module, own)), prepend=True))
         self._handles.append(model.register_forward_pre_hook(_Hook(self._model), prepend=True))
+        self._handles.append(model.register_state_dict_pre_hook(_Hook(reading)))
         self._handles.append(model.register_state_dict_pre_hook(_Hook(self.wait_all)))
         self.attached = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +35,8 @@ class Memory:
     pin: bool
     undo: bool
     cast_on_host: bool
+    two_gradients: bool
+    """Whether the gradients of a step and those of the next exist at the same time."""
 
 
 @dataclass(eq=False)
@@ -44,11 +45,15 @@ class Slot(Pair):
 
     total: Tensor
     """fp32: memory of the accumulated gradient."""
+    spare: Tensor
+    """fp32: memory of the next one while the host steps on this one; the same memory where that never happens."""
     wire: Tensor
     """Where gradients arrive."""
     sending: Tensor
     """What is sent up: the master, or its rounded copy."""
     moments: tuple[Tensor, Tensor]
+    before: Tensor | None
+    """The master before the step, where that is kept."""
     mark: Any = None
     """End of the copy of a gradient on its way."""
     pending: bool = False
@@ -79,12 +84,19 @@ class HostChunk:
         self.arenas: list[Arena] = []
         self._uploads: list[Any] = []
         self._steps: dict[Slot, float | None] = {}
+        self._rounded = False
+        self.kept = False
+        """Whether what a step changes has been copied, and the step is not known to be applied."""
+        self.coming: set[Slot] = set()
+        """Parameters whose gradients this backward has sent."""
         rounds = memory.cast_on_host and any(m.parameter.dtype is not torch.float32 for m in members)
         shapes = [member.parameter.shape for member in members]
         self._weights = self._allocate(torch.float32, pin=memory.pin and not rounds)
         self._moments = [self._allocate(torch.float32, pin=False) for _ in rule.MOMENTS]
         self._before = [self._allocate(torch.float32, pin=False) for _ in range(3)] if memory.undo else []
         totals = self._allocate(torch.float32, pin=False).parts(shapes)
+        spares = self._allocate(torch.float32, pin=False).parts(shapes) if memory.two_gradients else totals
+        before = self._before[0].parts(shapes) if self._before else [None] * len(shapes)
         wires = self._by_dtype(members, [_wire(m.parameter, memory.wire) for m in members], pin=memory.pin)
         masters = [nn.Parameter(view) for view in self._weights.parts(shapes)]
         sending: Sequence[Tensor] = masters
@@ -97,6 +109,8 @@ class HostChunk:
                 master=masters[i],
                 group=member.group,
                 total=totals[i],
+                spare=spares[i],
+                before=before[i],
                 wire=wires[i],
                 sending=sending[i],
                 moments=(first[i], second[i]),
@@ -118,6 +132,21 @@ class HostChunk:
                 lanes.land(slot.mark)
                 slot.pending, slot.mark = False, None
 
+    @property
+    def has_gradients(self) -> bool:
+        return any(slot.master.grad is not None for slot in self.slots)
+
+    def gradients(self) -> dict[Slot, Tensor]:
+        """Those of the masters that have any, fp32."""
+        return {slot: slot.master.grad for slot in self.slots if slot.master.grad is not None}
+
+    def hand_over(self) -> dict[Slot, Tensor]:
+        """The gradients, which no later one is added to; the next ones get other memory."""
+        found = self.gradients()
+        for slot in self.slots:
+            slot.total, slot.spare, slot.master.grad = slot.spare, slot.total, None
+        return found
+
     def keep(self, states: States) -> None:
         """Copy what a step changes, where the chunk has memory for that."""
         for target, source in zip(self._before, [self._weights, *self._moments], strict=False):
@@ -125,6 +154,7 @@ class HostChunk:
         self._steps = {
             slot: float(states[slot.master]["step"]) if slot.master in states else None for slot in self.slots
         }
+        self.kept = True
 
     def restore(self, states: dict[Any, dict[str, Any]]) -> None:
         """Put back what `keep` has copied."""
@@ -135,28 +165,41 @@ class HostChunk:
                 states.pop(slot.master, None)
             else:
                 states[slot.master]["step"].fill_(count)
+        self.kept = self._rounded = False
 
     def update(
-        self, groups: Sequence[Mapping[str, Any]], states: dict[Any, dict[str, Any]], factor: Tensor | None
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        states: dict[Any, dict[str, Any]],
+        gradients: Mapping[Slot, Tensor],
+        factor: Tensor | None,
     ) -> None:
-        """AdamW's step on the masters that have gradients, which are multiplied by `factor` first, in a copy."""
-        by_group: dict[int, list[Slot]] = defaultdict(list)
-        for slot in self.slots:
-            if slot.master.grad is not None:
-                by_group[slot.group].append(slot)
-                if slot.master not in states or not states[slot.master]:
+        """AdamW's step on these gradients, which are multiplied by `factor` first, in a copy."""
+        for index, group in enumerate(groups):
+            slots = [slot for slot in gradients if slot.group == index]
+            if not slots:
+                continue
+            for slot in slots:
+                if not states.get(slot.master):
                     states[slot.master] = rule.new_state(slot.moments)
-        for group, slots in by_group.items():
-            masters = [slot.master for slot in slots]
-            grads = [m.grad if factor is None else m.grad * factor for m in masters if m.grad is not None]
-            rule.step(groups[group], masters, grads, [states[master] for master in masters])
+            grads = [gradients[slot] if factor is None else gradients[slot] * factor for slot in slots]
+            rule.step(group, [slot.master for slot in slots], grads, [states[slot.master] for slot in slots])
+        self._rounded = False
 
-    def send(self, lanes: Lanes) -> None:
-        """Send the weights to the device. The memory they are sent from is free only after `freed`."""
-        self.freed(lanes)
+    def round(self) -> None:
+        """Round the weights into the memory that they are sent from, which `freed` has made sure of."""
         for slot in self.slots:
             if slot.sending is not slot.master:
                 slot.sending.copy_(slot.master)
+        self._rounded = True
+
+    def send(self, lanes: Lanes) -> None:
+        """Send the weights to the device. The memory they are sent from is free only after `freed`."""
+        if not self._rounded:
+            self.freed(lanes)
+            self.round()
+        self._rounded = False
+        for slot in self.slots:
             self._uploads.append(lanes.up(slot.parameter.detach(), slot.sending.detach()))
             slot.look()
 
@@ -165,6 +208,11 @@ class HostChunk:
         for mark in self._uploads:
             lanes.land(mark)
         self._uploads = []
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether this backward has sent all gradients that it can be expected to send."""
+        return all(slot in self.coming for slot in self.slots if slot.parameter.requires_grad)
 
     @property
     def uploads(self) -> Sequence[Any]:

@@ -28,13 +28,24 @@ class Pair:
         """Remember the parameter's values as those that the master stands for."""
         self._seen = (self.parameter._version, self.parameter.data_ptr())
 
+    @property
+    def written(self) -> bool:
+        """Whether others have written into the parameter."""
+        now = (self.parameter._version, self.parameter.data_ptr())
+        return self.parameter is not self.master and now != self._seen
+
     @torch.no_grad()
-    def adopt(self) -> None:
-        """Take over what others wrote into the parameter; where its values still are the master's, that is kept."""
-        if self.parameter is self.master or (self.parameter._version, self.parameter.data_ptr()) == self._seen:
+    def adopt(self, base: Tensor | None = None) -> None:
+        """Take over what others wrote into the parameter; where its values are those it was given, the master stays.
+
+        Args:
+            base: the master that the parameter was given values of, where it has gone on since.
+        """
+        if not self.written:
             return
         written = self.parameter.detach().to(self.master.device, torch.float32)
-        same = self.master.detach().to(self.parameter.dtype).float() == written
+        given = self.master.detach() if base is None else base
+        same = given.to(self.parameter.dtype).float() == written
         self.master.copy_(torch.where(same, self.master, written))
         self.look()
 

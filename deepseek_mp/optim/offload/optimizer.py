@@ -8,7 +8,8 @@ get their new values back at the end of a step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -16,16 +17,20 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from deepseek_mp.errors import ConfigError, MixedPrecisionError, explain
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.optim.adamw import check_options
 from deepseek_mp.optim.offload import rule, schedule
+from deepseek_mp.optim.offload.delayed_step import DelayedStep
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Slot
 from deepseek_mp.optim.offload.lanes import Lanes, lanes_for
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
-from deepseek_mp.optim.offload.verdict import Verdict, judge
+from deepseek_mp.optim.offload.speculative_step import SpeculativeStep
+from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
+from deepseek_mp.optim.offload.verdict import judge
+from deepseek_mp.optim.offload.worker import ThreadWorker, Worker
 
 MASTER = "master"
 """Key of a saved state: the FP32 weight of a parameter that is not FP32 on the device."""
@@ -52,6 +57,7 @@ class OffloadedOptimizer(Optimizer):
         model: that has the parameters. Without it, the device waits for all weights at the end of `step`.
         settings: how it is offloaded.
         lanes: makes the copies of a device.
+        worker: makes what runs the host's steps beside the device, in the modes that do so.
 
     Raises:
         ConfigError: an option out of its range; parameters of other dtypes or of several devices.
@@ -70,6 +76,7 @@ class OffloadedOptimizer(Optimizer):
         model: nn.Module | None = None,
         settings: OffloadSettings | None = None,
         lanes: Callable[[torch.device], Lanes] = lanes_for,
+        worker: Callable[[], Worker] = ThreadWorker,
     ) -> None:
         check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.settings = settings or OffloadSettings()
@@ -82,13 +89,19 @@ class OffloadedOptimizer(Optimizer):
         self._chunks: list[HostChunk] = []
         self._pairs: dict[int, Pair] = {}
         self._handles: list[Any] = []
-        self._landing_task = -1
-        self._broken: BaseException | None = None
+        self._chunk_of: dict[int, HostChunk] = {}
+        self._task = -1
+        self._passes = 0
         masters = self._take_over(_members(groups), device)
         taken = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
         super().__init__(taken, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **rule.OPTIONS})
+        me = weakref.ref(self)
+        self._mode = self._make_mode(me, worker)
         if model is not None:
-            self._waits.attach(model, self._chunk_numbers())
+            numbers: dict[Tensor, int] = {
+                slot.parameter: chunk.number for chunk in self._chunks for slot in chunk.slots
+            }
+            self._waits.attach(model, numbers, reading=lambda: _synchronize(me()))
 
     # ------------------------------------------------------------------------------------- what it has
 
@@ -118,8 +131,8 @@ class OffloadedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this window, also those on their way."""
-        for chunk in self._chunks:
-            chunk.discard(self._lanes)
+        self._mode.forget()
+        self._passes = 0
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -129,19 +142,23 @@ class OffloadedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_whole()
         self._land()
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         verdict = judge(self._gradients(), self.settings, scale=scale, found_inf=found)
-        if verdict.reason is None:
-            self._apply(verdict)
-        self.report = verdict.report
+        self._mode.step(verdict)
+        self.report = replace(verdict.report, redone=self._mode.redone)
+        self._passes = 0
         super().zero_grad(set_to_none=True)
         return loss
 
     def synchronize(self) -> None:
-        """Let the device wait for all weights on their way, and the host for all gradients."""
+        """Finish what is outstanding: masters, states and the model's weights are then those after the last step.
+
+        In mode 'delayed' the next forward sees newer weights than it would have, so calls change the numbers.
+        """
         self._land()
+        with torch.no_grad():
+            self._mode.settle()
         self._waits.wait_all()
 
     def close(self) -> None:
@@ -175,11 +192,11 @@ class OffloadedOptimizer(Optimizer):
             passed = "a state with amsgrad or maximize"
             raise ConfigError(explain(passed, "states of AdamW without them", "Train on with torch.optim.AdamW"))
         super().load_state_dict(state_dict)
-        self._broken = None
+        self._mode.broken = None
         for chunk in self._chunks:
             for slot in chunk.slots:
                 self._adopt_state(slot, slot.moments)
-            self._send(chunk)
+            self._mode.send(chunk)
         for pair in self._device_part.pairs:
             self._adopt_state(pair, None)
         self._device_part.write(self._device_part.pairs)
@@ -217,14 +234,20 @@ class OffloadedOptimizer(Optimizer):
         narrow = all(m.parameter.dtype is not torch.float32 for m in members)
         per_value = 4 + 8 + 2 if narrow else 8 + 4  # the master, the moments and the gradient
         self._split = schedule.split(parts, free_bytes=settings.free_bytes, bytes_per_value=per_value)
-        wanted = _WIRES[settings.wire]
         on_host = settings.cast == "host"
         if settings.cast == "auto":
             on_host = settings.rates is None or schedule.cast_on_host(settings.rates, keep=settings.undo)
-        memory = Memory(wire=wanted, pin=device.type != "cpu", undo=settings.undo, cast_on_host=on_host)
+        memory = Memory(
+            wire=_WIRES[settings.wire],
+            pin=device.type != "cpu",
+            undo=settings.undo,
+            cast_on_host=on_host,
+            two_gradients=settings.mode == "delayed",
+        )
         for part in self._split.host:
             self._chunks.append(HostChunk(part.number, [members[index] for index in part.members], memory))
         self._device_part = DevicePart([members[index] for part in self._split.device for index in part.members])
+        self._chunk_of = {id(slot.parameter): chunk for chunk in self._chunks for slot in chunk.slots}
         pairs: list[Pair] = [slot for chunk in self._chunks for slot in chunk.slots]
         for pair in [*pairs, *self._device_part.pairs]:
             pair.adopt()
@@ -246,8 +269,19 @@ class OffloadedOptimizer(Optimizer):
         self._handles.append(parameter.register_post_accumulate_grad_hook(arrived))
         parameter.requires_grad_(trained)
 
-    def _chunk_numbers(self) -> dict[Tensor, int]:
-        return {slot.parameter: chunk.number for chunk in self._chunks for slot in chunk.slots}
+    def _make_mode(self, owner: Callable[[], Any], worker: Callable[[], Worker]) -> SyncStep:
+        parts = Parts(
+            owner=owner,
+            chunks=self._chunks,
+            device=self._device_part,
+            lanes=self._lanes,
+            waits=self._waits,
+            worker=worker,
+            undo=self.settings.undo,
+        )
+        if self.settings.mode == "delayed":
+            return DelayedStep(parts, self.settings.delay_from)
+        return SpeculativeStep(parts) if self.settings.mode == "speculative" else SyncStep(parts)
 
     # ------------------------------------------------------------------------------------------ gradients
 
@@ -261,79 +295,41 @@ class OffloadedOptimizer(Optimizer):
         if not isinstance(pair, Slot):
             self._device_part.arrived(pair, gradient)
             return
-        slot = pair
-        if slot.pending:
+        self._note_pass()
+        chunk = self._chunk_of[id(parameter)]
+        self._mode.reopened(chunk)
+        if pair.pending:
             self._land()
-        slot.mark, slot.pending = self._lanes.down(slot.wire, gradient.detach()), True
+        pair.mark, pair.pending = self._lanes.down(pair.wire, gradient.detach()), True
         if self._waits.attached:
             self._waits.graded(parameter)
+        chunk.coming.add(pair)
+        if chunk.is_complete:
+            self._mode.complete(chunk, last=self._passes >= self.settings.accumulation)
+
+    def _note_pass(self) -> None:
+        """At the first gradient of a backward: arrange for all of them to be added up when it ends."""
         task = torch._C._current_graph_task_id()
-        if task != self._landing_task:
-            self._landing_task = task
-            Variable._execution_engine.queue_callback(self._land)
+        if task == self._task:
+            return
+        self._task = task
+        self._passes += 1
+        for chunk in self._chunks:
+            chunk.coming.clear()
+        Variable._execution_engine.queue_callback(self._land)
 
     @torch.no_grad()
     def _land(self) -> None:
-        for chunk in self._chunks:
-            chunk.land(self._lanes)
+        self._mode.land()
 
     def _gradients(self) -> list[Tensor]:
         found = [parameter.grad for group in self.param_groups for parameter in group["params"]]
         return [gradient for gradient in found if gradient is not None]
 
-    # ------------------------------------------------------------------------------------------ the step
 
-    def _check_whole(self) -> None:
-        if self._broken is not None:
-            change = "Load a saved state, and keep undo=True to have failed steps taken back"
-            passed = "a step after one that failed halfway without undo"
-            raise MixedPrecisionError(explain(passed, "steps from a whole state", change)) from self._broken
-
-    def _apply(self, verdict: Verdict) -> None:
-        """Step all chunks, in the order in which forward reads them; all or none."""
-        begun: list[HostChunk] = []
-        try:
-            for chunk in reversed(self._chunks):
-                self._step_chunk(chunk, verdict.factor, begun)
-            self._step_device_part(verdict.factor)
-        except BaseException as error:
-            self._take_back(begun, error)
-            raise
-        if not self._waits.attached:
-            self._waits.wait_all()
-
-    def _step_chunk(self, chunk: HostChunk, factor: Tensor | None, begun: list[HostChunk]) -> None:
-        for slot in chunk.slots:
-            slot.check_place()
-            slot.adopt()
-        chunk.freed(self._lanes)
-        chunk.keep(self.state)
-        begun.append(chunk)
-        chunk.update(self.param_groups, self.state, factor)
-        self._send(chunk)
-
-    def _send(self, chunk: HostChunk) -> None:
-        chunk.send(self._lanes)
-        self._waits.sent(chunk.number, chunk.uploads)
-
-    def _step_device_part(self, factor: Tensor | None) -> None:
-        """Last, since nothing is kept of it: when it fails, its own state is unknown."""
-        try:
-            self._device_part.step(self.param_groups, self.state, factor)
-        except BaseException as error:
-            self._broken = error
-            raise
-
-    def _take_back(self, begun: Iterable[HostChunk], error: BaseException) -> None:
-        """Bring back the state before the step, on the host and on the device."""
-        if not self.settings.undo:
-            self._broken = error
-            return
-        for chunk in begun:
-            chunk.freed(self._lanes)
-            chunk.restore(self.state)
-            self._send(chunk)
-        self._waits.wait_all()
+def _synchronize(optimizer: OffloadedOptimizer | None) -> None:
+    if optimizer is not None:
+        optimizer.synchronize()
 
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:

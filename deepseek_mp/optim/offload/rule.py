@@ -23,6 +23,14 @@ def new_state(moments: Sequence[Tensor]) -> dict[str, Tensor]:
     return state | {name: moment.zero_() for name, moment in zip(MOMENTS, moments, strict=True)}
 
 
+def options(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a step of each group takes from it, now: schedules change it later."""
+    return [
+        {"lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
+        for group in groups
+    ]
+
+
 def step(
     group: Mapping[str, Any], weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
 ) -> None:

@@ -16,6 +16,10 @@ class OffloadSettings:
     """'sync' and 'speculative' give the numbers of AdamW; 'delayed' applies each gradient one step late."""
     wire: str | None = None
     """Gradients are sent in 'bf16' or 'fp32'. None: BF16 parameters' in BF16, others' in FP32."""
+    accumulation: int = 1
+    """Backward passes of a window; 'speculative' steps on what the last of them sends. A window may be shorter."""
+    delay_from: int = 1000
+    """'delayed' begins after this many applied steps: early steps change the weights most."""
     chunk_bytes: int = CHUNK_BYTES
     """Bound of a chunk's FP32 weights."""
     free_bytes: int | None = None
@@ -36,6 +40,17 @@ class OffloadSettings:
         if self.wire is not None:
             check_member("wire", self.wire, tuple(WIRES))
         check_member("cast", self.cast, ("auto", "host", "device"))
+        if self.mode != "sync" and not self.undo:
+            passed = f"mode={self.mode!r} with undo=False"
+            change = "Keep undo=True: these modes put chunks back as a matter of course"
+            raise ConfigError(explain(passed, "undo=True, or mode='sync'", change))
+        if self.mode == "delayed" and self.free_bytes is not None:
+            passed = f"mode='delayed' with free_bytes={self.free_bytes}"
+            change = "Offload everything: what stays on the device could not be taken back with the rest"
+            raise ConfigError(explain(passed, "free_bytes=None, or another mode", change))
+        if self.accumulation < 1 or self.delay_from < 0:
+            passed = f"accumulation={self.accumulation} and delay_from={self.delay_from}"
+            raise ConfigError(explain(passed, "at least 1, and at least 0", "Count whole passes and steps"))
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             passed = f"max_grad_norm={self.max_grad_norm!r}"
             raise ConfigError(explain(passed, "a number above 0, or None", "Leave it out to clip nothing"))
@@ -52,3 +67,5 @@ class StepReport:
     """L2 norm of the unscaled gradients before clipping, where it was computed."""
     factor: float = 1.0
     """The gradients were multiplied by this: unscaled and clipped."""
+    redone: int = 0
+    """Chunks that 'speculative' stepped on a wrong guess, and then again."""

@@ -21,6 +21,8 @@ class Verdict:
     """Why it is skipped; None applies it."""
     factor: Tensor | None = None
     """fp32 []: for all gradients. None is one."""
+    unscaling: Tensor | None = None
+    """fp32 []: the part of it that is not clipping."""
     grad_norm: float | None = None
 
     @property
@@ -44,7 +46,7 @@ def judge(
         return Verdict(reason="no_grads")
     if found_inf is not None and bool(found_inf):
         return Verdict(reason="scaler")
-    factor = None if scale is None else scale.detach().to("cpu", torch.float32).reshape(()).reciprocal()
+    factor = unscaling = None if scale is None else scale.detach().to("cpu", torch.float32).reshape(()).reciprocal()
     norm = None
     limit = settings.max_grad_norm
     if limit is not None or (settings.check_finite and found_inf is None):
@@ -52,11 +54,11 @@ def judge(
         total = total if factor is None else total * factor
         norm = float(total)
         if settings.check_finite and not math.isfinite(norm):
-            return Verdict(reason="nonfinite", grad_norm=norm)
+            return Verdict(reason="nonfinite", unscaling=unscaling, grad_norm=norm)
         if limit is not None:
             # As torch.nn.utils.clip_grad_norm_, so that clipped steps agree to the bit.
             clip = torch.clamp(limit / (total + 1e-6), max=1.0)
             factor = clip if factor is None else factor * clip
     if factor is not None and float(factor) == 1.0:
         factor = None
-    return Verdict(reason=None, factor=factor, grad_norm=norm)
+    return Verdict(reason=None, factor=factor, unscaling=unscaling, grad_norm=norm)

@@ -6,6 +6,8 @@ overwritten too early sends wrong ones, every time and not by chance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings
+from deepseek_mp.optim.offload.worker import ThreadWorker, without_gradients
 
 
 @dataclass(eq=False)
@@ -29,7 +32,6 @@ class FakeLanes:
     """Copies that are late. Down: the device's memory is kept by its allocator. Up: the host's is read late."""
 
     events: list[str] = field(default_factory=list)
-    fail_at: str | None = None
     _copies: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
 
     def down(self, target: Tensor, source: Tensor) -> Mark:
@@ -66,11 +68,20 @@ def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(*layers).to(dtype)
 
 
-def offloaded(model: nn.Module, lanes: FakeLanes | None = None, **options: Any) -> OffloadedOptimizer:
+def offloaded(
+    model: nn.Module, lanes: FakeLanes | None = None, *, worker: Any = ThreadWorker, **options: Any
+) -> OffloadedOptimizer:
     """In several chunks, on the fake device."""
     lanes = lanes or FakeLanes()
     settings = OffloadSettings(**{"chunk_bytes": 1500, **options})
-    return OffloadedOptimizer(model.parameters(), lr=1e-2, model=model, settings=settings, lanes=lambda _: lanes)
+    return OffloadedOptimizer(
+        model.parameters(), lr=1e-2, model=model, settings=settings, lanes=lambda _: lanes, worker=worker
+    )
+
+
+def plain(model: nn.Module) -> torch.optim.AdamW:
+    """What an offloaded optimizer of an FP32 model should be equal to."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
 
 
 def backward(*models: nn.Module, scale: float = 1.0) -> None:
@@ -87,3 +98,52 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class NowWorker:
+    """Runs a task when it is submitted."""
+
+    def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(without_gradients(task, *args))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+class LateWorker:
+    """Runs tasks when somebody asks for a result, in their order."""
+
+    def __init__(self) -> None:
+        self._tasks: list[tuple[LateFuture, Callable[..., Any], Any]] = []
+
+    def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
+        future = LateFuture(self)
+        self._tasks.append((future, task, args))
+        return future
+
+    def run_until(self, wanted: Future[Any]) -> None:
+        while not wanted.done():
+            future, task, args = self._tasks.pop(0)
+            try:
+                future.set_result(without_gradients(task, *args))
+            except BaseException as error:
+                future.set_exception(error)
+
+
+class LateFuture(Future):
+    def __init__(self, worker: LateWorker) -> None:
+        super().__init__()
+        self._worker = worker
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._worker.run_until(self)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._worker.run_until(self)
+        return super().exception(timeout)
+
+
+WORKERS = (NowWorker, LateWorker, ThreadWorker)

@@ -4,16 +4,12 @@ import copy
 
 import pytest
 import torch
-from fake_device import FakeLanes, backward, offloaded, same, small_model, weights
+from fake_device import FakeLanes, backward, offloaded, plain, same, small_model, weights
 from torch import nn
 
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings
-
-
-def plain(model, **options):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True, **options)
 
 
 def train_both(theirs, ours, reference, optimizer, *, steps=5, micro=2, clip=None):
