@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,9 @@ class ForwardWaits:
         self._handles: list[Any] = []
         self.attached = False
 
-    def attach(self, model: nn.Module, chunk_of: Mapping[Tensor, int], *, reading: Callable[[], None]) -> None:
+    def attach(self, model: nn.Module, chunk_of: Iterable[tuple[Tensor, int]], *, reading: Callable[[], None]) -> None:
         """Hook a model whose parameters are in these chunks; `reading` is called before its state is read."""
-        self._chunk_of = {id(parameter): chunk for parameter, chunk in chunk_of.items()}
+        self._chunk_of = {id(parameter): chunk for parameter, chunk in chunk_of}
         for module in model.modules():
             own = frozenset(id(p) for p in module.parameters(recurse=False) if id(p) in self._chunk_of)
             if own:

@@ -66,7 +66,7 @@ class Slot(Pair):
             self.total.copy_(self.wire)
             self.master.grad = self.total
         else:
-            self.master.grad.add_(self.wire)
+            self.master.grad.add_(self.wire.float())  # PyTorch adds mixed formats on a CPU much more slowly
 
 
 class HostChunk:

@@ -98,10 +98,8 @@ class OffloadedOptimizer(Optimizer):
         me = weakref.ref(self)
         self._mode = self._make_mode(me, worker)
         if model is not None:
-            numbers: dict[Tensor, int] = {
-                slot.parameter: chunk.number for chunk in self._chunks for slot in chunk.slots
-            }
-            self._waits.attach(model, numbers, reading=lambda: _synchronize(me()))
+            slots = [(slot.parameter, chunk.number) for chunk in self._chunks for slot in chunk.slots]
+            self._waits.attach(model, slots, reading=lambda: _synchronize(me()))
 
     # ------------------------------------------------------------------------------------- what it has
 
