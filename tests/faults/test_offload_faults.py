@@ -119,7 +119,7 @@ def test_without_undo_a_half_updated_state_is_refused_until_one_is_loaded(monkey
     with pytest.raises(RuntimeError, match="out of luck"):
         optimizer.step()
     step.mend()
-    with pytest.raises(MixedPrecisionError, match="failed halfway.*Load a saved state"):
+    with pytest.raises(MixedPrecisionError, match=r"failed halfway.*Load a saved state"):
         optimizer.step()
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
@@ -235,7 +235,7 @@ def test_a_model_that_was_converted_is_refused_in_backward(mode):
     model, optimizer = trained(mode=mode, delay_from=0)
     before = everything(model, optimizer)
     model.to(torch.float64)
-    with pytest.raises(ConfigError, match="moved from cpu torch.float32 to cpu torch.float64.*make the optimizer"):
+    with pytest.raises(ConfigError, match=r"moved from cpu torch\.float32 to cpu torch\.float64.*make the optimizer"):
         backward(model)
     model.to(torch.float32)
     optimizer.zero_grad()
@@ -324,6 +324,6 @@ def test_memory_that_cannot_be_pinned_is_said(monkeypatch):
     real = host_chunk.allocate
     monkeypatch.setattr(arena, "_pinned", refuse)
     monkeypatch.setattr(host_chunk, "allocate", lambda values, dtype, *, pin: real(values, dtype, pin=True))
-    model, optimizer = trained()
+    _, optimizer = trained()
     assert (optimizer.pinned, optimizer.pinning_refused) == (False, "locked memory is used up")
     assert optimizer.report.applied

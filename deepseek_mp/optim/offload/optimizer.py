@@ -98,6 +98,7 @@ class OffloadedOptimizer(Optimizer):
         me = weakref.ref(self)
         self._mode = self._make_mode(me, worker)
         if model is not None:
+            _check_model(model)
             slots = [(slot.parameter, chunk.number) for chunk in self._chunks for slot in chunk.slots]
             self._waits.attach(model, slots, reading=lambda: _synchronize(me()))
 
@@ -341,12 +342,25 @@ def _as_groups(params: Any) -> list[dict[str, Any]]:
     ]
 
 
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        passed = "a DistributedDataParallel model, whose gradients are averaged after ours have been sent"
+        change = "Pass the inner model, and average the gradients of the masters before each step"
+        raise ConfigError(explain(passed, "a model that trains on its own gradients", change))
+
+
 def _members(groups: Sequence[Mapping[str, Any]]) -> list[Member]:
     return [Member(parameter=p, group=index) for index, group in enumerate(groups) for p in group["params"]]
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> torch.device:
     """The one device of the parameters."""
+    if not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
+        change = "Pass model.parameters(), without names"
+        raise ConfigError(explain("something that is no parameter", "parameters, or groups of them", change))
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        change = "Leave the second one out; model.parameters() has each once"
+        raise ConfigError(explain("a parameter that is there twice", "each once", change))
     for parameter in parameters:
         if parameter.dtype not in _DTYPES:
             passed = f"a parameter {list(parameter.shape)} of {parameter.dtype}"

@@ -8,6 +8,7 @@ are those of the mode 'sync' in any case.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,28 +92,31 @@ class SpeculativeStep(SyncStep):
                 self.reopened(chunk)
         super().prepare()
 
-    def step_chunk(self, chunk: HostChunk, factor: Tensor | None) -> None:
+    def step_chunk(self, chunk: HostChunk, factor: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> None:
         guess = self._guesses.get(chunk.number)
         if guess is not None:
             guess.stepped.result()
             del self._guesses[chunk.number]
-            if self._holds(chunk, guess, factor):
+            if self._holds(chunk, guess, factor, groups):
                 return
             self.redone += 1
             chunk.restore(self.parts.owner().state)
-        super().step_chunk(chunk, factor)
+        super().step_chunk(chunk, factor, groups)
 
     def _speculate(self, chunk: HostChunk, guess: Guess) -> None:
         guess.landed.result()
         guess.versions = _versions(chunk)
-        super().step_chunk(chunk, guess.factor)
+        super().step_chunk(chunk, guess.factor, guess.options)
         chunk.round()
 
-    def _holds(self, chunk: HostChunk, guess: Guess, factor: Tensor | None) -> bool:
+    def _holds(
+        self, chunk: HostChunk, guess: Guess, factor: Tensor | None, options: Sequence[Mapping[str, Any]]
+    ) -> bool:
         """Whether the chunk was stepped with what it should have been stepped with."""
-        options = rule.options(self.parts.owner().param_groups)
         return (
-            _number(factor) == _number(guess.factor) and options == guess.options and guess.versions == _versions(chunk)
+            _number(factor) == _number(guess.factor)
+            and list(options) == guess.options
+            and guess.versions == _versions(chunk)
         )
 
     def _withdraw(self, chunk: HostChunk, guess: Guess) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import MixedPrecisionError, explain
+from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
 from deepseek_mp.optim.offload.host_chunk import HostChunk
@@ -82,12 +83,13 @@ class SyncStep:
     def apply(self, factor: Tensor | None) -> None:
         """Step all chunks, in the order in which forward reads them."""
         self.prepare()
+        groups = rule.options(self.parts.owner().param_groups)
         begun: list[HostChunk] = []
         try:
             for chunk in reversed(self.parts.chunks):
                 if chunk.has_gradients:
                     begun.append(chunk)
-                    self.step_chunk(chunk, factor)
+                    self.step_chunk(chunk, factor, groups)
                     self.send(chunk)
             self.step_device_part(factor)
         except BaseException as error:
@@ -103,12 +105,12 @@ class SyncStep:
         for pair in pairs:
             pair.adopt()
 
-    def step_chunk(self, chunk: HostChunk, factor: Tensor | None) -> None:
+    def step_chunk(self, chunk: HostChunk, factor: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> None:
         """Step a chunk on the gradients of its masters; what it changes is kept first."""
-        owner: Any = self.parts.owner()
+        states = self.parts.owner().state
         chunk.freed(self.parts.lanes)
-        chunk.keep(owner.state)
-        chunk.update(owner.param_groups, owner.state, chunk.gradients(), factor)
+        chunk.keep(states)
+        chunk.update(groups, states, chunk.gradients(), factor)
 
     def send(self, chunk: HostChunk) -> None:
         """Send a chunk's weights up, and let forward wait for them."""
@@ -127,7 +129,6 @@ class SyncStep:
     def take_back(self, begun: Iterable[HostChunk], error: BaseException) -> None:
         """Bring back the state before the step, on the host and on the device."""
         for chunk in begun:
-            chunk.freed(self.parts.lanes)
             if not chunk.kept:
                 continue
             if not self.parts.undo:

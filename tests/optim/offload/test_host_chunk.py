@@ -115,6 +115,18 @@ def test_the_memory_of_an_upload_is_not_overwritten():
     assert torch.equal(chunk.slots[0].parameter, torch.full((2, 3), 2.0, dtype=torch.bfloat16))
 
 
+def test_what_was_rounded_before_a_restore_is_not_sent():
+    chunk, lanes = chunk_of(*parameters(torch.bfloat16)), FakeLanes()
+    with torch.no_grad():
+        chunk.keep({})
+        chunk.slots[0].master.fill_(9.0)
+        chunk.round()
+        chunk.restore({})
+        chunk.send(lanes)
+        chunk.freed(lanes)
+    assert torch.equal(chunk.slots[0].parameter, torch.ones(2, 3, dtype=torch.bfloat16))
+
+
 def test_handed_over_gradients_keep_their_memory():
     chunk, lanes = chunk_of(*parameters(), two_gradients=True), FakeLanes()
     send_gradient(chunk, lanes, 1.0)

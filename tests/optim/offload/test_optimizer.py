@@ -293,6 +293,25 @@ def test_refuses_parameters(params, message):
         OffloadedOptimizer(params)
 
 
+def test_refuses_what_is_there_twice_or_has_a_name():
+    parameter = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ConfigError, match="there twice"):
+        OffloadedOptimizer([parameter, parameter])
+    with pytest.raises(ConfigError, match="without names"):
+        OffloadedOptimizer(small_model().named_parameters())
+
+
+def test_refuses_a_model_of_several_processes(monkeypatch):
+    class Parallel(nn.Module):
+        pass
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Parallel)
+    model = Parallel()
+    model.inner = small_model()
+    with pytest.raises(ConfigError, match="averaged after"):
+        OffloadedOptimizer(model.parameters(), model=model)
+
+
 def test_refuses_options():
     with pytest.raises(ConfigError, match="betas"):
         OffloadedOptimizer(small_model().parameters(), betas=(1.0, 0.9))

@@ -1,5 +1,6 @@
 """`SyncStep`: the order of a step, and what is left out of it."""
 
+import torch
 from fake_device import FakeLanes, backward, offloaded, small_model
 
 
@@ -21,6 +22,19 @@ def test_chunks_go_up_one_by_one_in_the_order_of_forward(monkeypatch):
     optimizer.step()
     names = [name for name, _ in model.named_parameters()]
     assert lanes.events == [word for i, name in enumerate(names) for word in (f"step {name}", f"up {i}")]
+
+
+def test_masters_are_not_changed_before_they_have_arrived():
+    """FP32 masters are sent from where they are, and nothing else waits when no forward lies between two steps."""
+    lanes, model = FakeLanes(), small_model()
+    optimizer = offloaded(model, lanes, chunk_bytes=4)
+    for _ in range(2):
+        lanes.events.clear()
+        for p in model.parameters():
+            optimizer.master(p).grad = torch.ones_like(p)
+        optimizer.step()
+    expected = [word for i in range(8) for word in (f"land up {i}", f"up {8 + i}")]
+    assert lanes.events == expected
 
 
 def test_a_chunk_without_gradients_is_left_alone():
