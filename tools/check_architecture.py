@@ -53,6 +53,7 @@ PURE = {
     "records/": frozenset[str](),
     "precision/": frozenset({"numpy"}),
     "report/": frozenset[str](),
+    "optim/offload/schedule.py": frozenset[str](),
 }
 """Parts that need the standard library alone, with what they may use besides."""
 

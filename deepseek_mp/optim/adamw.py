@@ -44,7 +44,7 @@ class AdamW(StoredOptimizer):
         seed: int = 0,
         foreach: bool = True,
     ) -> None:
-        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"storage": storage, "seed": seed, "foreach": foreach})
 
@@ -102,7 +102,8 @@ def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> No
     torch._foreach_add_(batch.values, updates)
 
 
-def _check(*, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+def check_options(*, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """`ConfigError` for an option of AdamW that is out of its range."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ConfigError(explain(f"lr of shape {list(lr.shape)}", "a number or a tensor []", "Use groups for rates"))
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):

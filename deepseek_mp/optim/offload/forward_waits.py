@@ -1,0 +1,91 @@
+"""`ForwardWaits`: forward waits for a chunk's weights where they are first read, not for all of them at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from deepseek_mp.optim.offload.lanes import Lanes
+
+
+class ForwardWaits:
+    """Hooks on the modules that own parameters: each waits for the chunks of its own.
+
+    A parameter that is read outside of its module's forward would not be waited for. So the chunks of parameters that
+    got a gradient without a call of their module are waited for at the start of the model's forward from then on.
+
+    Args:
+        lanes: of the device.
+    """
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._outstanding: dict[int, Sequence[Any]] = {}
+        self._chunk_of: dict[int, int] = {}
+        self._called: set[int] = set()
+        self._early: set[int] = set()
+        self._handles: list[Any] = []
+        self.attached = False
+
+    def attach(self, model: nn.Module, chunk_of: Iterable[tuple[Tensor, int]], *, reading: Callable[[], None]) -> None:
+        """Hook a model whose parameters are in these chunks; `reading` is called before its state is read."""
+        self._chunk_of = {id(parameter): chunk for parameter, chunk in chunk_of}
+        for module in model.modules():
+            own = frozenset(id(p) for p in module.parameters(recurse=False) if id(p) in self._chunk_of)
+            if own:
+                self._handles.append(module.register_forward_pre_hook(_Hook(partial(self._module, own)), prepend=True))
+        self._handles.append(model.register_forward_pre_hook(_Hook(self._model), prepend=True))
+        self._handles.append(model.register_state_dict_pre_hook(_Hook(reading)))
+        self._handles.append(model.register_state_dict_pre_hook(_Hook(self.wait_all)))
+        self.attached = True
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.attached = [], False
+
+    def sent(self, chunk: int, marks: Sequence[Any]) -> None:
+        """The weights of a chunk are on their way."""
+        self._outstanding[chunk] = marks
+        self._called = set()
+
+    def graded(self, parameter: Tensor) -> None:
+        """A gradient of the parameter has come."""
+        if id(parameter) not in self._called:
+            self._early.add(self._chunk_of[id(parameter)])
+
+    def wait(self, chunks: Iterable[int]) -> None:
+        """Let the device wait for these chunks."""
+        for chunk in chunks:
+            for mark in self._outstanding.pop(chunk, ()):
+                self._lanes.wait(mark)
+
+    def wait_all(self) -> None:
+        self.wait(sorted(self._outstanding))
+
+    def _model(self) -> None:
+        """The model is about to run."""
+        self.wait(sorted(self._early))
+
+    def _module(self, parameters: frozenset[int]) -> None:
+        """A module that owns these parameters is about to run."""
+        self._called |= parameters
+        self.wait(sorted({self._chunk_of[parameter] for parameter in parameters}))
+
+
+class _Hook:
+    """A hook on a model. Copies of the model have weights of their own: theirs does nothing."""
+
+    def __init__(self, action: Callable[[], None] | None) -> None:
+        self._action = action
+
+    def __call__(self, *_args: Any) -> None:
+        if self._action is not None:
+            self._action()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)

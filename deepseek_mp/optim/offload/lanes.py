@@ -1,0 +1,96 @@
+"""`Lanes`: copies between one device and the host, each way on a stream of its own where the device has streams."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Lanes(Protocol):
+    """Two lanes of copies, down to the host and up to the device.
+
+    A copy gives a mark, which stands for its end. The source must keep its numbers, and the target must not be read,
+    before the mark was waited for.
+    """
+
+    def down(self, target: Tensor, source: Tensor) -> Any:
+        """Copy from the device, after the work that its current stream has been given so far; casts on the device."""
+
+    def up(self, target: Tensor, source: Tensor) -> Any:
+        """Copy to the device, after the work that its current stream has been given so far; casts on the device."""
+
+    def wait(self, mark: Any) -> None:
+        """Let the device's current stream wait for a copy."""
+
+    def land(self, mark: Any) -> None:
+        """Let the host wait for a copy."""
+
+
+class DirectLanes:
+    """Copies that have ended when the call returns: CPUs, and devices without streams. Marks are None."""
+
+    def down(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def up(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def wait(self, mark: None) -> None:
+        """Nothing to wait for."""
+
+    def land(self, mark: None) -> None:
+        """Nothing to wait for."""
+
+
+class StreamLanes:
+    """Copies on two side streams of a device; marks are its events. The host's side should be pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module: Any = torch.get_device_module(device)
+        self._down = self._module.Stream(device=device)
+        self._up = self._module.Stream(device=device)
+
+    def down(self, target: Tensor, source: Tensor) -> Any:
+        self._down.wait_stream(self._current())
+        with self._module.stream(self._down):
+            target.copy_(source.to(target.dtype).contiguous(), non_blocking=True)
+        source.record_stream(self._down)
+        return self._mark(self._down)
+
+    def up(self, target: Tensor, source: Tensor) -> Any:
+        self._up.wait_stream(self._current())
+        with self._module.stream(self._up):
+            arriving = target  # a copy that casts or changes strides would do so on the host, and wait
+            if source.dtype is not target.dtype or not target.is_contiguous():
+                arriving = torch.empty(source.shape, dtype=source.dtype, device=target.device)
+            arriving.copy_(source, non_blocking=True)
+            if arriving is not target:
+                target.copy_(arriving)
+        target.record_stream(self._up)
+        return self._mark(self._up)
+
+    def wait(self, mark: Any) -> None:
+        self._current().wait_event(mark)
+
+    def land(self, mark: Any) -> None:
+        mark.synchronize()
+
+    def _current(self) -> Any:
+        return self._module.current_stream(self._device)
+
+    def _mark(self, stream: Any) -> Any:
+        event = self._module.Event()
+        event.record(stream)
+        return event
+
+
+def lanes_for(device: torch.device) -> Lanes:
+    """The lanes of a device: on streams if it has them."""
+    if device.type in ("cpu", "meta"):
+        return DirectLanes()
+    module = torch.get_device_module(device)
+    streams = all(hasattr(module, name) for name in ("Stream", "stream", "Event", "current_stream"))
+    return StreamLanes(device) if streams else DirectLanes()

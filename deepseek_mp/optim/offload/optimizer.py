@@ -1,0 +1,374 @@
+"""`OffloadedOptimizer`: AdamW whose FP32 weights, states and accumulated gradients are on the host.
+
+To the outside it is AdamW over FP32 parameters on the host, the masters: its groups hold these, and so do loss scalers,
+schedulers, clipping and states. The model's parameters have hooks that send each gradient down while backward runs, and
+get their new values back at the end of a step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.optim import Optimizer
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.optim.adamw import check_options
+from deepseek_mp.optim.offload import rule, schedule
+from deepseek_mp.optim.offload.delayed_step import DelayedStep
+from deepseek_mp.optim.offload.device_part import DevicePart
+from deepseek_mp.optim.offload.forward_waits import ForwardWaits
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Slot
+from deepseek_mp.optim.offload.lanes import Lanes, lanes_for
+from deepseek_mp.optim.offload.master_weights import Pair
+from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
+from deepseek_mp.optim.offload.speculative_step import SpeculativeStep
+from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
+from deepseek_mp.optim.offload.verdict import judge
+from deepseek_mp.optim.offload.worker import ThreadWorker, Worker
+
+MASTER = "master"
+"""Key of a saved state: the FP32 weight of a parameter that is not FP32 on the device."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIRES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+
+
+class OffloadedOptimizer(Optimizer):
+    """AdamW on the host for a model on a device.
+
+    Gradients go down while backward runs and are added up on the host in FP32. `step` updates the masters chunk by
+    chunk and sends each chunk's weights up when it is done; forward waits for a chunk where it first reads it. `step`
+    is a transaction: it is applied whole, skipped, or raises with everything as it was before. It ends the window of
+    accumulation: gradients are released then, and after a failure they stay.
+
+    Read weights other than through the model's forward or `state_dict` only after `synchronize`.
+
+    Args:
+        params: parameters of one device in FP32, BF16 or FP16, or groups of them, in the order of execution.
+        lr: a number, or a tensor [].
+        betas: of both moments.
+        eps: added to the root of the second moment.
+        weight_decay: times the rate, taken off the weight.
+        model: that has the parameters. Without it, the device waits for all weights at the end of `step`.
+        settings: how it is offloaded.
+        lanes: makes the copies of a device.
+        worker: makes what runs the host's steps beside the device, in the modes that do so.
+
+    Raises:
+        ConfigError: an option out of its range; parameters of other dtypes or of several devices.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        model: nn.Module | None = None,
+        settings: OffloadSettings | None = None,
+        lanes: Callable[[torch.device], Lanes] = lanes_for,
+        worker: Callable[[], Worker] = ThreadWorker,
+    ) -> None:
+        check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.settings = settings or OffloadSettings()
+        self.report: StepReport | None = None
+        """What the last step did."""
+        groups = _as_groups(params)
+        device = _check_parameters([p for group in groups for p in group["params"]])
+        self._lanes = lanes(device)
+        self._waits = ForwardWaits(self._lanes)
+        self._chunks: list[HostChunk] = []
+        self._pairs: dict[int, Pair] = {}
+        self._handles: list[Any] = []
+        self._chunk_of: dict[int, HostChunk] = {}
+        self._task = -1
+        self._passes = 0
+        masters = self._take_over(_members(groups), device)
+        taken = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
+        super().__init__(taken, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **rule.OPTIONS})
+        me = weakref.ref(self)
+        self._mode = self._make_mode(me, worker)
+        if model is not None:
+            _check_model(model)
+            slots = [(slot.parameter, chunk.number) for chunk in self._chunks for slot in chunk.slots]
+            self._waits.attach(model, slots, reading=lambda: _synchronize(me()))
+
+    # ------------------------------------------------------------------------------------- what it has
+
+    @property
+    def split(self) -> schedule.Split:
+        """Which chunks are on the host, in the order of arrival of their gradients, and which stay on the device."""
+        return self._split
+
+    @property
+    def pinned(self) -> bool:
+        """Whether all memory that is copied from and to is pinned."""
+        return not self.pinning_refused and any(arena.pinned for chunk in self._chunks for arena in chunk.arenas)
+
+    @property
+    def pinning_refused(self) -> str | None:
+        """Why pinned memory could not be had, where it was asked for."""
+        return next((arena.refused for chunk in self._chunks for arena in chunk.arenas if arena.refused), None)
+
+    def master(self, parameter: Tensor) -> nn.Parameter:
+        """The FP32 weight that a parameter is rounded from; the parameter itself if it is one."""
+        if id(parameter) in self._pairs:
+            return self._pairs[id(parameter)].master
+        passed = f"a parameter {list(parameter.shape)} that the optimizer does not train"
+        raise ConfigError(explain(passed, "parameters that it was made for", "Pass the parameter of the model itself"))
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of this window, also those on their way."""
+        self._mode.forget()
+        self._passes = 0
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on the accumulated gradients; a `closure` is called first and its loss returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._land()
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        verdict = judge(self._gradients(), self.settings, scale=scale, found_inf=found)
+        self._mode.step(verdict)
+        self.report = replace(verdict.report, redone=self._mode.redone)
+        self._passes = 0
+        super().zero_grad(set_to_none=True)
+        return loss
+
+    def synchronize(self) -> None:
+        """Finish what is outstanding: masters, states and the model's weights are then those after the last step.
+
+        In mode 'delayed' the next forward sees newer weights than it would have, so calls change the numbers.
+        """
+        self._land()
+        with torch.no_grad():
+            self._mode.settle()
+        self._waits.wait_all()
+
+    def close(self) -> None:
+        """Wait for what is on its way and remove all hooks; the model trains on without this optimizer."""
+        self.synchronize()
+        self._waits.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of AdamW over FP32 weights, which loads it. Weights that are BF16 on the device are in it too."""
+        self.synchronize()
+        saved = super().state_dict()
+        masters = [parameter for group in self.param_groups for parameter in group["params"]]
+        numbers = {id(master): number for number, master in enumerate(masters)}
+        for pair in self._pairs.values():
+            number = numbers[id(pair.master)]
+            if pair.parameter.dtype is not torch.float32 and number in saved["state"]:
+                pair.adopt()
+                saved["state"][number] = {**saved["state"][number], MASTER: pair.master.detach()}
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of this class or of AdamW; FP32 weights in it replace those of the model."""
+        self.synchronize()
+        if any(group.get("amsgrad") or group.get("maximize") for group in state_dict["param_groups"]):
+            passed = "a state with amsgrad or maximize"
+            raise ConfigError(explain(passed, "states of AdamW without them", "Train on with torch.optim.AdamW"))
+        super().load_state_dict(state_dict)
+        self._mode.broken = None
+        for chunk in self._chunks:
+            for slot in chunk.slots:
+                self._adopt_state(slot, slot.moments)
+            self._mode.send(chunk)
+        for pair in self._device_part.pairs:
+            self._adopt_state(pair, None)
+        self._device_part.write(self._device_part.pairs)
+        self._waits.wait_all()
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> NoReturn:
+        self._refuse_copy()
+
+    def __reduce__(self) -> NoReturn:
+        self._refuse_copy()
+
+    def _refuse_copy(self) -> NoReturn:
+        change = "Make one for the copied model, and load the state_dict of this one"
+        raise ConfigError(explain("a copy of an OffloadedOptimizer", "one for each model, which it hooks", change))
+
+    def _adopt_state(self, pair: Pair, moments: Sequence[Tensor] | None) -> None:
+        """Take over what was loaded, into the chunk's memory if there is one."""
+        state = self.state.get(pair.master, {})
+        loaded = state.pop(MASTER, None)
+        if loaded is None:
+            pair.adopt()
+        else:
+            pair.master.copy_(loaded)
+        if state:
+            state["step"] = state["step"].clone()
+            for name, moment in zip(rule.MOMENTS, moments or (), strict=False):
+                state[name] = moment.copy_(state[name])
+
+    # ------------------------------------------------------------------------------------------ taking over
+
+    def _take_over(self, members: Sequence[Member], device: torch.device) -> dict[int, nn.Parameter]:
+        """Make chunks and hooks; gives what stands for each parameter in the groups."""
+        settings = self.settings
+        parts = schedule.chunks([m.parameter.numel() for m in members], limit_bytes=settings.chunk_bytes)
+        narrow = all(m.parameter.dtype is not torch.float32 for m in members)
+        per_value = 4 + 8 + 2 if narrow else 8 + 4  # the master, the moments and the gradient
+        self._split = schedule.split(parts, free_bytes=settings.free_bytes, bytes_per_value=per_value)
+        on_host = settings.cast == "host"
+        if settings.cast == "auto":
+            on_host = settings.rates is None or schedule.cast_on_host(settings.rates, keep=settings.undo)
+        memory = Memory(
+            wire=_WIRES[settings.wire],
+            pin=device.type != "cpu",
+            undo=settings.undo,
+            cast_on_host=on_host,
+            two_gradients=settings.mode == "delayed",
+        )
+        for part in self._split.host:
+            self._chunks.append(HostChunk(part.number, [members[index] for index in part.members], memory))
+        self._device_part = DevicePart([members[index] for part in self._split.device for index in part.members])
+        self._chunk_of = {id(slot.parameter): chunk for chunk in self._chunks for slot in chunk.slots}
+        pairs: list[Pair] = [slot for chunk in self._chunks for slot in chunk.slots]
+        for pair in [*pairs, *self._device_part.pairs]:
+            pair.adopt()
+            self._pairs[id(pair.parameter)] = pair
+            if pair.master is not pair.parameter:
+                self._hook(pair.parameter)
+        return {key: pair.master for key, pair in self._pairs.items()}
+
+    def _hook(self, parameter: nn.Parameter) -> None:
+        me = weakref.ref(self)
+
+        def arrived(parameter: Tensor) -> None:
+            optimizer = me()
+            if optimizer is not None:
+                optimizer._arrived(parameter)
+
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # a frozen one cannot be hooked, but may be trained later
+        self._handles.append(parameter.register_post_accumulate_grad_hook(arrived))
+        parameter.requires_grad_(trained)
+
+    def _make_mode(self, owner: Callable[[], Any], worker: Callable[[], Worker]) -> SyncStep:
+        parts = Parts(
+            owner=owner,
+            chunks=self._chunks,
+            device=self._device_part,
+            lanes=self._lanes,
+            waits=self._waits,
+            worker=worker,
+            undo=self.settings.undo,
+        )
+        if self.settings.mode == "delayed":
+            return DelayedStep(parts, self.settings.delay_from)
+        return SpeculativeStep(parts) if self.settings.mode == "speculative" else SyncStep(parts)
+
+    # ------------------------------------------------------------------------------------------ gradients
+
+    def _arrived(self, parameter: Tensor) -> None:
+        """Send a gradient down. Runs in backward, after the gradient has been added to `parameter.grad`."""
+        pair = self._pairs[id(parameter)]
+        gradient = parameter.grad
+        assert gradient is not None
+        pair.check_gradient(gradient)
+        parameter.grad = None
+        if not isinstance(pair, Slot):
+            self._device_part.arrived(pair, gradient)
+            return
+        self._note_pass()
+        chunk = self._chunk_of[id(parameter)]
+        self._mode.reopened(chunk)
+        if pair.pending:
+            self._land()
+        pair.mark, pair.pending = self._lanes.down(pair.wire, gradient.detach()), True
+        if self._waits.attached:
+            self._waits.graded(parameter)
+        chunk.coming.add(pair)
+        if chunk.is_complete:
+            self._mode.complete(chunk, last=self._passes >= self.settings.accumulation)
+
+    def _note_pass(self) -> None:
+        """At the first gradient of a backward: arrange for all of them to be added up when it ends."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task = task
+        self._passes += 1
+        for chunk in self._chunks:
+            chunk.coming.clear()
+        Variable._execution_engine.queue_callback(self._land)
+
+    @torch.no_grad()
+    def _land(self) -> None:
+        self._mode.land()
+
+    def _gradients(self) -> list[Tensor]:
+        found = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        return [gradient for gradient in found if gradient is not None]
+
+
+def _synchronize(optimizer: OffloadedOptimizer | None) -> None:
+    if optimizer is not None:
+        optimizer.synchronize()
+
+
+def _as_groups(params: Any) -> list[dict[str, Any]]:
+    listed = list(params)
+    if not listed:
+        raise ConfigError(explain("no parameters", "one or more", "Pass model.parameters()"))
+    groups = listed if isinstance(listed[0], dict) else [{"params": listed}]
+    return [
+        {**group, "params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
+        for group in groups
+    ]
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        passed = "a DistributedDataParallel model, whose gradients are averaged after ours have been sent"
+        change = "Pass the inner model, and average the gradients of the masters before each step"
+        raise ConfigError(explain(passed, "a model that trains on its own gradients", change))
+
+
+def _members(groups: Sequence[Mapping[str, Any]]) -> list[Member]:
+    return [Member(parameter=p, group=index) for index, group in enumerate(groups) for p in group["params"]]
+
+
+def _check_parameters(parameters: Sequence[Tensor]) -> torch.device:
+    """The one device of the parameters."""
+    if not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
+        change = "Pass model.parameters(), without names"
+        raise ConfigError(explain("something that is no parameter", "parameters, or groups of them", change))
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        change = "Leave the second one out; model.parameters() has each once"
+        raise ConfigError(explain("a parameter that is there twice", "each once", change))
+    for parameter in parameters:
+        if parameter.dtype not in _DTYPES:
+            passed = f"a parameter {list(parameter.shape)} of {parameter.dtype}"
+            raise ConfigError(
+                explain(passed, ", ".join(map(str, _DTYPES)), "Convert the model, or use another optimizer")
+            )
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    if len(devices) != 1:
+        passed = f"parameters on {' and '.join(devices)}"
+        raise ConfigError(explain(passed, "one device", "Make one optimizer for each device"))
+    return parameters[0].device

@@ -1,0 +1,55 @@
+"""AdamW's step on some parameters of one group: PyTorch's own, so that its numbers are PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+OPTIONS = {
+    "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
+    "fused": True, "decoupled_weight_decay": True,
+}  # fmt: skip
+"""Options of a group that `torch.optim.AdamW` has besides, so that it loads our states."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def new_state(moments: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The state of a parameter before its first step, as that of a fused AdamW; the moments are zeroed."""
+    state = {"step": torch.zeros((), dtype=torch.float32, device=moments[0].device)}
+    return state | {name: moment.zero_() for name, moment in zip(MOMENTS, moments, strict=True)}
+
+
+def options(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a step of each group takes from it, now: schedules change it later."""
+    return [
+        {"lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
+        for group in groups
+    ]
+
+
+def step(
+    group: Mapping[str, Any], weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """One step in place, fp32; on a CPU the fused kernel, which reads and writes every number once."""
+    fused = weights[0].device.type == "cpu"
+    adamw(
+        list(weights),
+        list(grads),
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=fused,
+        foreach=not fused,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

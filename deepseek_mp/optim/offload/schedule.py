@@ -1,0 +1,212 @@
+"""The schedule of an offloaded optimizer as plain values: chunks, their order and place, the predicted time of a step.
+
+Needs no torch. Sizes are counts of values; a chunk is measured by the bytes of its FP32 weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepseek_mp.errors import ConfigError, explain
+
+FP32_BYTES = 4
+CHUNK_BYTES = 64 << 20
+"""Default bound of a chunk: large enough that a copy runs at full bandwidth, small enough to overlap with others."""
+STEP_BYTES = 28
+"""Bytes that AdamW moves per value: weight, gradient and two moments read, all but the gradient written, in FP32."""
+KEEP_BYTES = 24
+"""Bytes that keeping the state before a step moves per value: weight and two moments read and written."""
+CAST_BYTES = 6
+"""Bytes that rounding an FP32 weight to BF16 moves: 4 read, 2 written."""
+MODES = ("sync", "speculative", "delayed")
+WIRES = {"bf16": 2, "fp32": 4}
+"""Formats that gradients are sent in, with their bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Parameters that are copied and stepped together."""
+
+    number: int
+    """Place in the order of arrival: the gradients of chunk 0 are complete first."""
+    members: tuple[int, ...]
+    """Which parameters, by their place in the order of execution; the one that arrives first stands first."""
+    values: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of its FP32 weights."""
+        return self.values * FP32_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Which chunks are stepped on the host and which on the device."""
+
+    host: tuple[Chunk, ...]
+    device: tuple[Chunk, ...]
+    freed_bytes: int
+    """Of device memory, by the chunks on the host."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the values whose states are on the host."""
+        host, device = (sum(chunk.values for chunk in part) for part in (self.host, self.device))
+        return host / (host + device) if host + device else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a machine moves, in bytes per second."""
+
+    down: float
+    """From the device to the host."""
+    up: float
+    """From the host to the device."""
+    cpu: float
+    """Through the host's AdamW, at `STEP_BYTES` a value."""
+
+    def __post_init__(self) -> None:
+        for name in ("down", "up", "cpu"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(explain(f"{name}={value!r} bytes/s", "positive numbers", "Measure with calibrate()"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one training step does besides what is offloaded, and how that is done."""
+
+    forward_backward: float
+    """Seconds on the device, all micro-batches."""
+    device_step: float = 0.0
+    """Seconds that the device would need to step all values."""
+    micro_steps: int = 1
+    """Each sends every gradient down once."""
+    wire: str = "bf16"
+    mode: str = "sync"
+    keep: bool = True
+    """Whether the state before the step is kept, so that it can be taken back."""
+
+    def __post_init__(self) -> None:
+        check_member("mode", self.mode, MODES)
+        check_member("wire", self.wire, tuple(WIRES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The parts of a predicted step, in seconds."""
+
+    device: float
+    """Forward, backward and the step of what stays on the device."""
+    down: float
+    host: float
+    """The host's step of all its chunks."""
+    tail: float
+    """What nothing hides."""
+    total: float
+
+    @property
+    def bound(self) -> str:
+        """Which of 'device', 'down' and 'host' takes longest."""
+        return max(("device", "down", "host"), key=lambda name: float(getattr(self, name)))
+
+
+def chunks(sizes: Sequence[int], *, limit_bytes: int = CHUNK_BYTES) -> tuple[Chunk, ...]:
+    """Group parameters into chunks, in the order in which backward completes their gradients.
+
+    Args:
+        sizes: values of each parameter, in the order of execution in forward.
+        limit_bytes: bound of a chunk's FP32 weights; a parameter that is larger is a chunk of its own.
+
+    Raises:
+        ConfigError: a limit that holds no value.
+    """
+    if limit_bytes < FP32_BYTES:
+        passed = f"chunk_bytes={limit_bytes}"
+        raise ConfigError(explain(passed, f"{FP32_BYTES} bytes or more", f"Take the default, {CHUNK_BYTES}"))
+    groups: list[list[int]] = []
+    filled = 0
+    for member in reversed(range(len(sizes))):
+        needed = sizes[member] * FP32_BYTES
+        if not groups or filled + needed > limit_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(member)
+        filled += needed
+    return tuple(
+        Chunk(number=number, members=tuple(members), values=sum(sizes[member] for member in members))
+        for number, members in enumerate(groups)
+    )
+
+
+def split(parts: Sequence[Chunk], *, free_bytes: int | None, bytes_per_value: int) -> Split:
+    """Offload as many chunks as free the bytes wanted, those whose gradients arrive first before others.
+
+    They have the rest of backward to be hidden in; what arrives last would be waited for.
+
+    Args:
+        parts: in the order of arrival.
+        free_bytes: of device memory; None offloads everything.
+        bytes_per_value: that a value occupies on the device while it is not offloaded, and not afterwards.
+
+    Raises:
+        ConfigError: more than all chunks would free, or a negative number.
+    """
+    possible = sum(chunk.values for chunk in parts) * bytes_per_value
+    if free_bytes is None:
+        return Split(host=tuple(parts), device=(), freed_bytes=possible)
+    if not 0 <= free_bytes <= possible:
+        passed = f"free_bytes={free_bytes}"
+        change = "Free less, or shard the model: weights stay on the device"
+        raise ConfigError(explain(passed, f"0 to {possible}, which all chunks would free", change))
+    freed = taken = 0
+    while freed < free_bytes:
+        freed += parts[taken].values * bytes_per_value
+        taken += 1
+    return Split(host=tuple(parts[:taken]), device=tuple(parts[taken:]), freed_bytes=freed)
+
+
+def cast_on_host(rates: Rates, *, keep: bool = True) -> bool:
+    """Whether the host should round BF16 weights before it sends them; else it sends FP32 and the device rounds.
+
+    The host's step and the copies up overlap, so the slower of the two counts: rounding loads the host with
+    `CAST_BYTES` a value and saves the wire half.
+    """
+    step = (STEP_BYTES + KEEP_BYTES * keep) / rates.cpu
+    host = max(step + CAST_BYTES / rates.cpu, WIRES["bf16"] / rates.up)
+    return host <= max(step, FP32_BYTES / rates.up)
+
+
+def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
+    """The time of a step: max(T_device, T_down, T_host) + T_tail, where T_host is hidden only in modes that can.
+
+    In 'sync' the host begins when the gradients' norm is known, after backward, so its whole step is in the tail. In
+    'speculative' the tail is what follows backward for the chunk that arrives last: its copy down and its step.
+    In 'delayed' the host's step of the last gradients runs beside this forward and backward. In all modes forward
+    waits for the first chunk to go up, and the others follow behind it.
+    """
+    values = sum(chunk.values for chunk in placed.host)
+    wire = WIRES[work.wire]
+    per_value = (STEP_BYTES + KEEP_BYTES * work.keep) / rates.cpu
+    device = work.forward_backward + (1 - placed.fraction) * work.device_step
+    down = work.micro_steps * values * wire / rates.down
+    host = values * per_value
+    last = placed.host[-1].values if placed.host else 0
+    up = last * wire / rates.up
+    if work.mode == "sync":
+        tail = host + up
+        total = max(device, down) + tail
+    else:
+        speculative = last * (wire / rates.down + per_value) if work.mode == "speculative" else 0.0
+        tail = speculative + up
+        total = max(device, down, host) + tail
+    return Prediction(device=device, down=down, host=host, tail=tail, total=total)
+
+
+def check_member(name: str, value: str, allowed: Sequence[str]) -> None:
+    """`ConfigError` unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ConfigError(explain(f"{name}={value!r}", ", ".join(map(repr, allowed)), f"Choose the {name} from these"))

@@ -1,0 +1,71 @@
+"""The settings of an offloaded optimizer, and what it says of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.optim.offload.schedule import CHUNK_BYTES, MODES, WIRES, Rates, check_member
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadSettings:
+    """How an optimizer is offloaded. `ConfigError` for a value that is not possible."""
+
+    mode: str = "sync"
+    """'sync' and 'speculative' give the numbers of AdamW; 'delayed' applies each gradient one step late."""
+    wire: str | None = None
+    """Gradients are sent in 'bf16' or 'fp32'. None: BF16 parameters' in BF16, others' in FP32."""
+    accumulation: int = 1
+    """Backward passes of a window; 'speculative' steps on what the last of them sends. A window may be shorter."""
+    delay_from: int = 1000
+    """'delayed' begins after this many applied steps: early steps change the weights most."""
+    chunk_bytes: int = CHUNK_BYTES
+    """Bound of a chunk's FP32 weights."""
+    free_bytes: int | None = None
+    """Device memory to free. None offloads everything."""
+    max_grad_norm: float | None = None
+    """Clip the L2 norm of all gradients to this, as `torch.nn.utils.clip_grad_norm_` does."""
+    check_finite: bool = True
+    """Skip a step whose gradients' norm is not finite, unless a loss scaler has looked at them."""
+    undo: bool = True
+    """Keep the state before a step, 12 bytes of host memory per value, so that a step that fails is taken back."""
+    cast: str = "auto"
+    """BF16 weights are rounded on the 'host' or on the 'device'. 'auto' is the side that `rates` speak for."""
+    rates: Rates | None = None
+    """Measured by `calibrate`. Without them 'auto' rounds on the host, which sends half the bytes."""
+
+    def __post_init__(self) -> None:
+        check_member("mode", self.mode, MODES)
+        if self.wire is not None:
+            check_member("wire", self.wire, tuple(WIRES))
+        check_member("cast", self.cast, ("auto", "host", "device"))
+        if self.mode != "sync" and not self.undo:
+            passed = f"mode={self.mode!r} with undo=False"
+            change = "Keep undo=True: these modes put chunks back as a matter of course"
+            raise ConfigError(explain(passed, "undo=True, or mode='sync'", change))
+        if self.mode == "delayed" and self.free_bytes is not None:
+            passed = f"mode='delayed' with free_bytes={self.free_bytes}"
+            change = "Offload everything: what stays on the device could not be taken back with the rest"
+            raise ConfigError(explain(passed, "free_bytes=None, or another mode", change))
+        if self.accumulation < 1 or self.delay_from < 0:
+            passed = f"accumulation={self.accumulation} and delay_from={self.delay_from}"
+            raise ConfigError(explain(passed, "at least 1, and at least 0", "Count whole passes and steps"))
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            passed = f"max_grad_norm={self.max_grad_norm!r}"
+            raise ConfigError(explain(passed, "a number above 0, or None", "Leave it out to clip nothing"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What the last step did."""
+
+    applied: bool
+    reason: str | None = None
+    """Why it was skipped: 'no_grads', 'nonfinite', or 'scaler' when a loss scaler said so."""
+    grad_norm: float | None = None
+    """L2 norm of the unscaled gradients before clipping, where it was computed."""
+    factor: float = 1.0
+    """The gradients were multiplied by this: unscaled and clipped."""
+    redone: int = 0
+    """Chunks that 'speculative' stepped on a wrong guess, and then again."""

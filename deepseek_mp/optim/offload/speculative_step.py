@@ -1,0 +1,140 @@
+"""`SpeculativeStep`: the host steps a chunk as soon as its gradients have landed, and does it again if that was wrong.
+
+Whether a step is applied, and by what its gradients are multiplied, is known only when all of them have been seen. The
+guess is that it is applied, with the loss scale of the step before and without clipping. Where the guess was right, the
+host's step has run beside backward. Where it was wrong the chunk is put back and stepped again, so that the numbers
+are those of the mode 'sync' in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from deepseek_mp.optim.offload import rule
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot
+from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
+from deepseek_mp.optim.offload.verdict import Verdict
+
+
+@dataclass(eq=False, kw_only=True)
+class Guess:
+    """What a chunk was stepped with."""
+
+    factor: Tensor | None
+    options: list[dict[str, Any]]
+    """Of all groups."""
+    landed: Future[Any] = field(default_factory=Future)
+    stepped: Future[Any] = field(default_factory=Future)
+    versions: dict[Slot, int] = field(default_factory=dict)
+    """Of the accumulated gradients."""
+
+
+class SpeculativeStep(SyncStep):
+    """The mode 'speculative'. Between backward and `step` masters and states may be ahead; `settle` puts them back."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._worker = parts.worker()
+        self._guesses: dict[int, Guess] = {}
+        self._factor: Tensor | None = None
+
+    def reopened(self, chunk: HostChunk) -> None:
+        guess = self._guesses.pop(chunk.number, None)
+        if guess is not None:
+            self._withdraw(chunk, guess)
+
+    def complete(self, chunk: HostChunk, *, last: bool) -> None:
+        if not last or self.broken is not None:
+            return
+        for slot in chunk.slots:
+            slot.adopt()
+        guess = Guess(factor=self._factor, options=rule.options(self.parts.owner().param_groups))
+        self._guesses[chunk.number] = guess
+        guess.landed = self._worker.submit(chunk.land, self.parts.lanes)
+        guess.stepped = self._worker.submit(self._speculate, chunk, guess)
+
+    def land(self) -> None:
+        for chunk in self.parts.chunks:
+            guess = self._guesses.get(chunk.number)
+            if guess is None:
+                chunk.land(self.parts.lanes)
+            else:
+                guess.landed.result()
+
+    def forget(self) -> None:
+        self.settle()
+        super().forget()
+
+    def settle(self) -> None:
+        for chunk in self.parts.chunks:
+            self.reopened(chunk)
+
+    def step(self, verdict: Verdict) -> None:
+        self.check_whole()
+        self._factor, self.redone = verdict.unscaling, 0
+        if verdict.reason is not None:
+            self.settle()
+            return
+        try:
+            super().step(verdict)
+        except BaseException:
+            self.settle()
+            raise
+
+    def prepare(self) -> None:
+        for chunk in self.parts.chunks:
+            if not chunk.has_gradients or any(slot.written for slot in chunk.slots):
+                self.reopened(chunk)
+        super().prepare()
+
+    def step_chunk(self, chunk: HostChunk, factor: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> None:
+        guess = self._guesses.get(chunk.number)
+        if guess is not None:
+            guess.stepped.result()
+            del self._guesses[chunk.number]
+            if self._holds(chunk, guess, factor, groups):
+                return
+            self.redone += 1
+            chunk.restore(self.parts.owner().state)
+        super().step_chunk(chunk, factor, groups)
+
+    def _speculate(self, chunk: HostChunk, guess: Guess) -> None:
+        guess.landed.result()
+        guess.versions = _versions(chunk)
+        super().step_chunk(chunk, guess.factor, guess.options)
+        chunk.round()
+
+    def _holds(
+        self, chunk: HostChunk, guess: Guess, factor: Tensor | None, options: Sequence[Mapping[str, Any]]
+    ) -> bool:
+        """Whether the chunk was stepped with what it should have been stepped with."""
+        return (
+            _number(factor) == _number(guess.factor)
+            and list(options) == guess.options
+            and guess.versions == _versions(chunk)
+        )
+
+    def _withdraw(self, chunk: HostChunk, guess: Guess) -> None:
+        """Wait for a chunk and put it back, whether or not its step failed."""
+        guess.landed.exception()
+        guess.stepped.exception()
+        if chunk.kept:
+            chunk.restore(self.parts.owner().state)
+
+
+def _versions(chunk: HostChunk) -> dict[Slot, int]:
+    """How often each accumulated gradient has been written, and -1 where it is not where we put it."""
+    return {
+        slot: slot.total._version if slot.master.grad is slot.total else -1
+        for slot in chunk.slots
+        if slot.master.grad is not None
+    }
+
+
+def _number(factor: Tensor | None) -> float:
+    return 1.0 if factor is None else float(factor)

@@ -1,0 +1,146 @@
+"""`SyncStep`: the host steps all chunks once the gradients of a window are complete; all of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deepseek_mp.errors import MixedPrecisionError, explain
+from deepseek_mp.optim.offload import rule
+from deepseek_mp.optim.offload.device_part import DevicePart
+from deepseek_mp.optim.offload.forward_waits import ForwardWaits
+from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload.lanes import Lanes
+from deepseek_mp.optim.offload.verdict import Verdict
+from deepseek_mp.optim.offload.worker import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a mode works with."""
+
+    owner: Callable[[], Optimizer]
+    """Has the groups and states, which loading replaces."""
+    chunks: list[HostChunk]
+    """In the order of arrival."""
+    device: DevicePart
+    lanes: Lanes
+    waits: ForwardWaits
+    worker: Callable[[], Worker]
+    """Makes one, for the modes that need it."""
+    undo: bool
+
+
+class SyncStep:
+    """The mode 'sync', and the base of the others."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.broken: BaseException | None = None
+        """Why the state is not whole: a step failed halfway and could not be taken back."""
+        self.redone = 0
+        """Chunks that were stepped twice in the last step."""
+
+    def reopened(self, chunk: HostChunk) -> None:
+        """Another gradient of this chunk is about to be sent down."""
+
+    def complete(self, chunk: HostChunk, *, last: bool) -> None:
+        """All gradients of a chunk are on their way; `last`: in the last backward of the window."""
+
+    def land(self) -> None:
+        """Wait for gradients and add them."""
+        for chunk in self.parts.chunks:
+            chunk.land(self.parts.lanes)
+
+    def forget(self) -> None:
+        """The gradients of the window are not wanted."""
+        for chunk in self.parts.chunks:
+            chunk.discard(self.parts.lanes)
+
+    def settle(self) -> None:
+        """Bring masters, states and weights to where the last `step` left them, for others to read."""
+
+    def step(self, verdict: Verdict) -> None:
+        """Apply or skip the step that the verdict is on.
+
+        Raises:
+            MixedPrecisionError: an earlier step failed halfway.
+        """
+        self.check_whole()
+        if verdict.reason is None:
+            self.apply(verdict.factor)
+
+    def check_whole(self) -> None:
+        if self.broken is not None:
+            passed = "a step after one that failed halfway and could not be taken back"
+            change = "Load a saved state, and keep undo=True"
+            raise MixedPrecisionError(explain(passed, "steps from a whole state", change)) from self.broken
+
+    def apply(self, factor: Tensor | None) -> None:
+        """Step all chunks, in the order in which forward reads them."""
+        self.prepare()
+        groups = rule.options(self.parts.owner().param_groups)
+        begun: list[HostChunk] = []
+        try:
+            for chunk in reversed(self.parts.chunks):
+                if chunk.has_gradients:
+                    begun.append(chunk)
+                    self.step_chunk(chunk, factor, groups)
+                    self.send(chunk)
+            self.step_device_part(factor)
+        except BaseException as error:
+            self.take_back(begun, error)
+            raise
+        self.commit()
+
+    def prepare(self) -> None:
+        """What can fail before anything is changed; and take over what others wrote into the weights."""
+        pairs = [*self.parts.device.pairs, *(slot for chunk in self.parts.chunks for slot in chunk.slots)]
+        for pair in pairs:
+            pair.check_place()
+        for pair in pairs:
+            pair.adopt()
+
+    def step_chunk(self, chunk: HostChunk, factor: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Step a chunk on the gradients of its masters; what it changes is kept first."""
+        states = self.parts.owner().state
+        chunk.freed(self.parts.lanes)
+        chunk.keep(states)
+        chunk.update(groups, states, chunk.gradients(), factor)
+
+    def send(self, chunk: HostChunk) -> None:
+        """Send a chunk's weights up, and let forward wait for them."""
+        chunk.send(self.parts.lanes)
+        self.parts.waits.sent(chunk.number, chunk.uploads)
+
+    def step_device_part(self, factor: Tensor | None) -> None:
+        """Last, since nothing is kept of it: when it fails, its own state is unknown."""
+        owner: Any = self.parts.owner()
+        try:
+            self.parts.device.step(owner.param_groups, owner.state, factor)
+        except BaseException as error:
+            self.broken = error
+            raise
+
+    def take_back(self, begun: Iterable[HostChunk], error: BaseException) -> None:
+        """Bring back the state before the step, on the host and on the device."""
+        for chunk in begun:
+            if not chunk.kept:
+                continue
+            if not self.parts.undo:
+                self.broken = error
+                continue
+            chunk.restore(self.parts.owner().state)
+            self.send(chunk)
+        self.parts.waits.wait_all()
+
+    def commit(self) -> None:
+        """The step is applied."""
+        for chunk in self.parts.chunks:
+            chunk.kept = False
+        if not self.parts.waits.attached:
+            self.parts.waits.wait_all()

@@ -1,0 +1,33 @@
+"""What the tests of offloading share: a step of the host that fails."""
+
+import pytest
+
+from deepseek_mp.optim.offload import rule
+
+
+class FailingStep:
+    """Lets AdamW fail in the middle of a chunk, after it has changed something."""
+
+    def __init__(self, monkeypatch):
+        self._patch, self._real = monkeypatch, rule.step
+
+    def arm(self, *, after):
+        calls = iter(range(1000))
+
+        def step(group, weights, grads, states):
+            if next(calls) < after:
+                self._real(group, weights, grads, states)
+                return
+            weights[0].mul_(3.0)
+            states[0]["step"].add_(1)
+            raise RuntimeError("the host's step failed")
+
+        self._patch.setattr(rule, "step", step)
+
+    def undo(self):
+        self._patch.setattr(rule, "step", self._real)
+
+
+@pytest.fixture
+def failing_step(monkeypatch):
+    return FailingStep(monkeypatch)

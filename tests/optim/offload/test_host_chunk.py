@@ -1,0 +1,149 @@
+"""`HostChunk`: gradients that arrive, a step that can be put back, weights that are sent."""
+
+import pytest
+import torch
+from fake_device import FakeLanes
+from torch import nn
+
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory
+
+GROUP = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+
+
+def chunk_of(*parameters, **options):
+    memory = {"wire": None, "pin": False, "undo": True, "cast_on_host": True, "two_gradients": False}
+    chunk = HostChunk(0, [Member(parameter=p, group=0) for p in parameters], Memory(**{**memory, **options}))
+    for slot in chunk.slots:
+        slot.adopt()
+    return chunk
+
+
+def send_gradient(chunk, lanes, value):
+    for slot in chunk.slots:
+        source = torch.full(slot.parameter.shape, value, dtype=slot.parameter.dtype)
+        slot.mark, slot.pending = lanes.down(slot.wire, source), True
+
+
+def parameters(dtype=torch.float32):
+    return nn.Parameter(torch.ones(2, 3, dtype=dtype)), nn.Parameter(torch.zeros(5, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wire", "expected"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+)
+def test_the_wires_format(dtype, wire, expected):
+    chunk = chunk_of(*parameters(dtype), wire=wire)
+    assert {slot.wire.dtype for slot in chunk.slots} == {expected}
+    assert {slot.total.dtype for slot in chunk.slots} == {torch.float32}
+
+
+def test_gradients_add_up_in_fp32():
+    """In BF16 the second one would be lost."""
+    chunk, lanes = chunk_of(*parameters(torch.bfloat16)), FakeLanes()
+    for value in (256.0, 0.5):
+        send_gradient(chunk, lanes, value)
+        chunk.land(lanes)
+    assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 256.5)) for slot in chunk.slots)
+
+
+def test_what_is_discarded_is_not_added():
+    chunk, lanes = chunk_of(*parameters()), FakeLanes()
+    send_gradient(chunk, lanes, 1.0)
+    chunk.discard(lanes)
+    chunk.land(lanes)
+    assert not chunk.has_gradients
+    assert "land down 0" in lanes.events
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_restore_brings_back_everything(steps_before):
+    chunk, lanes, states = chunk_of(*parameters()), FakeLanes(), {}
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    with torch.no_grad():
+        for _ in range(steps_before):
+            chunk.update([GROUP], states, chunk.gradients(), None)
+        before = [slot.master.detach().clone() for slot in chunk.slots]
+        kept = {id(p): {key: value.clone() for key, value in state.items()} for p, state in states.items()}
+        chunk.keep(states)
+        chunk.update([GROUP], states, chunk.gradients(), torch.tensor(0.5))
+        assert not torch.equal(before[0], chunk.slots[0].master)
+        chunk.restore(states)
+    assert all(torch.equal(value, slot.master) for value, slot in zip(before, chunk.slots, strict=True))
+    assert {id(p): list(state) for p, state in states.items()} == {key: list(state) for key, state in kept.items()}
+    assert all(torch.equal(state[key], kept[id(p)][key]) for p, state in states.items() for key in state)
+    assert not chunk.kept
+
+
+def test_the_factor_leaves_gradients_as_they_are():
+    chunk, lanes = chunk_of(*parameters()), FakeLanes()
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    states = {}
+    with torch.no_grad():
+        chunk.update([GROUP], states, chunk.gradients(), torch.tensor(0.5))
+    assert torch.equal(chunk.slots[0].master.grad, torch.ones(2, 3))
+    assert torch.allclose(states[chunk.slots[0].master]["exp_avg"], torch.full((2, 3), 0.05))
+
+
+@pytest.mark.parametrize("cast_on_host", [True, False])
+def test_weights_are_rounded_to_nearest(cast_on_host):
+    chunk, lanes = chunk_of(*parameters(torch.bfloat16), cast_on_host=cast_on_host), FakeLanes()
+    slot = chunk.slots[0]
+    assert (slot.sending is slot.master) is not cast_on_host
+    with torch.no_grad():
+        slot.master.fill_(1 + 1.5 * 2**-8)
+        chunk.send(lanes)
+        chunk.freed(lanes)
+    assert torch.equal(slot.parameter, torch.full((2, 3), 1 + 2**-7, dtype=torch.bfloat16))
+    assert not slot.written
+
+
+def test_the_memory_of_an_upload_is_not_overwritten():
+    chunk, lanes = chunk_of(*parameters(torch.bfloat16)), FakeLanes()
+    with torch.no_grad():
+        for value in (2.0, 3.0):
+            chunk.slots[0].master.fill_(value)
+            chunk.send(lanes)
+    assert lanes.events == ["up 0", "up 1", "land up 0", "land up 1", "up 2", "up 3"]
+    assert torch.equal(chunk.slots[0].parameter, torch.full((2, 3), 2.0, dtype=torch.bfloat16))
+
+
+def test_what_was_rounded_before_a_restore_is_not_sent():
+    chunk, lanes = chunk_of(*parameters(torch.bfloat16)), FakeLanes()
+    with torch.no_grad():
+        chunk.keep({})
+        chunk.slots[0].master.fill_(9.0)
+        chunk.round()
+        chunk.restore({})
+        chunk.send(lanes)
+        chunk.freed(lanes)
+    assert torch.equal(chunk.slots[0].parameter, torch.ones(2, 3, dtype=torch.bfloat16))
+
+
+def test_handed_over_gradients_keep_their_memory():
+    chunk, lanes = chunk_of(*parameters(), two_gradients=True), FakeLanes()
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    handed = chunk.hand_over()
+    assert not chunk.has_gradients
+    send_gradient(chunk, lanes, 2.0)
+    chunk.land(lanes)
+    slot = chunk.slots[0]
+    assert torch.equal(handed[slot], torch.ones(2, 3))
+    assert torch.equal(slot.master.grad, torch.full((2, 3), 2.0))
+
+
+def test_is_complete_without_what_is_frozen():
+    first, second = parameters()
+    chunk = chunk_of(first, second)
+    chunk.coming.add(chunk.slots[0])
+    assert not chunk.is_complete
+    second.requires_grad_(False)
+    assert chunk.is_complete

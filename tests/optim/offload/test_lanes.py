@@ -1,0 +1,106 @@
+"""Lanes: direct copies on a CPU; those on streams, with a module that writes down what is asked of it."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from deepseek_mp.optim.offload import lanes as lanes_module
+from deepseek_mp.optim.offload.lanes import DirectLanes, StreamLanes, lanes_for
+
+
+class FakeStream:
+    def __init__(self, name, events):
+        self.name, self.events = name, events
+
+    def wait_stream(self, other):
+        self.events.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.events.append(f"{self.name} waits for event of {event.stream}")
+
+
+class FakeModule:
+    """As torch.cuda, for streams whose work is done at once."""
+
+    def __init__(self):
+        self.events, self._names = [], iter(["down", "up"])
+        self._current = FakeStream("main", self.events)
+
+    def Stream(self, device):  # noqa: N802 - the name in torch
+        return FakeStream(next(self._names), self.events)
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def current_stream(self, device):
+        return self._current
+
+    def Event(self):  # noqa: N802 - the name in torch
+        return FakeEvent(self.events)
+
+
+class FakeEvent:
+    def __init__(self, events):
+        self.events, self.stream = events, None
+
+    def record(self, stream):
+        self.stream = stream.name
+
+    def synchronize(self):
+        self.events.append(f"host waits for event of {self.stream}")
+
+
+class Recorded(torch.Tensor):
+    """A tensor of the CPU that can be recorded on a stream."""
+
+    def record_stream(self, stream):
+        stream.events.append(f"memory is used on {stream.name}")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    module = FakeModule()
+    monkeypatch.setattr(lanes_module.torch, "get_device_module", lambda device: module)
+    return StreamLanes(torch.device("cpu")), module.events
+
+
+def test_direct_copies_cast():
+    lanes, host = DirectLanes(), torch.zeros(3, dtype=torch.bfloat16)
+    lanes.land(lanes.down(host, torch.ones(3)))
+    there = torch.zeros(3)
+    lanes.wait(lanes.up(there, host))
+    assert there.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_cpu_has_direct_lanes():
+    assert isinstance(lanes_for(torch.device("cpu")), DirectLanes)
+
+
+def test_a_device_without_streams_has_direct_lanes(monkeypatch):
+    monkeypatch.setattr(lanes_module.torch, "get_device_module", lambda device: object())
+    assert isinstance(lanes_for(torch.device("mps")), DirectLanes)
+
+
+def test_down_waits_for_the_gradient_and_keeps_its_memory(streams):
+    lanes, events = streams
+    host = torch.zeros(2, 3, dtype=torch.bfloat16)
+    source = torch.ones(3, 2).t().as_subclass(Recorded)
+    mark = lanes.down(host, source)
+    assert events == ["down waits for main", "memory is used on down"]
+    lanes.land(mark)
+    assert events[-1] == "host waits for event of down"
+    assert torch.equal(host, torch.ones(2, 3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_up_waits_for_readers_and_is_waited_for(streams, transposed, dtype):
+    lanes, events = streams
+    target = (torch.zeros(3, 2, dtype=dtype).t() if transposed else torch.zeros(2, 3, dtype=dtype)).as_subclass(
+        Recorded
+    )
+    values = torch.arange(6.0).view(2, 3)
+    lanes.wait(lanes.up(target, values))
+    assert events == ["up waits for main", "memory is used on up", "main waits for event of up"]
+    assert torch.equal(target.as_subclass(torch.Tensor).float(), values)

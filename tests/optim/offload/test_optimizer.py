@@ -1,0 +1,319 @@
+"""`OffloadedOptimizer`: the numbers of AdamW, the order of copies, the window, the state."""
+
+import copy
+
+import pytest
+import torch
+from fake_device import FakeLanes, backward, offloaded, plain, same, small_model, weights
+from torch import nn
+
+from deepseek_mp.controller import LossScaler
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings
+
+
+def train_both(theirs, ours, reference, optimizer, *, steps=5, micro=2, clip=None):
+    for _ in range(steps):
+        for _ in range(micro):
+            backward(theirs, ours)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        reference.step()
+        reference.zero_grad()
+        optimizer.step()
+    optimizer.synchronize()
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("undo", [True, False])
+def test_fp32_is_adamw_without_chunks_to_the_bit(clip, undo):
+    theirs, ours = small_model(), small_model()
+    reference, optimizer = plain(theirs), offloaded(ours, max_grad_norm=clip, undo=undo)
+    assert len(optimizer.split.host) > 2
+    train_both(theirs, ours, reference, optimizer, clip=clip)
+    assert same(weights(theirs), weights(ours))
+    expected, found = reference.state_dict()["state"], optimizer.state_dict()["state"]
+    assert {key: list(value) for key, value in found.items()} == {key: list(value) for key, value in expected.items()}
+    assert all(torch.equal(found[i][key], expected[i][key]) for i in expected for key in expected[i])
+
+
+def test_part_on_the_device_is_adamw_too():
+    theirs, ours = small_model(), small_model()
+    reference, optimizer = plain(theirs), offloaded(ours, free_bytes=2000)
+    assert 0 < optimizer.split.fraction < 1
+    train_both(theirs, ours, reference, optimizer)
+    assert same(weights(theirs), weights(ours))
+
+
+@pytest.mark.parametrize("cast", ["host", "device"])
+@pytest.mark.parametrize("free_bytes", [None, 2000])
+def test_bf16_model_has_fp32_masters(cast, free_bytes):
+    """The reference holds FP32 weights, and computes gradients by a model of their rounded values."""
+    rounded, ours = small_model(torch.bfloat16), small_model(torch.bfloat16)
+    masters = [nn.Parameter(p.detach().float()) for p in rounded.parameters()]
+    reference = torch.optim.AdamW(masters, lr=1e-2, fused=True)
+    optimizer = offloaded(ours, cast=cast, free_bytes=free_bytes)
+    for _ in range(5):
+        for _ in range(2):
+            backward(rounded, ours)
+            for master, p in zip(masters, rounded.parameters(), strict=True):
+                master.grad = p.grad.float() if master.grad is None else master.grad + p.grad.float()
+                p.grad = None
+        reference.step()
+        reference.zero_grad()
+        with torch.no_grad():
+            for master, p in zip(masters, rounded.parameters(), strict=True):
+                p.copy_(master)
+        optimizer.step()
+    optimizer.synchronize()
+    assert same(weights(rounded), weights(ours))
+    assert all(torch.equal(optimizer.master(p), m) for p, m in zip(ours.parameters(), masters, strict=True))
+    assert not same([p.float() for p in weights(ours)], [m.detach() for m in masters])
+
+
+def test_gradients_leave_the_device_while_backward_runs():
+    lanes, model = FakeLanes(), small_model()
+    optimizer = offloaded(model, lanes)
+    backward(model)
+    assert all(p.grad is None for p in model.parameters())
+    assert lanes.events[:8] == [f"down {number}" for number in range(8)]
+    assert sorted(lanes.events[8:]) == [f"land down {number}" for number in range(8)]
+    assert all(optimizer.master(p).grad is not None for p in model.parameters())
+
+
+def test_forward_waits_for_each_chunk_where_it_is_read():
+    lanes, model = FakeLanes(), small_model()
+    optimizer = offloaded(model, lanes, chunk_bytes=4)
+    backward(model)
+    optimizer.step()
+    lanes.events.clear()
+    seen = []
+    for layer in model:
+        layer.register_forward_pre_hook(lambda *_: seen.append(sum("wait" in event for event in lanes.events)))
+    backward(model)
+    assert seen == [2, 2, 4, 6, 8]
+
+
+def test_what_is_read_without_its_module_is_waited_for_at_the_start():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_model()
+
+        def forward(self, x):
+            weight, bias = self.inner[4].weight, self.inner[4].bias
+            return nn.functional.linear(self.inner[:4](x), weight, bias)
+
+    model, theirs = Net(), small_model()
+    optimizer, reference = offloaded(model), plain(theirs)
+    train_both(theirs, model, reference, optimizer)
+    assert same(weights(theirs), weights(model))
+
+
+def test_without_a_model_the_step_waits():
+    theirs, ours = small_model(), small_model()
+    settings = OffloadSettings(chunk_bytes=1500)
+    optimizer = OffloadedOptimizer(ours.parameters(), lr=1e-2, settings=settings, lanes=lambda _: FakeLanes())
+    backward(theirs, ours)
+    plain(theirs).step()
+    optimizer.step()
+    assert same(weights(theirs), weights(ours))
+
+
+def test_groups_and_a_scheduler():
+    theirs, ours = small_model(), small_model()
+
+    def groups(model):
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        return [
+            {"params": matrices, "weight_decay": 0.3},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "lr": 1e-3, "weight_decay": 0.0},
+        ]
+
+    reference = torch.optim.AdamW(groups(theirs), lr=1e-2, fused=True)
+    optimizer = OffloadedOptimizer(groups(ours), lr=1e-2, model=ours, settings=OffloadSettings(chunk_bytes=1500))
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, T_max=5) for each in (reference, optimizer)]
+    for _ in range(4):
+        train_both(theirs, ours, reference, optimizer, steps=1)
+        for schedule in schedules:
+            schedule.step()
+    assert optimizer.param_groups[1]["lr"] < 1e-3
+    assert same(weights(theirs), weights(ours))
+
+
+@pytest.mark.parametrize("free_bytes", [None, 2000])
+def test_loss_scaler_steps_and_skips(free_bytes):
+    theirs, ours = small_model(), small_model()
+    reference, optimizer = plain(theirs), offloaded(ours, free_bytes=free_bytes)
+    scaler = LossScaler(1024.0)
+    for bad in (False, True, False):
+        state = torch.get_rng_state()
+        batch = torch.randn(8, 19)
+        torch.set_rng_state(state)
+        if not bad:
+            backward(theirs)
+            reference.step()
+            reference.zero_grad()
+        scaler.scale(ours(batch * (float("inf") if bad else 1)).square().mean()).backward()
+        assert scaler.step(optimizer).status == ("skipped" if bad else "applied")
+        optimizer.zero_grad()
+        torch.set_rng_state(state)
+        torch.randn(8, 19)
+    optimizer.synchronize()
+    assert same(weights(theirs), weights(ours))
+
+
+def test_pytorchs_scaler_works():
+    theirs, ours = small_model(), small_model()
+    reference, optimizer = plain(theirs), offloaded(ours)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for _ in range(3):
+        state = torch.get_rng_state()
+        backward(theirs)
+        reference.step()
+        reference.zero_grad()
+        torch.set_rng_state(state)
+        scaler.scale(ours(torch.randn(8, 19)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.synchronize()
+    assert same(weights(theirs), weights(ours))
+
+
+def test_a_step_ends_the_window():
+    """Also where only the model's gradients are set to None."""
+    theirs, ours = small_model(), small_model()
+    reference, optimizer = plain(theirs), offloaded(ours)
+    for _ in range(3):
+        backward(theirs, ours)
+        reference.step()
+        optimizer.step()
+        theirs.zero_grad()
+        ours.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(theirs), weights(ours))
+
+
+def test_zero_grad_forgets_what_is_on_its_way():
+    theirs, ours = small_model(), small_model()
+    reference, optimizer = plain(theirs), offloaded(ours)
+    backward(ours)
+    optimizer.zero_grad()
+    train_both(theirs, ours, reference, optimizer, steps=1)
+    assert same(weights(theirs), weights(ours))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_others_write_into_the_weights_is_kept(dtype):
+    theirs, ours = small_model(dtype), small_model(dtype)
+    optimizer, other = offloaded(ours), offloaded(theirs)
+    backward(theirs, ours)
+    optimizer.step()
+    other.step()
+    before = [optimizer.master(p).detach().clone() for p in ours.parameters()]
+    with torch.no_grad():
+        optimizer.synchronize()
+        ours[0].weight[:3] = 0.5
+        ours[2].weight.copy_(ours[2].weight.clone())
+    ours.zero_grad()
+    backward(ours)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    after = [optimizer.master(p).detach() for p in ours.parameters()]
+    assert torch.equal(after[0][:3], torch.full((3, 19), 0.5))
+    assert torch.equal(after[0][3:], before[0][3:])
+    assert torch.equal(after[2], before[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("free_bytes", [None, 2000])
+@pytest.mark.parametrize("model_first", [True, False])
+def test_resumes_to_the_bit(dtype, free_bytes, model_first):
+    def fresh():
+        model = small_model(dtype)
+        return model, offloaded(model, free_bytes=free_bytes)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            backward(model)
+            optimizer.step()
+
+    whole, optimizer = fresh()
+    train(whole, optimizer, range(6))
+    first, optimizer = fresh()
+    train(first, optimizer, range(3))
+    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict()))
+    second, optimizer = fresh()
+    if model_first:
+        second.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    if not model_first:
+        second.load_state_dict(saved[0])
+    train(second, optimizer, range(3, 6))
+    assert same(list(whole.state_dict().values()), list(second.state_dict().values()))
+
+
+def test_state_goes_to_adamw_and_back():
+    ours, theirs = small_model(), small_model()
+    optimizer = offloaded(ours)
+    for _ in range(3):
+        backward(ours)
+        optimizer.step()
+    theirs.load_state_dict(ours.state_dict())
+    reference = plain(theirs)
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train_both(theirs, ours, reference, optimizer, steps=2)
+    assert same(weights(theirs), weights(ours))
+    optimizer.load_state_dict(reference.state_dict())
+    train_both(theirs, ours, reference, optimizer, steps=2)
+    assert same(weights(theirs), weights(ours))
+
+
+def test_close_leaves_a_model_that_trains_on():
+    model = small_model()
+    optimizer = offloaded(model)
+    backward(model)
+    optimizer.step()
+    optimizer.close()
+    backward(model)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([], "no parameters"),
+        ([nn.Parameter(torch.zeros(2, dtype=torch.float64))], "torch.float64"),
+        ([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))], "one device"),
+    ],
+)
+def test_refuses_parameters(params, message):
+    with pytest.raises(ConfigError, match=message):
+        OffloadedOptimizer(params)
+
+
+def test_refuses_what_is_there_twice_or_has_a_name():
+    parameter = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ConfigError, match="there twice"):
+        OffloadedOptimizer([parameter, parameter])
+    with pytest.raises(ConfigError, match="without names"):
+        OffloadedOptimizer(small_model().named_parameters())
+
+
+def test_refuses_a_model_of_several_processes(monkeypatch):
+    class Parallel(nn.Module):
+        pass
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Parallel)
+    model = Parallel()
+    model.inner = small_model()
+    with pytest.raises(ConfigError, match="averaged after"):
+        OffloadedOptimizer(model.parameters(), model=model)
+
+
+def test_refuses_options():
+    with pytest.raises(ConfigError, match="betas"):
+        OffloadedOptimizer(small_model().parameters(), betas=(1.0, 0.9))
+    with pytest.raises(ConfigError, match="does not train"):
+        offloaded(small_model()).master(torch.zeros(1))

@@ -1,0 +1,104 @@
+"""The schedule: chunks, their place, which side rounds, and the predicted time of a step."""
+
+from dataclasses import replace
+
+import pytest
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.optim.offload.schedule import Rates, Work, cast_on_host, chunks, predict, split
+
+RATES = Rates(down=50e9, up=40e9, cpu=100e9)
+WORK = Work(forward_backward=1.0, keep=False)
+
+
+def test_chunks_are_bounded_and_in_the_order_of_arrival():
+    parts = chunks([10, 20, 30, 5, 100, 1], limit_bytes=160)
+    assert [chunk.members for chunk in parts] == [(5,), (4,), (3, 2), (1, 0)]
+    assert [chunk.number for chunk in parts] == [0, 1, 2, 3]
+    assert [chunk.values for chunk in parts] == [1, 100, 35, 30]
+    assert all(chunk.nbytes <= 160 for chunk in parts if len(chunk.members) > 1)
+
+
+def test_chunks_hold_every_parameter_once():
+    sizes = [(7 * i) % 50 + 1 for i in range(40)]
+    for limit in (4, 100, 10_000):
+        members = [member for chunk in chunks(sizes, limit_bytes=limit) for member in chunk.members]
+        assert members == list(reversed(range(40)))
+    assert chunks([]) == ()
+    with pytest.raises(ConfigError, match="chunk_bytes=3"):
+        chunks([1], limit_bytes=3)
+
+
+def test_what_arrives_first_is_offloaded_first():
+    parts = chunks([10] * 8, limit_bytes=40)
+    half = split(parts, free_bytes=40 * 12, bytes_per_value=12)
+    assert [chunk.number for chunk in half.host] == [0, 1, 2, 3]
+    assert (half.fraction, half.freed_bytes) == (0.5, 480)
+    more = split(parts, free_bytes=481, bytes_per_value=12)
+    assert len(more.host) == 5
+    assert split(parts, free_bytes=None, bytes_per_value=12).fraction == 1.0
+    assert split(parts, free_bytes=0, bytes_per_value=12).fraction == 0.0
+    for wrong in (-1, 961):
+        with pytest.raises(ConfigError, match="0 to 960"):
+            split(parts, free_bytes=wrong, bytes_per_value=12)
+
+
+def test_the_slower_side_does_not_round():
+    assert cast_on_host(Rates(down=50e9, up=5e9, cpu=100e9))
+    assert not cast_on_host(Rates(down=400e9, up=400e9, cpu=100e9))
+
+
+def parts_of(values):
+    return split(chunks([values // 10] * 10, limit_bytes=values // 10 * 4), free_bytes=None, bytes_per_value=14)
+
+
+def test_each_mode_hides_what_it_can():
+    placed = parts_of(1_000_000_000)
+    sync = predict(placed, RATES, WORK)
+    assert sync.down == pytest.approx(0.04)
+    assert sync.host == pytest.approx(0.28)
+    assert sync.total == pytest.approx(1.0 + 0.28 + 0.1 * 2 / 40)
+    late = predict(placed, RATES, replace(WORK, mode="delayed"))
+    assert late.total == pytest.approx(1.0 + 0.1 * 2 / 40)
+    speculative = predict(placed, RATES, replace(WORK, mode="speculative"))
+    assert speculative.total == pytest.approx(1.0 + 0.1 * (2 / 50 + 28 / 100 + 2 / 40))
+    assert late.total < speculative.total < sync.total
+    assert sync.bound == "device"
+
+
+def test_the_longest_part_counts():
+    placed = parts_of(10_000_000_000)
+    late = predict(placed, RATES, replace(WORK, mode="delayed"))
+    assert late.bound == "host"
+    assert late.total == pytest.approx(2.8 + late.tail)
+    slow = predict(placed, replace(RATES, down=1e9), replace(WORK, micro_steps=2, wire="fp32"))
+    assert slow.bound == "down"
+    assert slow.down == pytest.approx(80.0)
+
+
+def test_keeping_the_state_costs_its_bytes():
+    placed = parts_of(1_000_000_000)
+    kept = predict(placed, RATES, replace(WORK, keep=True))
+    assert kept.host == pytest.approx(0.52)
+
+
+def test_what_stays_is_stepped_on_the_device():
+    parts = chunks([10] * 10, limit_bytes=40)
+    half = split(parts, free_bytes=50 * 14, bytes_per_value=14)
+    assert predict(half, RATES, replace(WORK, device_step=0.2)).device == pytest.approx(1.1)
+    nothing = split(parts, free_bytes=0, bytes_per_value=14)
+    assert predict(nothing, RATES, replace(WORK, device_step=0.2)).total == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rates(down=0.0, up=1.0, cpu=1.0), "down=0.0"),
+        (lambda: Rates(down=1.0, up=float("inf"), cpu=1.0), "up=inf"),
+        (lambda: Work(forward_backward=1.0, mode="late"), "mode='late'"),
+        (lambda: Work(forward_backward=1.0, wire="fp16"), "wire='fp16'"),
+    ],
+)
+def test_refuses(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
