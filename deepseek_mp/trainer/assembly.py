@@ -10,6 +10,7 @@ from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import call as calls
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.compile import compiled_run
+from deepseek_mp.trainer.compressed import with_activations
 from deepseek_mp.trainer.fused_loss import with_fused_loss
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.step import Region, Stepper
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def computation(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Callable[[calls.Call], calls.Result]:
-    """From a call to its loss: the trainer's model and loss, compiled or fused as it is set."""
+    """From a call to its loss: the trainer's model and loss, compiled, fused or compressed as it is set."""
     run = compiled_run(trainer.model, trainer.loss_fn, trainer.config.compile)
-    return with_fused_loss(run, trainer, plan)
+    return with_activations(with_fused_loss(run, trainer, plan), trainer)
 
 
 def assemble_stepper(

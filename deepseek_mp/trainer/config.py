@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from deepseek_mp.activations import ActivationSettings
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.errors import ConfigError, explain, suggest
 from deepseek_mp.nn.checks import check_kernels
@@ -52,6 +53,7 @@ class TrainerConfig:
     kernels: str | None = None
     compile: Compile = False
     fused_loss: FusedLossOption = False
+    activations: bool | ActivationSettings = False
     seed: int | None = None
     max_skipped_steps: int = 25
     checkpoint_every: int | None = None
@@ -74,6 +76,8 @@ class TrainerConfig:
             raise _refuse("compile", self.compile, "False, True, 'regional'")
         if not (isinstance(self.fused_loss, bool) or self.fused_loss == "auto"):
             raise _refuse("fused_loss", self.fused_loss, "False, True, 'auto'")
+        if not isinstance(self.activations, bool | ActivationSettings):
+            raise _refuse("activations", self.activations, "False, True, ActivationSettings")
         if self.seed is not None and not _is_seed(self.seed):
             raise _refuse("seed", self.seed, "None or a whole number from 0 and below 2**64")
         for name in ("max_skipped_steps", "monitor_every"):

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from deepseek_mp import backends
+from deepseek_mp.activations import ActivationRecord, ActivationSettings
 from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale, make_policy
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.costs import CostCache
@@ -34,6 +35,7 @@ from deepseek_mp.trainer.adaptive import AdaptivePrecision, adaptive_of, looks_e
 from deepseek_mp.trainer.assembly import assemble_stepper, computation
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile
+from deepseek_mp.trainer.compressed import activations_of, check_activations
 from deepseek_mp.trainer.config import Compile, FusedLossOption, TrainerConfig, check_extent
 from deepseek_mp.trainer.ema import WeightAverage
 from deepseek_mp.trainer.evaluation import Inference, Metric, check_metrics, evaluate, inference
@@ -90,6 +92,7 @@ class MixedPrecisionTrainer:
         compile: True compiles the model and its loss, 'regional' its repeated blocks and its loss.
         fused_loss: compute cross entropy in chunks from the input of the model's last layer, so that its output is
             never held whole (docs/memory.md): 'auto' where that is possible and saves memory, True always, or refused.
+        activations: keep large tensors for the backward in FP8, masks in bits; `ActivationSettings` says which.
         device: where to train; None: where the model is if that is an accelerator, else the best here.
         seed: seeds Python's, NumPy's and PyTorch's generators.
         run_dir: folder for records and checkpoints; None writes nothing.
@@ -129,6 +132,7 @@ class MixedPrecisionTrainer:
         kernels: str | None = None,
         compile: Compile = False,
         fused_loss: FusedLossOption = False,
+        activations: bool | ActivationSettings = False,
         device: torch.device | str | None = None,
         seed: int | None = None,
         run_dir: str | Path | None = None,
@@ -151,6 +155,7 @@ class MixedPrecisionTrainer:
             kernels=kernels,
             compile=compile,
             fused_loss=fused_loss,
+            activations=activations,
             seed=seed,
             max_skipped_steps=max_skipped_steps,
             checkpoint_every=checkpoint_every,
@@ -167,6 +172,7 @@ class MixedPrecisionTrainer:
         with unchanged_if_refused(model, self.device):
             check_compile(model, compile)
             check_fused_loss(self.config, loss_fn)
+            check_activations(self.config)
             plan = requested_plan(model, self.config, self.capabilities)
             self._plan = None if plan is None else self._apply(plan)
             seed_everything(seed)
@@ -203,6 +209,11 @@ class MixedPrecisionTrainer:
     def adaptive(self) -> AdaptivePrecision | None:
         """Live precision, its decisions and why it is off, if it is; None: the plan stays as it is."""
         return adaptive_of(self.callbacks)
+
+    @property
+    def activations(self) -> ActivationRecord | None:
+        """What the last forward kept in which form, where activations are compressed."""
+        return activations_of(self)
 
     def change_plan(self, plan: str | PrecisionPlan, *, pin: Mapping[str, str | Recipe] | None = None) -> PrecisionPlan:
         """Train on in another precision, from the next step on; returns the plan, now in force, with its decisions.
