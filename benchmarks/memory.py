@@ -21,7 +21,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ import memory_quality
 import torch
 from cases import Case, bert_base, decoder_1b, detector, resnet50
 from harness import Report, Spread, agree, laps, positive
-from memory_arms import ARMS, Arm, Setting, make_loop
+from memory_arms import ARMS, Arm, Loop, Setting, make_loop
 from peers import resident_tensors
 from process import run_script
+from torch import Tensor
 
 from deepseek_mp.backends import (
     default_device,
@@ -95,23 +96,26 @@ def _visit(case_name: str, arm: Arm, device: torch.device, *, small: bool, steps
             start = {"start_peak_mib": _mib(peak_memory_bytes(device)),
                      "start_reserved_mib": _mib(peak_reserved_bytes(device))}  # fmt: skip
             torch.get_device_module(device).empty_cache()
-        resident = resident_tensors(loop.model, loop.optimizer)
-        peak = peak_during(watched, device, resident=resident)
+        peak = peak_during(watched, device, resident=_resident(loop, device))
         reserved = peak_reserved_bytes(device)
         times = laps(step, device, steps)
         losses = [loop.loss(outcome) for outcome in outcomes]
-    here = [tensor for tensor in resident if tensor.device.type == device.type]
     return {
         "steps_ms": [round(value, 3) for value in times],
         "peak_mib": _mib(peak),
         "reserved_mib": _mib(reserved),
         **start,
-        "resident_mib": _mib(distinct_bytes(here)),
+        "resident_mib": _mib(distinct_bytes(_resident(loop, device))),
         "losses": [loss if math.isfinite(loss) else None for loss in losses],
         "optimizer": optimizer_name,
         **loop.about(),
         "check": "passed" if all(map(math.isfinite, losses)) else "void: a loss is not finite",
     }
+
+
+def _resident(loop: Loop, device: torch.device) -> Iterator[Tensor]:
+    """Parameters, buffers and optimizer states on the device; listed when asked for, so none is kept alive."""
+    yield from (t for t in resident_tensors(loop.model, loop.optimizer) if t.device.type == device.type)
 
 
 def _mib(count: int | None) -> float | None:

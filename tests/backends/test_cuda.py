@@ -12,7 +12,7 @@ import torch
 
 from deepseek_mp.backends import backend_for, capabilities, energy_joules, fp32_mode, math_mode, synchronize
 from deepseek_mp.backends.cuda import CudaBackend
-from deepseek_mp.backends.measure import peak_memory_bytes, reset_peak_memory
+from deepseek_mp.backends.measure import peak_memory_bytes, peak_reserved_bytes, reset_peak_memory
 
 Install = Callable[..., None]
 
@@ -165,3 +165,6 @@ def test_peak_memory_counts_from_the_reset() -> None:
     assert before is not None
     assert after is not None
     assert held.numel() <= after - before < held.numel() + (2 << 20)
+    reserved = peak_reserved_bytes("cuda")
+    assert reserved is not None
+    assert reserved >= after

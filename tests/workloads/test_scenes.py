@@ -88,13 +88,14 @@ def test_classes_have_different_outlines() -> None:
             assert (inside[first] ^ inside[second]).sum() > 100
 
 
-def test_a_colour_like_the_grounds_is_moved_away_from_it() -> None:
+@pytest.mark.parametrize("ground", [[0.5, 0.6, 0.1], [0.9, 0.95, 0.9], [0.1, 0.05, 0.1]])
+def test_a_colour_like_the_grounds_is_moved_away_from_it_and_stays_a_colour(ground: list[float]) -> None:
     target = torch.tensor([[[1.0, 10.0, 10.0, 90.0, 90.0]]])
-    ground = torch.tensor([0.5, 0.6, 0.1])
-    colours = torch.stack([ground, ground + 0.01])[None]
-    image = paint(target, colours, 96, torch.Generator().manual_seed(0))[0]
-    difference = (image[:, 20:80, 20:80].mean(dim=(1, 2)) - ground).abs().max()
-    assert CONTRAST - 0.1 < difference < CONTRAST + 0.1
+    below = torch.tensor(ground)
+    image = paint(target, torch.stack([below, below + 0.01])[None], 96, torch.Generator().manual_seed(0))[0]
+    ink = image[:, 20:80, 20:80].mean(dim=(1, 2))
+    assert CONTRAST - 0.1 < (ink - below).abs().max() < CONTRAST + 0.1
+    assert -0.05 < ink.min() < ink.max() < 1.05
 
 
 @pytest.mark.parametrize("sizes", [{"side": 0}, {"objects": 0}, {"smallest": 0.6, "largest": 0.5}, {"largest": 0.9}])
