@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.block_states import SIGNED, UNSIGNED
+from deepseek_mp.optim.states import Moments
 from deepseek_mp.optim.stored import Batch, StoredOptimizer
 
 
 class AdamW(StoredOptimizer):
     """Decoupled weight decay ("Decoupled weight decay regularization", arXiv 1711.05101), as `torch.optim.AdamW`.
 
-    FP32 parameters get the numbers of PyTorch's `foreach` implementation. Moments are FP32 for BF16 parameters too.
+    FP32 parameters get the numbers of PyTorch's `foreach` implementation. Moments are FP32 for BF16 parameters too, or
+    8-bit blocks.
 
     Args:
         params: parameters or groups.
@@ -25,6 +28,8 @@ class AdamW(StoredOptimizer):
         weight_decay: times the rate, taken off the weight.
         storage: how parameters that are BF16 tensors are written: 'bf16_kahan' or 'bf16_sr'. FP32 ones are converted
             by `set_storage`.
+        states: how moments are kept: 'fp32', or '8bit' in blocks of 256 values with one scale. Parameters of one
+            dimension or of fewer than 4096 values, and those in FP64, keep FP32 moments in any case.
         seed: of stochastic rounding.
         foreach: False updates one parameter after another, with the same numbers and the least memory.
 
@@ -41,16 +46,17 @@ class AdamW(StoredOptimizer):
         weight_decay: float = 1e-2,
         *,
         storage: str = "bf16_kahan",
+        states: str = "fp32",
         seed: int = 0,
         foreach: bool = True,
     ) -> None:
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"storage": storage, "seed": seed, "foreach": foreach})
+        kept = {"storage": storage, "states": states, "seed": seed, "foreach": foreach}
+        super().__init__(params, defaults | kept)
 
-    def _new_state(self, parameter: Tensor, _group: Mapping[str, Any]) -> dict[str, Any]:
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+    def _moments(self, _group: Mapping[str, Any]) -> Moments:
+        return {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         lr = group["lr"]
