@@ -152,6 +152,10 @@ class StoredOptimizer(Optimizer):
         """Measure what becomes of the next update of these, as `ops.updates.update_fate`; read it in `fates`."""
         self._watched |= {id(parameter): noise_fraction for parameter in parameters}
 
+    def is_watched(self, parameter: Tensor) -> bool:
+        """Whether its next update is measured."""
+        return id(parameter) in self._watched
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on the gradients of the parameters; a `closure` is called first and its loss returned."""
@@ -181,6 +185,12 @@ class StoredOptimizer(Optimizer):
     def _in_blocks(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether the parameter's moments are kept in blocks."""
         return goes_in_blocks(parameter, group) and bool(self._moments(group))
+
+    def _fused(
+        self, _group: Mapping[str, Any], _parameter: Tensor, _scale: Tensor | None, _skip: Tensor | None
+    ) -> bool:
+        """Step a parameter whose moments are in blocks by one kernel; False if there is none for it."""
+        return False
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         """Advance the states and the values of a batch in place."""
@@ -222,7 +232,10 @@ class StoredOptimizer(Optimizer):
         """Step a parameter whose moments are in blocks, piece by piece: there are never more of them in FP32."""
         state, moments, grad = self._state_of(parameter, group), self._moments(group), parameter.grad
         assert grad is not None, "only parameters with a gradient are stepped"
-        in_pieces = parameter.is_contiguous() and grad.is_contiguous() and id(parameter) not in self._watched
+        if self._fused(group, parameter, scale, skip):
+            return
+        in_pieces = parameter.is_contiguous() and grad.is_contiguous() and not self.is_watched(parameter)
+        piece = state
         for start, stop in pieces(parameter) if in_pieces else [(0, parameter.numel())]:
             held = opened(state, moments, start, stop)
             piece = _piece(state, start, stop) if in_pieces else dict(state)
