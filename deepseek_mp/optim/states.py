@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_mp.ops.block_states import Blocks, decode, empty_blocks, encode, part
+from deepseek_mp.ops.block_states import BLOCK, Blocks, decode, empty_blocks, encode, part
 
 SMALLEST = 4096
 """Values from which on a parameter's moments go into blocks: smaller ones are nothing beside the rest of a model."""
@@ -56,6 +56,27 @@ def new_moments(parameter: Tensor, moments: Moments, *, in_blocks: bool) -> dict
 def blocks_of(state: Mapping[str, Any], name: str) -> Blocks | None:
     """A moment's blocks; None if it is not kept in such."""
     return Blocks(state[name + CODES], state[name + SCALES]) if name + CODES in state else None
+
+
+def moment_rows(
+    state: Mapping[str, Any], name: str, parameter: Tensor, start: int = 0, stop: int | None = None
+) -> Tensor | None:
+    """Neighbouring rows of a moment, in FP32 if it is in blocks; None if the optimizer, any one, keeps no such moment.
+
+    Args:
+        state: of the parameter.
+        name: key of the moment in FP32.
+        parameter: whose moment it is, of at least one dimension.
+        start, stop: of the rows, along the first dimension.
+    """
+    blocks = blocks_of(state, name)
+    if blocks is None:
+        kept = state.get(name)
+        return kept[start:stop] if isinstance(kept, Tensor) and kept.shape == parameter.shape and kept.dim() else None
+    width = parameter.numel() // parameter.shape[0]
+    first, last = start * width, min(stop or parameter.shape[0], parameter.shape[0]) * width
+    aligned = first // BLOCK * BLOCK
+    return decode(part(blocks, aligned, last))[first - aligned :].view(-1, *parameter.shape[1:])
 
 
 def convert(state: dict[str, Any], parameter: Tensor, moments: Moments, *, in_blocks: bool) -> None:

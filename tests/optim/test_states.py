@@ -11,7 +11,7 @@ from deepseek_mp.errors import ConfigError
 from deepseek_mp.ops.block_states import decode
 from deepseek_mp.optim import SGD, AdamW, footprint, set_storage
 from deepseek_mp.optim import states as states_module
-from deepseek_mp.optim.states import blocks_of
+from deepseek_mp.optim.states import blocks_of, moment_rows
 from deepseek_mp.precision.storage import StorageFormat
 
 MAKERS = {
@@ -224,6 +224,20 @@ def test_memory_formats_and_strided_gradients(train):
         ends.append((weight.detach(), optimizer.state[weight]["exp_avg_sq_codes"]))
     torch.testing.assert_close(ends[0][0], ends[1][0])
     assert torch.equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 7), (13, 40), (290, 400)])
+def test_rows_of_a_moment(net, train, start, stop):
+    model = net()
+    optimizer = AdamW(model.parameters(), states="8bit")
+    train(model, optimizer, 2)
+    weight = model[2].weight
+    state = optimizer.state[weight]
+    whole = decode(blocks_of(state, "exp_avg")).view(weight.shape)
+    assert torch.equal(moment_rows(state, "exp_avg", weight, start, stop), whole[start:stop])
+    bias = model[2].bias
+    assert torch.equal(moment_rows(optimizer.state[bias], "exp_avg", bias), optimizer.state[bias]["exp_avg"])
+    assert moment_rows(optimizer.state[bias], "momentum", bias) is None
 
 
 def test_watched_updates_are_measured(net, train):

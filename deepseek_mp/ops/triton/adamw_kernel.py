@@ -94,14 +94,12 @@ def adamw_in_blocks_kernel(
     WRITE says how the weight is stored: 'fp32', 'bf16_kahan' with its compensation in `lacking`, or 'bf16_sr' with the
     random bits of seed and stream.
     """
+    if SKIPPABLE:
+        count = tl.where(tl.load(skip) == 0.0, count, 0)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = row[:, None] * 256 + tl.arange(0, 256)[None, :]
     inside = place < count
     row_inside = row * 256 < count
-    if SKIPPABLE:
-        goes_on = tl.load(skip) == 0.0
-        inside = inside & goes_on
-        row_inside = row_inside & goes_on
     if ON_DEVICE:
         decay, size, root, step = tl.load(decay), tl.load(size), tl.load(root), tl.load(step)
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
