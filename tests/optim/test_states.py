@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.ops.block_states import decode
@@ -266,3 +267,32 @@ def test_bytes_for_each_value():
 def test_refuses_an_unknown_format(net):
     with pytest.raises(ConfigError, match=r"unknown format of states '4bit'.*fp32.*8bit"):
         AdamW(net().parameters(), states="4bit")
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest FP32 tensor that any operation makes, but for views of those given."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.elements = 0
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype is torch.float32:
+            own = made.untyped_storage().data_ptr() not in self.known
+            self.elements = max(self.elements, made.numel() * own)
+        return made
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16_sr"])
+def test_no_more_than_a_piece_is_ever_in_fp32(monkeypatch, maker, storage):
+    monkeypatch.setitem(states_module.PIECE, "cpu", 1024)
+    weight = nn.Parameter(torch.randn(64, 256))
+    optimizer = maker([weight], states="8bit")
+    set_storage(optimizer, weight, storage)
+    for _ in range(2):
+        weight.grad = torch.randn(weight.shape)
+        with Largest(weight, weight.grad) as largest:
+            optimizer.step()
+        assert 0 < largest.elements <= 1024
