@@ -17,7 +17,7 @@ ROWS, COLUMNS, WHOLE = "row_var", "col_var", "variance"
 
 
 class Adafactor(StoredOptimizer):
-    """"Adafactor: adaptive learning rates with sublinear memory cost" (arXiv 1804.04235), as `torch.optim.Adafactor`.
+    """ "Adafactor: adaptive learning rates with sublinear memory cost" (arXiv 1804.04235), as `torch.optim.Adafactor`.
 
     Of a matrix [n, m] n + m numbers are kept, the means of the squared gradient over rows and columns; their product
     over the mean stands for the second moment. There is no first moment. An update is as large as the rate says in
@@ -28,7 +28,7 @@ class Adafactor(StoredOptimizer):
         params: parameters or groups.
         lr: the largest relative rate, a number or a tensor []; of step t it is min(lr, 1 / sqrt(t)).
         beta2_decay: the share of a new gradient in the second moment is t**beta2_decay.
-        eps: the smallest second moment's root (None: that of the type), and the smallest root mean square of a parameter
+        eps: the least root of a second moment (None: that of the type), and the least root mean square of a parameter,
             for its rate.
         d: the largest root mean square of an update, before the rate.
         weight_decay: times lr, taken off the weight.
