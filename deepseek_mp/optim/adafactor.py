@@ -116,4 +116,5 @@ def _number(number: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _rms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm / max(x.numel(), 1) ** 0.5
