@@ -18,6 +18,7 @@ from deepseek_mp.monitor.store import UPDATE, Store
 from deepseek_mp.monitor.subjects import Choice, Subject, outputs_first, weight_rows
 from deepseek_mp.ops.gradients import l2_norm
 from deepseek_mp.ops.updates import effective_quality, kept_by_nearest, lost_share
+from deepseek_mp.optim.states import moment_rows
 
 UPDATE_FIELDS = ("ratio", "lost", "edq", "grad_norm", "spike", "rms")
 """What is known of an update, with w the weight, dw what the step adds to it and g the gradient that the optimizer is
@@ -140,8 +141,8 @@ def _lost(before: _Before, weight: Tensor, change: Tensor) -> tuple[Tensor, Tens
 def _rms(optimizer: Optimizer, before: _Before) -> Tensor:
     """The gradient over its second moment; NaN if the optimizer keeps none."""
     weight = before.subject.weight
-    moment = optimizer.state.get(weight, {}).get("exp_avg_sq")
-    if moment is None or moment.shape != weight.shape:
+    moment = moment_rows(optimizer.state.get(weight, {}), "exp_avg_sq", weight)
+    if moment is None:
         return torch.full((), float("nan"), device=before.norm.device)
     second = weight_rows(moment, before.subject, before.rows, 1).float()
     group = next(group for group in optimizer.param_groups if any(p is weight for p in group["params"]))

@@ -31,6 +31,7 @@ def random_bits(
     steps: Sequence[int | Tensor],
     *,
     seed: int,
+    start: int = 0,
     device: torch.device | str | None = None,
 ) -> list[Tensor]:
     """16 random bits for each element of some tensors, drawn in one pass.
@@ -40,13 +41,14 @@ def random_bits(
         streams: a number of 32 bits for each tensor, its own among those of the seed.
         steps: a number of 32 bits for each tensor, or one as int64 [] on the device.
         seed: of 64 bits.
+        start: place of the first element of each tensor, a multiple of 8.
         device: of the result.
 
     Returns:
         For each tensor int32 [size] in [0, 2**16).
     """
     counts = [-(-size // _EACH) for size in sizes]
-    block = torch.cat([torch.arange(count, device=device) for count in counts])
+    block = torch.cat([torch.arange(start // _EACH, start // _EACH + count, device=device) for count in counts])
     step, stream = (
         torch.cat([_repeated(number, count, device) for number, count in zip(numbers, counts, strict=True)])
         for numbers in (steps, streams)

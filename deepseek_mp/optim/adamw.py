@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.optim.stored import Batch, StoredOptimizer
+from deepseek_mp.ops.block_states import SIGNED, UNSIGNED
+from deepseek_mp.ops.fused_adamw import FusedStep, fused_adamw
+from deepseek_mp.optim.states import Moments, blocks_of
+from deepseek_mp.optim.stored import COMPENSATION, STREAM, Batch, StoredOptimizer
 
 
 class AdamW(StoredOptimizer):
     """Decoupled weight decay ("Decoupled weight decay regularization", arXiv 1711.05101), as `torch.optim.AdamW`.
 
-    FP32 parameters get the numbers of PyTorch's `foreach` implementation. Moments are FP32 for BF16 parameters too.
+    FP32 parameters get the numbers of PyTorch's `foreach` implementation. Moments are FP32 for BF16 parameters too, or
+    8-bit blocks.
 
     Args:
         params: parameters or groups.
@@ -25,6 +29,8 @@ class AdamW(StoredOptimizer):
         weight_decay: times the rate, taken off the weight.
         storage: how parameters that are BF16 tensors are written: 'bf16_kahan' or 'bf16_sr'. FP32 ones are converted
             by `set_storage`.
+        states: how moments are kept: 'fp32', or '8bit' in blocks of 256 values with one scale. Parameters of one
+            dimension or of fewer than 4096 values, and those in FP64, keep FP32 moments in any case.
         seed: of stochastic rounding.
         foreach: False updates one parameter after another, with the same numbers and the least memory.
 
@@ -41,16 +47,26 @@ class AdamW(StoredOptimizer):
         weight_decay: float = 1e-2,
         *,
         storage: str = "bf16_kahan",
+        states: str = "fp32",
         seed: int = 0,
         foreach: bool = True,
     ) -> None:
         check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"storage": storage, "seed": seed, "foreach": foreach})
+        kept = {"storage": storage, "states": states, "seed": seed, "foreach": foreach}
+        super().__init__(params, defaults | kept)
 
-    def _new_state(self, parameter: Tensor, _group: Mapping[str, Any]) -> dict[str, Any]:
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+    def _moments(self, _group: Mapping[str, Any]) -> Moments:
+        return {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
+
+    def _fused(self, group: Mapping[str, Any], parameter: Tensor, scale: Tensor | None, skip: Tensor | None) -> bool:
+        run, grad = fused_adamw(parameter.device), parameter.grad
+        if run is None or grad is None or self.is_watched(parameter):
+            return False
+        if not (parameter.is_contiguous() and grad.is_contiguous()):
+            return False
+        run(parameter, grad, _fused_step(group, self.state[parameter], self.storage(parameter), parameter, scale, skip))
+        return True
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         lr = group["lr"]
@@ -100,6 +116,42 @@ def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> No
     updates = torch._foreach_div(first, below)
     torch._foreach_mul_(updates, [batch.amount(-lr / (1 - beta1**step)) for step in steps])
     torch._foreach_add_(batch.values, updates)
+
+
+def _fused_step(
+    group: Mapping[str, Any],
+    state: dict[str, Any],
+    storage: str,
+    parameter: Tensor,
+    scale: Tensor | None,
+    skip: Tensor | None,
+) -> FusedStep:
+    """The next step of a parameter, counted."""
+    device, lr, (beta1, beta2) = parameter.device, group["lr"], group["betas"]
+    scale, skip = (None if x is None else x.to(device, torch.float32, non_blocking=True) for x in (scale, skip))
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = lr.item()
+    keep = None if skip is None else 1 - skip.reshape(())
+    counts = Batch(params=[parameter], states=[state], values=[], grads=[], keep=keep).advance()
+    numbers: Sequence[Any]
+    if counts is None or isinstance(lr, Tensor):
+        step = state["step"].to(device)
+        known = step.clamp_min(1.0)
+        of_rate = 1 - lr * group["weight_decay"], lr / (1 - beta1**known), (1 - beta2**known).sqrt()
+        numbers = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in of_rate]
+        step = step.long()
+    else:
+        step = int(counts[0])
+        numbers = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    first, second = blocks_of(state, "exp_avg"), blocks_of(state, "exp_avg_sq")
+    assert first is not None, "only moments in blocks are stepped by a kernel"
+    assert second is not None, "both moments are in one form"
+    return FusedStep(
+        first=first, second=second, betas=group["betas"], eps=group["eps"],
+        decay=numbers[0], size=numbers[1], root=numbers[2], step=step,
+        storage=storage, compensation=state.get(COMPENSATION), seed=group["seed"], stream=state.get(STREAM, 0),
+        scale=scale, skip=skip,
+    )  # fmt: skip
 
 
 def check_options(*, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

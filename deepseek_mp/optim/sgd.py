@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.block_states import SIGNED
+from deepseek_mp.optim.states import Moments
 from deepseek_mp.optim.stored import Batch, StoredOptimizer
 
 MOMENTUM = "momentum_buffer"
@@ -20,11 +22,11 @@ class SGD(StoredOptimizer):
     Args:
         params: parameters or groups.
         lr: a number, or a tensor [].
-        momentum: share of the last direction that stays; its buffer is FP32.
+        momentum: share of the last direction that stays; its buffer is FP32, or 8-bit blocks.
         dampening: share of the gradient that does not enter the momentum, but in the first step.
         weight_decay: times the weight, added to the gradient.
         nesterov: needs momentum without dampening.
-        storage, seed, foreach: as in `AdamW`.
+        storage, states, seed, foreach: as in `AdamW`.
 
     Raises:
         ConfigError: an argument out of its range, or a parameter of another dtype than FP32, FP64 and BF16.
@@ -40,6 +42,7 @@ class SGD(StoredOptimizer):
         *,
         nesterov: bool = False,
         storage: str = "bf16_kahan",
+        states: str = "fp32",
         seed: int = 0,
         foreach: bool = True,
     ) -> None:
@@ -50,12 +53,11 @@ class SGD(StoredOptimizer):
             passed = f"nesterov=True with momentum={momentum} and dampening={dampening}"
             raise ConfigError(explain(passed, "momentum above 0 and dampening 0", "Set both, or leave nesterov out"))
         rule = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        super().__init__(params, {**rule, "nesterov": nesterov, "storage": storage, "seed": seed, "foreach": foreach})
+        kept = {"storage": storage, "states": states, "seed": seed, "foreach": foreach}
+        super().__init__(params, {**rule, "nesterov": nesterov, **kept})
 
-    def _new_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        if not group["momentum"]:
-            return {}
-        return {MOMENTUM: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))}
+    def _moments(self, group: Mapping[str, Any]) -> Moments:
+        return {MOMENTUM: SIGNED} if group["momentum"] else {}
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         batch.advance()

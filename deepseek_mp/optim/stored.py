@@ -2,7 +2,7 @@
 
 A step goes through batches of parameters. Each is opened (its value in FP32, with its compensation if it has one),
 updated by the rule of the subclass, and written back: nothing for FP32, rounded stochastically, or split. So the rule
-is written once, for FP32.
+is written once, for FP32. Moments in 8-bit blocks are opened and closed too, one piece of one parameter at a time.
 
 A step may be skipped on the device, without the host knowing, by the two tensors of PyTorch's fused optimizers:
 `grad_scale` divides the gradients, and `found_inf` leaves everything as it is where it is 1.
@@ -23,6 +23,8 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.storage_marks import mark_storage, storage_of
 from deepseek_mp.ops.stored import joined, random_bits, round_by_bits
 from deepseek_mp.ops.updates import update_fate
+from deepseek_mp.optim.states import Moments, StateFormat, close, convert, goes_in_blocks, new_moments, opened, pieces
+from deepseek_mp.precision.checks import find_member
 from deepseek_mp.precision.storage import StorageFormat
 
 STORAGE, STREAM, COMPENSATION = "storage", "stream", "compensation"
@@ -44,6 +46,8 @@ class Batch:
     """Their gradients likewise, unscaled; zeros where the step is skipped."""
     keep: Tensor | None
     """fp32 []: 0 where the step is skipped, else 1. None: it is not skipped."""
+    start: int = 0
+    """Place of the first element in its parameter: other than zero for a piece of one."""
 
     def advance(self) -> list[float] | None:
         """Count this step; gives the number of steps of each parameter, None where only the device knows."""
@@ -67,16 +71,19 @@ class Batch:
 
 
 class StoredOptimizer(Optimizer):
-    """Base of the optimizers here; `_new_state` and `_update` are a subclass's rule."""
+    """Base of the optimizers here; `_moments`, `_new_state` and `_update` are a subclass's rule."""
 
     _step_supports_amp_scaling = True
+    own_options = ("states",)
+    """Options of groups that loading leaves as they are; states are then converted to what they say."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer`.
 
         Args:
             params: parameters or groups of them; BF16 ones are written as their group's `storage` says.
-            defaults: the options of a group. Each has besides those of the rule: `storage`, `seed`, `foreach`.
+            defaults: the options of a group. Each has besides those of the rule: `storage`, `states`, `seed` and
+                `foreach`.
         """
         self.fates: dict[Tensor, Tensor] = {}
         self._watched: dict[int, float] = {}
@@ -100,6 +107,7 @@ class StoredOptimizer(Optimizer):
         super().__setstate__(state)
         self.fates, self._watched = {}, {}
         for group in self.param_groups:
+            group.setdefault("states", StateFormat.FP32.value)
             for parameter in group["params"]:
                 if parameter.dtype is torch.bfloat16 and storage_of(parameter) is None:
                     kept = self.state.get(parameter, {}).get(STORAGE, group["storage"])
@@ -108,13 +116,18 @@ class StoredOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch, but exact: states keep the dtypes they were saved in, and parameters get the storage that
         they had. Their values come from the model's own `load_state_dict`, before or after.
+
+        `states` stays that of the groups here: moments that were saved in another form are converted by the next step.
         """
+        own = [{key: group[key] for key in self.own_options} for group in self.param_groups]
         seen: dict[str, Any] = {}
         last = self.register_load_state_dict_pre_hook(lambda _, final: seen.update(final))
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
+        for group, options in zip(self.param_groups, own, strict=True):
+            group.update(options)
         for saved_group, group in zip(seen["param_groups"], self.param_groups, strict=True):
             for number, parameter in zip(saved_group["params"], group["params"], strict=True):
                 if number in seen["state"]:
@@ -139,6 +152,10 @@ class StoredOptimizer(Optimizer):
         """Measure what becomes of the next update of these, as `ops.updates.update_fate`; read it in `fates`."""
         self._watched |= {id(parameter): noise_fraction for parameter in parameters}
 
+    def is_watched(self, parameter: Tensor) -> bool:
+        """Whether its next update is measured."""
+        return id(parameter) in self._watched
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on the gradients of the parameters; a `closure` is called first and its loss returned."""
@@ -148,28 +165,45 @@ class StoredOptimizer(Optimizer):
                 loss = closure()
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for params in self._parts(group):
-                batch = self._opened(group, params, scale, skip)
-                before = self._before(batch)
-                self._update(group, batch)
-                self._measure(batch, before)
-                self._write(group, batch)
+            for params in self._parts(group, in_blocks=False):
+                states = [self._state_of(parameter, group) for parameter in params]
+                grads = [parameter.grad for parameter in params if parameter.grad is not None]
+                self._step_batch(group, _opened(params, states, grads, scale, skip))
+            for (parameter,) in self._parts(group, in_blocks=True):
+                self._step_in_blocks(group, parameter, scale, skip)
         self._watched = {}
         return loss
 
+    def _moments(self, group: Mapping[str, Any]) -> Moments:
+        """What the rule keeps of each value of a parameter and 8-bit blocks can hold, with the type of their codes."""
+        raise NotImplementedError
+
     def _new_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """What the rule keeps of a parameter, before its first step."""
-        raise NotImplementedError
+        return new_moments(parameter, self._moments(group), in_blocks=self._in_blocks(parameter, group))
+
+    def _in_blocks(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether the parameter's moments are kept in blocks."""
+        return goes_in_blocks(parameter, group) and bool(self._moments(group))
+
+    def _fused(
+        self, _group: Mapping[str, Any], _parameter: Tensor, _scale: Tensor | None, _skip: Tensor | None
+    ) -> bool:
+        """Step a parameter whose moments are in blocks by one kernel; False if there is none for it."""
+        return False
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         """Advance the states and the values of a batch in place."""
         raise NotImplementedError
 
-    def _parts(self, group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
-        """The parameters with gradients by device and precision, in parts of bounded size."""
+    def _parts(self, group: Mapping[str, Any], *, in_blocks: bool) -> Iterator[list[Tensor]]:
+        """The parameters with gradients by device and precision, in parts of bounded size.
+
+        Those whose moments are in blocks, one by one, or all others.
+        """
         kinds: dict[object, list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
-            if parameter.grad is not None:
+            if parameter.grad is not None and in_blocks == self._in_blocks(parameter, group):
                 if parameter.grad.layout != torch.strided:
                     passed = f"a gradient of layout {parameter.grad.layout}"
                     raise ConfigError(explain(passed, "dense gradients", "Build the embedding with sparse=False"))
@@ -178,7 +212,7 @@ class StoredOptimizer(Optimizer):
             part: list[Tensor] = []
             size = 0
             for parameter in params:
-                if part and (size + parameter.numel() > BATCH_ELEMENTS or not group["foreach"]):
+                if part and (in_blocks or size + parameter.numel() > BATCH_ELEMENTS or not group["foreach"]):
                     yield part
                     part, size = [], 0
                 part.append(parameter)
@@ -186,20 +220,32 @@ class StoredOptimizer(Optimizer):
             if part:
                 yield part
 
-    def _opened(
-        self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
-    ) -> Batch:
-        states = [self._state_of(parameter, group) for parameter in params]
-        values = [_value(parameter, state) for parameter, state in zip(params, states, strict=True)]
-        grads = [_like(p.grad, v) for p, v in zip(params, values, strict=True) if p.grad is not None]
-        device = params[0].device
-        keep = None
-        if scale is not None:
-            grads = list(torch._foreach_mul(grads, scale.to(device, non_blocking=True).reciprocal()))
-        if skip is not None:
-            keep = 1 - skip.to(device, torch.float32, non_blocking=True).reshape(())
-            grads = [torch.where(keep > 0, grad, 0.0) for grad in grads]
-        return Batch(params=params, states=states, values=values, grads=grads, keep=keep)
+    def _step_batch(self, group: Mapping[str, Any], batch: Batch) -> None:
+        before = self._before(batch)
+        self._update(group, batch)
+        self._measure(batch, before)
+        self._write(group, batch)
+
+    def _step_in_blocks(
+        self, group: Mapping[str, Any], parameter: Tensor, scale: Tensor | None, skip: Tensor | None
+    ) -> None:
+        """Step a parameter whose moments are in blocks, piece by piece: there are never more of them in FP32."""
+        state, moments, grad = self._state_of(parameter, group), self._moments(group), parameter.grad
+        assert grad is not None, "only parameters with a gradient are stepped"
+        if self._fused(group, parameter, scale, skip):
+            return
+        in_pieces = parameter.is_contiguous() and grad.is_contiguous() and not self.is_watched(parameter)
+        piece = state
+        for start, stop in pieces(parameter) if in_pieces else [(0, parameter.numel())]:
+            held = opened(state, moments, start, stop)
+            piece = _piece(state, start, stop) if in_pieces else dict(state)
+            piece |= held if in_pieces else {name: value.view(parameter.shape) for name, value in held.items()}
+            piece["step"] = state["step"].clone()
+            of_parameter, of_grad = (_cut(x, start, stop) if in_pieces else x for x in (parameter, grad))
+            batch = _opened([of_parameter], [piece], [of_grad], scale, skip, start=start)
+            self._step_batch(group, batch)
+            close(state, piece, moments, start=start, step=step_number(piece["step"]), keep=batch.keep)
+        state["step"] = piece["step"]
 
     def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a parameter, made where it is missing."""
@@ -207,6 +253,7 @@ class StoredOptimizer(Optimizer):
         if "step" not in state:
             state["step"] = torch.zeros(())
             state |= self._new_state(parameter, group)
+        convert(state, parameter, self._moments(group), in_blocks=self._in_blocks(parameter, group))
         if parameter.dtype is torch.bfloat16 and STORAGE not in state:
             self.describe(parameter, self.storage(parameter), None)
         return state
@@ -254,9 +301,40 @@ class StoredOptimizer(Optimizer):
         states = [batch.states[index] for index in indices]
         steps = [step_number(state["step"]) for state in states]
         sizes, streams = [value.numel() for value in values], [state[STREAM] for state in states]
-        drawn = random_bits(sizes, streams, steps, seed=seed, device=values[0].device)
+        drawn = random_bits(sizes, streams, steps, seed=seed, start=batch.start, device=values[0].device)
         for index, value, bits in zip(indices, values, drawn, strict=True):
             batch.params[index].copy_(round_by_bits(value, bits))
+
+
+def _opened(
+    params: list[Tensor],
+    states: list[dict[str, Any]],
+    grads: Sequence[Tensor],
+    scale: Tensor | None,
+    skip: Tensor | None,
+    *,
+    start: int = 0,
+) -> Batch:
+    values = [_value(parameter, state) for parameter, state in zip(params, states, strict=True)]
+    found = [_like(grad, value) for grad, value in zip(grads, values, strict=True)]
+    device = params[0].device
+    keep = None
+    if scale is not None:
+        found = list(torch._foreach_mul(found, scale.to(device, non_blocking=True).reciprocal()))
+    if skip is not None:
+        keep = 1 - skip.to(device, torch.float32, non_blocking=True).reshape(())
+        found = [torch.where(keep > 0, grad, 0.0) for grad in found]
+    return Batch(params=params, states=states, values=values, grads=found, keep=keep, start=start)
+
+
+def _piece(state: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The part of a state that is about a piece of the parameter, but for its moments."""
+    about = {key: state[key] for key in (STORAGE, STREAM) if key in state}
+    return about | ({COMPENSATION: _cut(state[COMPENSATION], start, stop)} if COMPENSATION in state else {})
+
+
+def _cut(x: Tensor, start: int, stop: int) -> Tensor:
+    return x.detach().view(-1)[start:stop]
 
 
 def _write_split(batch: Batch, index: int) -> None:
@@ -322,5 +400,6 @@ def _check_group(group: Mapping[str, Any]) -> None:
     if group["storage"] not in allowed:
         change = "Name how BF16 parameters are written; FP32 ones are converted by set_storage"
         raise ConfigError(explain(f"storage={group['storage']!r}", ", ".join(allowed), change))
+    find_member("format of states", StateFormat, group["states"])
     if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 1 << 64:
         raise ConfigError(explain(f"seed={group['seed']!r}", "a whole number of 64 bits", "Pass for example 0"))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from deepseek_mp.controller.spikes import Gradient
 from deepseek_mp.ops.gradients import moment_ratios, norms
 from deepseek_mp.ops.host_copy import HostCopy
+from deepseek_mp.optim.states import moment_rows
 
 ROWS = 64
 """Rows of a weight that its second moment is compared on; they move on with every step."""
@@ -124,7 +125,7 @@ class GradientWatch:
             if not own or step * (1 - beta) < ALMOST:
                 continue
             parts = [_rows(p.grad, step).float() for p in own]
-            moments = [_rows(optimizer.state[p]["exp_avg_sq"], step).float() for p in own]
+            moments = [_moment_rows(optimizer, p, step).float() for p in own]
             ratios.append(moment_ratios(parts, moments, beta=beta, eps=group.get("eps", 1e-8), divisor=divisor))
             compared += [names[id(p)] for p in own]
             factors += [((1 - beta**step) / part.numel()) ** 0.5 for part in parts]
@@ -138,12 +139,23 @@ def _trained(module: nn.Module) -> Tensor | None:
 
 
 def _has_moment(optimizer: Optimizer, parameter: Tensor) -> bool:
-    moment = optimizer.state.get(parameter, {}).get("exp_avg_sq")
-    return isinstance(moment, Tensor) and moment.shape == parameter.shape
+    return moment_rows(optimizer.state.get(parameter, {}), "exp_avg_sq", parameter, 0, 1) is not None
+
+
+def _moment_rows(optimizer: Optimizer, parameter: Tensor, step: int) -> Tensor:
+    """Of the second moment, those that `_rows` gives of the gradient."""
+    start = _first_row(parameter, step)
+    found = moment_rows(optimizer.state[parameter], "exp_avg_sq", parameter, start, start + ROWS)
+    assert found is not None, "only parameters with a second moment are compared"
+    return found
 
 
 def _rows(tensor: Tensor | None, step: int) -> Tensor:
     """Neighbouring rows, so that they are one piece of memory; others in the next step."""
     assert tensor is not None, "only weights with a gradient are looked at"
-    start = step * ROWS % max(tensor.shape[0] - ROWS + 1, 1)
+    start = _first_row(tensor, step)
     return tensor[start : start + ROWS]
+
+
+def _first_row(tensor: Tensor, step: int) -> int:
+    return step * ROWS % max(tensor.shape[0] - ROWS + 1, 1)

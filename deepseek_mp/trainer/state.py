@@ -183,6 +183,8 @@ def load_optimizer(
     optimizer.state.clear()
     for group, stored in zip(optimizer.param_groups, saved["groups"], strict=True):
         for key, value in stored["options"].items():
+            if key in getattr(optimizer, "own_options", ()):
+                continue
             current = group.get(key)
             if isinstance(current, Tensor):
                 current.fill_(value)

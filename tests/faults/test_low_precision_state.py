@@ -1,6 +1,6 @@
-"""What must not be kept in 16 bits: summed gradients, optimizer states, running statistics.
+"""What must not be kept in few bits as it is: weights, summed gradients, optimizer states, running statistics.
 
-C03 to C05 in the names are numbers in the project's list of faults. Tests with `theirs` in the name show
+C01 to C05 in the names are numbers in the project's list of faults. Tests with `theirs` in the name show
 what plain PyTorch does.
 """
 
@@ -11,6 +11,10 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import PlanError
+from deepseek_mp.ops.block_states import BLOCK, encode
+from deepseek_mp.optim import SGD, AdamW
+from deepseek_mp.optim import states as states_module
+from deepseek_mp.optim.states import moment_rows
 from deepseek_mp.trainer import state
 
 LARGEST = {"bf16": 256.0, "fp16": 2048.0}
@@ -26,6 +30,78 @@ def one_weight():
 
 def adamw(params):
     return torch.optim.AdamW(params, lr=1e-3)
+
+
+def moved(optimizer, weight, steps):
+    """How far a gradient of one has moved the weight."""
+    start = weight.detach().double().mean()
+    for _ in range(steps):
+        weight.grad = torch.ones_like(weight, dtype=weight.grad_dtype)
+        optimizer.step()
+    return (start - weight.detach().double().mean()).item()
+
+
+def ones(dtype=torch.bfloat16):
+    """Enough of them for moments in blocks."""
+    return nn.Parameter(torch.ones(16, BLOCK, dtype=dtype))
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("storage", ["bf16_kahan", "bf16_sr"])
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_c01_updates_below_half_a_bit_arrive(kind, storage, states):
+    weight = ones()
+    options = {"momentum": 0.5} if kind is SGD else {"weight_decay": 0.0}
+    rate = 5e-5 if kind is SGD else 1e-4
+    optimizer = kind([weight], lr=rate, storage=storage, states=states, **options)
+    assert moved(optimizer, weight, 300) == pytest.approx(300e-4, abs=2e-3)  # half of BF16's step
+
+
+def test_c01_theirs_no_update_arrives():
+    weight = ones()
+    assert moved(torch.optim.AdamW([weight], lr=1e-4, weight_decay=0.0), weight, 300) == 0.0
+
+
+def second_moment(optimizer, weight, steps):
+    """The second moment after gradients of one."""
+    for _ in range(steps):
+        weight.grad = torch.ones_like(weight, dtype=weight.grad_dtype)
+        optimizer.step()
+    return moment_rows(optimizer.state[weight], "exp_avg_sq", weight).float().mean().item()
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_c02_a_second_moment_grows_to_the_square_of_the_gradient(states):
+    weight = ones()
+    found = second_moment(AdamW([weight], states=states), weight, steps=1200)
+    assert found == pytest.approx(1 - 0.999**1200, rel=1e-4)  # 0.7
+
+
+def test_c02_theirs_it_stands_still_below():
+    weight = ones()
+    assert second_moment(torch.optim.AdamW([weight]), weight, steps=1200) <= 0.5
+
+
+def fallen():
+    """The second moment in blocks of values whose gradients became a tenth, beside one in each block that stayed."""
+    weight = ones(torch.float32)
+    optimizer = AdamW([weight], betas=(0.9, 0.99), states="8bit")
+    gradient = torch.ones_like(weight)
+    for step in range(800):
+        weight.grad = gradient
+        optimizer.step()
+        if step == 100:
+            gradient[:, 1:] = 0.1
+    return moment_rows(optimizer.state[weight], "exp_avg_sq", weight)[:, 1:].mean().item()
+
+
+def test_c02_a_second_moment_in_blocks_falls_beside_one_that_stays():
+    assert fallen() == pytest.approx(0.01, rel=0.1)
+
+
+def test_c02_theirs_rounded_to_nearest_it_stands_still(monkeypatch):
+    monkeypatch.setattr(states_module, "encode", lambda value, kind, **_: encode(value, kind))
+    assert fallen() > 0.1
 
 
 @pytest.mark.parametrize("pin", [None, {"0": "fp32"}], ids=["region", "pinned"])
@@ -81,6 +157,17 @@ def test_c04_a_state_is_loaded_in_the_format_it_was_saved_in():
     state.load_optimizer(low, low_optimizer, tensors, values)
     assert low_optimizer.state[low.weight]["exp_avg"].dtype == torch.float32
     assert torch.equal(low_optimizer.state[low.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+
+
+@pytest.mark.parametrize("storage", ["bf16_kahan", "bf16_sr"])
+def test_c04_moments_of_the_optimizers_here_are_loaded_in_fp32_beside_bf16_weights(storage):
+    _, optimizer, low, _ = with_fp32_state(torch.bfloat16)
+    loaded = AdamW(low.parameters(), storage=storage)
+    loaded.load_state_dict(optimizer.state_dict())
+    saved = list(optimizer.state.values())
+    for kept, expected in zip(loaded.state.values(), saved, strict=True):
+        assert kept["exp_avg"].dtype == torch.float32
+        assert torch.equal(kept["exp_avg"], expected["exp_avg"])
 
 
 def test_c04_theirs_it_is_cast_to_the_format_of_the_parameter():

@@ -13,6 +13,7 @@ from deepseek_mp.controller import LossScaler
 from deepseek_mp.monitor.store import UPDATE, Layout, Store
 from deepseek_mp.monitor.subjects import Choice, subjects_of
 from deepseek_mp.monitor.updates import UPDATE_FIELDS, UpdateWatch
+from deepseek_mp.optim import AdamW
 
 CPU = torch.device("cpu")
 ROWS = 8
@@ -62,6 +63,20 @@ def test_every_number_by_its_definition() -> None:
     assert found["grad_norm"] == pytest.approx(float(g.norm()))
     assert found["spike"] == 1
     assert found["rms"] == pytest.approx(float((g.square() / v).mean().sqrt()), rel=1e-5)
+
+
+def test_a_second_moment_in_blocks_is_read() -> None:
+    found = []
+    for states in ("fp32", "8bit"):
+        torch.manual_seed(0)
+        module = nn.Linear(100, 2 * ROWS, bias=False)
+        module.weight.grad = torch.randn_like(module.weight)
+        optimizer = AdamW(module.parameters(), lr=1e-3, states=states)
+        optimizer.step()
+        seen = Watched(module, optimizer)
+        optimizer.step()
+        found.append(numbers(seen.store)["rms"])
+    assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
 def test_large_updates_are_kept_and_tiny_ones_are_lost() -> None:

@@ -52,6 +52,24 @@ def test_norms_and_ratios_by_their_definitions(kind):
     assert seen.watch.read() == {}
 
 
+def test_second_moments_in_blocks_are_read():
+    found = []
+    for states in ("fp32", "8bit"):
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Linear(50, 100), nn.Linear(100, 4))
+        optimizer = AdamW(made.parameters(), lr=0.0, betas=(0.9, 0.5), states=states)
+        seen = Watched(made, optimizer, lowered=("0",))
+        for _ in range(7):
+            gradients(made)
+            made[0].weight.grad *= torch.linspace(1, 2, 100).unsqueeze(1)
+            optimizer.step()
+            ratios = seen.watch.read()
+            seen.steps += 1
+        found.append(ratios["0"].rms)
+    assert found[0] is not None
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
 def test_without_second_moments_there_are_norms_only():
     made = model()
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)

@@ -72,3 +72,26 @@ def test_another_optimizer_refuses_the_checkpoint(saved):
     with pytest.raises(CheckpointError, match=r"0\.weight .*bfloat16, but the one here has .*float32"):
         other.load(saved[1])
     assert other.model[0].weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("states", ["8bit", "fp32"])
+def test_moments_in_blocks_are_saved_and_go_on(states, tmp_path):
+    """With the same bits; a run with FP32 moments takes them over as numbers."""
+
+    def wide(states):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 1200), nn.ReLU(), nn.Linear(1200, 3))
+        return make("bf16", model, optimizer=lambda params: AdamW(params, lr=1e-2, states=states))
+
+    run, again = wide("8bit"), wide(states)
+    for batch in batches(3):
+        run.step(batch)
+    run.save(tmp_path)
+    again.load(tmp_path)
+    for both in (run, again):
+        for batch in batches(2):
+            both.step(batch)
+    kept = again.optimizer.state[again.model[0].weight]
+    assert ("exp_avg_codes" in kept) == (states == "8bit")
+    for one, two in zip(run.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two) if states == "8bit" else (one - two).abs().mean() < 1e-3

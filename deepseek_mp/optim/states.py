@@ -1,0 +1,130 @@
+"""How an optimizer keeps its moments: in FP32, or in 8-bit blocks that are opened a piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.ops.block_states import BLOCK, Blocks, decode, empty_blocks, encode, part
+
+SMALLEST = 4096
+"""Values from which on a parameter's moments go into blocks: smaller ones are nothing beside the rest of a model."""
+PIECE = {"cpu": 1 << 17}
+"""Values that are opened at once, by device: those of a CPU stay in its cache."""
+_PIECE_ELSEWHERE = 1 << 22
+CODES, SCALES = "_codes", "_scales"
+"""What is added to a moment's key for its blocks."""
+
+Moments = Mapping[str, torch.dtype]
+"""The moments of a rule by key, with the type of their codes: `SIGNED` or `UNSIGNED`."""
+
+
+class StateFormat(StrEnum):
+    """How a parameter's moments are kept between steps."""
+
+    FP32 = "fp32"
+    """4 bytes for each value."""
+    EIGHT_BIT = "8bit"
+    """1 byte, and an FP32 scale for every 256."""
+
+
+def goes_in_blocks(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether the moments of a parameter of this group are kept in blocks: of matrices that are not small."""
+    return (
+        group["states"] == StateFormat.EIGHT_BIT
+        and parameter.dim() > 1
+        and parameter.numel() >= SMALLEST
+        and parameter.dtype is not torch.float64
+    )
+
+
+def new_moments(parameter: Tensor, moments: Moments, *, in_blocks: bool) -> dict[str, Tensor]:
+    """Zeros in the form they are kept in."""
+    if not in_blocks:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return {name: torch.zeros_like(parameter, dtype=dtype) for name in moments}
+    made: dict[str, Tensor] = {}
+    for name, kind in moments.items():
+        _keep(made, name, empty_blocks(parameter.numel(), kind, parameter.device))
+    return made
+
+
+def blocks_of(state: Mapping[str, Any], name: str) -> Blocks | None:
+    """A moment's blocks; None if it is not kept in such."""
+    return Blocks(state[name + CODES], state[name + SCALES]) if name + CODES in state else None
+
+
+def moment_rows(
+    state: Mapping[str, Any], name: str, parameter: Tensor, start: int = 0, stop: int | None = None
+) -> Tensor | None:
+    """Neighbouring rows of a moment, in FP32 if it is in blocks; None if the optimizer, any one, keeps no such moment.
+
+    Args:
+        state: of the parameter.
+        name: key of the moment in FP32.
+        parameter: whose moment it is, of at least one dimension.
+        start, stop: of the rows, along the first dimension.
+    """
+    blocks = blocks_of(state, name)
+    if blocks is None:
+        kept = state.get(name)
+        return kept[start:stop] if isinstance(kept, Tensor) and kept.shape == parameter.shape and kept.dim() else None
+    width = parameter.numel() // parameter.shape[0]
+    first, last = start * width, min(stop or parameter.shape[0], parameter.shape[0]) * width
+    aligned = first // BLOCK * BLOCK
+    return decode(part(blocks, aligned, last))[first - aligned :].view(-1, *parameter.shape[1:])
+
+
+def convert(state: dict[str, Any], parameter: Tensor, moments: Moments, *, in_blocks: bool) -> None:
+    """Bring moments into the form they are to be kept in, in place; nothing if they are. Blocks round to nearest."""
+    for name, kind in moments.items():
+        blocks = blocks_of(state, name)
+        if in_blocks and blocks is None and name in state:
+            _keep(state, name, encode(state.pop(name).float().reshape(-1), kind))
+        elif not in_blocks and blocks is not None:
+            del state[name + CODES], state[name + SCALES]
+            state[name] = torch.empty_like(parameter, dtype=torch.float32).copy_(decode(blocks).view(parameter.shape))
+
+
+def _keep(state: dict[str, Any], name: str, blocks: Blocks) -> None:
+    state[name + CODES], state[name + SCALES] = blocks
+
+
+def pieces(parameter: Tensor) -> Iterator[tuple[int, int]]:
+    """Where the pieces of a parameter begin and end."""
+    size = PIECE.get(parameter.device.type, _PIECE_ELSEWHERE)
+    for start in range(0, parameter.numel(), size):
+        yield start, min(start + size, parameter.numel())
+
+
+def opened(state: Mapping[str, Any], moments: Moments, start: int, stop: int) -> dict[str, Tensor]:
+    """The moments of a piece in FP32, [stop - start]."""
+    found: dict[str, Tensor] = {}
+    for name in moments:
+        blocks = blocks_of(state, name)
+        assert blocks is not None, "only moments in blocks are opened"
+        found[name] = decode(part(blocks, start, stop))
+    return found
+
+
+def close(
+    state: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    moments: Moments,
+    *,
+    start: int,
+    step: int | Tensor,
+    keep: Tensor | None,
+) -> None:
+    """Put the moments of a piece back; where `keep` [] is 0, those before stay bit by bit."""
+    for name, kind in moments.items():
+        blocks = blocks_of(state, name)
+        assert blocks is not None, "only moments in blocks are closed"
+        value = values[name].reshape(-1)
+        made = encode(value, kind, start=start, step=step)
+        for old, new in zip(part(blocks, start, start + value.numel()), made, strict=True):
+            old.copy_(new if keep is None else torch.where(keep > 0, new, old))
