@@ -16,6 +16,9 @@ from deepseek_mp.ops.schema import padded_rows, quantise
 FORMAT = "fp8_e4m3"
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 """What the casts take."""
+REFERENCE_PIECE = 1 << 18
+"""Values that are cast at once in plain PyTorch: a multiple of 128 rows, so that none are added in between."""
+_SEEDS = 1 << 63
 
 
 def is_dense(x: Tensor) -> bool:
@@ -41,13 +44,21 @@ def rounded(x: Tensor, group: int, seed: int | None) -> Rounded:
     """
     flat = _in_memory(x)
     whole = flat.numel() // group * group
-    granularity = f"1x{group}"
-    number = None if seed is None else torch.full((), seed, dtype=torch.int64, device=x.device)
-    implementation = _implementation(x.device, granularity)
-    values, scale, _, _ = quantise(
-        flat[:whole].view(-1, group), FORMAT, granularity, False, True, False, implementation, seed=number
-    )
+    implementation = _implementation(x.device, f"1x{group}")
+    # The reference computes random numbers in int64: whole tensors of them would take more memory than is saved.
+    pieces = flat[:whole].split(REFERENCE_PIECE if implementation == "reference" else max(whole, 1))
+    cast = [_cast(piece.view(-1, group), seed, number, implementation) for number, piece in enumerate(pieces)]
+    values, scale = cast[0] if len(cast) == 1 else (torch.cat([q for q, _ in cast]), torch.cat([s for _, s in cast], 1))
     return Rounded(values, scale, flat[whole:].clone(), Geometry.of(x))
+
+
+def _cast(rows: Tensor, seed: int | None, number: int, implementation: str) -> tuple[Tensor, Tensor]:
+    """Rows [n, group] in FP8 and their scales [1, n], with rows added; `number` tells pieces of a tensor apart."""
+    drawn = None if seed is None else (seed + number) % _SEEDS
+    start = None if drawn is None else torch.full((), drawn, dtype=torch.int64, device=rows.device)
+    granularity = f"1x{rows.shape[1]}"
+    values, scale, _, _ = quantise(rows, FORMAT, granularity, False, True, False, implementation, seed=start)
+    return values, scale
 
 
 def rounded_bytes(count: int, group: int) -> int:

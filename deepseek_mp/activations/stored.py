@@ -12,6 +12,9 @@ from torch import Tensor
 
 from deepseek_mp.ops.reference.product import dequantise
 
+PIECE = 1 << 22
+"""Values that are brought into another form at once: a multiple of the rows that a cast adds up to."""
+
 
 class Stored(Protocol):
     """A saved tensor in some form."""
@@ -70,11 +73,17 @@ class Rounded:
     @torch.no_grad()
     def restore(self) -> Tensor:
         """The rounded numbers, as a new tensor."""
-        group = self._values.shape[1]
-        whole = self._geometry.shape.numel() - self._rest.numel()
-        flat = dequantise(self._values, self._scale, f"1x{group}").to(self._geometry.dtype).flatten()[:whole]
-        if self._rest.numel():
-            flat = torch.cat([flat, self._rest])
+        rows, group = self._values.shape
+        count = self._geometry.shape.numel()
+        whole = count - self._rest.numel()
+        flat = torch.empty(count, dtype=self._geometry.dtype, device=self._values.device)
+        step = PIECE // group
+        for start in range(0, rows, step):
+            # In pieces, so that no FP32 tensor of the full size is needed beside it.
+            piece = dequantise(self._values[start : start + step], self._scale[:, start : start + step], f"1x{group}")
+            part = flat[start * group : min(start * group + piece.numel(), whole)]
+            part.copy_(piece.flatten()[: part.numel()])
+        flat[whole:] = self._rest
         return self._geometry.shaped(flat)
 
 

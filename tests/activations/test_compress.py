@@ -74,3 +74,16 @@ def test_two_values_are_found_out():
 def test_a_mask_in_another_order_of_memory():
     mask = (torch.rand(30, 20) < 0.5).t()
     assert torch.equal(mask_bits(mask).restore(), mask)
+
+
+def test_a_tensor_that_is_cast_in_pieces(monkeypatch):
+    x = torch.randn(300, 128)
+    whole = rounded(x, 128, None).restore()
+    monkeypatch.setattr("deepseek_mp.activations.compress.REFERENCE_PIECE", 128 * 128)
+    monkeypatch.setattr("deepseek_mp.activations.stored.PIECE", 64 * 128)
+    in_pieces = rounded(x, 128, None)
+    assert torch.equal(in_pieces.restore(), whole)
+    assert in_pieces.nbytes == rounded_bytes(x.numel(), 128)
+    equal = torch.randn(1, 128).expand(256, 128).contiguous()
+    drawn = rounded(equal, 128, 1).restore()
+    assert not torch.equal(drawn[:128], drawn[128:])  # each piece has numbers of its own

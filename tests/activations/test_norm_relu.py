@@ -136,3 +136,31 @@ def test_several_backwards():
     parameters = list(model.parameters())
     first = torch.autograd.grad(output, parameters, g, retain_graph=True)
     assert same(first, torch.autograd.grad(output, parameters, g))
+
+
+def test_the_number_of_threads_may_change_before_the_backward():
+    before = torch.get_num_threads()
+    model, x = block(), torch.randn(32, 3, 24, 24)
+    parameters = list(model.parameters())
+    g = torch.randn(32, 8, 24, 24)
+    try:
+        torch.set_num_threads(2)
+        exact = model(x)
+        with compressed_activations(model, SETTINGS) as saved:
+            found = model(x)
+        torch.set_num_threads(1)
+        assert saved.record().pairs[0].recomputed
+        assert same(torch.autograd.grad(found, parameters, g), torch.autograd.grad(exact, parameters, g))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_autocast():
+    model, x = block(), torch.randn(16, 3, 12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = model(x)
+        with compressed_activations(model, SETTINGS) as saved:
+            found = model(x)
+    assert saved.record().pairs[0].recomputed
+    g, parameters = torch.randn_like(exact), list(model.parameters())
+    assert same(torch.autograd.grad(found, parameters, g), torch.autograd.grad(exact, parameters, g))

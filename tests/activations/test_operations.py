@@ -7,7 +7,8 @@ from deepseek_mp.activations.operations import TOLERANT, is_statistic, reads_sig
 
 
 def test_what_rounding_may_ruin_is_not_tolerant():
-    for name in ("div", "log", "pow", "sqrt", "amax", "cross_entropy", "mse_loss", "scaled_dot_product_attention"):
+    attention = "scaled_dot_product_attention"
+    for name in ("div", "log", "pow", "sqrt", "amax", "cross_entropy", "mse_loss", "lerp", "hardswish", attention):
         assert name not in TOLERANT
 
 

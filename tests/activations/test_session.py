@@ -210,6 +210,21 @@ def test_values_before_and_after_are_different_tensors():
     assert relative(*grads(result, w), *grads(parts, w)) < 3e-3
 
 
+def test_a_view_that_is_written_to():
+    x = inputs(256, 256)
+
+    def call():
+        base = x * 1
+        part = base[:, :128]
+        F.relu(part, inplace=True)
+        return base * 3
+
+    exact = call()
+    result, _ = saved_by(call)
+    assert torch.equal(result, exact)
+    assert torch.equal(*grads(result, x), *grads(exact, x))
+
+
 def test_what_was_left_alone_raises_pytorchs_error():
     x = inputs()
 
