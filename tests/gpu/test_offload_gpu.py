@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.controller import LossScaler
-from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings
-from deepseek_mp.optim.offload.calibrate import calibrate
+from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, calibrate
 from deepseek_mp.optim.offload.lanes import DirectLanes, StreamLanes, lanes_for
 
 CHUNK = 1 << 20
@@ -82,7 +81,7 @@ def test_fp32_is_adamw_on_the_host_to_the_bit(mode, clip):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cast", ["host", "device"])
 def test_streams_give_the_numbers_of_copies_that_wait(mode, dtype, cast):
-    """A copy that nobody waits for, or memory that is used again too early, would change a bit in some of many steps."""
+    """A copy that nobody waits for, or memory that is used too early, would change a bit in some of many steps."""
     slow, fast = model(dtype), model(dtype)
     options = {"mode": mode, "cast": cast, "accumulation": 2, "delay_from": 3}
     reference, optimizer = offloaded(slow, lambda _: DirectLanes(), **options), offloaded(fast, **options)

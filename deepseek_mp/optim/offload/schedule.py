@@ -20,6 +20,8 @@ KEEP_BYTES = 24
 """Bytes that keeping the state before a step moves per value: weight and two moments read and written."""
 CAST_BYTES = 6
 """Bytes that rounding an FP32 weight to BF16 moves: 4 read, 2 written."""
+NORM_BYTES = 4
+"""Bytes that the norm of the gradients reads per value."""
 MODES = ("sync", "speculative", "delayed")
 WIRES = {"bf16": 2, "fp32": 4}
 """Formats that gradients are sent in, with their bytes."""
@@ -89,6 +91,8 @@ class Work:
     mode: str = "sync"
     keep: bool = True
     """Whether the state before the step is kept, so that it can be taken back."""
+    cast: bool = True
+    """Whether the host rounds weights to BF16 before it sends them."""
 
     def __post_init__(self) -> None:
         check_member("mode", self.mode, MODES)
@@ -103,7 +107,7 @@ class Prediction:
     """Forward, backward and the step of what stays on the device."""
     down: float
     host: float
-    """The host's step of all its chunks."""
+    """All that the host does: gradients added up, their norm, the step."""
     tail: float
     """What nothing hides."""
     total: float
@@ -180,28 +184,42 @@ def cast_on_host(rates: Rates, *, keep: bool = True) -> bool:
     return host <= max(step, FP32_BYTES / rates.up)
 
 
+def host_bytes(work: Work) -> float:
+    """Bytes per value that the host moves in its memory for one step, without adding up earlier micro-batches."""
+    arrival = WIRES[work.wire] + FP32_BYTES
+    return arrival + NORM_BYTES + STEP_BYTES + KEEP_BYTES * work.keep + CAST_BYTES * work.cast
+
+
+def adding_bytes(work: Work) -> float:
+    """Bytes per value that adding up the gradients of all micro-batches but the last moves, widened in between."""
+    return (work.micro_steps - 1) * (WIRES[work.wire] + 5 * FP32_BYTES)
+
+
 def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     """The time of a step: max(T_device, T_down, T_host) + T_tail, where T_host is hidden only in modes that can.
 
-    In 'sync' the host begins when the gradients' norm is known, after backward, so its whole step is in the tail. In
+    In 'sync' the host begins when the gradients' norm is known, after backward, so all its work is in the tail. In
     'speculative' the tail is what follows backward for the chunk that arrives last: its copy down and its step.
-    In 'delayed' the host's step of the last gradients runs beside this forward and backward. In all modes forward
-    waits for the first chunk to go up, and the others follow behind it.
+    In 'delayed' the host's step of the last gradients runs beside this forward and backward. In all modes the gradients
+    of earlier micro-batches are added between two backwards, and forward waits for the first chunk to go up, with the
+    others behind it.
+
+    The host's work is taken as bytes moved at the rate of `Rates.cpu`, as the host's AdamW is bound by memory.
     """
     values = sum(chunk.values for chunk in placed.host)
     wire = WIRES[work.wire]
-    per_value = (STEP_BYTES + KEEP_BYTES * work.keep) / rates.cpu
+    per_value = host_bytes(work) / rates.cpu
     device = work.forward_backward + (1 - placed.fraction) * work.device_step
     down = work.micro_steps * values * wire / rates.down
     host = values * per_value
     last = placed.host[-1].values if placed.host else 0
-    up = last * wire / rates.up
+    up = last * (WIRES["bf16"] if work.cast else FP32_BYTES) / rates.up
+    tail = up + values * adding_bytes(work) / rates.cpu
     if work.mode == "sync":
-        tail = host + up
+        tail += host
         total = max(device, down) + tail
     else:
-        speculative = last * (wire / rates.down + per_value) if work.mode == "speculative" else 0.0
-        tail = speculative + up
+        tail += last * (wire / rates.down + per_value) if work.mode == "speculative" else 0.0
         total = max(device, down, host) + tail
     return Prediction(device=device, down=down, host=host, tail=tail, total=total)
 
