@@ -17,7 +17,7 @@ ROWS, COLUMNS, WHOLE = "row_var", "col_var", "variance"
 
 
 class Adafactor(StoredOptimizer):
-    """ "Adafactor: adaptive learning rates with sublinear memory cost" (arXiv 1804.04235), as `torch.optim.Adafactor`.
+    """A factored second moment ("Adafactor", arXiv 1804.04235), as `torch.optim.Adafactor`.
 
     Of a matrix [n, m] n + m numbers are kept, the means of the squared gradient over rows and columns; their product
     over the mean stands for the second moment. There is no first moment. An update is as large as the rate says in
