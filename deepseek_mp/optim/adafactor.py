@@ -116,5 +116,5 @@ def _number(number: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _rms(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x)
-    return norm / max(x.numel(), 1) ** 0.5
+    found: Tensor = torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
+    return found
