@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from deepseek_mp import MixedPrecisionTrainer
+from deepseek_mp.optim import SGD, AdamW, set_storage
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.workloads.stress_policies import nudge
 
@@ -28,8 +30,15 @@ BASELINES = {"fp32": Mode(format="fp32"), "bf16": Mode(format="bf16", channels_l
 OURS: dict[str, dict[str, Any]] = {
     "ours-bf16": {"mode": "bf16"},
     "ours-auto": {"mode": "auto"},
+    "ours-loss": {"mode": "bf16", "fused_loss": "auto"},
+    "ours-activations": {"mode": "bf16", "activations": True},
+    "ours-8bit": {"mode": "bf16", "states": "8bit"},
+    "ours-weights": {"mode": "bf16", "states": "8bit", "storage": "bf16_sr"},
+    "ours-small": {"mode": "bf16", "fused_loss": "auto", "activations": True, "states": "8bit", "storage": "bf16_sr"},
 }
-"""Options of `MixedPrecisionTrainer` by arm: `mode` names its precision, all others are passed as they are."""
+"""Options of `MixedPrecisionTrainer` by arm, passed as they are but for three: `mode` names its precision, `states` how
+the optimizer keeps its moments, `storage` how the weights of linear layers and convolutions are kept.
+"""
 ARMS = (*BASELINES, *OURS)
 NAME = re.compile(r"(?P<base>.+?)(?P<compiled>-compiled)?(?P<nudged>-nudged)?")
 
@@ -145,12 +154,13 @@ class OurArm:
         case = _nudged(setting.case) if arm.nudged else setting.case
         options = dict(OURS[arm.base])
         mode: str = options.pop("mode")
+        states, storage = options.pop("states", None), options.pop("storage", None)
         plan: str | PrecisionPlan = mode
         if mode != "auto":
             plan = replace(PrecisionPlan.of(mode), memory_format="channels_last" if case.images else "contiguous")
         values: dict[str, Any] = {
             "loss_fn": case.loss_fn,
-            "optimizer": setting.optimizer,
+            "optimizer": setting.optimizer if states is None else _stored(setting.optimizer, states),
             "scheduler": setting.schedule,
             "compile": arm.compiled,
             # A CPU without units for a format runs it all the same, to try the script.
@@ -159,6 +169,9 @@ class OurArm:
         self.trainer = MixedPrecisionTrainer(
             case.model(), plan, device=setting.device, progress=False, **(values | options)
         )
+        if storage is not None:
+            for weight in _weights(self.trainer.model):
+                set_storage(self.trainer.optimizer, weight, storage)
         self.batches = setting.batches()
         self.model = self.trainer.model
         self.options = OURS[arm.base]
@@ -184,6 +197,27 @@ class OurArm:
         whole = [decision.to_json() for decision in plan.decisions if not decision.layer]
         chosen = {"mode": plan.base.name, "memory_format": plan.memory_format, "decisions": whole}
         return {"options": self.options, **chosen}
+
+
+def _stored(factory: OptimizerFactory, states: str) -> Callable[[Any], Optimizer]:
+    """Makes the optimizer of `deepseek_mp.optim` that has the rule and the numbers of PyTorch's."""
+
+    def make(parameters: Any) -> Optimizer:
+        plain = factory(parameters)
+        own: Any = {"AdamW": AdamW, "SGD": SGD}[type(plain).__name__]
+        names = signature(own).parameters.keys() - {"foreach"}
+        groups = [{key: value for key, value in group.items() if key in names} for group in plain.param_groups]
+        return own(groups, states=states)  # type: ignore[no-any-return]
+
+    return make
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    """Of linear layers and convolutions, but for those that an embedding reads too."""
+    read = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    found = {id(w): w for w in (layer.weight for layer in layers) if isinstance(w, nn.Parameter) and id(w) not in read}
+    return list(found.values())
 
 
 def _nudged(case: Case) -> Case:
