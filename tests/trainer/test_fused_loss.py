@@ -90,7 +90,7 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("loss_fn", LOSSES, ids=str)
+@pytest.mark.parametrize("loss_fn", LOSSES, ids=lambda loss: getattr(loss, "__name__", str(loss)))
 def test_training_is_the_same_as_without(mode: str, loss_fn: Any, chunks: list[Any]) -> None:
     runs = [
         trainer(model_of("classifier"), mode, loss_fn=loss_fn, fused_loss=on, emulate=True, loss_scale_policy=64.0)
