@@ -162,7 +162,10 @@ class Lowered:
         recipes = {parts_of(decision.new)[0] for decision in live.decisions} - {"bf16", "fp32", "tf32"}
         if controller is None or not recipes:
             return cls()
-        recipe, own = min(recipes), live.settings
+        recipe, own = (
+            statistics.mode(parts_of(d.new)[0] for d in live.decisions if parts_of(d.new)[0] in recipes),
+            live.settings,
+        )
         predictor = Predictor(controller.readings, controller.loss, curvature=controller.curvature)
         costs: dict[str, float] = {}
         for name, reading in controller.readings.items():
@@ -174,7 +177,7 @@ class Lowered:
                 costs |= {f"{name} {role}": max(noise[role], loss * (role is Role.FPROP)) for role in Role}
             else:
                 costs[name] = max(loss, sum(noise.values()))
-        macs = {name: unit.macs for name, unit in controller.units.items() if name in controller.readings}
+        macs = {name: unit.macs for name, unit in controller.units.items()}
         return cls(recipe=recipe, share=share, macs=macs, costs=costs)
 
     def others(self, how: str, seed: int) -> dict[str, Recipe]:
@@ -184,7 +187,8 @@ class Lowered:
         if how == "worst":
             parts.sort(key=lambda part: -self.costs[part])
         size = {part: self.macs[part.split()[0]] for part in parts}
-        left = math.inf if how == "all" else self.share * sum(size.values())
+        whole = sum(self.macs.values()) * (len(Role) if any(" " in part for part in parts) else 1)
+        left = math.inf if how == "all" else self.share * whole
         chosen: dict[str, list[Role]] = {}
         for part in parts:
             if size[part] <= left * (1 + 1e-9):

@@ -66,6 +66,8 @@ def violations(effect: Effect, recipe: Recipe, role: Role) -> Iterator[str]:
         ideal = ideal_error(side.format)
         if errors["by_row"] > BY_ROW * ideal:
             yield f"row-balanced error of {operand} is {errors['by_row'] / ideal:.1f} times the format's"
+        if errors["product"] > BY_ROW * ideal:
+            yield f"error of {role} by {operand} is {errors['product'] / ideal:.1f} times the format's"
         most = ROUNDING_TAKES * ideal + (MASS_GRADIENT if operand is Operand.GRAD_OUTPUT else MASS_FORWARD)
         if abs(errors["mass"]) > most:
             yield f"{operand} {'loses' if errors['mass'] < 0 else 'gains'} {abs(errors['mass']):.2%} of its magnitude"

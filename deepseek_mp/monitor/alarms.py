@@ -25,6 +25,10 @@ class Limits:
     """The same of an output gradient: as a change of the learning rate that differs from layer to layer."""
     lean: float | None = 0.02
     """How far the errors of an output gradient lean to one side: those do not cancel over the steps."""
+    underflow: float | None = 0.005
+    """Share of an input's or weight's values that an unscaled format makes zero: FP16, whose range they left."""
+    gradient_underflow: float | None = 0.05
+    """The same of an output gradient."""
     overflow: float | None = 0.0
     """Share of values that become infinite: one is enough to lose a step."""
     by_row: float | None = 5.0

@@ -50,6 +50,9 @@ def _of_rounding(found: dict[str, float], operand: Operand, side: OperandRecipe,
     mass, ideal = limits.gradient_mass if is_gradient else limits.mass, ideal_error(side.format)
     if mass is not None:
         yield tensor, "mass", abs(found["mass"]), mass + ROUNDING_TAKES * (ideal or 0.0), limits.in_a_row
+    underflow = limits.gradient_underflow if is_gradient else limits.underflow
+    if underflow is not None and not side.is_scaled:
+        yield tensor, "underflow", found["underflow"], underflow, limits.in_a_row
     if limits.overflow is not None:
         yield tensor, "overflow", found["overflow"], limits.overflow, limits.in_a_row if is_gradient else 1
     if limits.lean is not None and is_gradient:

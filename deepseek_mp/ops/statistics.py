@@ -6,12 +6,16 @@ buffer and read them together, when it suits. Nothing here waits for the device.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from deepseek_mp.ops.choose import has_kernels, row_sums_of
+
+log = logging.getLogger("deepseek_mp")
 
 ERROR_FIELDS = ("relative", "by_row", "bias", "underflow", "overflow", "mass", "lean")
 """What `rounding_error` gives.
@@ -26,7 +30,7 @@ overflow   share of the finite values that become infinite or NaN
 mass       change of the sum of magnitudes, sum |q| / sum |x| - 1: `bias` weighted by magnitude, so that values count by
            what they do to a sum. Rounding to the nearest loses about `relative` of it
 lean       how far the errors of a row lean to one side: with the mean m of (q - x) / |x|, cut to [-1, 1], in a row, the
-           root of the mean of m^2 over the rows, less what chance makes of it. Where positive and negative values lose
+           root of the mean of m^2 over the rows, less what chance could make. Where positive and negative values lose
            alike it is 0; where a row's small values are all of one sign, as in the gradient of a softmax, it is the
            share of them that become zero. A row of few large and many small values shows neither in `by_row` nor in
            `mass`
@@ -50,7 +54,9 @@ zero; how many finite x become infinite or NaN; how many x are finite; |x|, |q|.
 """
 ROUNDING_TAKES = 1.5
 """Times the relative error of a format, at most, that rounding to the nearest takes of `mass`."""
-_BY_ROW, _LEAN = ERROR_FIELDS.index("by_row"), ERROR_FIELDS.index("lean")
+_LEAN = ERROR_FIELDS.index("lean")
+SURE = 2.0
+"""Standard errors that `lean` is lowered by."""
 SPREAD_FIELDS = ("amax", "rms", "smallest", "octaves", "kurtosis", "non_finite")
 """What `spread` gives, of the finite values.
 
@@ -64,12 +70,11 @@ non_finite  share of all values that are infinite or NaN
 
 
 @torch.no_grad()
-def rounding_error(x: Tensor, rounded: Tensor, *, columns: bool = False) -> Tensor:
+def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
     """`ERROR_FIELDS` [7] of a matrix [rows, columns] and the same matrix rounded; 0 where nothing can be said.
 
     Rounded in several ways [ways, rows, columns] it gives [ways, 7], by as many operations as one.
 
-    With `columns` its `by_row` is the larger of the means over rows and over columns.
     Values of `x` that are not finite are left out. Values that rounding makes infinite count in `overflow` only.
     """
     sums = row_sums(x, rounded)
@@ -99,19 +104,65 @@ def rounding_error(x: Tensor, rounded: Tensor, *, columns: bool = False) -> Tens
         counted[1],
     ]
     found = _quotient(_line(parts), _line(wholes))
-    found[..., _LEAN].clamp_(min=0).sqrt_()
-    if columns:
-        turned = row_sums(x.transpose(-2, -1), rounded.transpose(-2, -1))
-        error, energy = turned[..., 0], turned[..., 1]
-        balanced = _quotient(_quotient(error, energy).sum(-1), (energy > 0).sum(-1))
-        found[..., _BY_ROW] = torch.maximum(found[..., _BY_ROW], balanced)
+    # Chance is as likely to lift the estimate as to lower it: it must be above zero by more than that.
+    scatter = _quotient(by_row["ratio_square"], pairs).square().sum(-1).mul(2.0).sqrt() / counted[1].clamp_min(1)
+    found[..., _LEAN].sub_(SURE * scatter).clamp_(min=0).sqrt_()
     return found
+
+
+@torch.no_grad()
+def axis_energies(x: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies of the errors and of the values, over each row and over each column.
+
+    Args:
+        x: [rows, columns].
+        rounded: [ways, rows, columns].
+
+    Returns:
+        [ways, rows, 2] and [ways, columns, 2]; values that are not finite in x or rounded are left out.
+    """
+    if _kernel_runs(x.device):
+        return row_sums(x, rounded)[..., :2], row_sums(x.t(), rounded.transpose(1, 2))[..., :2]
+    x, rounded = x.float(), rounded.float()
+    dropped = ~((x.abs() < float("inf")) & (rounded.abs() < float("inf")))
+    both = torch.stack([(rounded - x).masked_fill_(dropped, 0.0), x.masked_fill(dropped, 0.0)], -1).square_()
+    return both.sum(2), both.sum(1)
+
+
+def balanced(energies: Tensor) -> Tensor:
+    """The mean of error energy over energy along an axis [..., n, 2], of what has energy."""
+    error, energy = energies.unbind(-1)
+    return _quotient(_quotient(error, energy).sum(-1), (energy > 0).sum(-1))
+
+
+def of_product(energies: Tensor, partner: Tensor) -> Tensor:
+    """What errors of one operand are of a product's energy, if they are independent.
+
+    Args:
+        energies: [..., n, 2], error and energy of the operand along the axis that is summed over.
+        partner: [n], energy of the other operand along it.
+    """
+    weight = _quotient(partner, partner.amax())
+    return _quotient((energies[..., 0] * weight).sum(-1), (energies[..., 1] * weight).sum(-1))
 
 
 def row_sums(x: Tensor, rounded: Tensor) -> Tensor:
     """`ROW_FIELDS` [..., rows, 11] of a matrix [rows, columns] and of it rounded, [rows, columns] or several."""
-    kernel = x.is_floating_point() and x.dtype == rounded.dtype and has_kernels(x.device)
+    kernel = x.is_floating_point() and x.dtype == rounded.dtype and _kernel_runs(x.device)
     return row_sums_of("triton" if kernel else "reference")(x, rounded)
+
+
+@cache
+def _kernel_runs(device: torch.device) -> bool:
+    """Whether the kernel can be compiled and run there; it is only faster, so without it nothing is missing."""
+    if not has_kernels(device):
+        return False
+    try:
+        row_sums_of("triton")(torch.ones(1, 1, device=device), torch.ones(1, 1, 1, device=device))
+    except Exception as error:  # noqa: BLE001 - no compiler, an old device: whatever it is, the reference runs
+        log.warning("statistics run without their kernel on %s: %s: %s", device, type(error).__name__, error)
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ for M terms in the batch, N that the loss averages over, c the loss's curvature 
 NVIDIA's ModelOpt (`auto_quantize`, gradient mode) without its diagonal approximation of the Fisher information.
 
 The gradient of a weight is a sum over terms, so batches scatter by about `energy`; rounding the two operands of wgrad
-by eta_x and eta_g (relative error energies) adds (eta_x + eta_g) `row_energy`:
+by eta_x and eta_g (error energies, as parts of the product's) adds (eta_x + eta_g) `row_energy`:
 
     energy      M/m sum_t |G_t|^2 |X_t|^2 , for terms of several rows |G_t^T X_t|^2
     row_energy  the same sum over rows
@@ -19,9 +19,9 @@ by eta_x and eta_g (relative error energies) adds (eta_x + eta_g) `row_energy`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,15 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from deepseek_mp.nn.unit import CONVOLUTIONS, original_class
 from deepseek_mp.ops.rounding import rounded
-from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS, rounding_error, spread
+from deepseek_mp.ops.statistics import (
+    ERROR_FIELDS,
+    SPREAD_FIELDS,
+    axis_energies,
+    balanced,
+    of_product,
+    rounding_error,
+    spread,
+)
 from deepseek_mp.precision import OPERANDS, Operand, Recipe, Role
 from deepseek_mp.precision.recipe import OperandRecipe
 from deepseek_mp.sensitivity.outputs import output_in, product_in, round_sample
@@ -38,8 +46,16 @@ from deepseek_mp.sensitivity.sampling import Sample, Terms
 
 EFFECT_FIELDS = ("first", "variance", "second")
 """Of `effect`; `variance` is that of `first` over samples, one batch's worth."""
+OPERAND_FIELDS = (*ERROR_FIELDS, "product")
+"""Of an operand of a product: `ops.statistics.ERROR_FIELDS`, and what part of the product's energy its errors make,
+where they are independent: sum_k e_k b_k / sum_k a_k b_k, with e and a the energies of errors and values along the sum
+and b that of the other operand. What is lost counts by what it is multiplied with.
+"""
+RELATIVE, BY_ROW = ERROR_FIELDS.index("relative"), ERROR_FIELDS.index("by_row")
 PRODUCT_OPERANDS: tuple[tuple[Role, Operand], ...] = tuple((role, side) for role in Role for side in OPERANDS[role])
 """The six operands, in the order of `operand_errors`."""
+PLACES = tuple((number, number ^ 1) for number in range(len(PRODUCT_OPERANDS)))
+"""The number of an operand, and of the other one of its product."""
 ENERGY_FIELDS = ("energy", "row_energy")
 TENSORS = (Operand.INPUT, Operand.WEIGHT, Operand.GRAD_OUTPUT)
 AMAX = SPREAD_FIELDS.index("amax")
@@ -64,6 +80,20 @@ class Seen:
     terms: Terms
 
 
+_Key = tuple[Operand, bool, OperandRecipe]
+"""A tensor, whether it is read transposed, and how it is rounded."""
+
+
+class _Compared(NamedTuple):
+    """A tensor and it rounded."""
+
+    errors: Tensor
+    """`ERROR_FIELDS`."""
+    rows: Tensor
+    """Energies of errors and values [rows, 2], and by column."""
+    columns: Tensor
+
+
 class Operands:
     """The tensors of a unit as its products read them, and each rounded: once, however many recipes and products ask.
 
@@ -76,7 +106,7 @@ class Operands:
         self._both_ways = both_ways
         self._tensors = {Operand.INPUT: seen.x, Operand.GRAD_OUTPUT: seen.g, Operand.WEIGHT: _weight(module)}
         self._largest = {Operand.INPUT: seen.largest_x, Operand.GRAD_OUTPUT: seen.largest_g}
-        self._nothing = seen.g.new_zeros(len(ERROR_FIELDS), dtype=torch.float32)
+        self._nothing = seen.g.new_zeros(len(OPERAND_FIELDS), dtype=torch.float32)
         self._rounded: dict[tuple[Operand, bool, OperandRecipe], tuple[Tensor, Tensor]] = {}
 
     def rounded(self, which: Operand, side: OperandRecipe, *, turned: bool = False) -> tuple[Tensor, Tensor]:
@@ -93,7 +123,7 @@ class Operands:
         return self._rounded[key]
 
     def errors(self, recipes: Sequence[Recipe]) -> list[Tensor]:
-        """For each recipe `ERROR_FIELDS` of the six operands [6, 7], in the order of `PRODUCT_OPERANDS`.
+        """For each recipe `OPERAND_FIELDS` of the six operands [6, 8], in the order of `PRODUCT_OPERANDS`.
 
         All ways to round a tensor are compared with it at once: it is many small operations, for each of which the
         host takes longer than the device.
@@ -103,13 +133,35 @@ class Operands:
         for which, turned, side in dict.fromkeys(key for row in keys for key in row if key is not None):
             ways.setdefault((which, turned), []).append(side)
         found = {
-            (which, turned, side): error
+            (which, turned, side): compared
             for (which, turned), sides in ways.items()
-            for side, error in zip(sides, self._compared(which, turned, sides), strict=True)
+            for side, compared in zip(sides, self._compared(which, turned, sides), strict=True)
         }
-        return [torch.stack([self._nothing if key is None else found[key] for key in row]) for row in keys]
+        return [torch.stack([self._of_operand(*place, row, found) for place in PLACES]) for row in keys]
 
-    def _way(self, recipe: Recipe, role: Role, which: Operand) -> tuple[Operand, bool, OperandRecipe] | None:
+    def _of_operand(
+        self, number: int, other: int, keys: Sequence[_Key | None], found: Mapping[_Key, _Compared]
+    ) -> Tensor:
+        """`OPERAND_FIELDS` of the operand of that number, whose product has the `other` operand too."""
+        key, partner = keys[number], keys[other]
+        if key is None:
+            return self._nothing
+        own = found[key]
+        if partner is None or not self._is_linear:
+            share = own.errors[RELATIVE]
+        else:
+            energies = self._along(PRODUCT_OPERANDS[number], key, own)
+            weight = self._along(PRODUCT_OPERANDS[other], partner, found[partner])
+            count = max(1, min(len(energies), len(weight)))  # of a weight's rows some are compared
+            energies, weight = energies[:: -(-len(energies) // count)], weight[:: -(-len(weight) // count)]
+            share = of_product(energies, weight[:, 1])
+        return torch.cat([own.errors, share.reshape(1)])
+
+    def _along(self, place: tuple[Role, Operand], key: _Key, compared: _Compared) -> Tensor:
+        """Energies along the axis that the product sums over, also where the tensor stands for itself turned."""
+        return compared.columns if key[1] == (self._is_linear and _is_turned(*place)) else compared.rows
+
+    def _way(self, recipe: Recipe, role: Role, which: Operand) -> _Key | None:
         """How the product reads the tensor; None for one that is not rounded."""
         side, tensor = recipe.operand(role, which), self._tensors[which]
         if tensor is None or not tensor.is_floating_point():
@@ -117,7 +169,7 @@ class Operands:
         turned = self._is_linear and side.is_scaled and _is_turned(role, which)
         return which, turned and (self._both_ways or which is Operand.GRAD_OUTPUT), side
 
-    def _compared(self, which: Operand, turned: bool, sides: Sequence[OperandRecipe]) -> list[Tensor]:
+    def _compared(self, which: Operand, turned: bool, sides: Sequence[OperandRecipe]) -> list[_Compared]:
         made = [self.rounded(which, side, turned=turned) for side in sides]
         matrix, rounded_ways = made[0][0], [one for _, one in made]
         if which is Operand.WEIGHT and not self._both_ways:
@@ -125,9 +177,14 @@ class Operands:
             matrix, rounded_ways = matrix[::every], [one[::every] for one in rounded_ways]
         at_once = max(1, MOST_AT_ONCE // max(1, matrix.numel()))
         parts = [rounded_ways[i : i + at_once] for i in range(0, len(rounded_ways), at_once)]
-        # A gradient's columns are tokens then, of which small ones may lie beside large ones in every row.
-        both = turned and which is Operand.GRAD_OUTPUT
-        return [error for part in parts for error in rounding_error(matrix, torch.stack(part), columns=both).unbind()]
+        found: list[_Compared] = []
+        for part in map(torch.stack, parts):
+            errors, (rows, columns) = rounding_error(matrix, part), axis_energies(matrix, part)
+            if turned and which is Operand.GRAD_OUTPUT:
+                # Columns are tokens then, of which small ones may lie beside large ones in every row.
+                errors[:, BY_ROW] = torch.maximum(errors[:, BY_ROW], balanced(columns))
+            found += map(_Compared, errors, rows, columns)
+        return found
 
 
 @torch.no_grad()

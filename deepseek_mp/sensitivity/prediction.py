@@ -86,7 +86,7 @@ class Predictor:
         if not self._energy:
             return 0.0
         if role is Role.DGRAD:
-            eta = found.relative_error(role, Operand.GRAD_OUTPUT) + found.relative_error(role, Operand.WEIGHT)
+            eta = found.product_error(role, Operand.GRAD_OUTPUT) + found.product_error(role, Operand.WEIGHT)
             return PATH * eta * self._before[unit] / self._energy
-        eta = found.relative_error(role, Operand.GRAD_OUTPUT) + found.relative_error(role, Operand.INPUT)
+        eta = found.product_error(role, Operand.GRAD_OUTPUT) + found.product_error(role, Operand.INPUT)
         return eta * reading.row_energy / self._energy

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from deepseek_mp.nn.call import Call, LossFn, Result
 from deepseek_mp.ops.host_copy import HostCopy
-from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS
+from deepseek_mp.ops.statistics import SPREAD_FIELDS
 from deepseek_mp.precision import Recipe
 from deepseek_mp.sensitivity.measure import (
     AMAX,
+    OPERAND_FIELDS,
     PRODUCT_OPERANDS,
     TENSORS,
     Operands,
@@ -362,7 +363,7 @@ def _reading(
             standard_error=(variance / batches) ** 0.5,
             second=second,
             errors={
-                which: dict(zip(ERROR_FIELDS, values, strict=True))
+                which: dict(zip(OPERAND_FIELDS, values, strict=True))
                 for which, values in zip(PRODUCT_OPERANDS, errors, strict=True)
             },
         )

@@ -24,7 +24,7 @@ class Effect:
     second: float
     """Second order; not negative."""
     errors: Mapping[tuple[Role, Operand], Mapping[str, float]]
-    """`ops.statistics.ERROR_FIELDS` of each operand of each product."""
+    """`measure.OPERAND_FIELDS` of each operand of each product."""
 
     @property
     def loss_change(self) -> float:
@@ -41,9 +41,9 @@ class Effect:
         """The unbiased estimate: first plus second order, signed."""
         return self.first + self.second
 
-    def relative_error(self, role: Role, operand: Operand) -> float:
-        """Error energy over energy of one operand."""
-        return self.errors[role, operand]["relative"]
+    def product_error(self, role: Role, operand: Operand) -> float:
+        """What the operand's errors are of the product's energy."""
+        return self.errors[role, operand]["product"]
 
     def to_json(self) -> dict[str, Any]:
         errors: dict[str, dict[str, Any]] = {}

@@ -59,7 +59,7 @@ class Recorder:
         self._decided: list[dict[str, Any]] = []
         """Decisions taken before there was anything to write them to."""
         self._said: dict[tuple[str, str | None, str | None], dict[str, tuple[Any, ...]]] = {}
-        """By layer, role and kind, what was written since its precision changed: by reason, the rest of it."""
+        """By layer, role and kind, what was written last: the choice, and that it is emulated."""
         self._last = time.monotonic()
         self._joules: float | None = None
         self._alarms = 0
@@ -100,6 +100,9 @@ class Recorder:
         """The writer, opened if need be by a run that has `done` steps behind it."""
         if self._writer is None and self.run_dir is not None:
             self._writer = RunWriter(self.run_dir, info=describe(self._trainer), resume_step=done)
+            self._said.clear()  # of an earlier attempt, of which a reader may leave out what comes after the resume
+            if self._plan is None and self._trainer.has_stepper:
+                self._plan = self._trainer.plan
         if self._writer is not None and self._plan is not None:
             self._writer.plan(self._plan.to_json())
             self._decided[:0] = [{"step": done, **decision.to_json()} for decision in self._plan.decisions]
@@ -113,11 +116,13 @@ class Recorder:
     def _is_new(self, line: Mapping[str, Any]) -> bool:
         """Whether the line was not written yet: a plan brings the decisions on all layers, of which few are new."""
         said = self._said.setdefault((line["layer"], line["role"], line.get("kind")), {})
-        if any(new != line["new"] for new, *_ in said.values()):
+        if any(new != line["new"] for _, new, *_ in said.values()):
             said.clear()
-        what = line["new"], line["detail"], line["evidence"]
-        is_new = said.get(line["reason"]) != what
-        said[line["reason"]] = what
+        # That a recipe is emulated is said beside the choice; of choices only the last one holds.
+        kind = Reason.EMULATED if line["reason"] == Reason.EMULATED else ""
+        what = line["reason"], line["new"], line["detail"], line["evidence"]
+        is_new = said.get(kind) != what
+        said[kind] = what
         return is_new
 
     def plan(self, plan: PrecisionPlan) -> None:

@@ -12,17 +12,16 @@ from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import Gain, StepTime
 from deepseek_mp.controller.spikes import HELD, Gradient
-from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.precision import RECIPES, Operand, Reason
 from deepseek_mp.sensitivity import Effect, Measured, UnitReading
-from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS
+from deepseek_mp.sensitivity.measure import OPERAND_FIELDS, PRODUCT_OPERANDS
 
 SECONDS = {"bf16": 1e-3, "row": 0.6e-3, "fp32": 4e-3}
 SETTINGS = AdaptiveSettings(warm_up=10, decide_every=10, patience=100, most_at_once=0.5)
 
 
 def effect(second, **errors):
-    found = {which: dict.fromkeys(ERROR_FIELDS, 0.0) | errors for which in PRODUCT_OPERANDS}
+    found = {which: dict.fromkeys(OPERAND_FIELDS, 0.0) | errors for which in PRODUCT_OPERANDS}
     return Effect(first=0.0, standard_error=1e-5, second=second, errors=found)
 
 

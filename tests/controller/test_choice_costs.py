@@ -7,10 +7,9 @@ from deepseek_mp.controller.adaptive_units import AdaptiveUnit
 from deepseek_mp.controller.choice_costs import CostRules
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.trend import Slope
-from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.precision import RECIPES, Operand, Role
 from deepseek_mp.sensitivity import Effect, UnitReading
-from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS
+from deepseek_mp.sensitivity.measure import OPERAND_FIELDS, PRODUCT_OPERANDS
 from deepseek_mp.sensitivity.prediction import Predictor
 
 UNIT = AdaptiveUnit(macs=1e9, seconds={"bf16": 1e-3, "row": 0.6e-3, "fp32": 4e-3}, recipes=("fp32", "row"), inputs=10)
@@ -18,7 +17,7 @@ UNIT = AdaptiveUnit(macs=1e9, seconds={"bf16": 1e-3, "row": 0.6e-3, "fp32": 4e-3
 
 def judged(bf16=1e-8, row=1e-5, recipe="bf16", settings=None, slope=None, unit=UNIT, **errors):
     def effect(second, **changed):
-        found = {which: dict.fromkeys(ERROR_FIELDS, 0.0) | changed for which in PRODUCT_OPERANDS}
+        found = {which: dict.fromkeys(OPERAND_FIELDS, 0.0) | changed for which in PRODUCT_OPERANDS}
         return Effect(first=0.0, standard_error=1e-5, second=second, errors=found)
 
     reading = UnitReading(

@@ -11,12 +11,12 @@ from deepseek_mp.ops.rounding import rounded
 from deepseek_mp.ops.statistics import ERROR_FIELDS, rounding_error
 from deepseek_mp.precision import RECIPES, Operand, Role
 from deepseek_mp.sensitivity import Effect, UnitReading
-from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS
+from deepseek_mp.sensitivity.measure import OPERAND_FIELDS, PRODUCT_OPERANDS
 
 
 def effect(**changed):
     """Errors of nothing, but for those named of grad_output or input of every product."""
-    errors = {which: dict.fromkeys(ERROR_FIELDS, 0.0) for which in PRODUCT_OPERANDS}
+    errors = {which: dict.fromkeys(OPERAND_FIELDS, 0.0) for which in PRODUCT_OPERANDS}
     for (_, operand), values in errors.items():
         values.update(changed.get(operand.value, {}))
     return Effect(first=0.0, standard_error=0.0, second=0.0, errors=errors)

@@ -6,11 +6,10 @@ import pytest
 
 from deepseek_mp.controller.region import EXACT, harbour, rounding, shares
 from deepseek_mp.controller.settings import AdaptiveSettings
-from deepseek_mp.ops.statistics import ERROR_FIELDS
 from deepseek_mp.precision import RECIPES, Operand, Role
 from deepseek_mp.precision.planning import UnitCosts
 from deepseek_mp.sensitivity import Effect, UnitReading
-from deepseek_mp.sensitivity.measure import PRODUCT_OPERANDS
+from deepseek_mp.sensitivity.measure import OPERAND_FIELDS, PRODUCT_OPERANDS
 from deepseek_mp.sensitivity.prediction import KAPPA, Predictor
 
 SETTINGS = AdaptiveSettings(loss_budget=1e-3, noise_budget=0.05)
@@ -18,7 +17,7 @@ BF16 = RECIPES["bf16"]
 
 
 def effect(second, first=0.0, **errors):
-    found = {which: dict.fromkeys(ERROR_FIELDS, 0.0) | errors for which in PRODUCT_OPERANDS}
+    found = {which: dict.fromkeys(OPERAND_FIELDS, 0.0) | errors for which in PRODUCT_OPERANDS}
     return Effect(first=first, standard_error=1e-3, second=second, errors=found)
 
 

@@ -76,6 +76,14 @@ def test_how_many_values_become_zero_is_no_harm_of_its_own() -> None:
     assert sample.beyond("row") == set()
 
 
+def test_what_leaves_the_range_of_fp16_is_an_alarm() -> None:
+    sample = Sample().errors("input", underflow=0.006).errors("grad_output", underflow=0.04)
+    assert sample.beyond("fp16") == {("input", "underflow", 3)}
+    assert sample.errors("grad_output", underflow=0.06).beyond("fp16") == {
+        ("input", "underflow", 3), ("grad_output", "underflow", 3),
+    }  # fmt: skip
+
+
 def test_overflow_counts_at_once_in_the_forward() -> None:
     sample = Sample().errors("input", overflow=1e-6).errors("grad_output", overflow=1e-6)
     assert sample.beyond() == {("input", "overflow", 1), ("grad_output", "overflow", 3)}
@@ -126,7 +134,8 @@ def test_lost_updates_count_where_weights_are_stored_in_16_bits() -> None:
 
 def test_what_is_switched_off_is_not_looked_at() -> None:
     off = Limits(
-        mass=None, gradient_mass=None, lean=None, overflow=None, by_row=None, kurtosis=None, spike=None,
+        mass=None, gradient_mass=None, lean=None, underflow=None, gradient_underflow=None, overflow=None,
+        by_row=None, kurtosis=None, spike=None,
         rms=None, edq=None,
     )  # fmt: skip
     assert not list(symptoms(Sample().store.parts, 1, TENSORS, sides_of(RECIPES["row"]), off, step=1))

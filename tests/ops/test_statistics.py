@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from deepseek_mp.ops.statistics import ERROR_FIELDS, SPREAD_FIELDS, rounding_error, spread
+from deepseek_mp.ops.statistics import (
+    ERROR_FIELDS,
+    SPREAD_FIELDS,
+    axis_energies,
+    balanced,
+    of_product,
+    rounding_error,
+    spread,
+)
 
 
 def named(fields, vector):
@@ -67,7 +75,19 @@ def test_columns_that_are_lost_are_seen_where_they_are_asked_for():
     x[:, 1:] = 1e-6
     rounded = x * (x > 0.5)
     assert errors(x, rounded)["by_row"] < 1e-6
-    assert named(ERROR_FIELDS, rounding_error(x, rounded, columns=True))["by_row"] == pytest.approx(0.75)
+    rows, columns = axis_energies(x, rounded[None])
+    assert balanced(rows).item() < 1e-6
+    assert balanced(columns).item() == pytest.approx(0.75)
+
+
+def test_what_is_lost_counts_by_what_it_is_multiplied_with():
+    x = torch.ones(8, 4)
+    x[:, 1:] = 1e-3
+    _, columns = axis_energies(x, (x * (x > 0.5))[None])
+    alike, against = torch.ones(4), torch.tensor([1e-6, 1.0, 1.0, 1.0])
+    assert of_product(columns, alike).item() == pytest.approx(3e-6, rel=1e-3)
+    assert of_product(columns, against).item() == pytest.approx(0.75)
+    assert of_product(columns, torch.zeros(4)).item() == 0
 
 
 def test_what_overflows_is_counted_and_spoils_nothing_else():

@@ -13,7 +13,7 @@ ROW = RECIPES["row"]
 
 
 def reading(order, energy, second=1e-3, first=0.0):
-    errors = {which: {"relative": 1e-3 * (place + 1)} for place, which in enumerate(PRODUCT_OPERANDS)}
+    errors = {which: {"product": 1e-3 * (place + 1)} for place, which in enumerate(PRODUCT_OPERANDS)}
     effect = Effect(first=first, standard_error=1e-4, second=second, errors=errors)
     return UnitReading(
         order=order, batches=1, calls=1, effects={"row": effect}, energy=energy, row_energy=2 * energy, spreads={}

@@ -11,7 +11,7 @@ from deepseek_mp.sensitivity.reading import Effect, UnitReading
 
 
 def effect(first, standard_error=1.0, second=0.5):
-    errors = {which: {"relative": 1e-3} for which in PRODUCT_OPERANDS}
+    errors = {which: {"product": 1e-3} for which in PRODUCT_OPERANDS}
     return Effect(first=first, standard_error=standard_error, second=second, errors=errors)
 
 
@@ -39,7 +39,7 @@ def test_a_reading_survives_json():
     )
     again = UnitReading.from_json(json.loads(json.dumps(reading.to_json())))
     assert again == reading
-    assert again.effects["bf16"].relative_error(Role.WGRAD, Operand.INPUT) == 1e-3
+    assert again.effects["bf16"].product_error(Role.WGRAD, Operand.INPUT) == 1e-3
 
 
 def reading(calls, **spread):

@@ -281,3 +281,27 @@ def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
     trainer.fit(batches(), val_loader=batches(1))
     assert list(tmp_path.iterdir()) == []
     assert trainer.history[0]["loss"] > 0
+
+
+def test_a_choice_that_was_there_before_is_written_when_it_comes_back(tmp_path):
+    trainer = make("bf16", run_dir=tmp_path)
+    for pin in ({}, {"0": "bf16"}, {}):
+        trainer.change_plan("bf16", pin=pin)
+        trainer.step(batches(1)[0])
+    trainer.close()
+    found = [line["reason"] for line in read_run(tmp_path).decisions if line["layer"] == "0"]
+    assert found == ["requested", "pinned", "requested"]
+
+
+def test_an_attempt_begins_with_the_plan_that_is_in_force(tmp_path):
+    trainer = make("bf16", run_dir=tmp_path / "run")
+    trainer.step(batches(1)[0])
+    trainer.save(tmp_path / "point")
+    trainer.change_plan("bf16", pin={"0": "fp32"})
+    trainer.step(batches(1)[0])
+    trainer.close()
+    trainer.load(tmp_path / "point")
+    trainer.step(batches(1)[0])
+    trainer.close()
+    in_force = [line for line in read_run(tmp_path / "run").decisions if line["layer"] == "0"]
+    assert in_force[-1]["new"] == trainer.plan.decisions[0].new

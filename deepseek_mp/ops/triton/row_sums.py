@@ -22,7 +22,7 @@ def row_sums(x: Tensor, rounded: Tensor) -> Tensor:
     out = torch.empty((len(ways), x.shape[0], FIELDS), device=x.device)
     if out.numel():
         width = x.shape[1]
-        row_sums_kernel[(x.shape[0], len(ways))](
-            x, ways, out, width, *x.stride(), ways.stride(0), FIELDS=FIELDS, BLOCKS=-(-width // BLOCK), BLOCK=BLOCK
-        )
+        sizes = {"FIELDS": FIELDS, "BLOCKS": -(-width // BLOCK), "BLOCK": BLOCK}
+        with torch.cuda.device(x.device):  # of a model on several devices, a tensor may be on another than the current
+            row_sums_kernel[(x.shape[0], len(ways))](x, ways, out, width, *x.stride(), ways.stride(0), **sizes)
     return out if rounded.dim() > x.dim() else out[0]
