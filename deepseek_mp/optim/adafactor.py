@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ ROWS, COLUMNS, WHOLE = "row_var", "col_var", "variance"
 
 
 class Adafactor(StoredOptimizer):
-    """ "Adafactor: adaptive learning rates with sublinear memory cost" (arXiv 1804.04235), as `torch.optim.Adafactor`.
+    """As `torch.optim.Adafactor` ("Adafactor: adaptive learning rates with sublinear memory cost", arXiv 1804.04235).
 
     Of a matrix [n, m] n + m numbers are kept, the means of the squared gradient over rows and columns; their product
     over the mean stands for the second moment. There is no first moment. An update is as large as the rate says in
@@ -117,4 +118,4 @@ def _number(number: float | Tensor, like: Tensor) -> Tensor:
 
 def _rms(x: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x)
-    return norm / max(x.numel(), 1) ** 0.5
+    return norm / math.sqrt(max(x.numel(), 1))
