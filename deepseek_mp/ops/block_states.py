@@ -82,21 +82,20 @@ def _wrapped(number: int) -> int:
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def encode(x: Tensor, kind: torch.dtype, *, start: int = 0, step: int | Tensor | None = None) -> Blocks:
+def encode(x: Tensor, kind: torch.dtype, limits: Tensor | None = None) -> Blocks:
     """Values in blocks.
 
     Args:
         x: fp32, contiguous.
         kind: int8, or uint8 for values that are at least zero.
-        start: place of the first value in its tensor, a multiple of 256.
-        step: decides the rounding; None rounds to the middle between two codes.
+        limits: of `dither`, one for each value; a value goes to the code above where it has come further than that from
+            the one below. None: to the nearest.
     """
     made = empty_blocks(x.numel(), kind, x.device)
     flat = x.view(-1)
     for first in range(0, x.numel(), _PIECE):
         piece = flat[first : first + _PIECE]
-        limit = 0.5 if step is None else dither(start + first, piece.numel(), step, x.device)
-        codes, scales = _encoded(piece, kind, limit)
+        codes, scales = _encoded(piece, kind, 0.5 if limits is None else limits[first : first + _PIECE])
         target = part(made, first, first + piece.numel())
         target.codes.copy_(codes)
         target.scales.copy_(scales)

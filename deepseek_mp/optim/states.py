@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_mp.ops.block_states import BLOCK, Blocks, decode, empty_blocks, encode, part
+from deepseek_mp.ops.block_states import BLOCK, Blocks, decode, dither, empty_blocks, encode, part
 
 SMALLEST = 4096
 """Values from which on a parameter's moments go into blocks: smaller ones are nothing beside the rest of a model."""
@@ -121,10 +121,11 @@ def close(
     keep: Tensor | None,
 ) -> None:
     """Put the moments of a piece back; where `keep` [] is 0, those before stay bit by bit."""
+    count = next(iter(values.values())).numel()
+    limits = dither(start, count, step, next(iter(values.values())).device)
     for name, kind in moments.items():
         blocks = blocks_of(state, name)
         assert blocks is not None, "only moments in blocks are closed"
-        value = values[name].reshape(-1)
-        made = encode(value, kind, start=start, step=step)
-        for old, new in zip(part(blocks, start, start + value.numel()), made, strict=True):
+        made = encode(values[name].reshape(-1), kind, limits)
+        for old, new in zip(part(blocks, start, start + count), made, strict=True):
             old.copy_(new if keep is None else torch.where(keep > 0, new, old))

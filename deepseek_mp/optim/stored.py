@@ -234,18 +234,21 @@ class StoredOptimizer(Optimizer):
         assert grad is not None, "only parameters with a gradient are stepped"
         if self._fused(group, parameter, scale, skip):
             return
-        in_pieces = parameter.is_contiguous() and grad.is_contiguous() and not self.is_watched(parameter)
-        piece = state
-        for start, stop in pieces(parameter) if in_pieces else [(0, parameter.numel())]:
+        whole = self.is_watched(parameter) or not (parameter.is_contiguous() and grad.is_contiguous())
+        step = state["step"]
+        for start, stop in [(0, parameter.numel())] if whole else pieces(parameter):
             held = opened(state, moments, start, stop)
-            piece = _piece(state, start, stop) if in_pieces else dict(state)
-            piece |= held if in_pieces else {name: value.view(parameter.shape) for name, value in held.items()}
-            piece["step"] = state["step"].clone()
-            of_parameter, of_grad = (_cut(x, start, stop) if in_pieces else x for x in (parameter, grad))
-            batch = _opened([of_parameter], [piece], [of_grad], scale, skip, start=start)
+            if whole:
+                of, of_grad, about = parameter, grad, state
+                held = {name: value.view(parameter.shape) for name, value in held.items()}
+            else:
+                of, of_grad, about = _cut(parameter, start, stop), _cut(grad, start, stop), _piece(state, start, stop)
+            piece = {**about, **held, "step": state["step"].clone()}
+            batch = _opened([of], [piece], [of_grad], scale, skip, start=start)
             self._step_batch(group, batch)
-            close(state, piece, moments, start=start, step=step_number(piece["step"]), keep=batch.keep)
-        state["step"] = piece["step"]
+            step = piece["step"]
+            close(state, held, moments, start=start, step=step_number(step), keep=batch.keep)
+        state["step"] = step
 
     def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a parameter, made where it is missing."""

@@ -100,7 +100,7 @@ def test_c02_a_second_moment_in_blocks_falls_beside_one_that_stays():
 
 
 def test_c02_theirs_rounded_to_nearest_it_stands_still(monkeypatch):
-    monkeypatch.setattr(states_module, "encode", lambda value, kind, **_: encode(value, kind))
+    monkeypatch.setattr(states_module, "encode", lambda value, kind, *_: encode(value, kind))
     assert fallen() > 0.1
 
 
