@@ -101,7 +101,7 @@ class Session(TorchFunctionMode):
         if x.nbytes < self._settings.min_bytes:
             return self._enter(x, None, (SavedForm.KEPT, SavedReason.SMALL), place)
         key = key_of(x)
-        if (recomputed := self._outputs.get(key)) is not None and self._operation not in NOT_POSITIVE_IF_STOPPED:
+        if (recomputed := self._outputs.get(key)) is not None:
             return self._accounted(Entry(recomputed, key), _RECOMPUTED, place, before=x.nbytes)
         choice = self._choice(x, place)
         for form in (SavedForm.KEPT, choice[0]):
