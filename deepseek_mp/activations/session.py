@@ -163,12 +163,14 @@ class Session(TorchFunctionMode):
     def _brought_into(self, x: Tensor, choice: _Choice) -> tuple[Stored, _Choice]:
         """The tensor in the form chosen, and that choice; kept as it is where the form turns out not to fit."""
         made: Stored | None = None
-        if choice[0] is SavedForm.FP8:
-            stochastic = self._settings.rounding is Rounding.STOCHASTIC
-            seed = self._random.randint(0, _LARGEST_SEED) if stochastic else None
-            made = rounded(x, self._settings.group, seed)
-        elif choice[0] is SavedForm.BITS:
-            made = self._bits(x)
+        # Forwards run in autocast regions, which would cast in between, and refuse FP8.
+        with torch.autocast(x.device.type, enabled=False):
+            if choice[0] is SavedForm.FP8:
+                stochastic = self._settings.rounding is Rounding.STOCHASTIC
+                seed = self._random.randint(0, _LARGEST_SEED) if stochastic else None
+                made = rounded(x, self._settings.group, seed)
+            elif choice[0] is SavedForm.BITS:
+                made = self._bits(x)
         if made is not None:
             return made, choice
         kept = choice if choice[0] is SavedForm.KEPT else (SavedForm.KEPT, SavedReason.NO_GRADIENT)

@@ -57,6 +57,23 @@ def test_a_parameter_that_autocast_has_cast_is_left_alone():
     assert 0 < relative(*grads(result, model.weight), *grads(exact, model.weight)) < 3e-3
 
 
+def test_large_tensors_and_masks_in_an_autocast_region():
+    x, w = inputs(1024, 512), inputs(64, 512)  # more than is cast at once
+
+    def call():
+        return F.linear(F.dropout(F.relu(x), 0.1).masked_fill(x > 2, 0.0), w)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        result, saved = saved_by(call)
+        torch.manual_seed(1)
+        exact = call()
+        (found,) = grads(result, w)  # restored inside too
+    assert {"fp8", "bits"} <= {key[1] for key in saved}
+    assert 0 < relative(found, *grads(exact, w)) < 3e-3
+    assert relative(*grads(result, x), *grads(exact, x)) < 3e-3
+
+
 def test_small_integer_narrow_and_wide_tensors():
     _, saved = saved_by(lambda: inputs(4) * inputs(4), ActivationSettings(min_bytes=1000))
     assert set(saved) == {("mul", "kept", "small")}
