@@ -14,6 +14,8 @@ from deepseek_mp.ops.choose import choose
 from deepseek_mp.ops.schema import padded_rows, quantise
 
 FORMAT = "fp8_e4m3"
+DEVICES = ("cpu", "cuda")
+"""Types of devices whose FP8 tensors are known to work here; those of AMD are called cuda too."""
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 """What the casts take."""
 REFERENCE_PIECE = 1 << 18

@@ -87,6 +87,11 @@ def test_small_integer_narrow_and_wide_tensors():
     assert ("mul", "kept", "wide") in saved
 
 
+def test_other_devices_are_left_alone():
+    _, saved = saved_by(lambda: torch.randn(256, 128, device="meta", requires_grad=True) * 2 * inputs().to("meta"))
+    assert set(saved) == {("mul", "kept", "device")}
+
+
 def test_what_is_not_dense_or_plain():
     class Own(torch.Tensor):
         pass
