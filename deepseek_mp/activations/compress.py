@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.activations.operations import NOT_POSITIVE_IF_STOPPED
-from deepseek_mp.activations.stored import Bits, Geometry, Rounded
+from deepseek_mp.activations.stored import PIECE, Bits, Geometry, Rounded
 from deepseek_mp.backends import capabilities
 from deepseek_mp.ops.choose import choose
 from deepseek_mp.ops.schema import padded_rows, quantise
 
 FORMAT = "fp8_e4m3"
+DEVICES = ("cpu", "cuda")
+"""Types of devices whose FP8 tensors are known to work here; those of AMD are called cuda too."""
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 """What the casts take."""
 REFERENCE_PIECE = 1 << 18
-"""Values that are cast at once in plain PyTorch: a multiple of 128 rows, so that none are added in between."""
+"""Values that a CPU casts at once, in its caches: a multiple of 128 rows, so that none are added in between."""
 _SEEDS = 1 << 63
 
 
@@ -46,7 +48,8 @@ def rounded(x: Tensor, group: int, seed: int | None) -> Rounded:
     whole = flat.numel() // group * group
     implementation = _implementation(x.device, f"1x{group}")
     # The reference computes random numbers in int64: whole tensors of them would take more memory than is saved.
-    pieces = flat[:whole].split(REFERENCE_PIECE if implementation == "reference" else max(whole, 1))
+    together = REFERENCE_PIECE if x.device.type == "cpu" else PIECE
+    pieces = flat[:whole].split(together if implementation == "reference" else max(whole, 1))
     cast = [_cast(piece.view(-1, group), seed, number, implementation) for number, piece in enumerate(pieces)]
     values, scale = cast[0] if len(cast) == 1 else (torch.cat([q for q, _ in cast]), torch.cat([s for _, s in cast], 1))
     return Rounded(values, scale, flat[whole:].clone(), Geometry.of(x))

@@ -12,7 +12,7 @@ _VIEWS_AND_CASTS = frozenset(
     f"{name}Backward0"
     for name in (
         "ToCopy", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias", "Expand", "Clone",
-        "Squeeze", "Unsqueeze", "Slice", "Select",
+        "Squeeze", "Unsqueeze", "Slice", "Select", "Split", "SplitWithSizes", "Unbind",
     )
 )  # fmt: skip
 _LONGEST = 8
@@ -32,8 +32,8 @@ class Held:
     def has_source(self, x: Tensor) -> bool:
         """Whether x is a parameter in another format or layout, such as autocast and `nn.weight_casts` make.
 
-        What requires gradients in it is parameters alone, and it has as many values as one of them: a table of
-        embeddings is a parameter too, but what is read from it is an activation.
+        It is a part of a parameter, or made of parameters alone, beside what requires no gradient, and has as many
+        values as one of them: a table of embeddings is a parameter too, but what is read from it is an activation.
         """
         node: Any = x.grad_fn
         for _ in range(_LONGEST):
@@ -42,7 +42,9 @@ class Held:
             node = node.next_functions[0][0]
         if node is None:
             return False
-        sources = [node] if hasattr(node, "variable") else [source for source, _ in node.next_functions if source]
+        if hasattr(node, "variable"):
+            return self.has(node.variable)
+        sources = [source for source, _ in node.next_functions if source]
         variables = [getattr(source, "variable", None) for source in sources]
         held = [variable for variable in variables if variable is not None and self.has(variable)]
         return len(held) == len(variables) and any(variable.numel() == x.numel() for variable in held)

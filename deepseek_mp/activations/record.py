@@ -41,6 +41,8 @@ class SavedReason(StrEnum):
     """FP64 or complex."""
     LAYOUT = "layout"
     """Not dense in memory, or not a plain tensor."""
+    DEVICE = "device"
+    """On a device where this is not known to work."""
     NO_GRADIENT = "no_gradient"
     """Data, a constant, or a statistic that an operation saved for itself: what it is for is not known."""
     OPERATION = "operation"

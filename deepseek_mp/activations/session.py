@@ -11,7 +11,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from deepseek_mp.activations.account import Account
-from deepseek_mp.activations.compress import FLOATING, is_dense, mask_bits, rounded, rounded_bytes, signs, two_valued
+from deepseek_mp.activations.compress import (
+    DEVICES,
+    FLOATING,
+    is_dense,
+    mask_bits,
+    rounded,
+    rounded_bytes,
+    signs,
+    two_valued,
+)
 from deepseek_mp.activations.norm_relu import NormCall, Recomputed, argument, is_exact, norm_call
 from deepseek_mp.activations.operations import NOT_POSITIVE_IF_STOPPED, TOLERANT, is_statistic, reads_sign
 from deepseek_mp.activations.origin import Held, is_plain
@@ -101,7 +110,7 @@ class Session(TorchFunctionMode):
         if x.nbytes < self._settings.min_bytes:
             return self._enter(x, None, (SavedForm.KEPT, SavedReason.SMALL), place)
         key = key_of(x)
-        if (recomputed := self._outputs.get(key)) is not None and self._operation not in NOT_POSITIVE_IF_STOPPED:
+        if (recomputed := self._outputs.get(key)) is not None:
             return self._accounted(Entry(recomputed, key), _RECOMPUTED, place, before=x.nbytes)
         choice = self._choice(x, place)
         for form in (SavedForm.KEPT, choice[0]):
@@ -153,6 +162,8 @@ class Session(TorchFunctionMode):
         """Why a tensor is left alone whatever saves it."""
         if self._settings.keeps(module):
             return SavedReason.ASKED
+        if x.device.type not in DEVICES:
+            return SavedReason.DEVICE
         if not is_dense(x):
             return SavedReason.LAYOUT
         if x.dtype is not torch.bool and x.dtype not in FLOATING:
@@ -162,17 +173,18 @@ class Session(TorchFunctionMode):
 
     def _brought_into(self, x: Tensor, choice: _Choice) -> tuple[Stored, _Choice]:
         """The tensor in the form chosen, and that choice; kept as it is where the form turns out not to fit."""
-        made: Stored | None = None
-        if choice[0] is SavedForm.FP8:
-            stochastic = self._settings.rounding is Rounding.STOCHASTIC
-            seed = self._random.randint(0, _LARGEST_SEED) if stochastic else None
-            made = rounded(x, self._settings.group, seed)
-        elif choice[0] is SavedForm.BITS:
-            made = self._bits(x)
-        if made is not None:
-            return made, choice
-        kept = choice if choice[0] is SavedForm.KEPT else (SavedForm.KEPT, SavedReason.NO_GRADIENT)
-        return Kept(x), kept
+        form, _ = choice
+        if form is SavedForm.KEPT:
+            return Kept(x), choice
+        # Forwards run in autocast regions, which would cast in between, and refuse FP8.
+        with torch.autocast(x.device.type, enabled=False):
+            made = self._rounded(x) if form is SavedForm.FP8 else self._bits(x)
+        return (Kept(x), (SavedForm.KEPT, SavedReason.NO_GRADIENT)) if made is None else (made, choice)
+
+    def _rounded(self, x: Tensor) -> Stored:
+        stochastic = self._settings.rounding is Rounding.STOCHASTIC
+        seed = self._random.randint(0, _LARGEST_SEED) if stochastic else None
+        return rounded(x, self._settings.group, seed)
 
     def _bits(self, x: Tensor) -> Stored | None:
         if x.dtype is torch.bool:

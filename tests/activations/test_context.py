@@ -160,3 +160,17 @@ def test_memory_is_freed_without_the_garbage_collector(how, monkeypatch):
         assert saved.record().bytes_after
     finally:
         gc.enable()
+
+
+def test_a_result_that_is_kept_makes_no_cycle():
+    x = torch.randn(128, 256, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        with compressed_activations(nn.Module(), ALL):
+            result = x.exp()  # saved by its own node
+        alive = weakref.ref(result)
+        del result
+        assert alive() is None
+    finally:
+        gc.enable()

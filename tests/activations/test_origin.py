@@ -23,6 +23,8 @@ def test_casts_and_layouts_of_a_parameter_are_known_by_their_history():
     model = nn.Linear(4, 3)
     held = Held(model)
     assert held.has_source(model.weight.bfloat16().t())
+    assert held.has_source(model.weight[:2].bfloat16())
+    assert held.has_source(model.weight.bfloat16().flatten().split([8, 4])[1].view(2, 2))
     assert held.has_source(model.weight * 2)
     assert not held.has_source(model.weight * torch.ones(3, 4, requires_grad=True))
     assert not held.has_source(nn.functional.embedding(torch.zeros(5, dtype=torch.long), model.weight))

@@ -57,8 +57,27 @@ def test_a_parameter_that_autocast_has_cast_is_left_alone():
     assert 0 < relative(*grads(result, model.weight), *grads(exact, model.weight)) < 3e-3
 
 
+def test_large_tensors_and_masks_in_an_autocast_region():
+    x, w = inputs(1024, 512), inputs(64, 512)  # more than is cast at once
+
+    def call():
+        return F.linear(F.dropout(F.relu(x), 0.1).masked_fill(x > 2, 0.0), w)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        result, saved = saved_by(call)
+        torch.manual_seed(1)
+        exact = call()
+        (found,) = grads(result, w)  # restored inside too
+    assert {"fp8", "bits"} <= {key[1] for key in saved}
+    assert 0 < relative(found, *grads(exact, w)) < 3e-3
+    assert relative(*grads(result, x), *grads(exact, x)) < 3e-3
+
+
 def test_small_integer_narrow_and_wide_tensors():
     _, saved = saved_by(lambda: inputs(4) * inputs(4), ActivationSettings(min_bytes=1000))
+    assert set(saved) == {("mul", "kept", "small")}
+    _, saved = saved_by(lambda: inputs(1000) * 2 * inputs(1000))  # FP8 would add rows and be larger
     assert set(saved) == {("mul", "kept", "small")}
     index = torch.randint(128, (256, 128))
     _, saved = saved_by(lambda: inputs().gather(1, index))
@@ -66,6 +85,11 @@ def test_small_integer_narrow_and_wide_tensors():
     wide = inputs().double()
     _, saved = saved_by(lambda: wide * wide)
     assert ("mul", "kept", "wide") in saved
+
+
+def test_other_devices_are_left_alone():
+    _, saved = saved_by(lambda: torch.randn(256, 128, device="meta", requires_grad=True) * 2 * inputs().to("meta"))
+    assert set(saved) == {("mul", "kept", "device")}
 
 
 def test_what_is_not_dense_or_plain():
@@ -129,6 +153,15 @@ def test_signs_are_all_that_these_need(function, in_place):
     assert [(key[1], key[2]) for key in saved] == [("bits", "exact")]
     assert sum(e.bytes_after for e in saved.values()) * 32 == x.nbytes
     assert torch.equal(*grads(result, x), *grads(call(), x))
+
+
+def test_signs_are_those_of_one_operation():
+    x = torch.where(torch.rand(256, 128) < 0.1, float("nan"), torch.randn(256, 128)).requires_grad_()
+    call = lambda: F.leaky_relu(F.relu(x), 0.5)  # noqa: E731  NaN goes different ways in the two
+    result, _ = saved_by(call)
+    g = torch.ones_like(x)
+    found, exact = (torch.autograd.grad(y, x, g)[0] for y in (result, call()))
+    assert torch.equal(found, exact)
 
 
 def test_masks_are_bits():
