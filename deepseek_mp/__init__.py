@@ -16,6 +16,7 @@ from deepseek_mp.trainer import (
     ProgressiveResult,
     StepResult,
     WeightStorage,
+    find_batch_size,
     progressive,
 )
 from deepseek_mp.version import __version__
@@ -44,6 +45,7 @@ __all__ = [
     "autocast",
     "cast",
     "convert",
+    "find_batch_size",
     "math_mode",
     "progressive",
     "register_unit",

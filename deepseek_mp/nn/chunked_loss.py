@@ -193,9 +193,7 @@ class _LinearCrossEntropy(Function):
             factors = None if sums is None else _factors(operands, None)
             losses = x.new_empty(x.shape[0], dtype=_sum_dtype(how.dtype))
             for rows in operands.chunks():
-                exponentials, total, losses[rows] = operands.exponentials(rows)
-                if sums is not None and factors is not None:
-                    sums.add(operands.logit_gradient(exponentials, total, factors[rows], rows), rows)
+                losses[rows] = _chunk(operands, rows, sums, factors)
         ctx.gradients = None if sums is None else sums.all()
         if how.reduction == "none":
             return losses
@@ -240,9 +238,16 @@ def _computed(operands: _Operands, grad: Tensor, needed: tuple[bool, bool, bool]
     """The gradients for the incoming one, 0-dim or [P]; the logits are made again."""
     sums, factors = _Sums(operands, needed), _factors(operands, grad)
     for rows in operands.chunks():
-        exponentials, total, _ = operands.exponentials(rows)
-        sums.add(operands.logit_gradient(exponentials, total, factors[rows], rows), rows)
+        _chunk(operands, rows, sums, factors)
     return sums.all()
+
+
+def _chunk(operands: _Operands, rows: slice, sums: _Sums | None, factors: Tensor | None) -> Tensor:
+    """The losses [R] of a chunk, whose logits are gone when it returns; its gradients are added to the sums."""
+    exponentials, total, losses = operands.exponentials(rows)
+    if sums is not None and factors is not None:
+        sums.add(operands.logit_gradient(exponentials, total, factors[rows], rows), rows)
+    return losses
 
 
 def _factors(operands: _Operands, grad: Tensor | None) -> Tensor:

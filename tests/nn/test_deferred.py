@@ -106,6 +106,14 @@ def test_without_gradients_and_outside_the_layer_computes() -> None:
     assert "forward" not in vars(layer)
 
 
+def test_a_forward_of_the_layer_s_own_stays() -> None:
+    layer, hidden, _ = made()
+    layer.forward = own = lambda x: 2 * F.linear(x, layer.weight)  # type: ignore[method-assign]
+    with deferring(layer):
+        assert type(layer(hidden)) is Tensor
+    assert layer.forward is own
+
+
 def test_a_deferred_input_is_computed() -> None:
     layer = nn.Linear(4, 4)
     hidden = torch.randn(2, 4)

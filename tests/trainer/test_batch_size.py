@@ -204,6 +204,13 @@ def test_the_optimizer_has_its_state_while_sizes_are_tried() -> None:
     assert run.optimizer.state == {}
 
 
+def test_weights_stand_still_meanwhile() -> None:
+    model, seen = Model(13), set()
+    model.first.register_forward_hook(lambda *_: seen.add(float(model.first.weight.double().sum())))
+    find_batch_size(trainer(model), make_batch, limit=20)
+    assert len(seen) == 1
+
+
 class Tight(torch.optim.SGD):
     """Runs out of memory in its own step, for a model that was last called with many samples."""
 

@@ -283,6 +283,17 @@ def test_it_follows_the_plan(chunks: list[Any]) -> None:
     assert len(chunks) == 6
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_beside_weights_that_are_cast_in_one_pass(accumulation: int, chunks: list[Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr("deepseek_mp.trainer.step.SLOWER_IN_ONE_PASS", ())
+    options: dict[str, Any] = {"loss_fn": next_byte_loss, "gradient_accumulation_steps": accumulation, "emulate": True}
+    runs = [trainer(model_of("gpt"), "bf16", fused_loss=on, **options) for on in (True, False)]
+    losses = [train(run, text(6)) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert len(chunks) == 6
+    assert runs[0].model.embedding.weight.grad is None
+
+
 def test_a_region_of_the_model_s_own_around_the_last_layer(chunks: list[Any]) -> None:
     class Own(Classifier):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+"""Memory on a GPU: the loss in chunks, its peak, steps that run out of memory, and the largest batch that fits."""
+
+import pytest
+import torch
+from no_waiting import no_waiting
+from torch import nn
+from torch.nn import functional as F
+
+from deepseek_mp import MixedPrecisionTrainer, find_batch_size
+from deepseek_mp.nn import linear_cross_entropy
+
+pytestmark = pytest.mark.gpu
+TOKENS, WIDTH, CLASSES = 8192, 512, 50257
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def operands():
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, device="cuda", requires_grad=True)
+    weight = (0.05 * torch.randn(CLASSES, WIDTH, device="cuda")).requires_grad_()
+    target = torch.randint(0, CLASSES, (TOKENS,), device="cuda")
+    target[::7] = -100
+    return hidden, weight, target
+
+
+def ordinary(hidden, weight, target):
+    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+
+
+def measured(loss_of, dtype):
+    """Loss, gradients, and the most bytes above what was there before."""
+    hidden, weight, target = operands()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        loss = loss_of(hidden, weight, target)
+    gradients = torch.autograd.grad(loss, [hidden, weight], torch.tensor(1024.0, device="cuda"))
+    return loss, gradients, torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_the_loss_in_chunks_is_pytorch_s_in_a_fraction_of_the_memory(dtype):
+    ours, theirs = (measured(function, dtype) for function in (linear_cross_entropy, ordinary))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=CLOSE[dtype], atol=0)
+    for got, want in zip(ours[1], theirs[1], strict=True):
+        assert got.dtype == want.dtype
+        assert float((got - want).norm() / want.norm()) < CLOSE[dtype]
+    assert ours[2] < theirs[2] / 4
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, WIDTH)
+        self.body = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
+        self.head = nn.Linear(WIDTH, CLASSES, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.body(self.embedding(tokens)))
+
+
+def batch(size, length=512):
+    tokens = torch.randint(0, CLASSES, (size, length + 1), device="cuda")
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def trainer(fused):
+    torch.manual_seed(0)
+    return MixedPrecisionTrainer(Model(), "bf16", device="cuda", fused_loss=fused, statistics_every=None)
+
+
+def test_training_with_a_fused_loss_is_the_same_and_never_waits():
+    torch.manual_seed(1)
+    data = [batch(8) for _ in range(6)]
+    runs = [trainer(fused) for fused in (True, False)]
+    losses = [[run.step(part).loss for part in data] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    with no_waiting():
+        for part in data[:2]:
+            runs[0].step(part)
+
+
+@pytest.fixture
+def small_gpu():
+    """A share of the memory, 3 GiB."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(3 * 2**30 / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_a_fused_loss_leaves_room_for_larger_batches():
+    sizes = {}
+    for fused in (True, False):
+        run = trainer(fused)
+        before = [p.clone() for p in run.model.parameters()]
+        sizes[fused] = find_batch_size(run, batch, limit=4096).size
+        assert all(torch.equal(*pair) for pair in zip(before, run.model.parameters(), strict=True))
+        assert run.step(batch(sizes[fused])).status == "applied"
+        del run, before
+        torch.cuda.empty_cache()
+    assert sizes[True] > 3 * sizes[False]
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_a_step_that_ran_out_of_memory_is_tried_again_within_the_except():
+    run = trainer(False)
+    run.step(batch(2))
+    allocated = torch.cuda.memory_allocated()
+    try:
+        run.step(batch(1024))
+    except torch.OutOfMemoryError:
+        assert torch.cuda.memory_allocated() <= allocated + 2**26
+        run.step(batch(2))
+    assert run.steps_attempted <= 2
+    run.settle()
+    assert run.steps_applied == 2
