@@ -225,6 +225,22 @@ def test_what_others_write_into_the_weights_is_kept(dtype):
     assert torch.equal(after[2], before[2])
 
 
+@pytest.mark.parametrize("mode", ["sync", "speculative", "delayed"])
+def test_refresh_takes_what_is_written_unseen(mode):
+    model = small_model(torch.bfloat16)
+    optimizer = offloaded(model, mode=mode, delay_from=0)
+    backward(model)
+    optimizer.step()
+    optimizer.synchronize()
+    master = optimizer.master(model[0].weight)
+    before = master.detach().clone()
+    model[0].weight.data[1] = 0.125
+    backward(model)
+    optimizer.refresh()
+    assert torch.equal(master[1], torch.full((19,), 0.125))
+    assert torch.equal(master[2:], before[2:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("free_bytes", [None, 2000])
 @pytest.mark.parametrize("model_first", [True, False])
