@@ -286,6 +286,40 @@ def test_state_goes_to_adamw_and_back():
     assert same(weights(theirs), weights(ours))
 
 
+def test_refuses_states_of_other_rules_and_stays_as_it_was():
+    model = small_model()
+    optimizer = offloaded(model)
+    backward(model)
+    optimizer.step()
+    optimizer.synchronize()
+    before = weights(model)
+    for option in ("amsgrad", "maximize"):
+        other = torch.optim.AdamW(small_model().parameters(), **{option: True})
+        with pytest.raises(ConfigError, match="without them"):
+            optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).state_dict())
+    assert same(before, weights(model))
+    assert all(optimizer.state[optimizer.master(p)]["step"] == 1 for p in model.parameters())
+
+
+def test_a_closure_is_called_with_gradients_first():
+    theirs, ours = small_model(), small_model()
+    reference, optimizer = plain(theirs), offloaded(ours)
+    batch = torch.randn(8, 19)
+
+    def closure():
+        loss = ours(batch).square().mean()
+        loss.backward()
+        return loss
+
+    theirs(batch).square().mean().backward()
+    reference.step()
+    assert optimizer.step(closure).item() > 0
+    optimizer.synchronize()
+    assert same(weights(theirs), weights(ours))
+
+
 def test_close_leaves_a_model_that_trains_on():
     model = small_model()
     optimizer = offloaded(model)
