@@ -7,7 +7,8 @@ milliseconds from an idle device to an idle device over `--steps` steps, divided
 take the rates that `calibrate` measures in the same process, forward and backward without an optimizer, and the step
 of AdamW over FP32 masters on the device. `hidden` is the part of the host's predicted work that the step does not
 show. A case passes if its loss is finite and the prediction is within 15 %; on a CPU the host and the device are the
-same processors, so that nothing is hidden and the comparison means nothing.
+same processors, so that nothing is hidden and the comparison means nothing. The case `host` compares implementations
+of the host's step, and needs no device.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from decoder import Decoder, DecoderConfig, next_token_loss
-from harness import Report, Spread, arguments
+from harness import Contender, Report, Spread, arguments, interleave, ratio
+from torch import nn
 
 from deepseek_mp.backends import peak_memory_bytes, reset_peak_memory, synchronize
+from deepseek_mp.optim import AdamW
 from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, calibrate
 from deepseek_mp.optim.offload.schedule import Rates, Work, host_bytes, predict
 
@@ -160,19 +164,49 @@ def measure(setup: Setup, known: Known, device: torch.device, args: Any) -> dict
     }
 
 
+def measure_host(args: Any) -> dict[str, Any]:
+    """AdamW's step on the host by the implementations that could be taken, on one FP32 parameter."""
+    values = 1 << (16 if args.small else 24)
+    makers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+        "torch, fused": lambda params: torch.optim.AdamW(params, fused=True),
+        "torch, foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+        "deepseek_mp.optim.AdamW": AdamW,
+    }
+    contenders, losses = {}, []
+    for name, make in makers.items():
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.randn(values))
+        parameter.grad = torch.randn(values)
+        optimizer = make([parameter])
+        optimizer.step()
+        contenders[name] = Contender(call=optimizer.step)
+        losses.append(parameter.detach().sum())
+    times = interleave(contenders, torch.device("cpu"), rounds=args.rounds, steps=args.steps)
+    agreed = all(torch.allclose(loss, losses[0], rtol=1e-4) for loss in losses)
+    return {
+        "values": values,
+        "host_ms": {name: Spread.of(each) for name, each in times.items()},
+        "ratio": {name: ratio(times, name, "torch, fused") for name in makers},
+        "check": "passed" if agreed else "the implementations disagree",
+    }
+
+
 def main() -> int:
-    args = arguments(__doc__ or "", list(CASES))
+    args = arguments(__doc__ or "", ["host", *CASES])
     args.steps = args.steps or 3
-    known = measure_known(args.device, args)
-    report = Report(
-        "offload",
-        args.device,
-        {"rounds": args.rounds, "steps": args.steps, "threads": torch.get_num_threads(), "known": asdict(known)},
-    )
-    for name in args.cases or CASES:
-        report.run(name, lambda name=name: measure(CASES[name], known, args.device, args))  # type: ignore[misc]
+    names = args.cases or ["host", *CASES]
+    known = measure_known(args.device, args) if set(names) & set(CASES) else None
+    given = {"rounds": args.rounds, "steps": args.steps, "threads": torch.get_num_threads()}
+    report = Report("offload", args.device, given | {"known": known and asdict(known)})
+    if "host" in names:
+        report.run("host", lambda: measure_host(args))
+    for name in names:
+        if known is not None and name in CASES:
+            report.run(name, partial(measure, CASES[name], known, args.device, args))
     rows = [["case", "step ms", "predicted", "hidden", "peak GB"]]
     for name, case in report.cases.items():
+        for made, spread in case.get("host_ms", {}).items():
+            rows.append([made, f"{spread['median']:.4g}", "", "", ""])
         if "step_ms" in case:
             hidden = "" if case["hidden"] is None else f"{case['hidden']:.2f}"
             peak = "" if case["peak_memory_bytes"] is None else f"{case['peak_memory_bytes'] / 1e9:.2f}"

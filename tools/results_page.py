@@ -86,6 +86,23 @@ def _fp8_tables(report: Json) -> Iterator[list[Row]]:
         yield demands
 
 
+def _offload_tables(report: Json) -> Iterator[list[Row]]:
+    """The host's step by implementation; then a row for each case, with its prediction."""
+    rows: list[Row] = [("case", "share offloaded", "ms", "predicted ms", "host hidden", "check")]
+    for name, case in report["cases"].items():
+        if "host_ms" in case:
+            own: list[Row] = [(f"AdamW on the host, {case['values']} values", "ms", "over fused", "check")]
+            for made, ms in case["host_ms"].items():
+                own.append((made, _spread(ms), _spread(case["ratio"][made]), case["check"]))
+            yield own
+        else:
+            numbers = [_number(case.get(key), 2) for key in ("predicted_ms", "hidden")]
+            time = _spread(case["step_ms"]) if "step_ms" in case else "-"
+            rows.append((name, _number(case.get("share"), 2), time, *numbers, case["check"]))
+    if len(rows) > 1:
+        yield rows
+
+
 def _switch_tables(report: Json) -> Iterator[list[Row]]:
     """One table: a row for each change of recipe, the conversion and the first step after it in seconds."""
     rows: list[Row] = [
@@ -238,6 +255,7 @@ _TABLES = {
     "adaptive": _adaptive_tables,
     "adaptive-overhead": _live_tables,
     "fp8-switch": _switch_tables,
+    "offload": _offload_tables,
     "fp8-fusions": _fusions_tables,
     "fp8-kernels": _kernels_tables,
     "memory": _memory_tables,

@@ -85,7 +85,7 @@ def test_an_exception_in_the_hosts_step_takes_it_back(dtype, steps, good, error,
     assert_same(everything(other, reference), everything(model, optimizer))
 
 
-@pytest.mark.parametrize("good", [0, 3, 7])
+@pytest.mark.parametrize("good", [0, 1, 3])
 def test_an_exception_while_weights_are_sent_takes_the_step_back(good, monkeypatch):
     lanes = FakeLanes()
     model = small_model()
@@ -97,11 +97,11 @@ def test_an_exception_while_weights_are_sent_takes_the_step_back(good, monkeypat
     up = lanes.up
     calls = iter(range(1000))
 
-    def broken(target, source):
+    def broken(targets, sources):
         if next(calls) == good:
-            target.mul_(3.0)
+            targets[0].mul_(3.0)
             raise RuntimeError("the link is down")
-        return up(target, source)
+        return up(targets, sources)
 
     monkeypatch.setattr(lanes, "up", broken)
     with pytest.raises(RuntimeError, match="the link is down"):

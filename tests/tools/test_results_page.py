@@ -86,6 +86,16 @@ def test_what_trainings_come_to_is_paired_with_fp32_at_the_same_seed() -> None:
     assert "| resnet50 | bf16 | 2.0200 | +1.00 | 0.300 | a loss is not finite; passed |" in page
 
 
+def test_offloading_has_a_row_for_each_case_and_one_for_each_step_of_the_host() -> None:
+    host = {"values": 1000, "host_ms": {"fused": SPREAD}, "ratio": {"fused": SPREAD}, "check": "passed"}
+    sync = {"share": 0.5, "step_ms": SPREAD, "predicted_ms": 20.5, "hidden": 0.25, "check": "passed"}
+    failed = {"check": "failed", "error": "out of memory"}
+    page = results_page.render([("offload.json", report("offload", host=host, sync=sync, delayed=failed))])
+    assert "| fused | 20 (19-21) | 20 (19-21) | passed |" in page
+    assert "| sync | 0.50 | 20 (19-21) | 20.50 | 0.25 | passed |" in page
+    assert "| delayed | - | - | - | - | failed |" in page
+
+
 def test_policies_that_broke_are_in_bold() -> None:
     kept = {"gap": 0.001, "own_gap": 0.0049, "finite": 3, "broken": 1, "seeds": 3}
     lost = {"gap": 0.0461, "own_gap": 0.07, "finite": 3, "broken": 2, "seeds": 3}

@@ -49,7 +49,7 @@ def calibrate(
         copies.land(copies.down(host, there))
 
     def up() -> None:
-        copies.land(copies.up(there, host))
+        copies.land(copies.up([there], [host]))
 
     master = nn.Parameter(torch.zeros(values))
     state = rule.new_state([torch.zeros(values), torch.zeros(values)])

@@ -199,8 +199,9 @@ class HostChunk:
             self.freed(lanes)
             self.round()
         self._rounded = False
+        targets = [slot.parameter.detach() for slot in self.slots]
+        self._uploads.append(lanes.up(targets, [slot.sending.detach() for slot in self.slots]))
         for slot in self.slots:
-            self._uploads.append(lanes.up(slot.parameter.detach(), slot.sending.detach()))
             slot.look()
 
     def freed(self, lanes: Lanes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +19,11 @@ class Lanes(Protocol):
     def down(self, target: Tensor, source: Tensor) -> Any:
         """Copy from the device, after the work that its current stream has been given so far; casts on the device."""
 
-    def up(self, target: Tensor, source: Tensor) -> Any:
-        """Copy to the device, after the work that its current stream has been given so far; casts on the device."""
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
+        """Copy to the device, after the work that its current stream has been given so far; casts on the device.
+
+        One mark is for all of them.
+        """
 
     def wait(self, mark: Any) -> None:
         """Let the device's current stream wait for a copy."""
@@ -34,8 +38,9 @@ class DirectLanes:
     def down(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def up(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
 
     def wait(self, mark: None) -> None:
         """Nothing to wait for."""
@@ -60,16 +65,13 @@ class StreamLanes:
         source.record_stream(self._down)
         return self._mark(self._down)
 
-    def up(self, target: Tensor, source: Tensor) -> Any:
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
         self._up.wait_stream(self._current())
         with self._module.stream(self._up):
-            arriving = target  # a copy that casts or changes strides would do so on the host, and wait
-            if source.dtype is not target.dtype or not target.is_contiguous():
-                arriving = torch.empty(source.shape, dtype=source.dtype, device=target.device)
-            arriving.copy_(source, non_blocking=True)
-            if arriving is not target:
-                target.copy_(arriving)
-        target.record_stream(self._up)
+            for target, source in zip(targets, sources, strict=True):
+                _copy_up(target, source)
+        for target in targets:
+            target.record_stream(self._up)
         return self._mark(self._up)
 
     def wait(self, mark: Any) -> None:
@@ -85,6 +87,18 @@ class StreamLanes:
         event = self._module.Event()
         event.record(stream)
         return event
+
+
+def _copy_up(target: Tensor, source: Tensor) -> None:
+    """Copy on the current stream. What casts or changes strides goes through memory of the device: a copy that did it
+    itself would do so on the host, and wait.
+    """
+    if source.dtype is target.dtype and target.is_contiguous():
+        target.copy_(source, non_blocking=True)
+        return
+    here = torch.empty(source.shape, dtype=source.dtype, device=target.device)
+    here.copy_(source, non_blocking=True)
+    target.copy_(here)
 
 
 def lanes_for(device: torch.device) -> Lanes:

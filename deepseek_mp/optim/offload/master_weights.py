@@ -28,6 +28,10 @@ class Pair:
         """Remember the parameter's values as those that the master stands for."""
         self._seen = (self.parameter._version, self.parameter.data_ptr())
 
+    def forget(self) -> None:
+        """Take the parameter's values as written by others."""
+        self._seen = (-1, -1)
+
     @property
     def written(self) -> bool:
         """Whether others have written into the parameter."""

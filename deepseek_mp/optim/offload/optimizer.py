@@ -160,6 +160,16 @@ class OffloadedOptimizer(Optimizer):
             self._mode.settle()
         self._waits.wait_all()
 
+    def refresh(self) -> None:
+        """Take over the model's weights where they are not the masters' rounded values.
+
+        Writes that PyTorch counts are found without this; those through `data` are not.
+        """
+        self.synchronize()
+        for pair in self._pairs.values():
+            pair.forget()
+            pair.adopt()
+
     def close(self) -> None:
         """Wait for what is on its way and remove all hooks; the model trains on without this optimizer."""
         self.synchronize()

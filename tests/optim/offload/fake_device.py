@@ -6,7 +6,7 @@ overwritten too early sends wrong ones, every time and not by chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,8 @@ from deepseek_mp.optim.offload.worker import ThreadWorker, without_gradients
 class Mark:
     kind: str
     number: int
-    target: Tensor
-    source: Tensor
+    targets: Sequence[Tensor]
+    sources: Sequence[Tensor]
     done: bool = False
 
 
@@ -35,10 +35,10 @@ class FakeLanes:
     _copies: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
 
     def down(self, target: Tensor, source: Tensor) -> Mark:
-        return self._start("down", target, source.clone())
+        return self._start("down", [target], [source.clone()])
 
-    def up(self, target: Tensor, source: Tensor) -> Mark:
-        return self._start("up", target, source)
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
+        return self._start("up", targets, sources)
 
     def wait(self, mark: Mark) -> None:
         self.events.append(f"wait {mark.kind} {mark.number}")
@@ -48,16 +48,17 @@ class FakeLanes:
         self.events.append(f"land {mark.kind} {mark.number}")
         self._end(mark)
 
-    def _start(self, kind: str, target: Tensor, source: Tensor) -> Mark:
-        mark = Mark(kind, self._copies[kind], target, source)
+    def _start(self, kind: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
+        mark = Mark(kind, self._copies[kind], targets, sources)
         self._copies[kind] += 1
         self.events.append(f"{kind} {mark.number}")
-        torch.autograd.graph.increment_version(target)  # PyTorch counts a write when it is ordered
+        torch.autograd.graph.increment_version(targets)  # PyTorch counts a write when it is ordered
         return mark
 
     def _end(self, mark: Mark) -> None:
         if not mark.done:
-            mark.target.data.copy_(mark.source.data)
+            for target, source in zip(mark.targets, mark.sources, strict=True):
+                target.data.copy_(source.data)
             mark.done = True
 
 

@@ -24,7 +24,7 @@ class TimedLanes(DirectLanes):
     def down(self, target, source):
         self.clock.now += self.seconds["down"]
 
-    def up(self, target, source):
+    def up(self, targets, sources):
         self.clock.now += self.seconds["up"]
 
 

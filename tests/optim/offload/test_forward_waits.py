@@ -17,7 +17,7 @@ def attached():
     waits.attach(model, chunks, reading=lambda: read.append(True))
     for chunk in range(4):
         target = torch.zeros(1)
-        waits.sent(chunk, [lanes.up(target, torch.ones(1))])
+        waits.sent(chunk, [lanes.up([target], [torch.ones(1)])])
     lanes.events.clear()
     return lanes, model, waits, read
 

@@ -111,7 +111,7 @@ def test_the_memory_of_an_upload_is_not_overwritten():
         for value in (2.0, 3.0):
             chunk.slots[0].master.fill_(value)
             chunk.send(lanes)
-    assert lanes.events == ["up 0", "up 1", "land up 0", "land up 1", "up 2", "up 3"]
+    assert lanes.events == ["up 0", "land up 0", "up 1"]
     assert torch.equal(chunk.slots[0].parameter, torch.full((2, 3), 2.0, dtype=torch.bfloat16))
 
 

@@ -69,7 +69,7 @@ def test_direct_copies_cast():
     lanes, host = DirectLanes(), torch.zeros(3, dtype=torch.bfloat16)
     lanes.land(lanes.down(host, torch.ones(3)))
     there = torch.zeros(3)
-    lanes.wait(lanes.up(there, host))
+    lanes.wait(lanes.up([there], [host]))
     assert there.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -101,6 +101,8 @@ def test_up_waits_for_readers_and_is_waited_for(streams, transposed, dtype):
         Recorded
     )
     values = torch.arange(6.0).view(2, 3)
-    lanes.wait(lanes.up(target, values))
-    assert events == ["up waits for main", "memory is used on up", "main waits for event of up"]
+    other = torch.zeros(2, 3).as_subclass(Recorded)
+    lanes.wait(lanes.up([target, other], [values, values + 1]))
+    assert events == ["up waits for main", *["memory is used on up"] * 2, "main waits for event of up"]
+    assert torch.equal(other.as_subclass(torch.Tensor), values + 1)
     assert torch.equal(target.as_subclass(torch.Tensor).float(), values)

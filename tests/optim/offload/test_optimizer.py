@@ -225,6 +225,22 @@ def test_what_others_write_into_the_weights_is_kept(dtype):
     assert torch.equal(after[2], before[2])
 
 
+@pytest.mark.parametrize("mode", ["sync", "speculative", "delayed"])
+def test_refresh_takes_what_is_written_unseen(mode):
+    model = small_model(torch.bfloat16)
+    optimizer = offloaded(model, mode=mode, delay_from=0)
+    backward(model)
+    optimizer.step()
+    optimizer.synchronize()
+    master = optimizer.master(model[0].weight)
+    before = master.detach().clone()
+    model[0].weight.data[1] = 0.125
+    backward(model)
+    optimizer.refresh()
+    assert torch.equal(master[1], torch.full((19,), 0.125))
+    assert torch.equal(master[2:], before[2:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("free_bytes", [None, 2000])
 @pytest.mark.parametrize("model_first", [True, False])
@@ -267,6 +283,40 @@ def test_state_goes_to_adamw_and_back():
     assert same(weights(theirs), weights(ours))
     optimizer.load_state_dict(reference.state_dict())
     train_both(theirs, ours, reference, optimizer, steps=2)
+    assert same(weights(theirs), weights(ours))
+
+
+def test_refuses_states_of_other_rules_and_stays_as_it_was():
+    model = small_model()
+    optimizer = offloaded(model)
+    backward(model)
+    optimizer.step()
+    optimizer.synchronize()
+    before = weights(model)
+    for option in ("amsgrad", "maximize"):
+        other = torch.optim.AdamW(small_model().parameters(), **{option: True})
+        with pytest.raises(ConfigError, match="without them"):
+            optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).state_dict())
+    assert same(before, weights(model))
+    assert all(optimizer.state[optimizer.master(p)]["step"] == 1 for p in model.parameters())
+
+
+def test_a_closure_is_called_with_gradients_first():
+    theirs, ours = small_model(), small_model()
+    reference, optimizer = plain(theirs), offloaded(ours)
+    batch = torch.randn(8, 19)
+
+    def closure():
+        loss = ours(batch).square().mean()
+        loss.backward()
+        return loss
+
+    theirs(batch).square().mean().backward()
+    reference.step()
+    assert optimizer.step(closure).item() > 0
+    optimizer.synchronize()
     assert same(weights(theirs), weights(ours))
 
 

@@ -89,8 +89,9 @@ def test_windows_of_other_lengths(micro, worker, pair):
 
 
 @pytest.mark.parametrize("worker", WORKERS)
-def test_what_happens_between_backward_and_step_counts(worker, pair):
-    theirs, ours, reference, optimizer = pair(worker=worker)
+@pytest.mark.parametrize("chunk_bytes", [4, 1500])
+def test_what_happens_between_backward_and_step_counts(worker, chunk_bytes, pair):
+    theirs, ours, reference, optimizer = pair(worker=worker, chunk_bytes=chunk_bytes)
 
     def other_rate():
         for each in (reference, optimizer):

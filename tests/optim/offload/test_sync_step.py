@@ -3,10 +3,10 @@
 import torch
 from fake_device import FakeLanes, backward, offloaded, small_model
 
+from deepseek_mp.optim.offload import rule
+
 
 def test_chunks_go_up_one_by_one_in_the_order_of_forward(monkeypatch):
-    from deepseek_mp.optim.offload import rule
-
     lanes, model = FakeLanes(), small_model()
     optimizer = offloaded(model, lanes, chunk_bytes=4)
     backward(model)
@@ -24,16 +24,17 @@ def test_chunks_go_up_one_by_one_in_the_order_of_forward(monkeypatch):
     assert lanes.events == [word for i, name in enumerate(names) for word in (f"step {name}", f"up {i}")]
 
 
-def test_masters_are_not_changed_before_they_have_arrived():
+def test_masters_are_not_changed_before_they_have_arrived(monkeypatch):
     """FP32 masters are sent from where they are, and nothing else waits when no forward lies between two steps."""
     lanes, model = FakeLanes(), small_model()
     optimizer = offloaded(model, lanes, chunk_bytes=4)
+    monkeypatch.setattr(rule, "step", lambda *_: lanes.events.append("step"))
     for _ in range(2):
         lanes.events.clear()
         for p in model.parameters():
             optimizer.master(p).grad = torch.ones_like(p)
         optimizer.step()
-    expected = [word for i in range(8) for word in (f"land up {i}", f"up {8 + i}")]
+    expected = [word for i in range(8) for word in (f"land up {i}", "step", f"up {8 + i}")]
     assert lanes.events == expected
 
 
