@@ -37,6 +37,7 @@ def test_bf16_is_rounded_from_its_master():
         part.step([GROUP | {"lr": 1e-3}], states, torch.tensor(0.5))
     assert torch.allclose(pair.master, torch.full((3,), 0.999))
     assert torch.equal(parameter, pair.master.bfloat16())
+    assert not pair.written
     assert torch.allclose(states[pair.master]["exp_avg"], torch.full((3,), 0.05))
 
 

@@ -270,6 +270,25 @@ def test_resumes_to_the_bit(dtype, free_bytes, model_first):
     assert same(list(whole.state_dict().values()), list(second.state_dict().values()))
 
 
+@pytest.mark.parametrize("free_bytes", [None, 2000])
+def test_a_loaded_state_brings_its_bf16_weights(free_bytes):
+    trained, fresh = small_model(torch.bfloat16), small_model(torch.bfloat16)
+    first, second = offloaded(trained, free_bytes=free_bytes), offloaded(fresh, free_bytes=free_bytes)
+    backward(trained)
+    first.step()
+    first.synchronize()
+    assert not same(weights(trained), weights(fresh))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert same(weights(trained), weights(fresh))
+
+
+def test_what_was_frozen_stays_frozen():
+    model = small_model()
+    model[0].requires_grad_(False)
+    offloaded(model)
+    assert [p.requires_grad for p in model.parameters()] == [False, False] + [True] * 6
+
+
 def test_state_goes_to_adamw_and_back():
     ours, theirs = small_model(), small_model()
     optimizer = offloaded(ours)

@@ -7,7 +7,7 @@ from torch import nn
 
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload import OffloadSettings
+from deepseek_mp.optim.offload import OffloadSettings, rule
 
 
 def speculative(model, lanes=None, *, worker=NowWorker, accumulation=2, **options):
@@ -80,6 +80,27 @@ def test_only_the_last_backward_of_a_window_begins():
     assert optimizer.state
 
 
+def test_no_chunk_is_stepped_twice_without_need(pair, monkeypatch):
+    """Not after a window that was given up, and not where weights were written before forward."""
+    theirs, ours, reference, optimizer = pair()
+    calls, real = [], rule.step
+    monkeypatch.setattr(rule, "step", lambda *args: (calls.append(1), real(*args)))
+    backward(ours)
+    optimizer.zero_grad()
+    backward(ours)
+    assert calls == []
+    optimizer.zero_grad()
+    both(theirs, ours, reference, optimizer)
+    optimizer.synchronize()
+    with torch.no_grad():
+        for model in (theirs, ours):
+            model[2].weight.mul_(0.5)
+    both(theirs, ours, reference, optimizer)
+    assert len(calls) == 2 * len(optimizer.split.host)
+    assert optimizer.report.redone == 0
+    assert_equal(theirs, ours, reference, optimizer)
+
+
 @pytest.mark.parametrize("micro", [1, 3, 4])
 @pytest.mark.parametrize("worker", WORKERS)
 def test_windows_of_other_lengths(micro, worker, pair):
@@ -146,6 +167,7 @@ def test_numbers_that_are_not_finite_are_taken_back(worker, pair):
     backward(four[1], scale=float("inf"))
     four[3].step()
     assert four[3].report.reason == "nonfinite"
+    assert same(before, [four[3].master(p).detach() for p in four[1].parameters()])
     assert same(before, weights(four[1]))
     both(*four, micro=1)
     assert_equal(*four)
