@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any, Literal
 
@@ -59,6 +59,11 @@ class TrainerConfig:
     checkpoint_every: int | None = None
     monitor_every: int = 500
     statistics_every: int | None = 50
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> TrainerConfig:
+        """Of the trainer's arguments, by their names; there are others among them."""
+        return cls(**{setting.name: arguments[setting.name] for setting in fields(cls)})
 
     def __post_init__(self) -> None:
         self._check_mode()

@@ -144,24 +144,7 @@ class MixedPrecisionTrainer:
         progress: bool | None = None,
     ) -> None:
         check_arguments(model, loss_fn)
-        self.config = TrainerConfig(
-            precision_mode=precision_mode,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            max_grad_norm=max_grad_norm,
-            ema_decay=ema_decay,
-            pin=pin,
-            emulate=emulate,
-            adapt=adapt,
-            kernels=kernels,
-            compile=compile,
-            fused_loss=fused_loss,
-            activations=activations,
-            seed=seed,
-            max_skipped_steps=max_skipped_steps,
-            checkpoint_every=checkpoint_every,
-            monitor_every=monitor_every,
-            statistics_every=statistics_every,
-        )
+        self.config = TrainerConfig.among(locals())
         self._policy = make_policy(loss_scale_policy)
         self._unused_policy = deepcopy(self._policy)  # for when fp16 comes in again
         self.model, self.loss_fn = model, loss_fn
