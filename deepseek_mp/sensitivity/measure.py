@@ -137,25 +137,31 @@ class Operands:
             for (which, turned), sides in ways.items()
             for side, compared in zip(sides, self._compared(which, turned, sides), strict=True)
         }
-        return [torch.stack([self._of_operand(*place, row, found) for place in PLACES]) for row in keys]
+        shares = [self._shares(*place, keys, found) for place in PLACES]
+        return [
+            torch.stack(
+                [
+                    self._nothing if key is None else torch.cat([found[key].errors, shares[place][number]])
+                    for place, key in enumerate(row)
+                ]
+            )
+            for number, row in enumerate(keys)
+        ]
 
-    def _of_operand(
-        self, number: int, other: int, keys: Sequence[_Key | None], found: Mapping[_Key, _Compared]
-    ) -> Tensor:
-        """`OPERAND_FIELDS` of the operand of that number, whose product has the `other` operand too."""
-        key, partner = keys[number], keys[other]
-        if key is None:
-            return self._nothing
-        own = found[key]
-        if partner is None or not self._is_linear:
-            share = own.errors[RELATIVE]
-        else:
-            energies = self._along(PRODUCT_OPERANDS[number], key, own)
-            weight = self._along(PRODUCT_OPERANDS[other], partner, found[partner])
-            count = max(1, min(len(energies), len(weight)))  # of a weight's rows some are compared
-            energies, weight = energies[:: -(-len(energies) // count)], weight[:: -(-len(weight) // count)]
-            share = of_product(energies, weight[:, 1])
-        return torch.cat([own.errors, share.reshape(1)])
+    def _shares(
+        self, place: int, other: int, keys: Sequence[Sequence[_Key | None]], found: Mapping[_Key, _Compared]
+    ) -> dict[int, Tensor]:
+        """What errors of the operand at a place are of its product, by number of the recipe, each [1]."""
+        own = {number: row[place] for number, row in enumerate(keys)}
+        read = {number: key for number, key in own.items() if key is not None}
+        partner = next((row[other] for row in keys if row[other] is not None), None)
+        if not read or partner is None or not self._is_linear:
+            return {number: found[key].errors[RELATIVE, None] for number, key in read.items()}
+        energies = torch.stack([self._along(PRODUCT_OPERANDS[place], key, found[key]) for key in read.values()])
+        weight = self._along(PRODUCT_OPERANDS[other], partner, found[partner])[:, 1]
+        count = max(1, min(energies.shape[1], len(weight)))  # of a weight's rows some are compared
+        energies, weight = energies[:, :: -(-energies.shape[1] // count)], weight[:: -(-len(weight) // count)]
+        return dict(zip(read, of_product(energies, weight).split(1), strict=True))
 
     def _along(self, place: tuple[Role, Operand], key: _Key, compared: _Compared) -> Tensor:
         """Energies along the axis that the product sums over, also where the tensor stands for itself turned."""
