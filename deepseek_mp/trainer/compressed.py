@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from deepseek_mp.activations import ActivationRecord, ActivationSettings, compressed_activations
+from deepseek_mp.activations import Account, ActivationRecord, ActivationSettings, compressed_activations
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.trainer.config import TrainerConfig
@@ -45,8 +45,7 @@ class Compressed:
 
     def __init__(self, run: Run, trainer: MixedPrecisionTrainer, settings: ActivationSettings) -> None:
         self._run, self._trainer, self._settings = run, trainer, settings
-        self.record: ActivationRecord | None = None
-        """Of the last forward: what was saved in which form."""
+        self._account: Account | None = None
 
     def __call__(self, call: calls.Call) -> calls.Result:
         trainer = self._trainer
@@ -56,5 +55,10 @@ class Compressed:
             number += trainer.stepper.window.micro_batches
         with compressed_activations(trainer.model, self._settings, number=number) as account:
             found = self._run(call)
-        self.record = account.record()
+        self._account = account
         return found
+
+    @property
+    def record(self) -> ActivationRecord | None:
+        """Of the last forward: what was saved in which form. Made when it is asked for, not in every step."""
+        return None if self._account is None else self._account.record()
