@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def computation(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Callable[[calls.Call], calls.Result]:
     """From a call to its loss: the trainer's model and loss, compiled, fused or compressed as it is set."""
-    run = compiled_run(trainer.model, trainer.loss_fn, trainer.config.compile)
+    config = trainer.config
+    run = compiled_run(trainer.model, trainer.loss_fn, config.compile, config.activation_memory_budget)
     return with_activations(with_fused_loss(run, trainer, plan), trainer)
 
 

@@ -27,7 +27,7 @@ from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.convert import current_plan
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.trainer.config import Compile
-from deepseek_mp.trainer.graph_backend import inductor
+from deepseek_mp.trainer.graph_backend import Backend, backend
 
 log = logging.getLogger("deepseek_mp")
 
@@ -74,22 +74,26 @@ Run = Callable[[calls.Call], calls.Result]
 """From a call to the loss."""
 
 
-def compiled_run(model: nn.Module, loss_fn: LossFn | None, how: Compile) -> Run:
-    """`calls.run` of the model and the loss, compiled as asked. 'regional' compiles the blocks in place."""
+def compiled_run(model: nn.Module, loss_fn: LossFn | None, how: Compile, budget: float | None = None) -> Run:
+    """`calls.run` of the model and the loss, compiled as asked. 'regional' compiles the blocks in place.
+
+    Args:
+        budget: for what the model keeps for its backward, as `graph_backend.backend` takes it.
+    """
     if how is True:
-        return _with_many_plans(_compiled_whole(model, loss_fn))
+        return _with_many_plans(_compiled_whole(model, loss_fn, backend(budget)))
     if how == "regional":
         for block in repeated_blocks(model):
-            block.compile(backend=inductor)
+            block.compile(backend=backend(budget))
         return _with_many_plans(_compiled_loss(model, loss_fn))
     return lambda call: calls.run(model, call, loss_fn)
 
 
-def _compiled_whole(model: nn.Module, loss_fn: LossFn | None) -> Run:
+def _compiled_whole(model: nn.Module, loss_fn: LossFn | None, backend: Backend) -> Run:
     def whole(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Any, str]:
         return calls.loss_of(model(*args, **kwargs), target, loss_fn)
 
-    compiled, alone = _compiled(whole), torch.compile(model, backend=inductor)
+    compiled, alone = _compiled(whole, backend), torch.compile(model, backend=backend)
     restless = Restless(model)
 
     def run(call: calls.Call) -> calls.Result:
@@ -137,7 +141,7 @@ def _compiled_loss(model: nn.Module, loss_fn: LossFn | None) -> Run:
     def loss(output: Any, target: Any) -> tuple[Any, str]:
         return calls.loss_of(output, target, loss_fn)
 
-    compiled = _compiled(loss)
+    compiled = _compiled(loss, backend(None))
     restless = Restless(model)
 
     def run(call: calls.Call) -> calls.Result:
@@ -150,7 +154,7 @@ def _compiled_loss(model: nn.Module, loss_fn: LossFn | None) -> Run:
     return run
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     """The function compiled apart from others of the same code.
 
     Dynamo keeps what it compiled by code object, and what it learned of changing sizes by that object's name:
@@ -159,7 +163,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    return torch.compile(own, backend=inductor)
+    return torch.compile(own, backend=backend)
 
 
 @contextmanager

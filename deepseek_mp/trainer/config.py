@@ -54,6 +54,7 @@ class TrainerConfig:
     compile: Compile = False
     fused_loss: FusedLossOption = False
     activations: bool | ActivationSettings = False
+    activation_memory_budget: float | None = None
     seed: int | None = None
     max_skipped_steps: int = 25
     checkpoint_every: int | None = None
@@ -83,6 +84,7 @@ class TrainerConfig:
             raise _refuse("fused_loss", self.fused_loss, "False, True, 'auto'")
         if not isinstance(self.activations, bool | ActivationSettings):
             raise _refuse("activations", self.activations, "False, True, ActivationSettings")
+        self._check_budget()
         if self.seed is not None and not _is_seed(self.seed):
             raise _refuse("seed", self.seed, "None or a whole number from 0 and below 2**64")
         for name in ("max_skipped_steps", "monitor_every"):
@@ -99,6 +101,15 @@ class TrainerConfig:
         hint = suggest(mode, MODES) if isinstance(mode, str) else ""
         allowed = f"{', '.join(map(repr, MODES))}, a Recipe or a PrecisionPlan"
         raise _refuse("precision_mode", mode, allowed, f"Use one of these.{hint}")
+
+    def _check_budget(self) -> None:
+        budget = self.activation_memory_budget
+        if budget is not None and not (_is_positive(budget) and budget <= 1):
+            raise _refuse("activation_memory_budget", budget, "None or a number above 0 and up to 1")
+        if budget is not None and not self.compile:
+            passed = f"activation_memory_budget={budget!r} without compile"
+            allowed = "it in compiled code, whose compiler chooses what to compute again"
+            raise ConfigError(explain(passed, allowed, "Use compile=True or 'regional', or activations=True"))
 
     def _check_adapt(self) -> None:
         if self.adapt is not None and not isinstance(self.adapt, bool | AdaptiveSettings):

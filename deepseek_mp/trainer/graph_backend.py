@@ -5,15 +5,20 @@ memory. Code that is traced builds such masks where the eager code would build n
 without padding expands one column to [batch, 1, query, key]. Attention then falls back to products of FP32
 operands that keep the whole score matrix for backward: on an H200 a third more time for BERT-base, and
 twice the memory. The mask is made contiguous, without the copies that stand for its broadcast dimensions.
+
+**Activation memory.** Under a budget the compiler's partitioner (torch._functorch.partitioners) computes again in the
+backward what costs least by byte that it frees: elementwise work first, then products by their operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch._dynamo  # so that its backends can be looked up before anything was compiled
+import torch._functorch.config as partitioner
 from torch import Tensor, fx
 from torch._inductor import config
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,6 +28,8 @@ from deepseek_mp.nn.joint_graph import FuseProducers
 _FUSE = FuseProducers()
 _MASK = 3
 """Position of `attn_mask` among the arguments."""
+
+Backend = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -34,6 +41,21 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
     if config.joint_custom_pre_pass is not None:  # the caller's own pass keeps its place
         return compiler(graph, inputs)
     return compiler(graph, inputs, config_patches={"joint_custom_pre_pass": _FUSE})
+
+
+@cache
+def backend(activation_memory_budget: float | None) -> Backend:
+    """`inductor`, under a budget for what is kept for the backward: one object for each.
+
+    Args:
+        activation_memory_budget: share, from 0 to 1, of the bytes kept without a budget (None).
+    """
+    return inductor if activation_memory_budget is None else partial(_within, activation_memory_budget)
+
+
+def _within(budget: float, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    with partitioner.patch(activation_memory_budget=budget):
+        return inductor(graph, inputs)
 
 
 def _repair_masks(graph: fx.GraphModule) -> None:

@@ -93,6 +93,8 @@ class MixedPrecisionTrainer:
         fused_loss: compute cross entropy in chunks from the input of the model's last layer, so that its output is
             never held whole (docs/memory.md): 'auto' where that is possible and saves memory, True always, or refused.
         activations: keep large tensors for the backward in FP8, masks in bits; `ActivationSettings` says which.
+        activation_memory_budget: share of the bytes kept for the backward by compiled code; the rest is computed
+            again, exactly, what is cheapest by byte first (docs/activations.md). None is 1.
         device: where to train; None: where the model is if that is an accelerator, else the best here.
         seed: seeds Python's, NumPy's and PyTorch's generators.
         run_dir: folder for records and checkpoints; None writes nothing.
@@ -133,6 +135,7 @@ class MixedPrecisionTrainer:
         compile: Compile = False,
         fused_loss: FusedLossOption = False,
         activations: bool | ActivationSettings = False,
+        activation_memory_budget: float | None = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
         run_dir: str | Path | None = None,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from deepseek_mp.trainer.graph_backend import contiguous_mask, inductor
+from deepseek_mp.trainer.graph_backend import backend, contiguous_mask, inductor
 
 B, H, Q, K, D = 2, 3, 8, 16, 4
 
@@ -122,12 +122,48 @@ def test_masks_of_checkpointed_regions_are_repaired(graphs):
     assert repairs(graphs) == 1
 
 
-def test_the_pass_of_the_caller_is_not_replaced_by_ours(graphs, monkeypatch):
+def test_the_pass_of_the_caller_is_not_replaced_by_ours(graphs):
     x = torch.randn(3)
     torch.compile(torch.sin, backend=inductor)(x)
     assert list(graphs.patches) == ["joint_custom_pre_pass"]
-    monkeypatch.setattr(torch._inductor.config, "joint_custom_pre_pass", lambda graph: None)
     torch._dynamo.reset()
-    torch.compile(torch.cos, backend=inductor)(x)
+    with torch._inductor.config.patch(joint_custom_pre_pass=lambda graph: None):
+        torch.compile(torch.cos, backend=inductor)(x)
     assert len(graphs) == 2
     assert graphs.patches is None
+
+
+@pytest.fixture
+def partitioned(monkeypatch):
+    """Graphs are parted as Inductor parts them, and run as they are."""
+    parting = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: parting(graph, inputs))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def kept_and_gradient(model, x, budget):
+    """Bytes that the compiled model keeps for its backward, and the gradient of x."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y = torch.compile(model, backend=backend(budget))(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    return sum(kept), gradient
+
+
+def test_under_a_budget_less_is_kept_and_the_rest_computed_again(partitioned):
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(32, 32), nn.GELU())]
+    model, x = nn.Sequential(*layers), torch.randn(512, 32, requires_grad=True)
+    (whole, plain), (half, again) = kept_and_gradient(model, x, None), kept_and_gradient(model, x, 0.5)
+    assert half <= 0.65 * whole  # the budget leaves the input out of account
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_a_budget_has_one_backend_and_ends_with_the_compilation():
+    from torch._functorch import config as partitioner
+
+    assert backend(None) is inductor
+    assert backend(0.5) is backend(0.5)
+    assert partitioner.activation_memory_budget == 1.0
