@@ -6,7 +6,7 @@ torchvision and transformers are needed only for the cases that use them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,18 @@ def detector(device: torch.device, *, small: bool) -> Case:
     )
 
 
+class LanguageModel(nn.Module):
+    """A language model of transformers that gives its logits: [B, T] token numbers to [B, T, V]."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.inner(input_ids=tokens).logits
+        return logits
+
+
 def bert_base(device: torch.device, *, small: bool) -> Case:
     """BERT-base of transformers with its masked-language head, random weights, 64 x 512 tokens."""
     from transformers import BertConfig, BertForMaskedLM
@@ -108,6 +120,17 @@ def bert_base(device: torch.device, *, small: bool) -> Case:
         batches=[{"input_ids": ids, "labels": ids} for ids in tokens],
         loss_fn=None,
         optimizers={"adamw fused": adamw},
+    )
+
+
+def bert_base_with_loss(device: torch.device, *, small: bool) -> Case:
+    """The same with its loss computed outside of the model, from logits."""
+    case = bert_base(device, small=small)
+    return replace(
+        case,
+        model=lambda: LanguageModel(case.model()),
+        batches=[(batch["input_ids"], batch["labels"]) for batch in case.batches],
+        loss_fn=next_token_loss,
     )
 
 

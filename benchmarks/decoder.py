@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_mp.nn import computes_cross_entropy
+
 VOCABULARY = 32000
 
 
@@ -69,6 +71,7 @@ class Decoder(nn.Module):
         return scores
 
 
+@computes_cross_entropy()
 def next_token_loss(scores: Tensor, target: Tensor) -> Tensor:
     """Mean cross entropy in nats, computed in fp32: scores [B, T, vocabulary], target [B, T] int64."""
     return F.cross_entropy(scores.flatten(0, 1).float(), target.flatten())

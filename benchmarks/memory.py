@@ -28,7 +28,7 @@ from typing import Any
 
 import memory_quality
 import torch
-from cases import Case, bert_base, decoder_1b, detector, resnet50
+from cases import Case, bert_base_with_loss, decoder_1b, detector, resnet50
 from harness import Report, Spread, agree, laps, positive
 from memory_arms import ARMS, Arm, Loop, Setting, make_loop
 from peers import resident_tensors
@@ -48,7 +48,7 @@ from deepseek_mp.workloads.memory import distinct_bytes, peak_during
 CASES: dict[str, Callable[..., Case]] = {
     "resnet50": resnet50,
     "decoder-1.3b": decoder_1b,
-    "bert-base": bert_base,
+    "bert-base": bert_base_with_loss,
     "detector": detector,
 }
 NEEDS = {"resnet50": "torchvision", "bert-base": "transformers"}

@@ -1,7 +1,8 @@
 """The arms of the memory benchmark: PyTorch alone, and the trainer under named options.
 
-A name is one of `BASELINES` or `OURS`. With -compiled model and loss are compiled; with -nudged the training starts
-from weights that differ in their last bit, which tells how far an arm is from itself.
+A name is one of `BASELINES` or `OURS`. With -compiled model and loss are compiled, with -regional the trainer's
+repeated blocks; -budget50 keeps half of what compiled code would keep; with -nudged the training starts from weights
+that differ in their last bit, which tells how far an arm is from itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.optim import SGD, AdamW, set_storage
 from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer.config import Compile
 from deepseek_mp.workloads.stress_policies import nudge
 
 BASELINES = {"fp32": Mode(format="fp32"), "bf16": Mode(format="bf16", channels_last=True)}
@@ -35,31 +37,43 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-8bit": {"mode": "bf16", "states": "8bit"},
     "ours-weights": {"mode": "bf16", "states": "8bit", "storage": "bf16_sr"},
     "ours-small": {"mode": "bf16", "fused_loss": "auto", "activations": True, "states": "8bit", "storage": "bf16_sr"},
+    "ours-lean": {"mode": "bf16", "fused_loss": "auto", "states": "8bit", "storage": "bf16_sr"},
+    "ours-lean-fp8": {"mode": "fp8", "fused_loss": "auto", "states": "8bit", "storage": "bf16_sr"},
 }
 """Options of `MixedPrecisionTrainer` by arm, passed as they are but for three: `mode` names its precision, `states` how
 the optimizer keeps its moments, `storage` how the weights of linear layers and convolutions are kept.
 """
 ARMS = (*BASELINES, *OURS)
-NAME = re.compile(r"(?P<base>.+?)(?P<compiled>-compiled)?(?P<nudged>-nudged)?")
+NAME = re.compile(r"(?P<base>.+?)(-budget(?P<budget>\d{1,2}))?(-(?P<compiled>compiled|regional))?(?P<nudged>-nudged)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """An arm by its name: bf16, ours-auto, bf16-compiled, bf16-nudged ..."""
+    """An arm by its name: bf16, ours-auto, bf16-compiled, ours-lean-budget50-regional, bf16-nudged ..."""
 
     name: str
     base: str
-    compiled: bool
+    budget: float | None
+    """`activation_memory_budget`."""
+    compiled: Compile
     nudged: bool
 
     @classmethod
     def parse(cls, name: str) -> Arm:
         """`ValueError` for a name that is none."""
         found = NAME.fullmatch(name)
-        if found is None or found["base"] not in ARMS:
-            allowed = f"{', '.join(ARMS)}, each also with -compiled, -nudged or both in this order"
+        if found is None or found["base"] not in ARMS or (found["base"] in BASELINES and found["budget"]):
+            endings = "-budgetNN (ours), -compiled or -regional, -nudged"
+            allowed = f"{', '.join(ARMS)}, each also with {endings}, in this order"
             raise ValueError(f"{name!r} is no arm. Allowed: {allowed}. Use one of these")
-        return cls(name=name, base=found["base"], compiled=bool(found["compiled"]), nudged=bool(found["nudged"]))
+        how: dict[str | None, Compile] = {None: False, "compiled": True, "regional": "regional"}
+        return cls(
+            name=name,
+            base=found["base"],
+            budget=int(found["budget"]) / 100 if found["budget"] else None,
+            compiled=how[found["compiled"]],
+            nudged=bool(found["nudged"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +124,8 @@ class HandArm:
         mode = replace(
             BASELINES[arm.base],
             channels_last=BASELINES[arm.base].channels_last and case.images,
-            compile=arm.compiled,
-            compile_loss=arm.compiled and case.loss_fn is not None,
+            compile=bool(arm.compiled),
+            compile_loss=bool(arm.compiled) and case.loss_fn is not None,
         )
         self.hand = HandLoop(case, mode, setting.optimizer, setting.device)
         self.hand.batches = setting.batches()
@@ -163,6 +177,7 @@ class OurArm:
             "optimizer": setting.optimizer if states is None else _stored(setting.optimizer, states),
             "scheduler": setting.schedule,
             "compile": arm.compiled,
+            "activation_memory_budget": arm.budget,
             # A CPU without units for a format runs it all the same, to try the script.
             "emulate": mode != "auto" and setting.device.type == "cpu",
         }

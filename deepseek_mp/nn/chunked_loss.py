@@ -15,9 +15,6 @@ scale) keeps within FP16's range; and a graph that is kept and gone through a se
 **Numbers.** Products have the format of the autocast region, else that of the operands; what the ordinary loss rounds
 is rounded here: the logits, and their gradients. Losses are FP32 (FP64 for FP64 operands), and the gradient of the
 weight is added up over the chunks in FP32.
-
-Formulas, for a row with logits z, label y and smoothing e, of V classes: loss = log sum exp z - (1-e) z[y] - e mean(z),
-and its gradient is softmax(z) - (1-e) onehot(y) - e/V.
 """
 
 from __future__ import annotations
@@ -33,6 +30,7 @@ from torch.nn import functional as F
 
 from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.nn.loss import IGNORED_LABEL, is_integer
+from deepseek_mp.ops.cross_entropy import cross_entropy_rows
 
 Reduction = Literal["mean", "sum", "none"]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -40,7 +38,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 REDUCTIONS = ("mean", "sum", "none")
 CHUNK_BYTES = 64 << 20
-"""What the FP32 logits of a chunk may take, and a part of the weight's gradient on its way to the sum."""
+"""What the logits of a chunk take in FP32 on a CPU, and a part of the weight's gradient on its way to the sum."""
+DEVICE_CHUNK_BYTES = 256 << 20
+"""The same on other devices: a chunk reads and writes the whole gradient of the weight, so there are fewer."""
 ROWS_MULTIPLE = 64
 """Chunks of that many rows or more have a multiple of it, which suits the tiles of a product."""
 
@@ -68,7 +68,7 @@ def linear_cross_entropy(
         bias: [V] or None.
         label_smoothing: from 0 to 1; the weight of the uniform distribution in the target.
         reduction: 'mean' over the rows that count (NaN where none does, as in PyTorch), 'sum', or 'none'.
-        chunk: rows at a time; None: as many as have FP32 logits of 64 MiB.
+        chunk: rows at a time; None: as many as have FP32 logits of `chunk_bytes`, 64 MiB on a CPU and 256 elsewhere.
 
     Returns:
         The loss in fp32 (fp64 for fp64 operands): 0-dim, or [...] with 'none'.
@@ -90,7 +90,7 @@ def linear_cross_entropy(
         ignored=ignore_index,
         smoothing=label_smoothing,
         reduction=reduction,
-        rows=chunk or rows_of(weight.shape[0]),
+        rows=chunk or rows_of(weight.shape[0], chunk_bytes(hidden.device)),
         in_forward=torch.is_grad_enabled() and reduction != "none" and dtype != torch.float16,
     )
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
@@ -98,9 +98,14 @@ def linear_cross_entropy(
     return chunked.view(target.shape) if reduction == "none" else chunked
 
 
-def rows_of(classes: int) -> int:
-    """Rows of a chunk for so many classes: their FP32 logits take `CHUNK_BYTES`, or there is one row."""
-    rows = max(1, CHUNK_BYTES // (4 * classes))
+def chunk_bytes(device: torch.device) -> int:
+    """What the logits of a chunk take there, as FP32."""
+    return CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
+
+
+def rows_of(classes: int, size: int) -> int:
+    """Rows of a chunk for so many classes: their FP32 logits take that many bytes, or there is one row."""
+    rows = max(1, size // (4 * classes))
     return rows - rows % ROWS_MULTIPLE if rows > ROWS_MULTIPLE else rows
 
 
@@ -133,25 +138,12 @@ class _Operands:
         for start in range(0, self.x.shape[0], self.how.rows):
             yield slice(start, start + self.how.rows)
 
-    def exponentials(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """exp(z - max z) of a chunk [R, V], each row's sum of them [R, 1], and the rows' losses [R]."""
-        z = F.linear(self.x[rows], self.weight, self.bias).to(_sum_dtype(self.how.dtype))
-        z -= z.amax(-1, keepdim=True)
-        wanted = z.gather(-1, self.labels[rows].unsqueeze(-1))
-        if smoothing := self.how.smoothing:
-            wanted = (1.0 - smoothing) * wanted + smoothing * z.mean(-1, keepdim=True)
-        total = z.exp_().sum(-1, keepdim=True)
-        losses = (total.log() - wanted).squeeze(-1)
-        return z, total, losses.masked_fill_(~self.counts[rows], 0.0)
-
-    def logit_gradient(self, exponentials: Tensor, total: Tensor, factor: Tensor, rows: slice) -> Tensor:
-        """Of a chunk's logits [R, V], in the memory of the exponentials; `factor` [R, 1] is each row's own gradient."""
+    def losses(self, rows: slice, factors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Of a chunk: the rows' losses [R] and, for each loss's own gradient [R], that of the logits [R, V]."""
+        logits = F.linear(self.x[rows], self.weight, self.bias)
         smoothing = self.how.smoothing
-        gradient = exponentials.mul_(factor / total)
-        gradient.scatter_add_(-1, self.labels[rows].unsqueeze(-1), factor * (smoothing - 1.0))
-        if smoothing:
-            gradient -= factor * (smoothing / gradient.shape[-1])
-        return gradient
+        losses, gradient = cross_entropy_rows(logits, self.labels[rows], smoothing=smoothing, factors=factors)
+        return losses.masked_fill_(~self.counts[rows], 0.0), gradient
 
 
 class _Sums:
@@ -165,10 +157,9 @@ class _Sums:
         self.bias = weight.new_zeros(weight.shape[0], dtype=sums) if needed[2] else None
 
     def add(self, gradient: Tensor, rows: slice) -> None:
-        """What the gradient of a chunk's logits [R, V], FP32, adds."""
+        """What the gradient of a chunk's logits [R, V] adds."""
         if self.bias is not None:
-            self.bias += gradient.sum(0)
-        gradient = gradient.to(self._operands.how.dtype)
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
         if self.hidden is not None:
             torch.mm(gradient, self._operands.weight, out=self.hidden[rows])
         if self.weight is not None:
@@ -244,32 +235,35 @@ def _computed(operands: _Operands, grad: Tensor, needed: tuple[bool, bool, bool]
 
 def _chunk(operands: _Operands, rows: slice, sums: _Sums | None, factors: Tensor | None) -> Tensor:
     """The losses [R] of a chunk, whose logits are gone when it returns; its gradients are added to the sums."""
-    exponentials, total, losses = operands.exponentials(rows)
-    if sums is not None and factors is not None:
-        sums.add(operands.logit_gradient(exponentials, total, factors[rows], rows), rows)
+    losses, gradient = operands.losses(rows, None if factors is None else factors[rows])
+    if sums is not None and gradient is not None:
+        sums.add(gradient, rows)
     return losses
 
 
 def _factors(operands: _Operands, grad: Tensor | None) -> Tensor:
-    """[P, 1]: what the gradient of each row's loss is; none for rows that do not count. `grad` None stands for one."""
+    """[P]: what the gradient of each row's loss is; none for rows that do not count. `grad` None stands for one."""
     counts, how = operands.counts, operands.how
     factors = counts.to(_sum_dtype(how.dtype))
     if how.reduction == "mean":
         factors /= counts.sum().clamp(min=1)
-    return (factors if grad is None else factors * grad).unsqueeze(-1)
+    return factors if grad is None else factors * grad
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [V, K], FP32, plus left [V, R] times right [R, K], part by part: where the product's own format is
-    narrower, it takes memory of its own, in FP32 where the device can write that.
+    """total [V, K], FP32, plus left [V, R] times right [R, K].
+
+    Where the product's format is narrower and the device cannot add such a product to FP32, it takes memory of its own,
+    part by part.
     """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-        return
-    wide = left.is_cuda and torch.version.cuda is not None
-    size = max(1, CHUNK_BYTES // (4 * total.shape[1]))
-    for sum_part, part in zip(total.split(size), left.split(size), strict=True):
-        sum_part += torch.mm(part, right, out_dtype=torch.float32) if wide else part @ right
+    elif left.is_cuda and torch.version.cuda is not None:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        size = max(1, chunk_bytes(total.device) // (4 * total.shape[1]))
+        for sum_part, part in zip(total.split(size), left.split(size), strict=True):
+            sum_part += part @ right
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

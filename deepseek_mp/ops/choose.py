@@ -7,6 +7,7 @@ scaled products there. A user may name the implementation; then it is that one o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
@@ -22,11 +23,14 @@ from deepseek_mp.errors import ConfigError, FormatError, explain
 from deepseek_mp.ops.layouts import PAIRS
 from deepseek_mp.ops.operands import Cast, Operands
 
+log = logging.getLogger("deepseek_mp")
+
 IMPLEMENTATIONS = {
     "quantise": ("triton", "reference"),
     "made": ("triton", "reference"),
     "product": ("native", "triton", "reference"),
     "row_sums": ("triton", "reference"),
+    "cross_entropy": ("triton", "reference"),
 }
 """By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
@@ -44,6 +48,8 @@ QuantiseDelayed = Callable[[Tensor, Tensor, Tensor, Cast], Operands]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[str, str], Tensor | None, torch.dtype], Tensor]
 RowSums = Callable[[Tensor, Tensor], Tensor]
 """Of a matrix [M, K], and of it rounded in one way or several."""
+CrossEntropy = Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Of logits [R, V], labels [R], smoothing, and factors [R] for a gradient."""
 Granularities = Sequence[str] | Sequence[tuple[str, str]]
 """Names for quantise, pairs (left, right) for product."""
 
@@ -143,6 +149,29 @@ def row_sums_of(name: str) -> RowSums:
     """The function behind an implementation's name."""
     run: RowSums = _module("row_sums", name).row_sums
     return run
+
+
+def cross_entropy_of(name: str) -> CrossEntropy:
+    """The function behind an implementation's name."""
+    run: CrossEntropy = _module("cross_entropy", name).cross_entropy_rows
+    return run
+
+
+def kernel_runs(device: torch.device, what: str, once: Callable[[], object]) -> bool:
+    """Whether a kernel can be compiled and run there; for one that is only faster, without which nothing is missing.
+
+    Args:
+        what: what runs without it, for the warning.
+        once: runs it.
+    """
+    if not has_kernels(device):
+        return False
+    try:
+        once()
+    except Exception as error:  # noqa: BLE001 - no compiler, an old device: whatever it is, the reference runs
+        log.warning("%s: without a kernel on %s: %s: %s", what, device, type(error).__name__, error)
+        return False
+    return True
 
 
 def has_kernels(device: torch.device) -> bool:

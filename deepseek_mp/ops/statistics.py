@@ -6,16 +6,13 @@ buffer and read them together, when it suits. Nothing here waits for the device.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from deepseek_mp.ops.choose import has_kernels, row_sums_of
-
-log = logging.getLogger("deepseek_mp")
+from deepseek_mp.ops.choose import kernel_runs, row_sums_of
 
 ERROR_FIELDS = ("relative", "by_row", "bias", "underflow", "overflow", "mass", "lean")
 """What `rounding_error` gives.
@@ -154,15 +151,10 @@ def row_sums(x: Tensor, rounded: Tensor) -> Tensor:
 
 @cache
 def _kernel_runs(device: torch.device) -> bool:
-    """Whether the kernel can be compiled and run there; it is only faster, so without it nothing is missing."""
-    if not has_kernels(device):
-        return False
-    try:
+    def once() -> None:
         row_sums_of("triton")(torch.ones(1, 1, device=device), torch.ones(1, 1, 1, device=device))
-    except Exception as error:  # noqa: BLE001 - no compiler, an old device: whatever it is, the reference runs
-        log.warning("statistics run without their kernel on %s: %s: %s", device, type(error).__name__, error)
-        return False
-    return True
+
+    return kernel_runs(device, "statistics of rounding", once)
 
 
 @torch.no_grad()

@@ -1,15 +1,16 @@
 """The loss of a model that ends in a linear layer, computed from that layer's input: the logits are never there.
 
-The first step runs as ever, with hooks: the output of the model has to be the very object that its last linear layer
-gave, so that nothing came after. The loss in chunks is then compared with the loss function on a few rows, and takes
-its place, in this step already. From the second step on the layer multiplies only if somebody reads its output
-(`nn.deferred`); a step in which somebody does has the ordinary loss.
+The layer multiplies only if somebody reads its output (`nn.deferred`); a step in which somebody does has the ordinary
+loss. In the first step the last linear layer that the model names is taken to be the one. If it is another, that step
+runs as ever, with hooks: the output of the model has to be the very object that a linear layer gave, so that nothing
+came after. The loss in chunks is compared with the loss function on a few rows before it takes its place, in this step
+already.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
-from deepseek_mp.nn.chunked_loss import CHUNK_BYTES
+from deepseek_mp.nn.chunked_loss import chunk_bytes
 from deepseek_mp.nn.deferred import Deferred, LinearCall, deferring
 from deepseek_mp.nn.known_loss import CrossEntropy, known_cross_entropy
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.nn.unit import Unit
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
+from deepseek_mp.trainer.compile import many_plans
 from deepseek_mp.trainer.config import Compile, TrainerConfig
 
 if TYPE_CHECKING:
@@ -65,20 +67,19 @@ def with_fused_loss(run: Run, trainer: MixedPrecisionTrainer, plan: PrecisionPla
     if isinstance(how, str):
         said("", Reason.LOSS_NOT_FUSED, how)
         return run
-    return FusedLoss(trainer.model, trainer.loss_fn, how, required=option is True, said=said)
+    return FusedLoss(trainer.model, trainer.loss_fn, how, ordinary=run, required=option is True, said=said)
 
 
 def _how(loss_fn: LossFn | None, compile: Compile) -> CrossEntropy | str:
-    if compile:
-        return "compiled code has the loss in it, and fuses it in its own way"
+    if compile is True:
+        return "a model compiled whole has the loss in it; compile='regional' leaves it out"
     return known_cross_entropy(loss_fn)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Ran:
-    """A call of a linear layer, and what it gave."""
+    """A call of a linear layer that was not deferred, and what it gave."""
 
-    name: str
     call: LinearCall
     output: Tensor
     mark: tuple[Any, ...]
@@ -89,6 +90,7 @@ class FusedLoss:
 
     Args:
         how: what the loss function computes.
+        ordinary: from a call to its loss, where it is not fused.
         required: whether it is an error if the loss cannot be fused.
         said: told once, by layer, reason and detail, which layer was found, or why there is none.
     """
@@ -99,23 +101,25 @@ class FusedLoss:
         loss_fn: LossFn | None,
         how: CrossEntropy,
         *,
+        ordinary: Run,
         required: bool,
         said: Callable[[str, Reason, str], None],
     ) -> None:
         self._model, self._loss_fn, self._how = model, loss_fn, how
-        self._required, self._said = required, said
+        self._run, self._required, self._said = ordinary, required, said
         self.layer: nn.Linear | None = None
         """The model's last layer, once it was found."""
         self.why = ""
         """Why the loss is not fused, once that is known."""
-        self._path: list[nn.Module] = []
 
     def __call__(self, call: calls.Call) -> calls.Result:
         if self.why:
-            return calls.run(self._model, call, self._loss_fn)
-        if self.layer is None:
-            return self._look(call)
-        with deferring(self.layer) if self._can_defer(self.layer) else nullcontext():
+            return self._run(call)
+        with many_plans():
+            return self._look(call) if self.layer is None else self._step(call, self.layer)
+
+    def _step(self, call: calls.Call, layer: nn.Linear) -> calls.Result:
+        with deferring(layer) if self._can_defer(layer) else nullcontext():
             output = calls.invoke(self._model, call)
         if isinstance(output, Deferred) and output.is_pending and self._how.fits(output, call.target):
             return self._fused(call, output.call)
@@ -131,31 +135,46 @@ class FusedLoss:
 
     def _can_defer(self, layer: nn.Linear) -> bool:
         """Whether the layer's product is a plain one, and no hook takes its output past PyTorch's functions."""
-        hooked = any(getattr(module, hooks) for module in self._path for hooks in _BACKWARD_HOOKS)
+        around = _path(self._model, layer)
+        hooked = any(getattr(module, hooks) for module in around for hooks in _BACKWARD_HOOKS)
         return not hooked and not _own_precision(layer)
 
     # -- the first step -------------------------------------------------------------------------
 
     def _look(self, call: calls.Call) -> calls.Result:
         ran: list[_Ran] = []
-        with self._watched(ran):
+        layers = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
+        likely = layers[-1:] if layers and self._can_defer(layers[-1]) else []
+        others = [layer for layer in layers if layer not in likely]
+        with self._watched(others, ran), deferring(likely[0]) if likely else nullcontext():
             output = calls.invoke(self._model, call)
-        why = self._why_not(output, call.target, ran[-1] if ran else None)
-        if why == "":
-            self._found(ran[-1])
-            last = ran.pop().call
+        last = self._last(output, ran[-1] if ran else None)
+        why = last if isinstance(last, str) else self._why_not(output, call.target, last)
+        if why == "" and isinstance(last, LinearCall):
+            self._found(last.layer, output)
+            ran.clear()
             del output  # nobody reads it
             return self._fused(call, last)
         if why:
             self._give_up(why)
         return self._ordinary(call, output)
 
-    def _found(self, ran: _Ran) -> None:
-        self.layer = ran.call.layer
-        parts = ran.name.split(".") if ran.name else []
-        self._path = [self._model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
-        size = f"{4 * ran.output.numel() / 2**20:.3g} MiB in FP32 for the first batch"
-        self._said(ran.name, Reason.LOSS_FUSED, f"its output, {size}, is computed in chunks inside of the loss")
+    def _found(self, layer: nn.Linear, output: Tensor) -> None:
+        self.layer = layer
+        name = next(name for name, module in self._model.named_modules() if module is layer)
+        size = f"{4 * output.numel() / 2**20:.3g} MiB in FP32 for the first batch"
+        self._said(name, Reason.LOSS_FUSED, f"its output, {size}, is computed in chunks inside of the loss")
+
+    @staticmethod
+    def _last(output: Any, ran: _Ran | None) -> LinearCall | str:
+        """The call of a linear layer that gave the model's output, or why there is none."""
+        if isinstance(output, Deferred) and output.is_pending:
+            return output.call
+        if ran is None or output is not ran.output:
+            return "the model's output is not, as it is, that of the last linear layer to run"
+        if ran.mark != _mark(output):
+            return "the last layer's output was changed in place"
+        return ran.call
 
     def _give_up(self, why: str) -> None:
         if self._required:
@@ -163,26 +182,27 @@ class FusedLoss:
         self.why = why
         self._said("", Reason.LOSS_NOT_FUSED, why)
 
-    def _why_not(self, output: Any, target: Any, ran: _Ran | None) -> str | None:
+    def _why_not(self, output: Tensor, target: Any, last: LinearCall) -> str | None:
         """Why the loss cannot be fused: empty if it can, None if this batch does not tell."""
-        if ran is None or output is not ran.output:
-            return "the model's output is not, as it is, that of the last linear layer to run"
-        if ran.mark != _mark(output) or not ran.call.is_unchanged or not output.requires_grad:
-            return "the last layer's input or output was changed in place, or it ran without gradients"
+        if not last.is_unchanged or not output.requires_grad:
+            return "the last layer's input was changed in place, or it ran without gradients"
         if not self._how.fits(output, target):
             return "the target is not one whole number for each row of the output"
-        if own := _own_precision(ran.call.layer):
+        if own := _own_precision(last.layer):
             return own
-        if 4 * output.numel() <= CHUNK_BYTES and not self._required:
-            return f"the output takes no more than a chunk, {CHUNK_BYTES >> 20} MiB in FP32"
-        return self._why_other(output, target, ran.call)
+        chunk = chunk_bytes(output.device)
+        if 4 * output.numel() <= chunk and not self._required:
+            return f"the output takes no more than a chunk, {chunk >> 20} MiB in FP32"
+        return self._why_other(output, target, last)
 
     def _why_other(self, output: Tensor, target: Tensor, last: LinearCall) -> str | None:
         """How the two losses differ, on some rows."""
         rows = _rows_that_count(target, self._how.ignore_index)
         with last.region(), torch.no_grad():
-            theirs = _number(calls.loss_of(output.detach()[rows], target[rows], self._loss_fn)[0])
-            ours = _number(self._how.of(last.hidden.detach()[rows], last.layer, target[rows]))
+            hidden = last.hidden.detach()[rows]
+            scores = last.layer(hidden) if isinstance(output, Deferred) else output.detach()[rows]
+            theirs = _number(calls.loss_of(scores, target[rows], self._loss_fn)[0])
+            ours = _number(self._how.of(hidden, last.layer, target[rows]))
         if not (len(rows) and math.isfinite(theirs)):
             return None
         if abs(theirs - ours) <= CLOSE.get(output.dtype, CLOSE_NARROW) * max(1.0, abs(theirs)):
@@ -190,24 +210,25 @@ class FusedLoss:
         return f"the loss of some rows is {theirs:.6g}, and their cross entropy {ours:.6g}"
 
     @contextmanager
-    def _watched(self, ran: list[_Ran]) -> Iterator[None]:
-        """Inside, `ran` holds the last call of a linear layer with one argument."""
+    def _watched(self, layers: Sequence[nn.Linear], ran: list[_Ran]) -> Iterator[None]:
+        """Inside, `ran` holds the last call of one of the layers with one argument."""
 
-        def hook(name: str) -> Callable[..., None]:
-            def left(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if len(args) == 1 and isinstance(layer, nn.Linear):
-                    call = LinearCall(layer, args[0])
-                    ran[:] = [_Ran(name=name, call=call, output=output, mark=_mark(output))]
+        def left(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if len(args) == 1 and isinstance(layer, nn.Linear):
+                ran[:] = [_Ran(call=LinearCall(layer, args[0]), output=output, mark=_mark(output))]
 
-            return left
-
-        named = self._model.named_modules()
-        handles = [m.register_forward_hook(hook(name)) for name, m in named if isinstance(m, nn.Linear)]
+        handles = [layer.register_forward_hook(left) for layer in layers]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _path(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """The modules that the layer is inside of, and itself."""
+    parts = next(name for name, module in model.named_modules() if module is layer).split(".")
+    return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
 
 
 def _mark(output: Tensor) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,14 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.after(self.head(self.body(x).tanh()))
+
+
+class FirstNamed(Classifier):
+    """The last layer to run is not the last one of the model's modules."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.body = self._modules.pop("body")
 
 
 def batches(steps: int = 3, size: int = 6) -> list[tuple[Tensor, Tensor]]:
@@ -117,15 +126,57 @@ def test_a_language_model_with_a_tied_head(accumulation: int, chunks: list[Any])
     assert fused(runs[0]).layer is runs[0].model.head
 
 
-def test_the_layer_multiplies_in_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(model_of("classifier"), fused_loss=True)
-    run.step(batches()[0])
-    calls = []
+def watched(run: MixedPrecisionTrainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, int]]:
+    """The linear layers that multiply from now on, and how many rows."""
+    seen: list[tuple[nn.Module, int]] = []
     kind = type(run.model.head)
     original = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda unit, *args: calls.append(unit) or original(unit, *args))
+
+    def forward(unit: Any, x: Tensor) -> Any:
+        seen.append((unit, len(x)))
+        return original(unit, x)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    return seen
+
+
+def test_the_last_layer_multiplies_a_few_rows_in_the_first_step_and_none_later(monkeypatch: Any) -> None:
+    monkeypatch.setattr(fused_loss, "COMPARED_ROWS", 2)
+    run = trainer(model_of("classifier"), fused_loss=True)
+    rows = watched(run, monkeypatch)
     train(run, batches())
-    assert calls == [run.model.body] * 3
+    assert rows == [(run.model.body, 6), (run.model.head, 2), (run.model.body, 6), (run.model.body, 6)]
+
+
+def test_a_last_layer_that_is_not_the_last_one_named_is_found_in_the_first_step(monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    run = trainer(FirstNamed(), fused_loss=True)
+    rows = watched(run, monkeypatch)
+    losses = train(run, batches())
+    assert fused(run).layer is run.model.head
+    assert [(unit is run.model.head) for unit, _ in rows] == [False, True, False, False]
+    torch.manual_seed(0)
+    assert losses == pytest.approx(train(trainer(FirstNamed()), batches()), rel=1e-6)
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Compiled blocks run as they were captured."""
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: graph.forward)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("eager")
+def test_beside_blocks_that_are_compiled(chunks: list[Any]) -> None:
+    deep = replace(SMALL, layers=2)
+    losses = []
+    for options in ({"fused_loss": True, "compile": "regional"}, {}):
+        torch.manual_seed(0)
+        losses.append(train(trainer(byte_gpt(deep), loss_fn=next_byte_loss, **options), text()))
+    assert len(chunks) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_what_was_found_is_a_decision_of_the_run(tmp_path: Any) -> None:
@@ -213,7 +264,8 @@ OFF = [
     off("output is not, as it is, that of the last linear layer", model=lambda: Classifier(_times_two)),
     off("output is not, as it is, that of the last linear layer", model=lambda: Classifier(lambda y: {"logits": y}),
         loss_fn=computes_cross_entropy()(lambda output, target: F.cross_entropy(output["logits"], target))),
-    off("input or output was changed in place", model=lambda: Classifier(_in_place)),
+    off("output is not, as it is, that of the last linear layer", model=lambda: Classifier(_in_place)),
+    off("the last layer's output was changed in place", model=lambda: FirstNamed(_in_place)),
     off("the loss of some rows is", loss_fn=wrong_mark),
     off("loss_fn is not known to be the cross entropy", loss_fn=lambda output, target: F.cross_entropy(output, target)),
     off("the loss weighs its classes", loss_fn=nn.CrossEntropyLoss(weight=torch.ones(7))),
@@ -231,7 +283,7 @@ def required(model: nn.Module, data: list[Any], mode: str = "fp32", **options: A
 def test_where_it_cannot_be_it_says_why_and_trains_as_ever(
     model: Any, loss_fn: Any, data: Any, options: Any, detail: str, monkeypatch: Any, caplog: Any
 ) -> None:
-    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(fused_loss, "chunk_bytes", lambda device: 0)
     caplog.set_level("INFO")
     losses = []
     for on in ("auto", False):
@@ -247,12 +299,12 @@ def test_where_it_cannot_be_it_says_why_and_trains_as_ever(
         required((model or Classifier)(), data or batches(1), loss_fn=loss_fn, **options)
 
 
-def test_compiled_code_has_a_loss_of_its_own(caplog: Any) -> None:
+def test_a_model_compiled_whole_has_the_loss_in_it(caplog: Any) -> None:
     caplog.set_level("INFO")
     run = trainer(model_of("classifier"), fused_loss="auto", compile=True)
     assert not isinstance(run.stepper.compute, FusedLoss)
-    assert "loss_not_fused: compiled code has the loss in it" in caplog.text
-    with pytest.raises(ConfigError, match="fused_loss=True, but compiled code has the loss in it"):
+    assert "loss_not_fused: a model compiled whole has the loss in it" in caplog.text
+    with pytest.raises(ConfigError, match="fused_loss=True, but a model compiled whole has the loss in it"):
         trainer(model_of("classifier"), fused_loss=True, compile=True)
 
 
@@ -312,7 +364,7 @@ def test_a_region_of_the_model_s_own_around_the_last_layer(chunks: list[Any]) ->
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_last_layer_within_checkpointing(reentrant: bool, chunks: list[Any], monkeypatch: Any) -> None:
-    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(fused_loss, "chunk_bytes", lambda device: 0)
 
     class Checkpointed(Classifier):
         def forward(self, x: Tensor) -> Tensor:
