@@ -251,19 +251,18 @@ def _factors(operands: _Operands, grad: Tensor | None) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [V, K], FP32, plus left [V, R] times right [R, K].
+    """total [V, K], FP32, plus left [V, R] times right [R, K], part by part: where the product's own format is
+    narrower, it takes memory of its own, in FP32 where the device can write that.
 
-    Where the product's format is narrower and the device cannot add such a product to FP32, it takes memory of its own,
-    part by part.
+    `torch.addmm(total, ..., out_dtype=...)` would add at once, but PyTorch's `FlopCounterMode` (2.11) fails on it.
     """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif left.is_cuda and torch.version.cuda is not None:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        size = max(1, chunk_bytes(total.device) // (4 * total.shape[1]))
-        for sum_part, part in zip(total.split(size), left.split(size), strict=True):
-            sum_part += part @ right
+        return
+    wide = left.is_cuda and torch.version.cuda is not None
+    size = max(1, chunk_bytes(total.device) // (4 * total.shape[1]))
+    for sum_part, part in zip(total.split(size), left.split(size), strict=True):
+        sum_part += torch.mm(part, right, out_dtype=torch.float32) if wide else part @ right
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
