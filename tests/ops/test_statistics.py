@@ -6,8 +6,8 @@ import torch
 from deepseek_mp.ops.statistics import (
     ERROR_FIELDS,
     SPREAD_FIELDS,
-    axis_energies,
     balanced,
+    comparison,
     of_product,
     rounding_error,
     spread,
@@ -75,7 +75,7 @@ def test_columns_that_are_lost_are_seen_where_they_are_asked_for():
     x[:, 1:] = 1e-6
     rounded = x * (x > 0.5)
     assert errors(x, rounded)["by_row"] < 1e-6
-    rows, columns = axis_energies(x, rounded[None])
+    _, rows, columns = comparison(x, rounded[None])
     assert balanced(rows).item() < 1e-6
     assert balanced(columns).item() == pytest.approx(0.75)
 
@@ -83,7 +83,7 @@ def test_columns_that_are_lost_are_seen_where_they_are_asked_for():
 def test_what_is_lost_counts_by_what_it_is_multiplied_with():
     x = torch.ones(8, 4)
     x[:, 1:] = 1e-3
-    _, columns = axis_energies(x, (x * (x > 0.5))[None])
+    columns = comparison(x, (x * (x > 0.5))[None]).columns
     alike, against = torch.ones(4), torch.tensor([1e-6, 1.0, 1.0, 1.0])
     assert of_product(columns, alike).item() == pytest.approx(3e-6, rel=1e-3)
     assert of_product(columns, against).item() == pytest.approx(0.75)
