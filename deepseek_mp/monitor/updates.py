@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from deepseek_mp.monitor.measure import WIDTH
 from deepseek_mp.monitor.own_work import own_work
 from deepseek_mp.monitor.store import UPDATE, Store
 from deepseek_mp.monitor.subjects import Choice, Subject, outputs_first, weight_rows
@@ -118,7 +116,6 @@ class UpdateWatch:
             _rms(optimizer, before),
         ]
         block = torch.stack([value.to(weight.device, non_blocking=True) for value in line])[None]
-        block = F.pad(block, (0, WIDTH - len(UPDATE_FIELDS)))
         # A step that was skipped on the device, or had a rate of zero, says nothing.
         self._store.add(
             subject.index, UPDATE, block, valid=before.norm.isfinite() & ((size > 0) | _was_asked(optimizer, before))
