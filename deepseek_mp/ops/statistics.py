@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.ops.choose import has_kernels, row_sums_of
+from deepseek_mp.precision import Format
 
 log = logging.getLogger("deepseek_mp")
 
@@ -70,6 +71,16 @@ octaves     log2(amax / smallest): the powers of two that a format would have to
 kurtosis    mean x^4 / (mean x^2)^2: 3 for normal values, far more with outliers
 non_finite  share of all values that are infinite or NaN
 """
+
+
+def ideal_error(format: Format) -> float:
+    """The relative error energy of normally distributed values in the format's range, rounded to the nearest.
+
+    With m mantissa bits, the steps from 2^k to 2^(k+1) are 2^(k-m), and errors spread evenly over one: 4^-m / 12 times
+    the mean of 4^k over that of x^2, which is 0.54 for normal values wherever they lie between powers of two. That is
+    0.045 / 4^m, and a little less of few bits. Integers have steps of one size, so it says nothing of them.
+    """
+    return 0.044 * 4.0**-format.mantissa_bits
 
 
 class Comparison(NamedTuple):

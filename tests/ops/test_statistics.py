@@ -3,15 +3,18 @@
 import pytest
 import torch
 
+from deepseek_mp.ops.grid import round_to_format
 from deepseek_mp.ops.statistics import (
     ERROR_FIELDS,
     SPREAD_FIELDS,
     balanced,
     comparison,
+    ideal_error,
     of_product,
     rounding_error,
     spread,
 )
+from deepseek_mp.precision import FORMATS
 
 
 def named(fields, vector):
@@ -140,3 +143,10 @@ def test_the_spread_of_nothing_is_finite(x):
     found = named(SPREAD_FIELDS, spread(x))
     assert found["amax"] == found["kurtosis"] == found["octaves"] == 0
     assert found["non_finite"] == float(x.isnan().any())
+
+
+@pytest.mark.parametrize("format", ["tf32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("deviation", [1.0, 1.4])
+def test_the_ideal_error_is_that_of_normal_values(format, deviation):
+    x = torch.randn(1000, 1000) * deviation
+    assert errors(x, round_to_format(x, format))["relative"] == pytest.approx(ideal_error(FORMATS[format]), rel=0.05)
