@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from deepseek_mp.ops.statistics import ROUNDING_TAKES
-from deepseek_mp.precision import OPERANDS, Format, Operand, Recipe, Role
+from deepseek_mp.ops.statistics import ROUNDING_TAKES, ideal_error
+from deepseek_mp.precision import OPERANDS, Operand, Recipe, Role
 from deepseek_mp.sensitivity import Effect, UnitReading
 
 BY_ROW = 5.0
@@ -43,11 +43,6 @@ def out_of_range(reading: UnitReading, recipe: Recipe) -> str:
             if is_gradient and lost > FP16_UNDERFLOW:
                 return f"{lost:.2%} of {operand} become zero"
     return ""
-
-
-def ideal_error(format: Format) -> float:
-    """The relative error energy of normal values in range, rounded to the nearest: 0.044 / 4^mantissa bits."""
-    return 0.044 * 4.0**-format.mantissa_bits
 
 
 def broken(effect: Effect, recipe: Recipe, roles: Sequence[Role]) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.precision import Format
 
 _WHOLE = {"in_a_row": 1, "spikes_in_a_row": 1, "warmup": 0, "rms_after": 0}
 """Whole numbers among the limits, and the smallest each can be."""
@@ -33,7 +32,7 @@ class Limits:
     """Share of values that become infinite: one is enough to lose a step."""
     by_row: float | None = 5.0
     """Mean error energy of a row over its energy, in units of what the format does to values it can hold
-    (`ideal_error`). Above, rows lie outside the format's range and are not rounded but cut."""
+    (`ops.statistics.ideal_error`). Above, rows lie outside the format's range and are not rounded but cut."""
     kurtosis: float | None = 4.0
     """Of an input, over its first value (at least 3, that of normal values), where a scaled format in use makes more
     than an 800th of the values zero: outliers have grown, and take the range from what shares a scale with them.
@@ -100,15 +99,6 @@ class Alarm:
 
 Reading = tuple[str, str, float, float, int]
 """Tensor, kind, value, limit, samples in a row beyond it that make an alarm."""
-
-
-def ideal_error(format: Format) -> float | None:
-    """Mean error energy over energy of rounding to the nearest, of values in the format's range; None for integers.
-
-    Between two powers of two, steps are 2^-m of the smaller with m mantissa bits, and errors spread evenly over one:
-    (4^-m / 12) over the mean square of values spread evenly from 1 to 2, 7/3.
-    """
-    return 4.0**-format.mantissa_bits / 28 if format.is_float else None
 
 
 class Judge:

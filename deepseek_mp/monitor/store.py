@@ -80,9 +80,13 @@ class Store:
         self.parts.origin.fill_(NOWHERE)
 
     def add(self, unit: int, tensor: int, block: Tensor, *, valid: Tensor | None = None) -> None:
-        """Take in a sample [rows, WIDTH], of the first rows that there are; not if `valid`, bool [], is false."""
-        rows = block.shape[0]
-        last, mean, first = (part[unit, tensor, :rows] for part in (self.parts.last, self.parts.mean, self.parts.first))
+        """Take in a sample [rows, numbers], of the first rows that there are; not if `valid`, bool [], is false.
+
+        Where it has fewer numbers than `WIDTH`, what is behind them stays zero.
+        """
+        rows, numbers = block.shape
+        kept = (self.parts.last, self.parts.mean, self.parts.first)
+        last, mean, first = (part[unit, tensor, :rows, :numbers] for part in kept)
         count = self.parts.count[unit, tensor]
         block = block.to(self.device, non_blocking=True)
         grown = mean.lerp(block, 1 - self.decay)

@@ -7,11 +7,11 @@ from math import isnan
 
 from torch import Tensor
 
-from deepseek_mp.monitor.alarms import Limits, Reading, ideal_error
+from deepseek_mp.monitor.alarms import Limits, Reading
 from deepseek_mp.monitor.sides import Sides
 from deepseek_mp.monitor.store import TENSORS, UPDATE, Parts
 from deepseek_mp.monitor.updates import UPDATE_FIELDS
-from deepseek_mp.ops.statistics import ERROR_FIELDS, ROUNDING_TAKES, SPREAD_FIELDS
+from deepseek_mp.ops.statistics import ERROR_FIELDS, ROUNDING_TAKES, SPREAD_FIELDS, ideal_error
 from deepseek_mp.precision import Operand
 from deepseek_mp.precision.recipe import OperandRecipe
 
@@ -47,7 +47,8 @@ def _named(fields: Sequence[str], line: Tensor) -> dict[str, float]:
 
 def _of_rounding(found: dict[str, float], operand: Operand, side: OperandRecipe, limits: Limits) -> Iterator[Reading]:
     tensor, is_gradient = operand.value, operand is Operand.GRAD_OUTPUT
-    mass, ideal = limits.gradient_mass if is_gradient else limits.mass, ideal_error(side.format)
+    mass = limits.gradient_mass if is_gradient else limits.mass
+    ideal = ideal_error(side.format) if side.format.is_float else None
     if mass is not None:
         yield tensor, "mass", abs(found["mass"]), mass + ROUNDING_TAKES * (ideal or 0.0), limits.in_a_row
     underflow = limits.gradient_underflow if is_gradient else limits.underflow

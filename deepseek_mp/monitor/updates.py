@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from deepseek_mp.monitor.measure import WIDTH
 from deepseek_mp.monitor.own_work import own_work
 from deepseek_mp.monitor.store import UPDATE, Store
 from deepseek_mp.monitor.subjects import Choice, Subject, outputs_first, weight_rows
 from deepseek_mp.ops.gradients import l2_norm
+from deepseek_mp.ops.storage_marks import storage_of
 from deepseek_mp.ops.updates import effective_quality, kept_by_nearest, lost_share
 from deepseek_mp.optim.states import moment_rows
 
@@ -46,6 +45,8 @@ class _Before:
     weight: Tensor
     gradient: Tensor
     norm: Tensor
+    skip: Tensor | None
+    """[]: other than 0 where a fused kernel leaves everything as it is."""
 
 
 class UpdateWatch:
@@ -74,7 +75,8 @@ class UpdateWatch:
     def _look(self, optimizer: Optimizer, *_: Any) -> None:
         if self.is_done:
             return
-        divisor = getattr(optimizer, "grad_scale", None)  # what a fused kernel will divide the gradients by
+        # What a fused kernel will divide the gradients by, and whether it will skip.
+        divisor, skip = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         with own_work():
             for subject in self._subjects:
                 gradient = subject.weight.grad
@@ -86,7 +88,8 @@ class UpdateWatch:
                 if divisor is not None:
                     norm, part = norm / divisor, part / divisor
                 weight = weight_rows(subject.weight, subject, rows, 1)
-                self._before.append(_Before(subject=subject, rows=rows, weight=weight, gradient=part, norm=norm))
+                found = _Before(subject=subject, rows=rows, weight=weight, gradient=part, norm=norm, skip=skip)
+                self._before.append(found)
 
     def _compare(self, optimizer: Optimizer, *_: Any) -> None:
         if self.is_done:
@@ -113,9 +116,10 @@ class UpdateWatch:
             _rms(optimizer, before),
         ]
         block = torch.stack([value.to(weight.device, non_blocking=True) for value in line])[None]
-        block = F.pad(block, (0, WIDTH - len(UPDATE_FIELDS)))
         # A step that was skipped on the device, or had a rate of zero, says nothing.
-        self._store.add(subject.index, UPDATE, block, valid=before.norm.isfinite() & (size > 0))
+        self._store.add(
+            subject.index, UPDATE, block, valid=before.norm.isfinite() & ((size > 0) | _was_asked(optimizer, before))
+        )
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -138,6 +142,24 @@ def _lost(before: _Before, weight: Tensor, change: Tensor) -> tuple[Tensor, Tens
     return lost_share(kept, change), effective_quality(kept, change)
 
 
+def _was_asked(optimizer: Optimizer, before: _Before) -> Tensor:
+    """Whether a weight in 16 bits that nobody looks after was to move, bool []: if it did not, all of it was lost."""
+    asked, weight = (before.gradient != 0).any(), before.subject.weight
+    rate = _group_of(optimizer, weight).get("lr", 0.0)
+    if before.weight.dtype.itemsize >= torch.float32.itemsize or storage_of(weight) is not None:
+        return torch.zeros_like(asked)
+    if before.skip is not None:
+        asked = asked & (before.skip.to(asked.device, non_blocking=True).reshape(()) == 0)
+    moves = rate.to(asked.device, non_blocking=True).reshape(()) if isinstance(rate, Tensor) else rate
+    return asked & (moves != 0)
+
+
+def _group_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Any]:
+    """The options of the weight's group; none if it is another optimizer's."""
+    groups = (group for group in optimizer.param_groups if any(p is weight for p in group["params"]))
+    return next(groups, {})
+
+
 def _rms(optimizer: Optimizer, before: _Before) -> Tensor:
     """The gradient over its second moment; NaN if the optimizer keeps none."""
     weight = before.subject.weight
@@ -145,7 +167,7 @@ def _rms(optimizer: Optimizer, before: _Before) -> Tensor:
     if moment is None:
         return torch.full((), float("nan"), device=before.norm.device)
     second = weight_rows(moment, before.subject, before.rows, 1).float()
-    group = next(group for group in optimizer.param_groups if any(p is weight for p in group["params"]))
+    group = _group_of(optimizer, weight)
     step = optimizer.state[weight].get("step")
     if step is not None and "betas" in group:
         second = second / (1 - group["betas"][1] ** step)

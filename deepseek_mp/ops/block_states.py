@@ -126,8 +126,9 @@ def _encoded(x: Tensor, kind: torch.dtype, limit: Tensor | float) -> tuple[Tenso
     low, high = _size(below, kind), _size(below + 1, kind)
     up = (size - low) > limit * (high - low)
     code = below.add_(up).clamp_(0 if kind is SIGNED else 1, LARGEST[kind])
-    # A conversion of NaN to a whole number is undefined. The scale says that it is one.
-    code = torch.where(size > 0, code, 0.0)
+    # A conversion of NaN to a whole number is undefined. The scale says that it is one. A second moment is looked at
+    # itself: its part of the largest may be zero where it is not.
+    code = torch.where((size if kind is SIGNED else x) > 0, code, 0.0)
     return (code.copysign_(x) if kind is SIGNED else code).to(kind), scales
 
 

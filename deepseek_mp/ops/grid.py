@@ -10,6 +10,11 @@ from deepseek_mp.precision import FORMATS, Format, find_format
 
 _EXPONENT = 0x7F800000
 """The bits of fp32's exponent."""
+_HALF = 0x400000
+"""Half of a step of the exponent; also 2**-127."""
+_NORMAL = 0x800000
+"""The bits of the smallest normal number."""
+_SIGN = -(1 << 31)
 _FP32 = FORMATS["fp32"]
 _CAST = ("bf16", "fp16")
 """Formats whose casts PyTorch has everywhere, with infinities where they overflow."""
@@ -70,7 +75,21 @@ def round_to_format(x: Tensor, format: str | Format) -> Tensor:
         return wide.to(torch_dtype(target.name)).to(x.dtype)
     if target.exponent_bits == _FP32.exponent_bits and target.special == "ieee":
         return keep_mantissa(wide, target.mantissa_bits).to(x.dtype)
+    if target == FORMATS["e8m0"]:
+        return _nearest_power(wide).to(x.dtype)
     return _without_overflow(wide, nearest(wide, target), target).to(x.dtype)
+
+
+def _nearest_power(x: Tensor) -> Tensor:
+    """e8m0: the exponent alone, raised where the mantissa is at least half.
+
+    On the bits, as the smallest value is subnormal in fp32, which some devices take for zero.
+    """
+    size = x.view(torch.int32) & ~_SIGN
+    # Below the normal numbers there is no hidden bit: three quarters of the way to them are half of the last step.
+    raised = (size + torch.where(size < _NORMAL, _HALF // 2, _HALF).int()) & _EXPONENT
+    scale = raised.clamp_min_(_HALF).view(torch.float32)  # 2**-127
+    return torch.where((x < 0) | (raised == _EXPONENT) | x.isnan(), float("nan"), scale)
 
 
 def _without_overflow(x: Tensor, rounded: Tensor, target: Format) -> Tensor:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepseek_mp.ops.choose import kernel_runs, row_sums_of
+from deepseek_mp.precision import Format
 
 ERROR_FIELDS = ("relative", "by_row", "bias", "underflow", "overflow", "mass", "lean")
 """What `rounding_error` gives.
@@ -49,6 +51,8 @@ ROW_FIELDS = (
 r = (q - x) / x cut to [-1, 1], its square, r with the sign of x; how many x are not zero, and how many of them become
 zero; how many finite x become infinite or NaN; how many x are finite; |x|, |q|.
 """
+_ENERGIES = 2
+"""Fields of a row that are energies: the first ones."""
 ROUNDING_TAKES = 1.5
 """Times the relative error of a format, at most, that rounding to the nearest takes of `mass`."""
 _LEAN = ERROR_FIELDS.index("lean")
@@ -66,6 +70,26 @@ non_finite  share of all values that are infinite or NaN
 """
 
 
+def ideal_error(format: Format) -> float:
+    """The relative error energy of normally distributed values in the format's range, rounded to the nearest.
+
+    With m mantissa bits, the steps from 2^k to 2^(k+1) are 2^(k-m), and errors spread evenly over one: 4^-m / 12 times
+    the mean of 4^k over that of x^2, which is 0.54 for normal values wherever they lie between powers of two. That is
+    0.045 / 4^m, and a little less of few bits. Integers have steps of one size, so it says nothing of them.
+    """
+    return 0.044 * 4.0**-format.mantissa_bits
+
+
+class Comparison(NamedTuple):
+    """A matrix and it rounded, in one way or [ways, ...] in several."""
+
+    errors: Tensor
+    """`ERROR_FIELDS` [7]."""
+    rows: Tensor
+    """Energies of errors and of values [rows, 2], and by column."""
+    columns: Tensor
+
+
 @torch.no_grad()
 def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
     """`ERROR_FIELDS` [7] of a matrix [rows, columns] and the same matrix rounded; 0 where nothing can be said.
@@ -74,7 +98,21 @@ def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
 
     Values of `x` that are not finite are left out. Values that rounding makes infinite count in `overflow` only.
     """
+    return _errors(row_sums(x, rounded))
+
+
+@torch.no_grad()
+def comparison(x: Tensor, rounded: Tensor) -> Comparison:
+    """A matrix [rows, columns] beside it rounded in several ways [ways, rows, columns]; what is not finite is left out.
+
+    The rows are summed up once for both.
+    """
     sums = row_sums(x, rounded)
+    return Comparison(errors=_errors(sums), rows=sums[..., :_ENERGIES], columns=_column_energies(x, rounded))
+
+
+def _errors(sums: Tensor) -> Tensor:
+    """`rounding_error` of `ROW_FIELDS` [..., rows, 11]."""
     by_row = dict(zip(ROW_FIELDS, sums.unbind(-1), strict=True))
     whole = dict(zip(ROW_FIELDS, sums.sum(-2).unbind(-1), strict=True))
     # The mean over pairs of different values of a row: a square of a mean has the mean of squares in it.
@@ -107,23 +145,14 @@ def rounding_error(x: Tensor, rounded: Tensor) -> Tensor:
     return found
 
 
-@torch.no_grad()
-def axis_energies(x: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """Energies of the errors and of the values, over each row and over each column.
-
-    Args:
-        x: [rows, columns].
-        rounded: [ways, rows, columns].
-
-    Returns:
-        [ways, rows, 2] and [ways, columns, 2]; values that are not finite in x or rounded are left out.
-    """
+def _column_energies(x: Tensor, rounded: Tensor) -> Tensor:
+    """`Comparison.columns`."""
     if _kernel_runs(x.device):
-        return row_sums(x, rounded)[..., :2], row_sums(x.t(), rounded.transpose(1, 2))[..., :2]
+        return row_sums(x.t(), rounded.transpose(1, 2))[..., :_ENERGIES]
     x, rounded = x.float(), rounded.float()
     dropped = ~((x.abs() < float("inf")) & (rounded.abs() < float("inf")))
-    both = torch.stack([(rounded - x).masked_fill_(dropped, 0.0), x.masked_fill(dropped, 0.0)], -1).square_()
-    return both.sum(2), both.sum(1)
+    both = (rounded - x).masked_fill_(dropped, 0.0), x.masked_fill(dropped, 0.0)
+    return torch.stack([part.square_().sum(1) for part in both], -1)
 
 
 def balanced(energies: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from deepseek_mp.ops.grid import spacing
 from deepseek_mp.ops.stored import joined, random_bits, round_by_bits, split
 from deepseek_mp.precision import FORMATS
 
+_SMALLEST = torch.finfo(torch.float32).tiny
 FATE_FIELDS = ("lost", "edq", "edq_sr", "edq_kahan", "psi", "ratio")
 """What `update_fate` gives; NaN where no update is other than zero.
 
@@ -88,7 +89,8 @@ def update_fate(weight: Tensor, update: Tensor, *, noise_fraction: float = 1.0, 
 
 def _added_noise(stored: Tensor, update: Tensor) -> Tensor:
     """Variance of stochastic rounding over mean(update^2), fp32 []."""
-    step = spacing(stored, FORMATS["bf16"])
+    # Nothing is added beside weights that small, whose spacing is subnormal: zero, and no divisor, on some devices.
+    step = spacing(stored, FORMATS["bf16"]).clamp_min_(_SMALLEST)
     # Distance from the neighbour below in units of the spacing; the neighbours are equally far apart on both sides of
     # a weight but at powers of two.
     part = update / step

@@ -69,14 +69,20 @@ class AdamW(StoredOptimizer):
         return True
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            lr = lr.item()
-        counts = batch.advance()
-        if counts is None or isinstance(lr, Tensor):
+        lr, counts = _advance(group, batch)
+        if counts is None:
             _on_device(group, batch, lr)
         else:
             _on_host(group, batch, lr, counts)
+
+
+def _advance(group: Mapping[str, Any], batch: Batch) -> tuple[Any, list[float] | None]:
+    """Count a step. Gives its rate, and its number for each parameter: None where one of them is the device's alone."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = lr.item()
+    counts = batch.advance()
+    return lr, None if isinstance(lr, Tensor) else counts
 
 
 def _moments(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
@@ -127,14 +133,12 @@ def _fused_step(
     skip: Tensor | None,
 ) -> FusedStep:
     """The next step of a parameter, counted."""
-    device, lr, (beta1, beta2) = parameter.device, group["lr"], group["betas"]
+    device, (beta1, beta2) = parameter.device, group["betas"]
     scale, skip = (None if x is None else x.to(device, torch.float32, non_blocking=True) for x in (scale, skip))
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
-        lr = lr.item()
     keep = None if skip is None else 1 - skip.reshape(())
-    counts = Batch(params=[parameter], states=[state], values=[], grads=[], keep=keep).advance()
+    lr, counts = _advance(group, Batch(params=[parameter], states=[state], values=[], grads=[], keep=keep))
     numbers: Sequence[Any]
-    if counts is None or isinstance(lr, Tensor):
+    if counts is None:
         step = state["step"].to(device)
         known = step.clamp_min(1.0)
         of_rate = 1 - lr * group["weight_decay"], lr / (1 - beta1**known), (1 - beta2**known).sqrt()

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,10 @@ from deepseek_mp.ops.rounding import rounded
 from deepseek_mp.ops.statistics import (
     ERROR_FIELDS,
     SPREAD_FIELDS,
-    axis_energies,
+    Comparison,
     balanced,
+    comparison,
     of_product,
-    rounding_error,
     spread,
 )
 from deepseek_mp.precision import OPERANDS, Operand, Recipe, Role
@@ -82,16 +82,6 @@ class Seen:
 
 _Key = tuple[Operand, bool, OperandRecipe]
 """A tensor, whether it is read transposed, and how it is rounded."""
-
-
-class _Compared(NamedTuple):
-    """A tensor and it rounded."""
-
-    errors: Tensor
-    """`ERROR_FIELDS`."""
-    rows: Tensor
-    """Energies of errors and values [rows, 2], and by column."""
-    columns: Tensor
 
 
 class Operands:
@@ -149,7 +139,7 @@ class Operands:
         ]
 
     def _shares(
-        self, place: int, other: int, keys: Sequence[Sequence[_Key | None]], found: Mapping[_Key, _Compared]
+        self, place: int, other: int, keys: Sequence[Sequence[_Key | None]], found: Mapping[_Key, Comparison]
     ) -> dict[int, Tensor]:
         """What errors of the operand at a place are of its product, by number of the recipe, each [1]."""
         own = {number: row[place] for number, row in enumerate(keys)}
@@ -163,7 +153,7 @@ class Operands:
         energies, weight = energies[:, :: -(-energies.shape[1] // count)], weight[:: -(-len(weight) // count)]
         return dict(zip(read, of_product(energies, weight).split(1), strict=True))
 
-    def _along(self, place: tuple[Role, Operand], key: _Key, compared: _Compared) -> Tensor:
+    def _along(self, place: tuple[Role, Operand], key: _Key, compared: Comparison) -> Tensor:
         """Energies along the axis that the product sums over, also where the tensor stands for itself turned."""
         return compared.columns if key[1] == (self._is_linear and _is_turned(*place)) else compared.rows
 
@@ -175,7 +165,7 @@ class Operands:
         turned = self._is_linear and side.is_scaled and _is_turned(role, which)
         return which, turned and (self._both_ways or which is Operand.GRAD_OUTPUT), side
 
-    def _compared(self, which: Operand, turned: bool, sides: Sequence[OperandRecipe]) -> list[_Compared]:
+    def _compared(self, which: Operand, turned: bool, sides: Sequence[OperandRecipe]) -> list[Comparison]:
         made = [self.rounded(which, side, turned=turned) for side in sides]
         matrix, rounded_ways = made[0][0], [one for _, one in made]
         if which is Operand.WEIGHT and not self._both_ways:
@@ -183,13 +173,13 @@ class Operands:
             matrix, rounded_ways = matrix[::every], [one[::every] for one in rounded_ways]
         at_once = max(1, MOST_AT_ONCE // max(1, matrix.numel()))
         parts = [rounded_ways[i : i + at_once] for i in range(0, len(rounded_ways), at_once)]
-        found: list[_Compared] = []
+        found: list[Comparison] = []
         for part in map(torch.stack, parts):
-            errors, (rows, columns) = rounding_error(matrix, part), axis_energies(matrix, part)
+            errors, rows, columns = comparison(matrix, part)
             if turned and which is Operand.GRAD_OUTPUT:
                 # Columns are tokens then, of which small ones may lie beside large ones in every row.
                 errors[:, BY_ROW] = torch.maximum(errors[:, BY_ROW], balanced(columns))
-            found += map(_Compared, errors, rows, columns)
+            found += map(Comparison, errors, rows, columns)
         return found
 
 

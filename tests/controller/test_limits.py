@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek_mp.controller.limits import broken, ideal_error, out_of_range, violations
+from deepseek_mp.controller.limits import broken, out_of_range, violations
 from deepseek_mp.ops.rounding import rounded
-from deepseek_mp.ops.statistics import ERROR_FIELDS, rounding_error
+from deepseek_mp.ops.statistics import ERROR_FIELDS, ideal_error, rounding_error
 from deepseek_mp.precision import RECIPES, Operand, Role
 from deepseek_mp.sensitivity import Effect, UnitReading
 from deepseek_mp.sensitivity.measure import OPERAND_FIELDS, PRODUCT_OPERANDS

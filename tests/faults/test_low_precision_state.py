@@ -1,4 +1,4 @@
-"""What must not be kept in few bits as it is: weights, summed gradients, optimizer states, running statistics.
+"""What must not be kept in few bits as it is: weights, summed gradients, optimizer states, averages, statistics.
 
 C01 to C05 in the names are numbers in the project's list of faults. Tests with `theirs` in the name show
 what plain PyTorch does.
@@ -9,13 +9,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from deepseek_mp import PrecisionMonitor
 from deepseek_mp.errors import PlanError
+from deepseek_mp.monitor import Sampling
 from deepseek_mp.ops.block_states import BLOCK, encode
 from deepseek_mp.optim import SGD, AdamW
 from deepseek_mp.optim import states as states_module
 from deepseek_mp.optim.states import moment_rows
 from deepseek_mp.trainer import state
+from deepseek_mp.trainer.ema import WeightAverage
 
 LARGEST = {"bf16": 256.0, "fp16": 2048.0}
 """Where adding one is lost in the format."""
@@ -57,9 +61,41 @@ def test_c01_updates_below_half_a_bit_arrive(kind, storage, states):
     assert moved(optimizer, weight, 300) == pytest.approx(300e-4, abs=2e-3)  # half of BF16's step
 
 
-def test_c01_theirs_no_update_arrives():
-    weight = ones()
-    assert moved(torch.optim.AdamW([weight], lr=1e-4, weight_decay=0.0), weight, 300) == 0.0
+@pytest.mark.parametrize(("dtype", "rate", "share"), [("bf16", 1e-3, 0.0), ("bf16", 3e-3, 2 / 3), ("fp16", 1e-4, 0.0)])
+def test_c01_theirs_updates_below_half_a_bit_are_lost(dtype, rate, share):
+    weight = ones(DTYPES[dtype])
+    found = moved(torch.optim.AdamW([weight], lr=rate, weight_decay=0.0), weight, 1000)
+    assert found == pytest.approx(share * 1000 * rate, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", DTYPES)
+def test_c01_updates_of_a_mixed_run_arrive_in_fp32_weights(mode, make_trainer):
+    model = one_weight()
+    nn.init.ones_(model[0].weight)
+    trainer = make_trainer(
+        mode, 1.0, model=model, scheduler=None, loss_fn=lambda output, target: output.sum(),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0),
+    )  # fmt: skip
+    for _ in range(50):
+        trainer.step(torch.ones(1, 1))
+    trainer.settle()
+    assert model[0].weight.dtype is torch.float32
+    assert model[0].weight.item() == pytest.approx(1 - 50e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, AdamW])
+def test_c01_lost_updates_are_measured_and_raise_an_alarm_where_nobody_keeps_them(kind):
+    model = nn.Sequential(nn.Linear(16, 16, bias=False)).bfloat16()
+    nn.init.ones_(model[0].weight)
+    optimizer = kind(model.parameters(), lr=1e-4, weight_decay=0.0)
+    with PrecisionMonitor(model, optimizer, sample_every=None, sampling=Sampling(every=1)) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(2, 16, dtype=torch.bfloat16)).float().sum().backward()
+            optimizer.step()
+        alarms = [(alarm.layer, alarm.tensor, alarm.kind, alarm.value) for alarm in monitor.alarms]
+    assert (model[0].weight == 1).all()
+    assert alarms == ([("0", "update", "edq", 1.0)] if kind is torch.optim.AdamW else [])
 
 
 def second_moment(optimizer, weight, steps):
@@ -80,6 +116,27 @@ def test_c02_a_second_moment_grows_to_the_square_of_the_gradient(states):
 def test_c02_theirs_it_stands_still_below():
     weight = ones()
     assert second_moment(torch.optim.AdamW([weight]), weight, steps=1200) <= 0.5
+
+
+@pytest.mark.parametrize("storage", ["bf16_kahan", "bf16_sr"])
+def test_c02_a_slow_average_of_bf16_weights_moves(storage):
+    model = one_weight().bfloat16()
+    AdamW(model.parameters(), storage=storage)
+    average = WeightAverage(model, decay=0.9999)
+    nn.init.ones_(model[0].weight)
+    for _ in range(1000):
+        average.update()
+    assert average.values["0.weight"].item() == pytest.approx(1 - 0.9999**1000, rel=1e-3)
+
+
+def test_c02_theirs_a_slow_average_in_bf16_stands_still():
+    model = one_weight().bfloat16()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
+    average.update_parameters(model)  # the first one copies
+    nn.init.ones_(model[0].weight)
+    for _ in range(1000):
+        average.update_parameters(model)
+    assert average.module[0].weight.item() < 0.04  # of 0.095
 
 
 def fallen():
@@ -119,6 +176,15 @@ def test_c03_gradients_of_a_window_are_summed_in_fp32(mode, pin, make_trainer):
     assert weight.item() == pytest.approx(-(LARGEST[mode] + 50) / 51, rel=1e-6)
 
 
+@pytest.mark.parametrize("storage", ["bf16_kahan", "bf16_sr"])
+def test_c03_gradients_of_weights_stored_in_bf16_are_summed_in_fp32(storage):
+    weight = nn.Parameter(torch.zeros((), dtype=torch.bfloat16))
+    AdamW([weight], storage=storage)
+    for i in range(51):
+        (weight * (256.0 if i == 0 else 1.0)).backward()
+    assert weight.grad.item() == 256 + 50
+
+
 @pytest.mark.parametrize("mode", LARGEST)
 def test_c03_theirs_a_gradient_in_16_bits_stands_still(mode):
     weight = nn.Parameter(torch.zeros((), dtype=DTYPES[mode]))
@@ -151,8 +217,9 @@ def with_fp32_state(dtype):
     return model, optimizer, low, adamw(low.parameters())
 
 
-def test_c04_a_state_is_loaded_in_the_format_it_was_saved_in():
-    model, optimizer, low, low_optimizer = with_fp32_state(torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_c04_a_state_is_loaded_in_the_format_it_was_saved_in(dtype):
+    model, optimizer, low, low_optimizer = with_fp32_state(dtype)
     tensors, values = state.optimizer_state(model, optimizer)
     state.load_optimizer(low, low_optimizer, tensors, values)
     assert low_optimizer.state[low.weight]["exp_avg"].dtype == torch.float32
@@ -170,10 +237,11 @@ def test_c04_moments_of_the_optimizers_here_are_loaded_in_fp32_beside_bf16_weigh
         assert torch.equal(kept["exp_avg"], expected["exp_avg"])
 
 
-def test_c04_theirs_it_is_cast_to_the_format_of_the_parameter():
-    _, optimizer, low, low_optimizer = with_fp32_state(torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_c04_theirs_it_is_cast_to_the_format_of_the_parameter(dtype):
+    _, optimizer, low, low_optimizer = with_fp32_state(dtype)
     low_optimizer.load_state_dict(optimizer.state_dict())
-    assert low_optimizer.state[low.weight]["exp_avg"].dtype == torch.bfloat16
+    assert low_optimizer.state[low.weight]["exp_avg"].dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

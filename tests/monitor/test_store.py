@@ -53,6 +53,13 @@ def test_other_layers_and_tensors_are_left_alone() -> None:
     assert made.corrected(0, 2, 0).isnan()
 
 
+def test_a_sample_of_fewer_numbers_has_zeros_behind_it() -> None:
+    made = store()
+    made.add(1, UPDATE, line(3)[:1, :2])
+    assert made.parts.last[1, UPDATE, 0].tolist() == [3.0] * 2 + [0.0] * (WIDTH - 2)
+    assert made.parts.count[1, UPDATE] == 1
+
+
 def test_an_invalid_sample_changes_nothing_even_if_it_is_nan() -> None:
     made = store()
     invalid, valid = torch.tensor(False), torch.tensor(True)

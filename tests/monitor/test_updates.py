@@ -105,6 +105,33 @@ def test_a_weight_in_16_bits_says_how_much_of_it_stays() -> None:
     assert torch.tensor(found["edq"]).isnan()
 
 
+def all_of_it(rate: float | torch.Tensor, **marks: torch.Tensor) -> float:
+    """Samples of steps on weights of one that BF16 cannot take."""
+    module = linear(torch.bfloat16)
+    nn.init.ones_(module.weight)
+    module.weight.grad.fill_(1.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=rate, fused=bool(marks))
+    for name, mark in marks.items():
+        setattr(optimizer, name, mark)
+    seen = Watched(module, optimizer)
+    optimizer.step()
+    assert (module.weight == 1).all()
+    count = float(seen.store.parts.count[0, UPDATE])
+    assert numbers(seen.store)["lost"] == count  # all of it, where it was counted
+    return count
+
+
+@pytest.mark.parametrize("rate", [1e-4, torch.tensor(1e-4)])
+def test_of_a_weight_in_16_bits_all_may_be_lost(rate: float | torch.Tensor) -> None:
+    assert all_of_it(rate) == 1
+    assert all_of_it(rate, found_inf=torch.zeros(())) == 1
+
+
+def test_a_step_that_asks_for_nothing_loses_nothing() -> None:
+    assert all_of_it(0.0) == all_of_it(torch.tensor(0.0)) == 0
+    assert all_of_it(1e-4, found_inf=torch.ones(())) == 0
+
+
 def test_a_spike_is_over_the_mean_of_the_steps_before() -> None:
     module = linear()
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)

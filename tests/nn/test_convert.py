@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_function import Twice
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -22,18 +23,6 @@ from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 
 CPU = torch.device("cpu")
 MIXED = PrecisionPlan.of("bf16", {"norm": "fp32", "head": "fp32"})
-
-
-class Double(torch.autograd.Function):
-    """Twice the input; a custom function between units."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
 
 
 class Model(nn.Module):
@@ -55,7 +44,7 @@ class Model(nn.Module):
         hidden = self.embed(tokens)
         hidden = self.lstm(hidden)[0] + shift
         hidden = self.frozen(hidden) + self.up(self.down(hidden))
-        hidden = Double.apply(hidden) * self.gains[0]
+        hidden = Twice.apply(hidden) * self.gains[0]
         hidden += shift
         hidden = self.act(hidden)
         return self.head(self.norm(hidden.transpose(1, 2)).transpose(1, 2))

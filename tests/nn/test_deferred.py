@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_function import Twice
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -129,16 +130,6 @@ def test_an_input_that_was_changed_since_is_an_error() -> None:
     hidden.zero_()
     with pytest.raises(ConfigError, match="the last layer's input was changed in place after that layer"):
         output + 1
-
-
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
 
 
 def test_a_function_that_is_given_it_would_lose_the_gradient() -> None:

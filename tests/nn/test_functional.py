@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import by_chance
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +18,7 @@ from deepseek_mp.errors import ShapeError
 from deepseek_mp.nn import functional
 from deepseek_mp.nn.functional import Cast, Pair, Products, has_products, low_precision_linear
 from deepseek_mp.ops.reference.product import dequantise
-from deepseek_mp.precision import RECIPES, Operand, Recipe, Role, Rounding, as_fnuz, with_power_of_two
+from deepseek_mp.precision import RECIPES, Operand, Recipe, Role, as_fnuz, with_power_of_two
 from deepseek_mp.precision.recipe import RoleRecipe
 
 NAMED = [RECIPES[name] for name in ("tensor", "row", "row_gw_hp", "block", "mx")]
@@ -352,14 +353,6 @@ def test_compiled_code_takes_any_number_of_rows(fresh_compiler: None) -> None:
 
 
 # -- stochastic rounding ---------------------------------------------------------------------------------
-
-
-def by_chance(name: str) -> Recipe:
-    """The recipe of that name with output gradients rounded stochastically."""
-    recipe = RECIPES[name]
-    dgrad = replace(recipe.dgrad, left=replace(recipe.dgrad.left, rounding=Rounding.STOCHASTIC))
-    wgrad = replace(recipe.wgrad, left=replace(recipe.wgrad.left, rounding=Rounding.STOCHASTIC))
-    return replace(recipe, name="by_chance", dgrad=dgrad, wgrad=wgrad)
 
 
 BY_CHANCE = [by_chance(name) for name in ("tensor", "row", "block", "mx")]

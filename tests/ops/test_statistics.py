@@ -3,15 +3,18 @@
 import pytest
 import torch
 
+from deepseek_mp.ops.grid import round_to_format
 from deepseek_mp.ops.statistics import (
     ERROR_FIELDS,
     SPREAD_FIELDS,
-    axis_energies,
     balanced,
+    comparison,
+    ideal_error,
     of_product,
     rounding_error,
     spread,
 )
+from deepseek_mp.precision import FORMATS
 
 
 def named(fields, vector):
@@ -75,7 +78,7 @@ def test_columns_that_are_lost_are_seen_where_they_are_asked_for():
     x[:, 1:] = 1e-6
     rounded = x * (x > 0.5)
     assert errors(x, rounded)["by_row"] < 1e-6
-    rows, columns = axis_energies(x, rounded[None])
+    _, rows, columns = comparison(x, rounded[None])
     assert balanced(rows).item() < 1e-6
     assert balanced(columns).item() == pytest.approx(0.75)
 
@@ -83,7 +86,7 @@ def test_columns_that_are_lost_are_seen_where_they_are_asked_for():
 def test_what_is_lost_counts_by_what_it_is_multiplied_with():
     x = torch.ones(8, 4)
     x[:, 1:] = 1e-3
-    _, columns = axis_energies(x, (x * (x > 0.5))[None])
+    columns = comparison(x, (x * (x > 0.5))[None]).columns
     alike, against = torch.ones(4), torch.tensor([1e-6, 1.0, 1.0, 1.0])
     assert of_product(columns, alike).item() == pytest.approx(3e-6, rel=1e-3)
     assert of_product(columns, against).item() == pytest.approx(0.75)
@@ -140,3 +143,10 @@ def test_the_spread_of_nothing_is_finite(x):
     found = named(SPREAD_FIELDS, spread(x))
     assert found["amax"] == found["kurtosis"] == found["octaves"] == 0
     assert found["non_finite"] == float(x.isnan().any())
+
+
+@pytest.mark.parametrize("format", ["tf32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("deviation", [1.0, 1.4])
+def test_the_ideal_error_is_that_of_normal_values(format, deviation):
+    x = torch.randn(1000, 1000) * deviation
+    assert errors(x, round_to_format(x, format))["relative"] == pytest.approx(ideal_error(FORMATS[format]), rel=0.05)

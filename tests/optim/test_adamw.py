@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch import nn
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim import AdamW
+from deepseek_mp.ops.block_states import SIGNED, UNSIGNED, decode, encode
+from deepseek_mp.optim import AdamW, adamw
 
 
 @pytest.mark.parametrize("options", [{}, {"lr": 0.02, "weight_decay": 0.0}, {"betas": (0.5, 0.9)}])
@@ -52,3 +54,35 @@ def test_steps_that_the_device_may_skip_come_to_the_same(net, train):
 def test_refuses_what_is_out_of_range(net, options, match):
     with pytest.raises(ConfigError, match=match):
         AdamW(net().parameters(), **options)
+
+
+def by_definition(parameter, grad, now):
+    """What `FusedStep` says a kernel does, in fp32; but moments are kept to the nearest code."""
+    if now.skip is not None and now.skip:
+        return
+    (beta1, beta2), g = now.betas, grad.float().view(-1) / (1 if now.scale is None else now.scale)
+    m, v = decode(now.first), decode(now.second)
+    m, v = m + (1 - beta1) * (g - m), beta2 * v + (1 - beta2) * g**2
+    parameter.view(-1).mul_(now.decay).sub_(now.size * m / (v.sqrt() / now.root + now.eps))
+    for held, value, kind in ((now.first, m, SIGNED), (now.second, v, UNSIGNED)):
+        for old, new in zip(held, encode(value, kind), strict=True):
+            old.copy_(new)
+
+
+@pytest.mark.parametrize("rate", [1e-2, torch.tensor(1e-2)])
+@pytest.mark.parametrize("skipped", [None, {0, 2}])
+def test_a_kernel_is_given_the_numbers_of_the_step(monkeypatch, rate, skipped):
+    found = []
+    for kernel in (None, by_definition):
+        monkeypatch.setattr(adamw, "fused_adamw", lambda _, kernel=kernel: kernel)
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(64, 64))
+        optimizer = AdamW([weight], lr=rate, states="8bit", weight_decay=0.1)
+        for step in range(4):
+            weight.grad = torch.randn(64, 64)
+            if skipped is not None:
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(float(step in skipped))
+            optimizer.step()
+        assert float(optimizer.state[weight]["step"]) == 4 - len(skipped or ())
+        found.append(weight.detach().clone())
+    torch.testing.assert_close(*found, rtol=0.0, atol=2e-3)  # of steps of 1e-2, with moments of one code more or less

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_state import everything, same, skip_a_step
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.ops.block_states import decode
@@ -33,19 +34,6 @@ def net():
 @pytest.fixture(params=MAKERS)
 def maker(request):
     return MAKERS[request.param]
-
-
-def everything(model, optimizer):
-    kept = [optimizer.state[p] for p in model.parameters()]
-    return [p.detach().clone() for p in model.parameters()] + [
-        value.clone() for state in kept for _, value in sorted(state.items()) if isinstance(value, torch.Tensor)
-    ]
-
-
-def same(first, second):
-    return len(first) == len(second) and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True)
-    )
 
 
 def test_large_matrices_have_bytes_and_the_rest_has_fp32(net, train):
@@ -177,10 +165,7 @@ def test_a_step_skipped_by_the_device_leaves_everything(net, train, maker, stora
         set_storage(optimizer, parameter, storage)
     train(model, optimizer, 3)
     before = everything(model, optimizer)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, torch.inf, dtype=torch.float32)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.ones(())
-    optimizer.step()
+    skip_a_step(model, optimizer)
     assert same(before, everything(model, optimizer))
     del optimizer.grad_scale, optimizer.found_inf
     train(model, optimizer, 1)

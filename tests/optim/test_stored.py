@@ -4,6 +4,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from whole_state import everything, same, skip_a_step
 
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError
@@ -11,18 +12,6 @@ from deepseek_mp.optim import SGD, AdamW, set_storage
 from deepseek_mp.precision.storage import StorageFormat
 
 BF16 = [format.value for format in StorageFormat if format.is_bf16]
-
-
-def everything(model, optimizer):
-    """All numbers of a training, for comparing bits."""
-    states = [optimizer.state[p] for p in model.parameters()]
-    return [p.detach().clone() for p in model.parameters()] + [
-        value.clone() for state in states for _, value in sorted(state.items()) if isinstance(value, torch.Tensor)
-    ]
-
-
-def same(first, second):
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("storage", BF16)
@@ -102,10 +91,7 @@ def test_a_step_skipped_by_the_device_leaves_everything(net, train, storage, kin
     optimizer = kind(model.parameters(), lr=1e-2, storage=storage, **options)
     train(model, optimizer, 3)
     before = everything(model, optimizer)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, torch.inf, dtype=torch.float32)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.ones(())
-    optimizer.step()
+    skip_a_step(model, optimizer)
     assert same(before, everything(model, optimizer))
     del optimizer.grad_scale, optimizer.found_inf
     train(model, optimizer, 1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer
+from deepseek_mp.precision import RECIPES
 
 
 def net():
@@ -22,6 +24,14 @@ def sgd(params):
 def make(mode="fp32", model=None, **options):
     options = {"loss_scale_policy": 64.0, "optimizer": sgd, "device": "cpu", "emulate": True} | options
     return MixedPrecisionTrainer(net() if model is None else model, mode, **options)
+
+
+def by_chance(name):
+    """The recipe of that name with output gradients rounded stochastically."""
+    recipe = RECIPES[name]
+    sides = {role: getattr(recipe, role) for role in ("dgrad", "wgrad")}
+    changed = {role: replace(side, left=replace(side.left, rounding="stochastic")) for role, side in sides.items()}
+    return replace(recipe, name=f"{name}_by_chance", **changed)
 
 
 INPUTS = torch.randn(22, 4, generator=torch.Generator().manual_seed(1))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_runs import by_chance
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,15 +18,6 @@ from deepseek_mp.nn.delayed import HEADROOM, HISTORY, scales_of
 from deepseek_mp.precision import RECIPES, as_fnuz
 from deepseek_mp.records import read_run
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
-
-
-def by_chance(name):
-    """The recipe of that name with output gradients rounded stochastically."""
-    recipe = RECIPES[name]
-    sides = {role: getattr(recipe, role) for role in ("dgrad", "wgrad")}
-    changed = {role: replace(side, left=replace(side.left, rounding="stochastic")) for role, side in sides.items()}
-    return replace(recipe, name=f"{name}_by_chance", **changed)
-
 
 RECIPES_THAT_RUN = [
     "tensor",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_function import Twice
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -220,16 +221,6 @@ def test_a_backward_hook_that_comes_later_is_obeyed(chunks: list[Any]) -> None:
     losses = [train(run, batches(1)) for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(*seen)
-
-
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
 
 
 def test_an_output_that_goes_into_a_function_later_is_refused() -> None:

@@ -82,7 +82,9 @@ def scales_of(amax: Tensor, target: Format, *, power_of_two: bool) -> tuple[Tens
     top = torch.where(amax < float("inf"), torch.maximum(amax, largest * SMALLEST_SCALE), float("nan"))
     scale = top * torch.ones_like(amax).div(largest)
     if not power_of_two:
-        return scale, torch.ones_like(amax).div(top) * largest
+        # A quarter on both sides changes no bit but of the largest numbers: their inverse is subnormal, which some
+        # devices take for zero.
+        return scale, torch.ones_like(amax).div(top * 0.25) * (largest * 0.25)
     bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000  # up to the next power of two
     rounded, inverse = bits.view(torch.float32), (0x7F000000 - bits).view(torch.float32)
     return torch.where(scale.isnan(), scale, rounded), torch.where(scale.isnan(), scale, inverse)

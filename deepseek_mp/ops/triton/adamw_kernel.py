@@ -50,7 +50,8 @@ def _close(x, limit, codes, scales, place, inside, row, row_inside, SIGNED: tl.c
     low = _share(below, SIGNED)
     high = _share(below + 1.0, SIGNED)
     code = below + tl.where(part - low > limit * (high - low), 1.0, 0.0)
-    code = tl.where(part > 0, tl.minimum(tl.maximum(code, LEAST), LARGEST), 0.0)
+    present = part > 0 if SIGNED else x > 0  # of a second moment the part may be zero where it is not itself
+    code = tl.where(present, tl.minimum(tl.maximum(code, LEAST), LARGEST), 0.0)
     if SIGNED:
         tl.store(codes + place, tl.where(x < 0, -code, code).to(tl.int8), mask=inside)
     else:

@@ -135,11 +135,13 @@ def scales(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PTX: tl.cons
         bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         scale = tl.where(scale == scale, bits.to(tl.float32, bitcast=True), scale)
         return scale, tl.where(scale == scale, (0x7F000000 - bits).to(tl.float32, bitcast=True), scale)
+    # A quarter on both sides, as in `ops.reference.quantise`: the inverse of the largest numbers is subnormal.
+    top = top * 0.25
     if PTX:  # the correctly rounded reciprocal has an instruction sequence shorter than that of a division
         inverse = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=r,r", [top], dtype=tl.float32, is_pure=True, pack=1)
     else:
         inverse = tl.math.div_rn(1.0, top)
-    return scale, inverse * LARGEST
+    return scale, inverse * (LARGEST * 0.25)
 
 
 @triton.jit

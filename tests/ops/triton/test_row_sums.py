@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepseek_mp.ops.choose import row_sums_of
-from deepseek_mp.ops.statistics import ROW_FIELDS, axis_energies, rounding_error
+from deepseek_mp.ops.statistics import ROW_FIELDS, comparison, rounding_error
 
 pytestmark = pytest.mark.gpu
 
@@ -45,5 +45,5 @@ def test_one_way_and_the_numbers_made_of_it():
     made = ways(x)
     assert torch.equal(row_sums_of("triton")(x, made[2]), row_sums_of("triton")(x, made)[2])
     torch.testing.assert_close(rounding_error(x, made).cpu(), rounding_error(x.cpu(), made.cpu()), rtol=1e-4, atol=1e-6)
-    for found, expected in zip(axis_energies(x, made), axis_energies(x.cpu(), made.cpu()), strict=True):
+    for found, expected in zip(comparison(x, made), comparison(x.cpu(), made.cpu()), strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-6)
