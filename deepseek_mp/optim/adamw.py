@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED, UNSIGNED
-from deepseek_mp.ops.fused_adamw import FusedStep, fused_adamw
-from deepseek_mp.optim.states import Moments, blocks_of
-from deepseek_mp.optim.stored import COMPENSATION, STREAM, Batch, StoredOptimizer
+from deepseek_mp.ops.fused_steps import AdamWStep, fused_adamw
+from deepseek_mp.optim.fused import FusedBatch, step_fused
+from deepseek_mp.optim.states import Moments
+from deepseek_mp.optim.stored import Batch, StoredOptimizer
 
 
 class AdamW(StoredOptimizer):
@@ -59,14 +60,38 @@ class AdamW(StoredOptimizer):
     def _moments(self, _group: Mapping[str, Any]) -> Moments:
         return {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
 
-    def _fused(self, group: Mapping[str, Any], parameter: Tensor, scale: Tensor | None, skip: Tensor | None) -> bool:
-        run, grad = fused_adamw(parameter.device), parameter.grad
-        if run is None or grad is None or self.is_watched(parameter):
-            return False
-        if not (parameter.is_contiguous() and grad.is_contiguous()):
-            return False
-        run(parameter, grad, _fused_step(group, self.state[parameter], self.storage(parameter), parameter, scale, skip))
-        return True
+    def _fused(
+        self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
+    ) -> list[Tensor]:
+        return step_fused(self, params, fused_adamw, lambda some: self._fused_steps(group, some, scale, skip))
+
+    def _fused_steps(
+        self, group: Mapping[str, Any], params: Sequence[Tensor], scale: Tensor | None, skip: Tensor | None
+    ) -> Iterator[AdamWStep]:
+        """The next step of some parameters of one device, counted."""
+        about = FusedBatch.of(self, group, params, scale, skip)
+        lr, counts = _advance(group, about.batch)
+        beta1, beta2 = group["betas"]
+        numbers: Sequence[Sequence[Any]]
+        if counts is None:
+            number, known = about.numbers()
+            decay = torch.as_tensor(1 - lr * group["weight_decay"], dtype=torch.float32, device=known.device)
+            of_rate = (lr / (1 - beta1**known)).float().unbind(), (1 - beta2**known).sqrt().unbind()
+            numbers = [[decay] * len(params), *of_rate, number.unbind()]
+        else:
+            known_steps = [int(count) for count in counts]
+            numbers = [
+                [1 - lr * group["weight_decay"]] * len(params),
+                [lr / (1 - beta1**count) for count in known_steps],
+                [(1 - beta2**count) ** 0.5 for count in known_steps],
+                known_steps,
+            ]
+        for parameter, decay, size, root, step in zip(params, *numbers, strict=True):
+            yield AdamWStep(
+                first=about.blocks(parameter, "exp_avg"), second=about.blocks(parameter, "exp_avg_sq"),
+                betas=group["betas"], eps=group["eps"], decay=decay, size=size, root=root,
+                step=step, **about.stored(parameter),
+            )  # fmt: skip
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         lr, counts = _advance(group, batch)
@@ -122,40 +147,6 @@ def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> No
     updates = torch._foreach_div(first, below)
     torch._foreach_mul_(updates, [batch.amount(-lr / (1 - beta1**step)) for step in steps])
     torch._foreach_add_(batch.values, updates)
-
-
-def _fused_step(
-    group: Mapping[str, Any],
-    state: dict[str, Any],
-    storage: str,
-    parameter: Tensor,
-    scale: Tensor | None,
-    skip: Tensor | None,
-) -> FusedStep:
-    """The next step of a parameter, counted."""
-    device, (beta1, beta2) = parameter.device, group["betas"]
-    scale, skip = (None if x is None else x.to(device, torch.float32, non_blocking=True) for x in (scale, skip))
-    keep = None if skip is None else 1 - skip.reshape(())
-    lr, counts = _advance(group, Batch(params=[parameter], states=[state], values=[], grads=[], keep=keep))
-    numbers: Sequence[Any]
-    if counts is None:
-        step = state["step"].to(device)
-        known = step.clamp_min(1.0)
-        of_rate = 1 - lr * group["weight_decay"], lr / (1 - beta1**known), (1 - beta2**known).sqrt()
-        numbers = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in of_rate]
-        step = step.long()
-    else:
-        step = int(counts[0])
-        numbers = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-    first, second = blocks_of(state, "exp_avg"), blocks_of(state, "exp_avg_sq")
-    assert first is not None, "only moments in blocks are stepped by a kernel"
-    assert second is not None, "both moments are in one form"
-    return FusedStep(
-        first=first, second=second, betas=group["betas"], eps=group["eps"],
-        decay=numbers[0], size=numbers[1], root=numbers[2], step=step,
-        storage=storage, compensation=state.get(COMPENSATION), seed=group["seed"], stream=state.get(STREAM, 0),
-        scale=scale, skip=skip,
-    )  # fmt: skip
 
 
 def check_options(*, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED
+from deepseek_mp.ops.fused_steps import MomentumStep, fused_sgd
+from deepseek_mp.optim.fused import FusedBatch, step_fused
 from deepseek_mp.optim.states import Moments
 from deepseek_mp.optim.stored import Batch, StoredOptimizer
 
@@ -58,6 +60,34 @@ class SGD(StoredOptimizer):
 
     def _moments(self, group: Mapping[str, Any]) -> Moments:
         return {MOMENTUM: SIGNED} if group["momentum"] else {}
+
+    def _fused(
+        self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
+    ) -> list[Tensor]:
+        return step_fused(self, params, fused_sgd, lambda some: self._fused_steps(group, some, scale, skip))
+
+    def _fused_steps(
+        self, group: Mapping[str, Any], params: Sequence[Tensor], scale: Tensor | None, skip: Tensor | None
+    ) -> Iterator[MomentumStep]:
+        """The next step of some parameters of one device, counted."""
+        about = FusedBatch.of(self, group, params, scale, skip)
+        rate, dampening, counts = group["lr"], group["dampening"], about.batch.advance()
+        if isinstance(rate, Tensor) and rate.device.type == "cpu":
+            rate = rate.item()
+        numbers: Sequence[Sequence[Any]]
+        if counts is None or isinstance(rate, Tensor):
+            number, known = about.numbers()
+            rate = torch.as_tensor(rate, dtype=torch.float32, device=known.device)
+            entering = torch.where(known <= 1, 1.0, 1 - dampening)
+            numbers = [[rate] * len(params), entering.unbind(), number.unbind()]
+        else:
+            entering_now = [1.0 if count <= 1 else 1 - dampening for count in counts]
+            numbers = [[rate] * len(params), entering_now, [int(count) for count in counts]]
+        for parameter, size, entering, step in zip(params, *numbers, strict=True):
+            yield MomentumStep(
+                buffer=about.blocks(parameter, MOMENTUM), momentum=group["momentum"], nesterov=group["nesterov"],
+                weight_decay=group["weight_decay"], rate=size, entering=entering, step=step, **about.stored(parameter),
+            )  # fmt: skip
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         batch.advance()

@@ -169,7 +169,11 @@ class StoredOptimizer(Optimizer):
                 states = [self._state_of(parameter, group) for parameter in params]
                 grads = [parameter.grad for parameter in params if parameter.grad is not None]
                 self._step_batch(group, _opened(params, states, grads, scale, skip))
-            for (parameter,) in self._parts(group, in_blocks=True):
+            in_blocks = list(self._parts(group, in_blocks=True))
+            for params in in_blocks:
+                for parameter in params:
+                    self._state_of(parameter, group)
+            for parameter in self._fused(group, [p for params in in_blocks for p in params], scale, skip):
                 self._step_in_blocks(group, parameter, scale, skip)
         self._watched = {}
         return loss
@@ -187,10 +191,16 @@ class StoredOptimizer(Optimizer):
         return goes_in_blocks(parameter, group) and bool(self._moments(group))
 
     def _fused(
-        self, _group: Mapping[str, Any], _parameter: Tensor, _scale: Tensor | None, _skip: Tensor | None
-    ) -> bool:
-        """Step a parameter whose moments are in blocks by one kernel; False if there is none for it."""
-        return False
+        self, _group: Mapping[str, Any], params: list[Tensor], _scale: Tensor | None, _skip: Tensor | None
+    ) -> list[Tensor]:
+        """Step parameters whose moments are in blocks by one kernel each; gives those that there is none for."""
+        return params
+
+    def is_fusable(self, parameter: Tensor) -> bool:
+        """Whether a kernel can step it, as it and its gradient lie in memory, and nothing is measured."""
+        grad = parameter.grad
+        dense = grad is not None and parameter.is_contiguous() and grad.is_contiguous()
+        return dense and not self.is_watched(parameter)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         """Advance the states and the values of a batch in place."""
@@ -230,10 +240,8 @@ class StoredOptimizer(Optimizer):
         self, group: Mapping[str, Any], parameter: Tensor, scale: Tensor | None, skip: Tensor | None
     ) -> None:
         """Step a parameter whose moments are in blocks, piece by piece: there are never more of them in FP32."""
-        state, moments, grad = self._state_of(parameter, group), self._moments(group), parameter.grad
+        state, moments, grad = self.state[parameter], self._moments(group), parameter.grad
         assert grad is not None, "only parameters with a gradient are stepped"
-        if self._fused(group, parameter, scale, skip):
-            return
         whole = self.is_watched(parameter) or not (parameter.is_contiguous() and grad.is_contiguous())
         step = state["step"]
         for start, stop in [(0, parameter.numel())] if whole else pieces(parameter):

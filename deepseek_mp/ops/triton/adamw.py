@@ -11,15 +11,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from deepseek_mp.ops.block_states import BLOCK
-from deepseek_mp.ops.fused_adamw import FusedStep
+from deepseek_mp.ops.fused_steps import AdamWStep
 from deepseek_mp.ops.triton.adamw_kernel import adamw_in_blocks_kernel
 
 _ROWS = 4
 """Blocks of a program, so that each of its 128 threads has eight values. Not measured."""
 
 
-def adamw_in_blocks(parameter: Tensor, grad: Tensor, now: FusedStep) -> None:
-    """Step a parameter in place; see `ops.fused_adamw`."""
+def adamw_in_blocks(parameter: Tensor, grad: Tensor, now: AdamWStep) -> None:
+    """Step a parameter in place; see `ops.fused_steps`."""
     on_device = isinstance(now.size, Tensor)
     # A whole number would be another type to the kernel.
     numbers = [x if isinstance(x, Tensor) else float(x) for x in (now.decay, now.size, now.root)]

@@ -1,0 +1,103 @@
+"""Optimizer steps with moments in 8-bit blocks in one pass: what kernels are given, and which devices have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.backends import capabilities
+from deepseek_mp.ops.block_states import Blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How the new values of a parameter are written, and whether they are."""
+
+    step: int | Tensor
+    """The number t of the step, which also decides how moments are rounded; int64 [] as a tensor."""
+    storage: str
+    """How w is written: 'fp32', 'bf16_kahan' or 'bf16_sr'."""
+    compensation: Tensor | None = None
+    """bf16 [n], for 'bf16_kahan'."""
+    seed: int = 0
+    stream: int = 0
+    """Of the random bits of `ops.stored`, for 'bf16_sr'."""
+    scale: Tensor | None = None
+    """fp32 of one value: divides the gradient."""
+    skip: Tensor | None = None
+    """fp32 of one value: where it is not 0, everything stays as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWStep(Stored):
+    """A step of AdamW of one parameter of n values, besides the parameter and its gradient.
+
+    The parameter w is fp32 or bf16, and contiguous as the gradient g is, which is of any floating type. With t the
+    number of the step:
+
+        m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2
+        w <- decay w - size m / (sqrt(v) / root + eps)
+
+    `decay`, `size`, `root` and `step` are numbers, or all of them tensors [] on the device.
+    """
+
+    first: Blocks
+    second: Blocks
+    betas: tuple[float, float]
+    eps: float
+    decay: float | Tensor
+    """1 - rate * weight decay."""
+    size: float | Tensor
+    """rate / (1 - beta1^t)"""
+    root: float | Tensor
+    """sqrt(1 - beta2^t)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumStep(Stored):
+    """A step of SGD with momentum, of a parameter as for `AdamWStep`.
+
+        g <- g + weight_decay w,   m <- momentum m + entering g
+        w <- w - rate (g + momentum m if nesterov, else m)
+
+    `rate`, `entering` and `step` are numbers, or all of them tensors [] on the device.
+    """
+
+    buffer: Blocks
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+    rate: float | Tensor
+    entering: float | Tensor
+    """1 in the first step, later 1 - dampening."""
+
+
+FusedAdamW = Callable[[Tensor, Tensor, AdamWStep], None]
+"""Steps a parameter on its gradient, in place."""
+FusedSGD = Callable[[Tensor, Tensor, MomentumStep], None]
+
+
+def fused_adamw(device: torch.device) -> FusedAdamW | None:
+    """The kernel for a device; None where there is none, and plain PyTorch does the step."""
+    run: FusedAdamW | None = _kernel(device, "adamw")
+    return run
+
+
+def fused_sgd(device: torch.device) -> FusedSGD | None:
+    """As `fused_adamw`."""
+    run: FusedSGD | None = _kernel(device, "sgd")
+    return run
+
+
+@cache
+def _kernel(device: torch.device, rule: str) -> Any:
+    if capabilities(device).backend not in ("cuda", "rocm") or find_spec("triton") is None:
+        return None
+    return getattr(import_module(f"deepseek_mp.ops.triton.{rule}"), f"{rule}_in_blocks")

@@ -1,0 +1,32 @@
+"""A step of SGD with its momentum in 8-bit blocks as one Triton kernel, which reads and writes everything once.
+
+The numbers are those of `optim.sgd` in plain PyTorch, but for the last bit: a compiler may contract a product and a
+sum.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deepseek_mp.ops.block_states import BLOCK
+from deepseek_mp.ops.fused_steps import MomentumStep
+from deepseek_mp.ops.triton.sgd_kernel import sgd_in_blocks_kernel
+
+_ROWS = 4
+"""Blocks of a program, so that each of its 128 threads has eight values. Not measured."""
+
+
+def sgd_in_blocks(parameter: Tensor, grad: Tensor, now: MomentumStep) -> None:
+    """Step a parameter in place; see `ops.fused_steps`."""
+    on_device = isinstance(now.rate, Tensor)
+    # A whole number would be another type to the kernel.
+    numbers = [x if isinstance(x, Tensor) else float(x) for x in (now.rate, now.entering)]
+    missing = parameter  # a pointer that is not read
+    if count := parameter.numel():
+        sgd_in_blocks_kernel[(-(-count // (BLOCK * _ROWS)),)](
+            parameter, missing if now.compensation is None else now.compensation, grad, *now.buffer,
+            missing if now.skip is None else now.skip, missing if now.scale is None else now.scale,
+            *numbers, now.step, now.seed, now.stream, count, float(now.momentum), float(now.weight_decay),
+            WRITE=now.storage, NESTEROV=now.nesterov, ON_DEVICE=on_device, SCALED=now.scale is not None,
+            SKIPPABLE=now.skip is not None, ROWS=_ROWS, num_warps=4,
+        )  # fmt: skip

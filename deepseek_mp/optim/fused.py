@@ -1,0 +1,99 @@
+"""Parameters of one device that kernels step one by one: what they have in common is computed once for all."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.ops.block_states import Blocks
+from deepseek_mp.optim.states import blocks_of
+from deepseek_mp.optim.stored import COMPENSATION, STREAM, Batch, StoredOptimizer
+
+Kernel = Callable[[Tensor, Tensor, Any], None]
+"""Steps a parameter on its gradient, in place."""
+
+
+def step_fused(
+    optimizer: StoredOptimizer,
+    params: Sequence[Tensor],
+    kernel_of: Callable[[torch.device], Kernel | None],
+    steps_of: Callable[[list[Tensor]], Iterable[Any]],
+) -> list[Tensor]:
+    """Step parameters by a kernel each; gives those that there is none for.
+
+    Args:
+        kernel_of: from a device to its kernel.
+        steps_of: from parameters of one device to what their kernels are given.
+    """
+    able: dict[torch.device, list[Tensor]] = defaultdict(list)
+    left: list[Tensor] = []
+    for parameter in params:
+        fits = kernel_of(parameter.device) is not None and optimizer.is_fusable(parameter)
+        (able[parameter.device] if fits else left).append(parameter)
+    for device, some in able.items():
+        run = kernel_of(device)
+        for parameter, step in zip(some, steps_of(some), strict=True):
+            if run is not None and parameter.grad is not None:
+                run(parameter, parameter.grad, step)
+    return left
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedBatch:
+    """Some parameters, and what their steps share."""
+
+    optimizer: StoredOptimizer
+    batch: Batch
+    """Of their states alone, to count the step."""
+    seed: int
+    scale: Tensor | None
+    skip: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: StoredOptimizer,
+        group: Mapping[str, Any],
+        params: Sequence[Tensor],
+        scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> FusedBatch:
+        """Args as `StoredOptimizer.step` has them; the parameters are on one device."""
+        device = params[0].device
+        scale, skip = (None if x is None else x.to(device, torch.float32, non_blocking=True) for x in (scale, skip))
+        keep = None if skip is None else 1 - skip.reshape(())
+        states = [optimizer.state[parameter] for parameter in params]
+        batch = Batch(params=list(params), states=states, values=[], grads=[], keep=keep)
+        return cls(optimizer=optimizer, batch=batch, seed=group["seed"], scale=scale, skip=skip)
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """On the device, for each parameter: the number of its step, int64 [n], and the same in fp32, at least 1.
+
+        A step that is skipped may be the first one, whose correction would be 1 - beta**0.
+        """
+        device = self.batch.params[0].device
+        steps = torch.stack([state["step"].to(device) for state in self.batch.states])
+        return steps.long(), steps.float().clamp_min_(1.0)
+
+    def blocks(self, parameter: Tensor, name: str) -> Blocks:
+        """A moment of the parameter."""
+        found = blocks_of(self.optimizer.state[parameter], name)
+        assert found is not None, "only moments in blocks are stepped by a kernel"
+        return found
+
+    def stored(self, parameter: Tensor) -> dict[str, Any]:
+        """How the parameter is written, but for its step: what `ops.fused_steps.Stored` has."""
+        state = self.optimizer.state[parameter]
+        return {
+            "storage": self.optimizer.storage(parameter).value,
+            "compensation": state.get(COMPENSATION),
+            "seed": self.seed,
+            "stream": state.get(STREAM, 0),
+            "scale": self.scale,
+            "skip": self.skip,
+        }
