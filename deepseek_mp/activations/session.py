@@ -29,11 +29,12 @@ from deepseek_mp.activations.record import Pair, SavedForm, SavedReason
 from deepseek_mp.activations.settings import ActivationSettings
 from deepseek_mp.activations.sharing import Entry, Key, Saved, key_of
 from deepseek_mp.activations.stored import Kept, Stored
+from deepseek_mp.ops.own_work import is_own_work, own_work
 from deepseek_mp.precision import Rounding
 
 _LARGEST_SEED = (1 << 63) - 1
 _RECOMPUTED = SavedForm.RECOMPUTED, SavedReason.EXACT
-_READS_NOTHING = frozenset({"__get__", "size", "dim", "stride", "is_contiguous"})
+_READS_NOTHING = frozenset({"__get__", "size", "dim", "stride", "is_contiguous", "register_hook"})
 """What may be asked of a BatchNorm's output before it goes on to a ReLU."""
 _Place = tuple[str, str]
 _Choice = tuple[SavedForm, SavedReason]
@@ -90,8 +91,10 @@ class Session(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the function, and remember its name while it runs."""
+        """Call the function, and remember its name while it runs; but for what a monitor computes in between."""
         kwargs = kwargs or {}
+        if is_own_work():
+            return func(*args, **kwargs)
         before, self._operation = self._operation, getattr(func, "__name__", "")
         try:
             if not self._settings.recompute_norm_relu:
@@ -177,7 +180,7 @@ class Session(TorchFunctionMode):
         if form is SavedForm.KEPT:
             return Kept(x), choice
         # Forwards run in autocast regions, which would cast in between, and refuse FP8.
-        with torch.autocast(x.device.type, enabled=False):
+        with own_work(), torch.autocast(x.device.type, enabled=False):
             made = self._rounded(x) if form is SavedForm.FP8 else self._bits(x)
         return (Kept(x), (SavedForm.KEPT, SavedReason.NO_GRADIENT)) if made is None else (made, choice)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from deepseek_mp.activations.stored import Stored, version_of
+from deepseek_mp.ops.own_work import own_work
 
 Key = tuple[StorageWeakRef, int, object, tuple[int, ...], tuple[int, ...], object]
 
@@ -44,4 +45,5 @@ def key_of(x: Tensor) -> Key:
 
 def restore(entry: Entry) -> Tensor:
     """The saved tensor."""
-    return entry.stored.restore()
+    with own_work():
+        return entry.stored.restore()

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.monitor.module_calls import Look
-from deepseek_mp.monitor.own_work import own_work
 from deepseek_mp.monitor.store import NOWHERE, PHASES, SEEN, Store
 from deepseek_mp.monitor.subjects import is_plain
 from deepseek_mp.nn.lazy import peeked
 from deepseek_mp.nn.nested import numbers, tensors
+from deepseek_mp.ops.own_work import own_work
 
 _FORWARD, _BACKWARD = range(len(PHASES))
 

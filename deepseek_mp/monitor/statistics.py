@@ -12,13 +12,13 @@ from deepseek_mp.monitor.layer_statistics import LayerStatistics
 from deepseek_mp.monitor.module_calls import ModuleCalls
 from deepseek_mp.monitor.nonfinite import NonFiniteWatch
 from deepseek_mp.monitor.observed import Observed
-from deepseek_mp.monitor.own_work import own_work
 from deepseek_mp.monitor.sampling import Sampling
 from deepseek_mp.monitor.subjects import Choice
 from deepseek_mp.monitor.summary import summarise
 from deepseek_mp.monitor.turn import Turn
 from deepseek_mp.monitor.updates import UpdateWatch
 from deepseek_mp.monitor.window import Window
+from deepseek_mp.ops.own_work import own_work
 
 
 class Statistics:

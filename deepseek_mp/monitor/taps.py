@@ -20,10 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from deepseek_mp.monitor import internals
 from deepseek_mp.monitor.classify import classify, computes, op_name
 from deepseek_mp.monitor.counts import Phase
-from deepseek_mp.monitor.own_work import is_own_work
 from deepseek_mp.monitor.places import OUTSIDE, Place, Places, is_narrow
 from deepseek_mp.monitor.reasons import why_wide
 from deepseek_mp.monitor.tally import Tally
+from deepseek_mp.ops.own_work import is_own_work
 from deepseek_mp.precision import Reason
 
 # Autograd's own, beside the dispatcher: it computes nothing and makes no node.

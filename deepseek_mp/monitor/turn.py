@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from deepseek_mp.monitor.measure import block, largest_magnitude
 from deepseek_mp.monitor.module_calls import Look
-from deepseek_mp.monitor.own_work import own_work
 from deepseek_mp.monitor.sides import Sides, in_use, sides_of
 from deepseek_mp.monitor.store import TENSORS, Store
 from deepseek_mp.monitor.subjects import Choice, Subject, activation_rows, is_plain, outputs_first, weight_rows
 from deepseek_mp.nn.lazy import peeked
 from deepseek_mp.nn.nested import tensors
+from deepseek_mp.ops.own_work import own_work
 from deepseek_mp.precision import Operand, Recipe
 from deepseek_mp.precision.recipe import OperandRecipe
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from deepseek_mp.monitor.own_work import own_work
 from deepseek_mp.monitor.store import UPDATE, Store
 from deepseek_mp.monitor.subjects import Choice, Subject, outputs_first, weight_rows
 from deepseek_mp.ops.gradients import l2_norm
+from deepseek_mp.ops.own_work import own_work
 from deepseek_mp.ops.storage_marks import storage_of
 from deepseek_mp.ops.updates import effective_quality, kept_by_nearest, lost_share
 from deepseek_mp.optim.states import moment_rows

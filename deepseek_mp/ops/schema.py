@@ -66,10 +66,10 @@ def quantise(
         scale = top * (1 / fmax), rounded up to a power of two on request;    inverse = fmax * (1 / top)
         q = the FP8 value nearest to x * inverse, ties to even
 
-    in fp32. So a group of zeros gives zeros, and the inverse of a finite scale is finite. Infinities and NaN become
-    NaN and are never clipped. In a group that spans rows (tensor, 128x128) they take no part in the scale, so other
-    values stay as they are. A group of one row (row, 1x128, 1x32) becomes NaN as a whole, its scale too: a product
-    adds up the row, so no result differs.
+    in fp32, where top and fmax are quartered for the inverse: 1 / top may be subnormal. So a group of zeros gives
+    zeros, and the inverse of a finite scale is finite. Infinities and NaN become NaN and are never clipped. In a group
+    that spans rows (tensor, 128x128) they take no part in the scale, so other values stay as they are. A group of one
+    row (row, 1x128, 1x32) becomes NaN as a whole, its scale too: a product adds up the row, so no result differs.
 
     With a seed, q is one of the two FP8 values next to x * inverse: the one of larger magnitude with a probability
     equal to the fraction of the way to it, as far as multiples of 2**-24 can tell. So the mean over seeds is

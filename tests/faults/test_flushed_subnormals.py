@@ -75,7 +75,7 @@ def many_magnitudes():
 SIDES = sorted({
     recipe.operand(role, which) for recipe in RECIPES.values() for role in Role for which in OPERANDS[role]
 }, key=str)  # fmt: skip
-SCALED = [side for side in SIDES if side.is_scaled]
+SCALED = [side for side in SIDES if side.rule == "current"]
 
 
 def assert_equal(here, there):
@@ -145,7 +145,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-12, 1e-25, 1e-37])
+@pytest.mark.parametrize("size", [1.0, 1e-25, 1e-37])
 @pytest.mark.parametrize("storage", ["fp32", "bf16_kahan", "bf16_sr"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_c08_optimizers_step_alike_on_gradients_of_any_size(kind, storage, size):

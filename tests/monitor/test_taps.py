@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp.backends import math_mode
 from deepseek_mp.monitor import PrecisionMonitor, Usage
-from deepseek_mp.monitor.own_work import is_own_work
+from deepseek_mp.ops.own_work import is_own_work
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.activations import ActivationSettings
@@ -56,6 +57,36 @@ def test_a_resumed_run_rounds_as_one_that_was_not_interrupted(tmp_path):
         resumed.step(batch)
     for ours, theirs in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def small_gpt():
+    return byte_gpt(GPTConfig(width=64, heads=2, layers=1, context=32))
+
+
+def norm_and_relu():
+    convolutions = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * 16, 5))
+
+
+def usage(model, mode, batch, **options):
+    trainer = MixedPrecisionTrainer(model, mode, device="cpu", progress=False, **options)
+    assert trainer.step(batch).status == "applied"
+    found = trainer.monitor.log_precision_usage()
+    return (found.ops, found.layers, found.fallbacks), trainer.activations
+
+
+@pytest.mark.parametrize(
+    ("model_of", "mode", "loss_fn", "form"),
+    [(small_gpt, "bf16", next_byte_loss, "fp8"), (norm_and_relu, "fp32", None, "recomputed")],
+)
+def test_what_compression_computes_is_not_counted_as_the_models(model_of, mode, loss_fn, form):
+    images = torch.randn(8, 3, 8, 8), torch.randint(5, (8,))
+    batch = images if loss_fn is None else next(iter(batches(1)))
+    settings = ActivationSettings(min_bytes=1, recompute_norm_relu=True)
+    without, _ = usage(model_of(), mode, batch, loss_fn=loss_fn)
+    found, activations = usage(model_of(), mode, batch, loss_fn=loss_fn, activations=settings)
+    assert form in activations.by_form()
+    assert found == without
 
 
 def test_together_with_the_fused_loss_and_accumulation():

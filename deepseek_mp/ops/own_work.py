@@ -1,4 +1,4 @@
-"""Marks the monitor's own operations on a thread, so that they are not counted as the model's."""
+"""Marks what this package computes beside a model on a thread, so that it is not counted as the model's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _here = threading.local()
 
 @contextmanager
 def own_work() -> Iterator[None]:
-    """Context for what the monitor computes itself: without gradients, and not counted."""
+    """Context for what is measured or kept, and is no part of the model: without gradients, and not counted."""
     before = is_own_work()
     _here.on = True
     try:

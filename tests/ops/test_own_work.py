@@ -1,4 +1,4 @@
-"""What the monitor computes itself has no gradients and is told apart, on its thread only."""
+"""What is computed beside the model has no gradients and is told apart, on its thread only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from deepseek_mp.monitor.own_work import is_own_work, own_work
+from deepseek_mp.ops.own_work import is_own_work, own_work
 
 
 def test_inside_there_are_no_gradients_and_outside_nothing_has_changed() -> None:
