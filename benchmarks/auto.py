@@ -23,7 +23,7 @@ from peers import HandLoop, Mode, fastest_optimizer, resident_tensors
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.backends import synchronize
-from deepseek_mp.workloads.memory import peak_during
+from deepseek_mp.costs.memory import peak_during
 
 OURS = "auto"
 WARMUP = 3

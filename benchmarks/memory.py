@@ -43,7 +43,7 @@ from deepseek_mp.backends import (
     synchronize,
 )
 from deepseek_mp.costs import is_out_of_memory
-from deepseek_mp.workloads.memory import distinct_bytes, peak_during
+from deepseek_mp.costs.memory import distinct_bytes, peak_during
 
 CASES: dict[str, Callable[..., Case]] = {
     "resnet50": resnet50,

@@ -57,7 +57,8 @@ PURE = {
 }
 """Parts that need the standard library alone, with what they may use besides."""
 
-CONVERTER = ("nn/convert.py",)
+CONVERTER = ("nn/convert.py", "optim/takeover.py")
+"""The places that change a class: of a module of the user's, and of an optimizer."""
 WITHOUT_TEST = ("__init__.py", "__main__.py", "_kernel.py")
 """Ends of the names of files without a test of their own: they hold names and a call, which the tests
 of others use, or a kernel, which is tested through the function that launches it."""
@@ -114,7 +115,7 @@ def class_swap_problems(module: Module) -> list[str]:
     if under(module.inner_path, CONVERTER):
         return []
     return [
-        module.at(node, f"__class__ is assigned outside {CONVERTER[0]}")
+        module.at(node, f"__class__ is assigned outside {', '.join(CONVERTER)}")
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Attribute) and node.attr == "__class__" and isinstance(node.ctx, ast.Store)
     ]

@@ -6,6 +6,7 @@ from deepseek_mp.backends.contexts import autocast, fp32_mode, math_mode
 from deepseek_mp.backends.detect import backend_for, capabilities, default_device
 from deepseek_mp.backends.low_precision import formats_of, fp8_recipe, nearest_recipe
 from deepseek_mp.backends.measure import (
+    available_memory_bytes,
     clear_overflow,
     energy_joules,
     overflow_seen,
@@ -21,6 +22,7 @@ __all__ = [
     "Combination",
     "Identity",
     "autocast",
+    "available_memory_bytes",
     "backend_for",
     "capabilities",
     "clear_overflow",

@@ -83,6 +83,14 @@ class Backend(ABC):
         torch.accelerator.reset_peak_memory_stats(device)
         return True
 
+    def available_memory_bytes(self, device: torch.device) -> int | None:
+        """What this process may hold there: what is free, and what its allocator has taken. None where nobody knows."""
+        ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+        if ask is None:
+            return None
+        free, _ = ask(device)
+        return int(free) + int(torch.accelerator.memory_reserved(device))
+
     def energy_joules(self, device: torch.device) -> float | None:
         """Energy the device has used since an arbitrary start, or None without a counter."""
         return None

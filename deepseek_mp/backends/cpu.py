@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -74,6 +75,13 @@ class CpuBackend(Backend):
 
     def peak_reserved_bytes(self, device: torch.device) -> int | None:
         """None: the C library's heap does not say."""
+
+    def available_memory_bytes(self, device: torch.device) -> int | None:
+        """The machine's memory, whoever uses it; None where the system does not say."""
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, OSError, ValueError):
+            return None
 
     def reset_peak_memory(self, device: torch.device) -> bool:
         """Possible on Linux only, and there down to what the process holds now."""

@@ -67,6 +67,9 @@ class UnlistedBackend(Backend):
     def peak_reserved_bytes(self, device: torch.device) -> int | None:
         return super().peak_reserved_bytes(device) if _is_current_accelerator(device) else None
 
+    def available_memory_bytes(self, device: torch.device) -> int | None:
+        return super().available_memory_bytes(device) if _is_current_accelerator(device) else None
+
     def reset_peak_memory(self, device: torch.device) -> bool:
         return _is_current_accelerator(device) and super().reset_peak_memory(device)
 

@@ -37,6 +37,15 @@ def reset_peak_memory(device: Device) -> bool:
     return backend_for(where).reset_peak_memory(where)
 
 
+def available_memory_bytes(device: Device) -> int | None:
+    """What this process may hold on the device, in bytes: what is free, and what PyTorch's allocator has taken.
+
+    On a CPU the machine's memory. None where nobody knows (Apple GPUs).
+    """
+    where = as_device(device)
+    return backend_for(where).available_memory_bytes(where)
+
+
 def energy_joules(device: Device) -> float | None:
     """Energy used since an arbitrary start, in joules; None without a counter. Differences are what counts."""
     where = as_device(device)

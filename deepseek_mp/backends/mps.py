@@ -44,6 +44,9 @@ class MpsBackend(Backend):
     def peak_reserved_bytes(self, device: torch.device) -> int | None:
         return None
 
+    def available_memory_bytes(self, device: torch.device) -> int | None:
+        return None
+
     def reset_peak_memory(self, device: torch.device) -> bool:
         return False
 

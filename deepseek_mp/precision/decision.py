@@ -61,6 +61,12 @@ class Reason(StrEnum):
     """Its output is computed in chunks inside of the loss, and never held whole."""
     LOSS_NOT_FUSED = "loss_not_fused"
     """The loss is computed of the model's output as ever, for what the detail says."""
+    MEMORY_FITS = "memory_fits"
+    """A training step fits into the memory asked for, with what the detail says."""
+    MEMORY_SAVED = "memory_saved"
+    """A way to save memory that was taken, since a step did not fit without."""
+    MEMORY_LEFT = "memory_left"
+    """A way to save memory that was not taken, for what the detail says."""
     RESUMED = "resumed"
     """Taken from the plan stored with a checkpoint."""
 

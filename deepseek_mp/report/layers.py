@@ -11,7 +11,10 @@ from deepseek_mp.precision.storage import STORAGE_KIND
 from deepseek_mp.records import Run
 
 ROLES = tuple(role.value for role in Role)
-EVENTS = (Reason.SATURATED, Reason.COMPARED, Reason.ADAPT_OFF, Reason.LOSS_FUSED, Reason.LOSS_NOT_FUSED)
+EVENTS = (
+    Reason.SATURATED, Reason.COMPARED, Reason.ADAPT_OFF, Reason.LOSS_FUSED, Reason.LOSS_NOT_FUSED,
+    Reason.MEMORY_FITS, Reason.MEMORY_SAVED, Reason.MEMORY_LEFT,
+)  # fmt: skip
 """They are written down among the decisions and change no recipe."""
 
 

@@ -7,31 +7,18 @@ gap is then halved. What was tried leaves no trace: see `kept_state`.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-from torch.optim import Optimizer
-
 from deepseek_mp.backends import peak_memory_bytes, reset_peak_memory
-from deepseek_mp.controller.loss_scale import make_policy
-from deepseek_mp.costs.restore import release_memory
-from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.monitor import PrecisionMonitor
-from deepseek_mp.nn import apply, memory_format_of, revert, unconverted
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer.assembly import assemble_stepper, computation
-from deepseek_mp.trainer.kept_state import kept_state
+from deepseek_mp.trainer.assembly import computation
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
-from deepseek_mp.trainer.result import StepFacts
-from deepseek_mp.trainer.setup import make_scaler
-from deepseek_mp.trainer.window import Window
+from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials
 
 log = logging.getLogger("deepseek_mp")
 
@@ -165,108 +152,40 @@ class _Trials:
 
     def __init__(self, trainer: MixedPrecisionTrainer, plan: PrecisionPlan, make_batch: Callable[[int], Any]) -> None:
         self._device, self._make_batch = trainer.device, make_batch
-        self._micro_batches = min(2, trainer.config.gradient_accumulation_steps)
-        self._status = ""
         self.tried: list[Tried] = []
-        self._monitor = PrecisionMonitor(trainer.model, trainer.optimizer, sample_every=None, sampling=None)
-        if trainer.has_stepper:
-            compute, scaler = trainer.stepper.compute, deepcopy(trainer.scaler)
-        else:
-            compute = computation(trainer, plan)
-            scaler = make_scaler(make_policy("dynamic"), plan, trainer.capabilities, trainer.device)
-        self._stepper = assemble_stepper(
-            trainer,
-            plan,
-            compute=compute,
-            scaler=scaler,
-            monitor=self._monitor,
-            finished=self._finished,
-        )
-
-    def _finished(self, facts: StepFacts, _window: Window) -> None:
-        self._status = facts.status
+        compute = trainer.stepper.compute if trainer.has_stepper else computation(trainer, plan)
+        self._steps = TrialSteps(trainer, plan, compute)
 
     def warm_up(self, size: int) -> bool:
-        """Whether steps of this size fit; they are made until one is applied, so that the optimizer has its state."""
-        for _ in range(WARM_UP):
-            if not self.fits(size):
-                return False
-            if self._status == "applied":
-                return True
-        log.warning("no step of %d samples was applied, so memory for the optimizer's state may be missing", size)
-        return True
+        """Whether steps of this size fit; they are made until one is applied."""
+        return self._steps.warm_up(lambda: self.fits(size))
 
     def fits(self, size: int, *, steps: int = 1) -> bool:
         """Whether so many steps of this size go through."""
-        fits = True
-        reset_peak_memory(self._device)
-        try:
+
+        def step() -> None:
             for _ in range(steps):
-                self._step(size)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            fits = False
+                self._steps.step(self._make_batch(size))
+
+        reset_peak_memory(self._device)
+        fits = goes_through(step, self._device)
         peak = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
-        if not fits:
-            gc.collect()  # a model may leave cycles, and in them activations
-            release_memory(self._device)
         self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
         return fits
 
-    def _step(self, size: int) -> None:
-        """One window; of more micro-batches than two the others are like the second."""
-        batch = self._make_batch(size)
-        for number in range(1, self._micro_batches + 1):
-            self._stepper.run(batch, close=number == self._micro_batches)
-        self._stepper.settle()
-
     def close(self) -> None:
-        self._stepper.abandon()
-        self._monitor.close()
+        self._steps.close()
 
 
 @contextmanager
 def _trials(trainer: MixedPrecisionTrainer, make_batch: Callable[[int], Any]) -> Iterator[_Trials]:
     """Inside steps can be tried; afterwards the trainer is as it was."""
-    if trainer.has_stepper and (trainer.stepper.closing or trainer.stepper.window.micro_batches):
-        allowed = "it between optimizer steps"
-        raise ConfigError(explain("find_batch_size within an accumulation window", allowed, "Call it before the first"))
-    trainer.settle()
-    with trainer.monitor.paused(), kept_state(trainer), _plan_in_force(trainer) as plan:
-        trainer.model.train()
-        _stand_still(trainer.optimizer)
-        trials = _Trials(trainer, plan, make_batch)
+    with trials(trainer, "find_batch_size") as plan:
+        made = _Trials(trainer, plan, make_batch)
         try:
-            yield trials
+            yield made
         finally:
-            trials.close()
-
-
-@contextmanager
-def _plan_in_force(trainer: MixedPrecisionTrainer) -> Iterator[PrecisionPlan]:
-    """The trainer's plan; for the time being that of the device's recommended format where it is not known yet."""
-    if trainer.has_stepper:
-        yield trainer.plan
-        return
-    model, config = trainer.model, trainer.config
-    plan = PrecisionPlan.of(trainer.capabilities.recommended.compute, config.pin or {})
-    plan = replace(plan, memory_format=memory_format_of(model))
-    with unconverted(model):
-        try:
-            yield apply(model, plan, emulate=config.emulate, kernels=config.kernels, capabilities=trainer.capabilities)
-        finally:
-            revert(model)
-
-
-def _stand_still(optimizer: Optimizer) -> None:
-    """Learning rates of zero: trials on made-up batches must not drive the weights out of range."""
-    for group in optimizer.param_groups:
-        rate = group.get("lr")
-        if isinstance(rate, Tensor):
-            rate.zero_()
-        elif rate is not None:
-            group["lr"] = 0.0
+            made.close()
 
 
 def _check(start: int, limit: int | None, multiple: int) -> None:

@@ -21,6 +21,7 @@ MODES = ("auto", *(name for name in RECIPES if name != "fp64"))
 """FP64 is for single layers; everything else that has a name can be the base of a run."""
 Compile = Literal[False, True, "regional"]
 FusedLossOption = Literal[False, True, "auto"]
+MemoryOption = float | Literal["auto"] | None
 
 
 def _refuse(name: str, value: object, allowed: str, change: str | None = None) -> ConfigError:
@@ -55,6 +56,7 @@ class TrainerConfig:
     fused_loss: FusedLossOption = False
     activations: bool | ActivationSettings = False
     activation_memory_budget: float | None = None
+    memory: MemoryOption = None
     seed: int | None = None
     max_skipped_steps: int = 25
     checkpoint_every: int | None = None
@@ -85,6 +87,8 @@ class TrainerConfig:
         if not isinstance(self.activations, bool | ActivationSettings):
             raise _refuse("activations", self.activations, "False, True, ActivationSettings")
         self._check_budget()
+        if not (self.memory is None or _is_positive(self.memory) or self.memory == "auto"):
+            raise _refuse("memory", self.memory, "None, 'auto' or a number of GiB above 0")
         if self.seed is not None and not _is_seed(self.seed):
             raise _refuse("seed", self.seed, "None or a whole number from 0 and below 2**64")
         for name in ("max_skipped_steps", "monitor_every"):

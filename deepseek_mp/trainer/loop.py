@@ -36,12 +36,14 @@ from deepseek_mp.trainer.assembly import assemble_stepper, computation
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile
 from deepseek_mp.trainer.compressed import activations_of, check_activations
-from deepseek_mp.trainer.config import Compile, FusedLossOption, TrainerConfig, check_extent
+from deepseek_mp.trainer.config import Compile, FusedLossOption, MemoryOption, TrainerConfig, check_extent
 from deepseek_mp.trainer.ema import WeightAverage
 from deepseek_mp.trainer.evaluation import Inference, Metric, check_metrics, evaluate, inference
 from deepseek_mp.trainer.fitting import Fitting, unfinished_discarded
 from deepseek_mp.trainer.functions import mixed_formats
 from deepseek_mp.trainer.fused_loss import check_fused_loss
+from deepseek_mp.trainer.memory_report import MemoryReport
+from deepseek_mp.trainer.memory_trials import fit_memory
 from deepseek_mp.trainer.planning import measured_plan, named_plan, requested_plan
 from deepseek_mp.trainer.position import LoaderPosition, check_loader
 from deepseek_mp.trainer.progress import Progress
@@ -95,6 +97,8 @@ class MixedPrecisionTrainer:
         activations: keep large tensors for the backward in FP8, masks in bits; `ActivationSettings` says which.
         activation_memory_budget: share of the bytes kept for the backward by compiled code; the rest is computed
             again, exactly, what is cheapest by byte first (docs/activations.md). None is 1.
+        memory: GiB that a step may hold, or 'auto' for what the device has: what saves memory for the least time is
+            taken, as trials with the first batch say (docs/memory.md); `trainer.memory` says what and why.
         device: where to train; None: where the model is if that is an accelerator, else the best here.
         seed: seeds Python's, NumPy's and PyTorch's generators.
         run_dir: folder for records and checkpoints; None writes nothing.
@@ -114,6 +118,8 @@ class MixedPrecisionTrainer:
     stopping = False
     steps_attempted = steps_applied = 0
     loader: Any = None
+    memory: MemoryReport | None = None
+    """What was done to fit into the `memory` asked for, from the first step on."""
     _stepper: Stepper | None = None
 
     def __init__(
@@ -136,6 +142,7 @@ class MixedPrecisionTrainer:
         fused_loss: FusedLossOption = False,
         activations: bool | ActivationSettings = False,
         activation_memory_budget: float | None = None,
+        memory: MemoryOption = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
         run_dir: str | Path | None = None,
@@ -298,6 +305,8 @@ class MixedPrecisionTrainer:
     def _ready(self, batch: Any) -> Stepper:
         if self._stepper is None:
             self._install(self._apply(self._measure(batch)))
+        if self.config.memory is not None and self.memory is None and not self.stepper.window.micro_batches:
+            self.memory = fit_memory(self, batch)
         return self.stepper
 
     # -- one step -------------------------------------------------------------------------------

@@ -140,7 +140,6 @@ class Stepper:
         self.monitor, self.monitor_every = monitor, monitor_every
         self.finished, self.before = finished, before
         self.window = Window()
-        self.skipped_in_row = 0
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
         self._frozen = [p for p in self._parameters if not p.requires_grad]
@@ -149,10 +148,11 @@ class Stepper:
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled
         self.change_plan(region, scaler)
-        self._weights_move = False
-        self._loss_named = False
+        self._weights_move = self._loss_named = self._warned_scale = False
+        self.counts = True
+        """Whether some steps are counted: of compiled code they run uncompiled, and hold what eager code holds."""
         self._pending: Pending | None = None
-        self.windows_opened = 0
+        self.windows_opened = self.skipped_in_row = 0
         self._before: tuple[Weight | None, int] = None, 0
         """`largest` and `windows_opened` before the open window."""
         self.closing = False
@@ -162,7 +162,6 @@ class Stepper:
         the loss scale, unless the step is not finite."""
         self.flops: int | None = None
         """Floating-point operations of a micro-batch, forward and backward, once one was sampled."""
-        self._warned_scale = False
 
     def change_plan(self, region: Region, scaler: LossScaler) -> None:
         """Go on with the model as it is converted now; no window is open, and the last one is settled."""
@@ -301,7 +300,8 @@ class Stepper:
     @contextmanager
     def _sampled(self) -> Iterator[None]:
         """The first step after a report, and then every `monitor_every`-th, is counted with its FLOPs."""
-        if self.flops is not None and self.monitor.has_sample and self.windows_opened % self.monitor_every:
+        known = self.flops is not None and self.monitor.has_sample
+        if not self.counts or (known and self.windows_opened % self.monitor_every):
             yield
             return
         with (

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from deepseek_mp.backends import default_device
 from deepseek_mp.backends.detect import as_device
+from deepseek_mp.costs.memory import optimizer_tensors, peak_during
 from deepseek_mp.errors import ConfigError, explain, suggest
 from deepseek_mp.trainer import Callback, MixedPrecisionTrainer, StepFacts
 from deepseek_mp.workloads.data import Data, digits, library_windows
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
-from deepseek_mp.workloads.memory import optimizer_tensors, peak_during
 from deepseek_mp.workloads.resnet import class_loss, small_resnet
 
 MODES = ("fp32", "auto")

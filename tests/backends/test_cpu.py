@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deepseek_mp.backends import (
+    available_memory_bytes,
     capabilities,
     fp32_mode,
     math_mode,
@@ -101,6 +102,11 @@ def test_onednns_bf16_flag_means_something_where_it_has_units_for_it(
 ) -> None:
     processor(*sets, bf16=True)
     assert (fp32_mode("cpu", "matmul"), fp32_mode("cpu", "conv")) == (said, "ieee")
+
+
+def test_the_machines_memory_is_more_than_this_process_holds() -> None:
+    found = available_memory_bytes(CPU)
+    assert found is None or found > (peak_memory_bytes(CPU) or 0)
 
 
 def test_peak_memory_is_the_processs_and_can_be_reset() -> None:

@@ -21,6 +21,7 @@ CPU_BACKEND = next(backend for backend in BUILT_IN if backend.name == "cpu")
         (measure.peak_memory_bytes, "peak_memory_bytes"),
         (measure.peak_reserved_bytes, "peak_reserved_bytes"),
         (measure.reset_peak_memory, "reset_peak_memory"),
+        (measure.available_memory_bytes, "available_memory_bytes"),
         (measure.energy_joules, "energy_joules"),
         (measure.clear_overflow, "clear_overflow"),
         (measure.overflow_seen, "overflow_seen"),

@@ -7,7 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from deepseek_mp.backends import capabilities, peak_memory_bytes, peak_reserved_bytes, reset_peak_memory
+from deepseek_mp.backends import (
+    available_memory_bytes,
+    capabilities,
+    peak_memory_bytes,
+    peak_reserved_bytes,
+    reset_peak_memory,
+)
 from deepseek_mp.backends.mps import MpsBackend
 
 Install = Callable[..., None]
@@ -31,6 +37,7 @@ def test_memory_has_no_peak(apple: Install) -> None:
     apple()
     assert peak_memory_bytes("mps") is None
     assert peak_reserved_bytes("mps") is None
+    assert available_memory_bytes("mps") is None
     assert reset_peak_memory("mps") is False
 
 

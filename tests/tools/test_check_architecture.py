@@ -51,6 +51,7 @@ ALLOWED: list[tuple[Rule, str, str]] = [
     (VENDOR, "backends/ascend.py", "def f():\n    import torch_npu"),
     (VENDOR, "ops/choose.py", "from deepseek_mp.ops import triton"),
     (SWAP, "nn/convert.py", "module.__class__ = Other"),
+    (SWAP, "optim/takeover.py", "optimizer.__class__ = Other"),
     (SWAP, "trainer/step.py", "x = module.__class__"),
     (IMPORTS, "backends/cuda.py", "def f():\n    import pynvml"),
     (IMPORTS, "workloads/data.py", "def f():\n    from sklearn.datasets import load_digits"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deepseek_mp import Callback, MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.trainer import batch_size, find_batch_size
+from deepseek_mp.trainer import find_batch_size, trial_steps
 from deepseek_mp.trainer.batch_size import BatchSize
 
 
@@ -48,7 +48,7 @@ class Model(nn.Module):
 def _uncollected(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's collector takes longer than a small model's steps."""
     if "memory" not in request.node.name:
-        monkeypatch.setattr(batch_size, "gc", SimpleNamespace(collect=lambda: None))
+        monkeypatch.setattr(trial_steps, "gc", SimpleNamespace(collect=lambda: None))
 
 
 def make_batch(size: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from deepseek_mp.workloads.memory import distinct_bytes, optimizer_tensors, peak_during
+from deepseek_mp.costs.memory import distinct_bytes, optimizer_tensors, peak_during
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -1,0 +1,258 @@
+"""Makes a training step fit into memory (`memory=`): tries steps with each way to save some, and takes what is needed.
+
+Steps are whole ones, of the batch that training begins with and in the trainer's own precision, as `find_batch_size`
+makes them. Where not even a step as it is goes through, measures are weighed on the largest part of the batch, by
+halves, with which one does; whether a set of them suffices is always tried on the batch itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from deepseek_mp.backends import available_memory_bytes
+from deepseek_mp.controller.memory_choice import Chosen, Measure, Trial, Weighed, choose, weigh
+from deepseek_mp.costs.memory import optimizer_tensors, peak_during
+from deepseek_mp.costs.timing import time_call
+from deepseek_mp.errors import ConfigError, MixedPrecisionError, explain
+from deepseek_mp.nn import call as calls
+from deepseek_mp.precision import Decision, PrecisionPlan, Reason
+from deepseek_mp.trainer.assembly import computation
+from deepseek_mp.trainer.batch_part import first_samples
+from deepseek_mp.trainer.memory_measures import UNCOUNTED, Settings, possible, put_in_force, settings_of
+from deepseek_mp.trainer.memory_report import GIB, MemoryLine, MemoryReport, in_gib, limit_of, lines_of
+from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials
+
+if TYPE_CHECKING:
+    from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+
+log = logging.getLogger("deepseek_mp")
+
+TIMED = 3
+"""Steps that are timed in a trial; the median counts."""
+
+
+class Gauge:
+    """What a step takes, measured."""
+
+    def peak(self, step: Callable[[], object], trainer: MixedPrecisionTrainer) -> int | None:
+        """The most bytes in tensors during it, those of the trainer included; None where nothing counts them."""
+        model = trainer.model
+        resident = [*model.parameters(), *model.buffers(), *optimizer_tensors(trainer.optimizer)]
+        return peak_during(step, trainer.device, resident=resident)
+
+    def seconds(self, step: Callable[[], object], trainer: MixedPrecisionTrainer) -> float:
+        """The time of one."""
+        return time_call(step, trainer.device, budget_s=0.0, min_runs=TIMED, warmup=0).median_ms / 1e3
+
+
+def fit_memory(trainer: MixedPrecisionTrainer, batch: Any, *, gauge: Gauge | None = None) -> MemoryReport:
+    """Take what makes a step with this batch fit into `trainer.config.memory`, and record it.
+
+    Called between steps. Trials leave nothing behind; afterwards the trainer's options, its optimizer and the storage
+    of its weights are those chosen.
+
+    Raises:
+        ConfigError: all measures together do not suffice; the trainer is as it was.
+    """
+    asked = trainer.config.memory
+    assert asked is not None, "asked for before"
+    limit = limit_of(asked, available_memory_bytes(trainer.device))
+    with trials(trainer, "memory") as plan, _Trials(trainer, plan, gauge or Gauge()) as made:
+        report, settings = _decide(made, batch, limit)
+    if settings != Settings():
+        put_in_force(trainer, plan, settings)
+        trainer.stepper.compute = made.computation(settings)
+        trainer.stepper.counts = settings.counted
+    _record(trainer, report)
+    return report
+
+
+def _decide(made: _Trials, batch: Any, limit: int) -> tuple[MemoryReport, Settings]:
+    base, size = made.trial((), batch, timed=True), calls.batch_size(calls.parse_batch(batch))
+    if base.fits(limit):
+        return _report(limit, base, base, samples=size), Settings()
+    before = base
+    if made.compiled:  # the steps that are counted run uncompiled, and hold what eager code holds
+        made.counted, base = False, made.trial((), batch, timed=True, counted=False)
+    first = (MemoryLine(name=UNCOUNTED, taken=True, why="counted steps run uncompiled"),) if made.compiled else ()
+    if base.fits(limit):
+        return _report(limit, before, base, samples=size, lines=first), Settings(counted=False)
+    sample, part = made.largest_part(batch, base)
+    order = made.weighed(sample, part, scale=size / calls.batch_size(calls.parse_batch(sample)))
+    chosen = choose(order, lambda taken: made.trial(taken, batch), limit_bytes=limit)
+    if not chosen.fits:
+        _refuse(made, base, chosen, order, limit)
+    after = made.trial(chosen.taken, sample, timed=True)
+    report = _report(
+        limit,
+        before,
+        chosen.trial,
+        samples=size,
+        timed_samples=calls.batch_size(calls.parse_batch(sample)),
+        slowdown=after.seconds / part.seconds if after.seconds and part.seconds else None,
+        lines=(*first, *lines_of(order, chosen, made.refused)),
+    )
+    return report, settings_of((measure.name for measure in chosen.taken), counted=made.counted)
+
+
+def _report(limit: int, before: Trial, after: Trial, **more: Any) -> MemoryReport:
+    assert after.peak_bytes is not None, "what fits has a peak"
+    return MemoryReport(limit_bytes=limit, before_bytes=before.peak_bytes, after_bytes=after.peak_bytes, **more)
+
+
+def _refuse(made: _Trials, base: Trial, chosen: Chosen, order: Sequence[Weighed], limit: int) -> NoReturn:
+    """The error that says how far it is, and what would do."""
+    peaks = [peak for peak in (base.peak_bytes, chosen.trial.peak_bytes) if peak is not None]
+    names = ", ".join(one.measure.name for one in order) or "nothing that could be taken"
+    need = in_gib(min(peaks)) if peaks else "more memory than the device has"
+    passed = f"a memory budget of {in_gib(limit)}; a step of this batch needs {need} with all there is ({names})"
+    more = f"Pass memory={-(-100 * min(peaks) // GIB) / 100:g} or more, or give" if peaks else "Give"
+    change = (
+        f"{more} smaller batches (find_batch_size finds the largest), or keep the optimizer's state on the host "
+        "(optim.offload.OffloadedOptimizer)"
+    )
+    log.warning("measures that were not possible: %s", made.refused)
+    raise ConfigError(explain(passed, "a budget that a step can be made to fit", change))
+
+
+def _record(trainer: MixedPrecisionTrainer, report: MemoryReport) -> None:
+    """The outcome and each measure as decisions of the run."""
+    base = trainer.plan.base.name
+
+    def decision(reason: Reason, detail: str, **evidence: Any) -> Decision:
+        return Decision(layer="", old=base, new=base, reason=reason, detail=detail, evidence=evidence)
+
+    found = [
+        decision(
+            Reason.MEMORY_FITS,
+            report.summary,
+            limit_bytes=report.limit_bytes,
+            before_bytes=report.before_bytes,
+            after_bytes=report.after_bytes,
+            slowdown=report.slowdown,
+        )
+    ]
+    for line in report.lines:
+        reason = Reason.MEMORY_SAVED if line.taken else Reason.MEMORY_LEFT
+        numbers = {"saved_bytes": line.saved_bytes, "extra_seconds": line.extra_seconds}
+        found.append(decision(reason, str(line), **numbers))
+    trainer.recorder.decided(found)
+
+
+class _Heard:
+    """In the place of the recorder: what trials decide is no decision of the run."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Any] = []
+
+    def decided(self, decisions: Sequence[Any]) -> None:
+        self.decisions += decisions
+
+
+class _Trials:
+    """Steps of one trainer with sets of measures, each tried and taken back; a context."""
+
+    def __init__(self, trainer: MixedPrecisionTrainer, plan: PrecisionPlan, gauge: Gauge) -> None:
+        self._trainer, self._plan, self._gauge = trainer, plan, gauge
+        self._fresh = not trainer.optimizer.state
+        self._compiled: dict[object, Callable[[calls.Call], calls.Result]] = {}
+        self._heard = _Heard()
+        self.compiled = bool(trainer.config.compile)
+        self.counted = True
+        self.measures, self.refused = possible(trainer, plan)
+
+    def __enter__(self) -> _Trials:
+        self._recorder: Any = self._trainer.recorder
+        trainer: Any = self._trainer
+        trainer.recorder = self._heard
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        trainer: Any = self._trainer
+        if self._trainer.config.compile == "regional":  # blocks are compiled in place
+            computation(self._trainer, self._plan)
+        trainer.recorder = self._recorder
+
+    def trial(
+        self, measures: Sequence[Measure], batch: Any, *, timed: bool = False, counted: bool | None = None
+    ) -> Trial:
+        """Steps with these measures: the highest peak of the first and a later one, and the time."""
+        settings = settings_of(
+            (measure.name for measure in measures), counted=self.counted if counted is None else counted
+        )
+        with self._in_force(settings) as steps:
+            peaks: list[int] = []
+
+            def step() -> bool:
+                return goes_through(lambda: peaks.append(self._peak(lambda: steps.step(batch))), self._trainer.device)
+
+            if not (steps.warm_up(step) and step()):
+                return Trial(peak_bytes=None)
+            seconds = self._gauge.seconds(lambda: steps.step(batch), self._trainer) if timed else None
+            return Trial(peak_bytes=max(peaks), seconds=seconds)
+
+    def _peak(self, step: Callable[[], object]) -> int:
+        peak = self._gauge.peak(step, self._trainer)
+        if peak is None:
+            passed = f"memory={self._trainer.config.memory!r} on {self._trainer.device}, which does not count memory"
+            raise ConfigError(explain(passed, "a device that does", "Leave memory out"))
+        return peak
+
+    @contextmanager
+    def _in_force(self, settings: Settings) -> Iterator[TrialSteps]:
+        undo = put_in_force(self._trainer, self._plan, settings)
+        try:
+            steps = TrialSteps(self._trainer, self._plan, self.computation(settings), counted=settings.counted)
+            try:
+                yield steps
+            finally:
+                steps.close()
+        finally:
+            undo()
+            if self._fresh:
+                self._trainer.optimizer.state.clear()
+
+    def computation(self, settings: Settings) -> Callable[[calls.Call], calls.Result]:
+        """What computes a step with these options, which are in force. A whole compiled model is compiled once."""
+        if self._trainer.config.compile is not True:
+            return computation(self._trainer, self._plan)
+        key = tuple(settings.options.items())
+        if key not in self._compiled:
+            first = not key and self._trainer.has_stepper
+            self._compiled[key] = self._trainer.stepper.compute if first else computation(self._trainer, self._plan)
+        return self._compiled[key]
+
+    def largest_part(self, batch: Any, base: Trial) -> tuple[Any, Trial]:
+        """As much of the batch, by halves, as a step goes through with as it is; and that step."""
+        size = calls.batch_size(calls.parse_batch(batch))
+        while base.peak_bytes is None and size > 1:
+            size //= 2
+            batch = first_samples(batch, size)
+            base = self.trial((), batch, timed=True)
+        return batch, base
+
+    def weighed(self, sample: Any, base: Trial, *, scale: float) -> tuple[Weighed, ...]:
+        """The measures that can be taken, in order; where no step goes through as it is, in that of `possible`."""
+        alone: dict[Measure, Trial] = {}
+        if base.peak_bytes is None:
+            return tuple(Weighed(measure=measure) for measure in self.measures)
+        for measure in self.measures:
+            way = [*self._before(measure), measure]
+            self._heard.decisions.clear()
+            try:
+                alone[measure] = self.trial(way, sample, timed=True)
+            except (RuntimeError, MixedPrecisionError) as error:  # a step as it is went through
+                self.refused[measure.name] = f"{type(error).__name__}: {error}"
+                continue
+            said = [d.detail for d in self._heard.decisions if d.reason == Reason.LOSS_NOT_FUSED]
+            if said and measure.name.startswith("fused_loss"):
+                self.refused[measure.name] = said[0]
+                del alone[measure]
+        return weigh(base, alone, scale=scale)
+
+    def _before(self, measure: Measure) -> list[Measure]:
+        """Those that it builds on."""
+        return [m for one in self.measures if one.name == measure.after for m in (*self._before(one), one)]

@@ -1,0 +1,155 @@
+"""Steps that are tried: whole ones, as training would make them, that nobody counts and that leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deepseek_mp.controller.loss_scale import make_policy
+from deepseek_mp.costs.restore import release_memory
+from deepseek_mp.costs.timing import is_out_of_memory
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.monitor import PrecisionMonitor
+from deepseek_mp.nn import apply, memory_format_of, revert, unconverted
+from deepseek_mp.nn import call as calls
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer.assembly import assemble_stepper
+from deepseek_mp.trainer.kept_state import kept_state
+from deepseek_mp.trainer.result import StepFacts
+from deepseek_mp.trainer.setup import make_scaler
+from deepseek_mp.trainer.window import Window
+
+if TYPE_CHECKING:
+    from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+
+log = logging.getLogger("deepseek_mp")
+
+WARM_UP = 8
+"""Steps at most until one is applied: the optimizer then has its state."""
+
+
+class TrialSteps:
+    """Makes training steps beside those of the trainer, with its model and optimizer.
+
+    Args:
+        plan: which the model was converted to.
+        compute: from a call to its loss.
+    """
+
+    def __init__(
+        self,
+        trainer: MixedPrecisionTrainer,
+        plan: PrecisionPlan,
+        compute: Callable[[calls.Call], calls.Result],
+        *,
+        counted: bool = True,
+    ) -> None:
+        self._micro_batches = min(2, trainer.config.gradient_accumulation_steps)
+        self._status = ""
+        self._monitor = PrecisionMonitor(trainer.model, trainer.optimizer, sample_every=None, sampling=None)
+        if trainer.has_stepper:
+            scaler = deepcopy(trainer.scaler)
+        else:
+            scaler = make_scaler(make_policy("dynamic"), plan, trainer.capabilities, trainer.device)
+        self._stepper = assemble_stepper(
+            trainer,
+            plan,
+            compute=compute,
+            scaler=scaler,
+            monitor=self._monitor,
+            finished=self._finished,
+        )
+        self._stepper.counts = counted
+
+    def _finished(self, facts: StepFacts, _window: Window) -> None:
+        self._status = facts.status
+
+    def step(self, batch: Any) -> None:
+        """One window, settled; of more micro-batches than two the others are like the second."""
+        for number in range(1, self._micro_batches + 1):
+            self._stepper.run(batch, close=number == self._micro_batches)
+        self._stepper.settle()
+
+    def warm_up(self, step: Callable[[], bool]) -> bool:
+        """Make steps until one is applied, so that the optimizer has its state; False as soon as one does."""
+        for _ in range(WARM_UP):
+            if not step():
+                return False
+            if self._status == "applied":
+                return True
+        log.warning("no step that was tried was applied, so memory for the optimizer's state may be missing")
+        return True
+
+    def close(self) -> None:
+        self._stepper.abandon()
+        self._monitor.close()
+
+
+def goes_through(call: Callable[[], object], device: torch.device) -> bool:
+    """Whether memory suffices for the call; any other error propagates."""
+    try:
+        call()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return True
+    gc.collect()  # a model may leave cycles, and in them activations
+    release_memory(device)
+    return False
+
+
+@contextmanager
+def trials(trainer: MixedPrecisionTrainer, what: str) -> Iterator[PrecisionPlan]:
+    """Inside, steps can be tried, in the plan that this gives; afterwards the trainer is as it was.
+
+    Learning rates are zero: trials on made-up batches must not drive the weights out of range.
+
+    Args:
+        what: tries them, in words.
+
+    Raises:
+        ConfigError: within an accumulation window.
+    """
+    if trainer.has_stepper and (trainer.stepper.closing or trainer.stepper.window.micro_batches):
+        allowed = "it between optimizer steps"
+        raise ConfigError(explain(f"{what} within an accumulation window", allowed, "Call it before the first"))
+    trainer.settle()
+    with trainer.monitor.paused(), kept_state(trainer), _plan_in_force(trainer) as plan:
+        trainer.model.train()
+        _stand_still(trainer.optimizer)
+        yield plan
+
+
+@contextmanager
+def _plan_in_force(trainer: MixedPrecisionTrainer) -> Iterator[PrecisionPlan]:
+    """The trainer's plan; for the time being that of the device's recommended format where it is not known yet."""
+    if trainer.has_stepper:
+        yield trainer.plan
+        return
+    model, config = trainer.model, trainer.config
+    plan = PrecisionPlan.of(trainer.capabilities.recommended.compute, config.pin or {})
+    plan = replace(plan, memory_format=memory_format_of(model))
+    with unconverted(model):
+        try:
+            yield apply(model, plan, emulate=config.emulate, kernels=config.kernels, capabilities=trainer.capabilities)
+        finally:
+            revert(model)
+
+
+def _stand_still(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if isinstance(rate, Tensor):
+            rate.zero_()
+        elif rate is not None:
+            group["lr"] = 0.0
