@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepseek_mp.backends import peak_memory_bytes, reset_peak_memory
+from deepseek_mp.backends import available_memory_bytes, peak_memory_bytes, reset_peak_memory
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.assembly import computation
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
-from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials
+from deepseek_mp.trainer.memory_measures import possible, settings_of
+from deepseek_mp.trainer.memory_report import limit_of
+from deepseek_mp.trainer.memory_trials import Gauge, in_force
+from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials, unrecorded
 
 log = logging.getLogger("deepseek_mp")
 
@@ -51,10 +54,15 @@ class BatchSize:
     """The smallest that was tried and does not; None where the limit was reached."""
     tried: tuple[Tried, ...] = field(default=())
     """In order."""
+    measures: tuple[str, ...] = ()
+    """The ways to save memory that were in force, all there are; the trainer takes those of them that it needs."""
+    as_it_was: int | None = None
+    """The largest size that fits without them, where there are any; 0: none does."""
 
     def __str__(self) -> str:
         end = "the limit" if self.too_large is None else f"{self.too_large} does not fit"
-        return f"batch size {self.size} ({end}; {len(self.tried)} steps tried)"
+        saved = f"; {self.as_it_was} without {', '.join(self.measures)}" if self.measures else ""
+        return f"batch size {self.size} ({end}; {len(self.tried)} steps tried{saved})"
 
 
 def find_batch_size(
@@ -68,7 +76,8 @@ def find_batch_size(
 ) -> BatchSize:
     """The largest batch whose step fits; model, optimizer, gradients and random generators end as they began.
 
-    With 'auto', before its plan was measured, the device's recommended format is tried.
+    With 'auto', before its plan was measured, the device's recommended format is tried. Where the trainer has `memory`,
+    a size fits that its budget allows with all the ways to save memory that the trainer may take.
 
     Example:
         found = find_batch_size(trainer, lambda size: (images[:size], labels[:size]), limit=len(images))
@@ -96,13 +105,36 @@ def find_batch_size(
         asked = _Asked(fits)
         good, bad = _largest(lambda size: asked.fits(size * multiple), first, top)
         return _result(good, bad, multiple, asked.tried)
-    with _trials(made, make_batch) as trials:
-        while not trials.warm_up(first * multiple) and first > 1:
-            first //= 2
-        good, bad = _largest(lambda size: trials.fits(size * multiple), first, top)
-        while good and not trials.fits(good * multiple, steps=CONFIRMING):
-            good, bad = good - max(1, good // STEP_DOWN), good
+    limit_bytes = _limit_bytes(made)
+    with _trials(made, make_batch, limit_bytes) as trials:
+        good, bad = _tried(trials, first, top, multiple)
+    if limit_bytes is None or made.memory is not None or bad is None:
         return _result(good, bad, multiple, trials.tried)
+    with _trials(made, make_batch, limit_bytes, all_measures=True) as more:
+        better, worse = _tried(more, max(1, good), top, multiple)
+    tried = [*trials.tried, *more.tried]
+    if better <= good:
+        return _result(good, bad, multiple, tried)
+    return replace(_result(better, worse, multiple, tried), as_it_was=good * multiple, measures=more.measures)
+
+
+def _tried(trials: _Trials, first: int, top: int | None, multiple: int) -> tuple[int, int | None]:
+    """The largest number of multiples that steps were made with, and the smallest that did not fit."""
+    while not trials.warm_up(first * multiple) and first > 1:
+        first //= 2
+    good, bad = _largest(lambda size: trials.fits(size * multiple), first, top)
+    while good and not trials.fits(good * multiple, steps=CONFIRMING):
+        good, bad = good - max(1, good // STEP_DOWN), good
+    return good, bad
+
+
+def _limit_bytes(trainer: MixedPrecisionTrainer) -> int | None:
+    """What a step may hold where the trainer has a budget."""
+    if trainer.config.memory is None:
+        return None
+    if trainer.memory is not None:
+        return trainer.memory.limit_bytes
+    return limit_of(trainer.config.memory, available_memory_bytes(trainer.device))
 
 
 def _result(good: int, bad: int | None, multiple: int, tried: list[Tried]) -> BatchSize:
@@ -150,42 +182,74 @@ class _Asked:
 class _Trials:
     """Makes training steps of a size and sees whether memory suffices."""
 
-    def __init__(self, trainer: MixedPrecisionTrainer, plan: PrecisionPlan, make_batch: Callable[[int], Any]) -> None:
-        self._device, self._make_batch = trainer.device, make_batch
+    def __init__(
+        self,
+        trainer: MixedPrecisionTrainer,
+        steps: TrialSteps,
+        make_batch: Callable[[int], Any],
+        limit_bytes: int | None,
+        measures: tuple[str, ...],
+    ) -> None:
+        self._trainer, self._device, self._make_batch = trainer, trainer.device, make_batch
+        self._steps, self._limit_bytes = steps, limit_bytes
+        self.measures = measures
+        """Names of those in force."""
         self.tried: list[Tried] = []
-        compute = trainer.stepper.compute if trainer.has_stepper else computation(trainer, plan)
-        self._steps = TrialSteps(trainer, plan, compute)
 
     def warm_up(self, size: int) -> bool:
         """Whether steps of this size fit; they are made until one is applied."""
         return self._steps.warm_up(lambda: self.fits(size))
 
     def fits(self, size: int, *, steps: int = 1) -> bool:
-        """Whether so many steps of this size go through."""
+        """Whether so many steps of this size go through, within the budget if there is one."""
+        peak: int | None = None
 
         def step() -> None:
             for _ in range(steps):
                 self._steps.step(self._make_batch(size))
 
-        reset_peak_memory(self._device)
-        fits = goes_through(step, self._device)
-        peak = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
+        def measured() -> None:
+            nonlocal peak
+            peak = Gauge().peak(step, self._trainer)
+
+        if self._limit_bytes is not None:
+            fits = goes_through(measured, self._device) and peak is not None and peak <= self._limit_bytes
+        else:
+            reset_peak_memory(self._device)
+            fits = goes_through(step, self._device)
+            peak = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
         self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
         return fits
 
-    def close(self) -> None:
-        self._steps.close()
+
+@contextmanager
+def _trials(
+    trainer: MixedPrecisionTrainer,
+    make_batch: Callable[[int], Any],
+    limit_bytes: int | None,
+    *,
+    all_measures: bool = False,
+) -> Iterator[_Trials]:
+    """Inside steps can be tried, as they are or with all there is to save memory; afterwards all is as it was."""
+    with trials(trainer, "find_batch_size") as plan:
+        names = tuple(measure.name for measure in possible(trainer, plan)[0]) if all_measures else ()
+        with _steps(trainer, plan, names, all_measures=all_measures) as steps:
+            yield _Trials(trainer, steps, make_batch, limit_bytes, names)
 
 
 @contextmanager
-def _trials(trainer: MixedPrecisionTrainer, make_batch: Callable[[int], Any]) -> Iterator[_Trials]:
-    """Inside steps can be tried; afterwards the trainer is as it was."""
-    with trials(trainer, "find_batch_size") as plan:
-        made = _Trials(trainer, plan, make_batch)
-        try:
-            yield made
-        finally:
-            made.close()
+def _steps(
+    trainer: MixedPrecisionTrainer, plan: PrecisionPlan, names: tuple[str, ...], *, all_measures: bool
+) -> Iterator[TrialSteps]:
+    if not all_measures:
+        compute = trainer.stepper.compute if trainer.has_stepper else computation(trainer, plan)
+        counted = trainer.stepper.counts if trainer.has_stepper else True
+        with closing(TrialSteps(trainer, plan, compute, counted=counted)) as steps:
+            yield steps
+        return
+    settings = settings_of(names, counted=not trainer.config.compile)
+    with unrecorded(trainer), in_force(trainer, plan, settings, lambda: computation(trainer, plan)) as steps:
+        yield steps
 
 
 def _check(start: int, limit: int | None, multiple: int) -> None:

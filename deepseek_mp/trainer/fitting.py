@@ -60,6 +60,7 @@ class Fitting:
             plan=trainer.plan if trainer.has_stepper else PrecisionPlan.of("fp32", trainer.config.pin),
             history=tuple(trainer.history),
             seconds=seconds,
+            memory=trainer.memory,
         )
 
     def _epoch(self) -> None:

@@ -61,6 +61,7 @@ from deepseek_mp.trainer.setup import (
     unchanged_if_refused,
 )
 from deepseek_mp.trainer.step import Region, Stepper
+from deepseek_mp.trainer.trial_steps import on_what_fits
 from deepseek_mp.trainer.window import Window
 
 log = logging.getLogger("deepseek_mp")
@@ -304,7 +305,9 @@ class MixedPrecisionTrainer:
 
     def _ready(self, batch: Any) -> Stepper:
         if self._stepper is None:
-            self._install(self._apply(self._measure(batch)))
+            small = self.config.memory is not None
+            plan = on_what_fits(self._measure, batch, self.device) if small else self._measure(batch)
+            self._install(self._apply(plan))
         if self.config.memory is not None and self.memory is None and not self.stepper.window.micro_batches:
             self.memory = fit_memory(self, batch)
         return self.stepper

@@ -18,6 +18,7 @@ from deepseek_mp.optim.takeover import take_over, why_not
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.precision.storage import StorageFormat
 from deepseek_mp.trainer.compressed import check_activations
+from deepseek_mp.trainer.config import TrainerConfig
 from deepseek_mp.trainer.fused_loss import check_fused_loss
 from deepseek_mp.trainer.storage import WeightStorage
 
@@ -96,6 +97,17 @@ def _option_refused(trainer: MixedPrecisionTrainer, values: Mapping[str, Any]) -
     return ""
 
 
+def allowed_options(trainer: MixedPrecisionTrainer, settings: Settings) -> tuple[TrainerConfig, tuple[str, str] | None]:
+    """The trainer's configuration with these options; and of one that is not allowed, its name and why."""
+    config, lost = trainer.config, None
+    for name, value in settings.options.items():
+        if why := _option_refused(trainer, {name: value}):
+            lost = name, why
+        else:
+            config = replace(config, **{name: value})
+    return config, lost
+
+
 def _states_refused(optimizer: Optimizer) -> str:
     groups = optimizer.param_groups
     if isinstance(optimizer, StoredOptimizer):
@@ -103,7 +115,7 @@ def _states_refused(optimizer: Optimizer) -> str:
             return f"{type(optimizer).__name__} keeps no such moments"
         if any(group["states"] != StateFormat.FP32 for group in groups):
             return _BY_HAND
-    if not any(group.get("momentum", 1.0) for group in groups):
+    if isinstance(optimizer, SGD | torch.optim.SGD) and not any(group["momentum"] for group in groups):
         return "the optimizer keeps no moments"
     return _not_fresh(optimizer)
 

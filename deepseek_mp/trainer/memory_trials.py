@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deepseek_mp.backends import available_memory_bytes
@@ -23,13 +25,14 @@ from deepseek_mp.trainer.assembly import computation
 from deepseek_mp.trainer.batch_part import first_samples
 from deepseek_mp.trainer.memory_measures import UNCOUNTED, Settings, possible, put_in_force, settings_of
 from deepseek_mp.trainer.memory_report import GIB, MemoryLine, MemoryReport, in_gib, limit_of, lines_of
-from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials
+from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials, unrecorded
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 log = logging.getLogger("deepseek_mp")
 
+Run = Callable[[calls.Call], calls.Result]
 TIMED = 3
 """Steps that are timed in a trial; the median counts."""
 
@@ -60,7 +63,8 @@ def fit_memory(trainer: MixedPrecisionTrainer, batch: Any, *, gauge: Gauge | Non
     asked = trainer.config.memory
     assert asked is not None, "asked for before"
     limit = limit_of(asked, available_memory_bytes(trainer.device))
-    with trials(trainer, "memory") as plan, _Trials(trainer, plan, gauge or Gauge()) as made:
+    with trials(trainer, "memory") as plan:
+        made = _Trials(trainer, plan, gauge or Gauge())
         report, settings = _decide(made, batch, limit)
     if settings != Settings():
         put_in_force(trainer, plan, settings)
@@ -81,7 +85,7 @@ def _decide(made: _Trials, batch: Any, limit: int) -> tuple[MemoryReport, Settin
     if base.fits(limit):
         return _report(limit, before, base, samples=size, lines=first), Settings(counted=False)
     sample, part = made.largest_part(batch, base)
-    order = made.weighed(sample, part, scale=size / calls.batch_size(calls.parse_batch(sample)))
+    order, part = made.weighed(sample, part, scale=size / calls.batch_size(calls.parse_batch(sample)))
     chosen = choose(order, lambda taken: made.trial(taken, batch), limit_bytes=limit)
     if not chosen.fits:
         _refuse(made, base, chosen, order, limit)
@@ -109,7 +113,7 @@ def _refuse(made: _Trials, base: Trial, chosen: Chosen, order: Sequence[Weighed]
     names = ", ".join(one.measure.name for one in order) or "nothing that could be taken"
     need = in_gib(min(peaks)) if peaks else "more memory than the device has"
     passed = f"a memory budget of {in_gib(limit)}; a step of this batch needs {need} with all there is ({names})"
-    more = f"Pass memory={-(-100 * min(peaks) // GIB) / 100:g} or more, or give" if peaks else "Give"
+    more = f"Pass memory={-(-1000 * min(peaks) // GIB) / 1000:g} or more, or give" if peaks else "Give"
     change = (
         f"{more} smaller batches (find_batch_size finds the largest), or keep the optimizer's state on the host "
         "(optim.offload.OffloadedOptimizer)"
@@ -142,39 +146,37 @@ def _record(trainer: MixedPrecisionTrainer, report: MemoryReport) -> None:
     trainer.recorder.decided(found)
 
 
-class _Heard:
-    """In the place of the recorder: what trials decide is no decision of the run."""
+@contextmanager
+def in_force(
+    trainer: MixedPrecisionTrainer, plan: PrecisionPlan, settings: Settings, compute: Callable[[], Run]
+) -> Iterator[TrialSteps]:
+    """Inside, steps are made with these settings; afterwards they are taken back, and the optimizer's state with them.
 
-    def __init__(self) -> None:
-        self.decisions: list[Any] = []
-
-    def decided(self, decisions: Sequence[Any]) -> None:
-        self.decisions += decisions
+    Args:
+        compute: gives what computes a step, once the settings are in force.
+    """
+    fresh, undo = not trainer.optimizer.state, put_in_force(trainer, plan, settings)
+    try:
+        with closing(TrialSteps(trainer, plan, compute(), counted=settings.counted)) as steps:
+            yield steps
+    finally:
+        undo()
+        if fresh:
+            trainer.optimizer.state.clear()
+        if trainer.config.compile == "regional":  # blocks are compiled in place
+            computation(trainer, plan)
 
 
 class _Trials:
-    """Steps of one trainer with sets of measures, each tried and taken back; a context."""
+    """Steps of one trainer with sets of measures, each tried and taken back."""
 
     def __init__(self, trainer: MixedPrecisionTrainer, plan: PrecisionPlan, gauge: Gauge) -> None:
         self._trainer, self._plan, self._gauge = trainer, plan, gauge
-        self._fresh = not trainer.optimizer.state
-        self._compiled: dict[object, Callable[[calls.Call], calls.Result]] = {}
-        self._heard = _Heard()
+        self._compiled: dict[object, Run] = {}
+        self._heard: list[Any] = []
         self.compiled = bool(trainer.config.compile)
         self.counted = True
         self.measures, self.refused = possible(trainer, plan)
-
-    def __enter__(self) -> _Trials:
-        self._recorder: Any = self._trainer.recorder
-        trainer: Any = self._trainer
-        trainer.recorder = self._heard
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        trainer: Any = self._trainer
-        if self._trainer.config.compile == "regional":  # blocks are compiled in place
-            computation(self._trainer, self._plan)
-        trainer.recorder = self._recorder
 
     def trial(
         self, measures: Sequence[Measure], batch: Any, *, timed: bool = False, counted: bool | None = None
@@ -183,7 +185,8 @@ class _Trials:
         settings = settings_of(
             (measure.name for measure in measures), counted=self.counted if counted is None else counted
         )
-        with self._in_force(settings) as steps:
+        compute = partial(self.computation, settings)
+        with unrecorded(self._trainer) as self._heard, in_force(self._trainer, self._plan, settings, compute) as steps:
             peaks: list[int] = []
 
             def step() -> bool:
@@ -201,21 +204,7 @@ class _Trials:
             raise ConfigError(explain(passed, "a device that does", "Leave memory out"))
         return peak
 
-    @contextmanager
-    def _in_force(self, settings: Settings) -> Iterator[TrialSteps]:
-        undo = put_in_force(self._trainer, self._plan, settings)
-        try:
-            steps = TrialSteps(self._trainer, self._plan, self.computation(settings), counted=settings.counted)
-            try:
-                yield steps
-            finally:
-                steps.close()
-        finally:
-            undo()
-            if self._fresh:
-                self._trainer.optimizer.state.clear()
-
-    def computation(self, settings: Settings) -> Callable[[calls.Call], calls.Result]:
+    def computation(self, settings: Settings) -> Run:
         """What computes a step with these options, which are in force. A whole compiled model is compiled once."""
         if self._trainer.config.compile is not True:
             return computation(self._trainer, self._plan)
@@ -227,31 +216,39 @@ class _Trials:
 
     def largest_part(self, batch: Any, base: Trial) -> tuple[Any, Trial]:
         """As much of the batch, by halves, as a step goes through with as it is; and that step."""
-        size = calls.batch_size(calls.parse_batch(batch))
+        size, sample = calls.batch_size(calls.parse_batch(batch)), batch
         while base.peak_bytes is None and size > 1:
             size //= 2
-            batch = first_samples(batch, size)
-            base = self.trial((), batch, timed=True)
-        return batch, base
+            sample = first_samples(batch, size)
+            try:
+                base = self.trial((), sample, timed=True)
+            except (RuntimeError, ValueError) as error:  # few samples may be too few for the model
+                log.info("no step can be made with %d samples: %s", size, error)
+                break
+        return (batch if base.peak_bytes is None else sample), base
 
-    def weighed(self, sample: Any, base: Trial, *, scale: float) -> tuple[Weighed, ...]:
-        """The measures that can be taken, in order; where no step goes through as it is, in that of `possible`."""
+    def weighed(self, sample: Any, base: Trial, *, scale: float) -> tuple[tuple[Weighed, ...], Trial]:
+        """The measures that can be taken, in order, and what a step takes as it is.
+
+        Where no step goes through as it is, the order is that of `possible`.
+        """
         alone: dict[Measure, Trial] = {}
         if base.peak_bytes is None:
-            return tuple(Weighed(measure=measure) for measure in self.measures)
+            return tuple(Weighed(measure=measure) for measure in self.measures), base
         for measure in self.measures:
             way = [*self._before(measure), measure]
-            self._heard.decisions.clear()
             try:
                 alone[measure] = self.trial(way, sample, timed=True)
             except (RuntimeError, MixedPrecisionError) as error:  # a step as it is went through
                 self.refused[measure.name] = f"{type(error).__name__}: {error}"
                 continue
-            said = [d.detail for d in self._heard.decisions if d.reason == Reason.LOSS_NOT_FUSED]
+            said = [d.detail for d in self._heard if d.reason == Reason.LOSS_NOT_FUSED]
             if said and measure.name.startswith("fused_loss"):
                 self.refused[measure.name] = said[0]
                 del alone[measure]
-        return weigh(base, alone, scale=scale)
+        again = self.trial((), sample, timed=True)  # the first steps of a process are slow ones
+        base = replace(base, seconds=min(filter(None, (base.seconds, again.seconds)), default=None))
+        return weigh(base, alone, scale=scale), base
 
     def _before(self, measure: Measure) -> list[Measure]:
         """Those that it builds on."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from deepseek_mp.nn import Saturated
 from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer.memory_report import MemoryReport
 
 Status = Literal["applied", "accumulated", "skipped", "no_grads"]
 
@@ -92,10 +93,14 @@ class FitResult:
     history: tuple[dict[str, Any], ...] = field(default=())
     """Per epoch: 'epoch', 'loss', 'seconds', 'skipped', and the validation metrics as 'val_<name>'."""
     seconds: float = 0.0
+    memory: MemoryReport | None = None
+    """What was done to fit into the memory asked for."""
 
     def __str__(self) -> str:
         skipped = self.steps_attempted - self.steps_applied
+        saved = ", ".join(self.memory.taken) if self.memory else ""
         return (
             f"{self.epochs} epochs, {self.steps_applied} steps applied and {skipped} not, "
             f"loss {self.loss:.4g}, base format {self.plan.base.name}, {self.seconds:.1f} s"
+            + (f", with {saved} for its memory" if saved else "")
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from deepseek_mp.errors import CheckpointError, explain
 from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason, Recipe
-from deepseek_mp.trainer import saved_storage, state
+from deepseek_mp.trainer import saved_memory, saved_storage, state
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.checkpoint import Snapshot, newest_checkpoint, read_checkpoint, write_checkpoint
 
@@ -60,6 +60,7 @@ def save(trainer: MixedPrecisionTrainer, path: Path) -> Path:
         "epoch": trainer.recorder.sums,
         "history": trainer.history,
         "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in _others(trainer)],
+        "memory": saved_memory.saved_memory(trainer),
         "adaptive": None if trainer.adaptive is None else trainer.adaptive.state_dict(),
     }
     inside: state.Tensors = {}
@@ -102,7 +103,12 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
             )
         )
     snapshot = read_checkpoint(newest)
-    _check(trainer, snapshot, newest)
+    undo = saved_memory.adopt(trainer, snapshot.state)  # before it is checked: the optimizer's kind is looked at there
+    try:
+        _check(trainer, snapshot, newest)
+    except BaseException:
+        undo()
+        raise
     tensors = snapshot.tensors
     saved = state.join_tensors(dict(snapshot.state), tensors["state"])
     _say_what_changes(trainer, saved["optimizer"])
@@ -114,6 +120,7 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
         plan = trainer.plan
     _say_what_becomes_of_live(trainer, live, is_named=is_named)
     stepper = trainer.adopt_plan(plan, saved["scaler"])
+    saved_memory.compute_anew(trainer)
     state.load_model(trainer.model, tensors["model"], tensors["buffers"])
     state.load_optimizer(trainer.model, trainer.optimizer, tensors["optimizer"], saved["optimizer"])
     state.load_tensors(state.outside_parameters(trainer.model, trainer.optimizer), tensors["outside"])
@@ -230,6 +237,7 @@ def _check(trainer: MixedPrecisionTrainer, snapshot: Snapshot, path: Path) -> No
     for part, keys, needed in (("state", saved, STATE_KEYS), ("tensors", snapshot.tensors, TENSOR_KEYS)):
         if missing := sorted(needed - keys.keys()):
             raise _refuse(path, f"has no {part} {missing}", "Use another checkpoint")
+    saved_memory.check_optimizer(trainer, saved)
     formats = _formats(trainer, snapshot)
     inside = dict(trainer.model.named_parameters(remove_duplicate=False))
     model_tensors = saved_storage.as_saved(state.model_tensors(trainer.model), inside, formats)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from deepseek_mp.nn import apply, memory_format_of, revert, unconverted
 from deepseek_mp.nn import call as calls
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.assembly import assemble_stepper
+from deepseek_mp.trainer.batch_part import first_samples
 from deepseek_mp.trainer.kept_state import kept_state
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.setup import make_scaler
@@ -106,6 +108,45 @@ def goes_through(call: Callable[[], object], device: torch.device) -> bool:
     gc.collect()  # a model may leave cycles, and in them activations
     release_memory(device)
     return False
+
+
+def on_what_fits(call: Callable[[Any], PrecisionPlan], batch: Any, device: torch.device) -> PrecisionPlan:
+    """What the call gives for the batch, or for the largest part of it, by halves, that memory suffices for."""
+    found: list[PrecisionPlan] = []
+    size = calls.batch_size(calls.parse_batch(batch))
+    while size > 1:
+        part = first_samples(batch, size)
+        if goes_through(partial(_append, found, call, part), device):
+            return found[0]
+        size //= 2
+    return call(first_samples(batch, size))
+
+
+def _append(found: list[PrecisionPlan], call: Callable[[Any], PrecisionPlan], batch: Any) -> None:
+    found.append(call(batch))
+
+
+@contextmanager
+def unrecorded(trainer: MixedPrecisionTrainer) -> Iterator[list[Any]]:
+    """Inside, what is decided is no decision of the run, but in the list that this gives."""
+    heard = _Heard()
+    recorder: Any = trainer.recorder
+    this: Any = trainer
+    this.recorder = heard
+    try:
+        yield heard.decisions
+    finally:
+        this.recorder = recorder
+
+
+class _Heard:
+    """In the place of the recorder."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Any] = []
+
+    def decided(self, decisions: Sequence[Any]) -> None:
+        self.decisions += decisions
 
 
 @contextmanager

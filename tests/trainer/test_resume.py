@@ -78,7 +78,7 @@ def test_a_checkpoint_holds_every_part_of_the_run(tmp_path):
     }  # fmt: skip
     assert snapshot.state.keys() == {
         "version", "plan", "counters", "optimizer", "scheduler", "scaler", "position", "window", "epoch", "history",
-        "callbacks", "adaptive",
+        "callbacks", "adaptive", "memory",
     }  # fmt: skip
     assert snapshot.state["counters"] == {"attempted": 2, "applied": 2, "skipped_in_row": 0}
     assert snapshot.state["window"]["micro_batches"] == 1

@@ -1,0 +1,354 @@
+"""A step is made to fit its budget by what costs least, which is recorded; nothing else stays of the trials."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepseek_mp import MixedPrecisionTrainer, WeightStorage
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.nn import chunked_loss
+from deepseek_mp.optim import AdamW
+from deepseek_mp.precision import Reason
+from deepseek_mp.trainer import fused_loss, memory_trials
+from deepseek_mp.trainer.memory_trials import GIB, Gauge
+
+MIB = 1 << 20
+
+
+class Model(nn.Module):
+    """Runs out of memory above `room` samples in plain steps, in a forward."""
+
+    def __init__(self, room: int = 1000) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.drop = nn.Linear(64, 80), nn.BatchNorm1d(80), nn.Dropout(0.5)
+        self.last = nn.Linear(80, 3)
+        self.room, self.sizes = room, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.last(self.drop(F.relu(self.norm(self.first(x)))))
+
+
+class MadeUp(Gauge):
+    """Steps run as they are; what they take is said by tables, in MiB and seconds, by what is in force."""
+
+    PLAIN = 1000.0
+
+    def __init__(self, saves: dict[str, float], costs: dict[str, float] | None = None) -> None:
+        self.saves, self.costs = saves, costs or {}
+        self.seen: list[tuple[str, ...]] = []
+        self.hold: Callable[[MixedPrecisionTrainer], None] | None = None
+
+    def peak(self, step: Callable[[], object], trainer: MixedPrecisionTrainer) -> int:
+        step()
+        if self.hold is not None:
+            self.hold(trainer)
+        here = in_force(trainer)
+        if not self.seen or self.seen[-1] != here:
+            self.seen.append(here)
+        return round(MIB * (self.PLAIN - sum(self.saves.get(name, 0.0) for name in here)))
+
+    def seconds(self, step: Callable[[], object], trainer: MixedPrecisionTrainer) -> float:
+        step()
+        return 1.0 + sum(self.costs.get(name, 0.0) for name in in_force(trainer))
+
+
+def in_force(trainer: MixedPrecisionTrainer) -> tuple[str, ...]:
+    group: Any = trainer.optimizer.param_groups[0]
+    bf16 = any(p.dtype is torch.bfloat16 for p in trainer.model.parameters())
+    found = {
+        "activations": trainer.config.activations is True,
+        "fused": trainer.config.fused_loss == "auto",
+        "8bit": group.get("states") == "8bit",
+        "sr": bf16,
+    }
+    return tuple(name for name, there in found.items() if there)
+
+
+@pytest.fixture
+def gauge(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    made = MadeUp({"8bit": 300, "activations": 200, "sr": 100}, {"8bit": 0.1, "activations": 0.5, "sr": 0.2})
+    monkeypatch.setattr(memory_trials, "Gauge", lambda: made)
+    return made
+
+
+def batch(size: int = 8) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(size)
+    return torch.randn(size, 64, generator=made), torch.randint(0, 3, (size,), generator=made)
+
+
+def trainer(mib: float | None = None, model: nn.Module | None = None, mode: str = "bf16", **options: Any) -> Any:
+    options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "statistics_every": None} | options
+    memory = None if mib is None else mib * MIB / GIB
+    model = model or Model()
+    return MixedPrecisionTrainer(model, mode, device="cpu", seed=0, emulate=True, memory=memory, **options)
+
+
+def reasons(run: Any, name: str) -> list[tuple[Reason, str]]:
+    found = {Reason.MEMORY_SAVED: True, Reason.MEMORY_LEFT: False}
+    return [(reason, line.why) for line in run.memory.lines for reason, t in found.items()
+            if line.name == name and line.taken == t]  # fmt: skip
+
+
+# -- what is chosen --------------------------------------------------------------------------------------
+
+
+def test_a_step_that_fits_is_left_alone(gauge: MadeUp, caplog: pytest.LogCaptureFixture) -> None:
+    plain = trainer()
+    expected = [plain.step(batch()).loss for _ in range(3)]
+    run = trainer(1000)
+    with caplog.at_level(logging.INFO, "deepseek_mp.decisions"):
+        assert [run.step(batch()).loss for _ in range(3)] == expected
+    assert run.memory.taken == ()
+    assert type(run.optimizer) is torch.optim.AdamW
+    assert set(gauge.seen) == {()}
+    assert "memory_fits: a step holds 0.977 GiB of 0.977 GiB; nothing had to be done" in caplog.text
+
+
+def test_the_cheapest_by_byte_is_taken_first_and_no_more_than_is_needed(gauge: MadeUp) -> None:
+    run = trainer(700)
+    run.step(batch())
+    assert run.memory.taken == ("states=8bit",)
+    assert in_force(run) == ("8bit",)
+    assert (run.memory.before_bytes, run.memory.after_bytes) == (1000 * MIB, 700 * MIB)
+    assert run.memory.slowdown == pytest.approx(1.1)
+    assert reasons(run, "storage=bf16_sr") == [(Reason.MEMORY_LEFT, "others that cost less for each byte suffice")]
+
+
+def test_measures_are_added_in_the_order_of_their_cost(gauge: MadeUp) -> None:
+    run = trainer(600)
+    run.step(batch())
+    assert run.memory.taken == ("states=8bit", "storage=bf16_sr")
+    assert in_force(run) == ("8bit", "sr")
+    gauge.costs["sr"] = 1.0  # now the activations cost less for each byte
+    other = trainer(500)
+    other.step(batch())
+    assert other.memory.taken == ("states=8bit", "activations=True")
+
+
+def test_what_has_become_needless_is_left_out(gauge: MadeUp) -> None:
+    gauge.costs = {"sr": 0.0, "8bit": 0.5, "activations": 9.0}
+    run = trainer(700)
+    run.step(batch())
+    assert run.memory.taken == ("states=8bit",)
+    assert reasons(run, "storage=bf16_sr") == [(Reason.MEMORY_LEFT, "the step fits without it")]
+
+
+def test_options_set_by_hand_are_kept_and_weighed_with_nothing(gauge: MadeUp) -> None:
+    run = trainer(600, activations=True)  # a plain step holds 800
+    run.step(batch())
+    assert run.memory.before_bytes == 800 * MIB
+    assert run.memory.taken == ("states=8bit",)
+    assert reasons(run, "activations=True") == [(Reason.MEMORY_LEFT, "it was set by hand")]
+
+
+def test_decisions_say_what_was_done_and_why_and_nothing_of_the_trials(
+    gauge: MadeUp, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(600)
+    with caplog.at_level(logging.INFO, "deepseek_mp.decisions"):
+        run.step(batch())
+    lines = [record.getMessage() for record in caplog.records if "memory_" in record.getMessage()]
+    assert len(lines) == 1 + len(run.memory.lines)
+    assert "(memory_fits: a step holds 0.586 GiB of 0.586 GiB with states=8bit, storage=bf16_sr;" in lines[0]
+    assert any("memory_saved: taken states=8bit" in line and "0.293 GiB less and +100 ms" in line for line in lines)
+    assert any("activation_memory_budget=0.5 without compile" in line for line in lines)
+    assert "loss_" not in "".join(record.getMessage() for record in caplog.records)
+    assert str(run.memory).count("\n") == len(run.memory.lines)
+
+
+def test_a_loss_that_cannot_be_fused_says_why(gauge: MadeUp) -> None:
+    gauge.saves["fused"] = 500
+    run = trainer(700)
+    run.step(batch())
+    ((reason, why),) = reasons(run, "fused_loss=auto")
+    assert (reason, why) == (Reason.MEMORY_LEFT, "the output takes no more than a chunk, 64 MiB in FP32")
+
+
+def test_a_measure_whose_step_fails_is_left(gauge: MadeUp) -> None:
+    def hold(run: MixedPrecisionTrainer) -> None:
+        if "8bit" in in_force(run):
+            raise RuntimeError("no kernel")
+
+    gauge.hold = hold
+    run = trainer(800)
+    run.step(batch())
+    assert run.memory.taken == ("activations=True",)
+    assert reasons(run, "states=8bit") == [(Reason.MEMORY_LEFT, "RuntimeError: no kernel")]
+
+
+def test_an_error_of_a_plain_step_is_the_users(gauge: MadeUp) -> None:
+    def hold(_run: MixedPrecisionTrainer) -> None:
+        raise RuntimeError("mine")
+
+    gauge.hold = hold
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer(800).step(batch())
+
+
+# -- what does not fit -----------------------------------------------------------------------------------
+
+
+def test_a_budget_out_of_reach_says_what_would_do_and_changes_nothing(gauge: MadeUp) -> None:
+    plain = trainer()
+    expected = [plain.step(batch()).loss for _ in range(3)]
+    run = trainer(300)
+    match = r"needs 0.391 GiB with all there is \(states=8bit, storage.*\)\. Allowed.*Pass memory=0.391 or more.*Offl"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=match):
+            run.step(batch())
+    assert in_force(run) == ()
+    assert type(run.optimizer) is torch.optim.AdamW
+    assert run.memory is None
+    run.config = plain.config
+    assert [run.step(batch()).loss for _ in range(3)] == expected
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_a_step_that_ran_out_of_memory_is_weighed_on_a_part_of_the_batch(
+    gauge: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole batch goes through with moments in 8 bits only."""
+    model, plain = Model(room=40), memory_trials.put_in_force
+
+    def opened(run: Any, plan: Any, settings: Any) -> Any:
+        model.room = 1000 if settings.states else 40
+        return plain(run, plan, settings)
+
+    monkeypatch.setattr(memory_trials, "put_in_force", opened)
+    run = trainer(750, model)
+    run.step(batch(100))
+    assert run.memory.before_bytes is None
+    assert (run.memory.samples, run.memory.timed_samples) == (100, 25)
+    assert run.memory.taken == ("states=8bit",)
+    assert model.sizes[:3] == [100, 50, 25]
+    assert "more than there is" in str(run.memory)
+
+
+def test_where_no_step_goes_through_as_it_is_measures_are_taken_in_their_own_order(
+    gauge: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = Model(room=0), memory_trials.put_in_force
+
+    def opened(run: Any, plan: Any, settings: Any) -> Any:
+        model.room = 1000 if settings.storage else 0
+        return plain(run, plan, settings)
+
+    monkeypatch.setattr(memory_trials, "put_in_force", opened)
+    run = trainer(950, model)
+    run.step(batch(4))
+    assert run.memory.taken == ("storage=bf16_sr",)
+    assert run.memory.slowdown is None
+
+
+# -- what stays ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mib", [1000, 700, 600])
+def test_the_first_step_is_that_of_a_run_with_these_options(gauge: MadeUp, mib: int) -> None:
+    """Trials leave weights, buffers and random numbers alone, to the bit."""
+    plain = trainer()
+    expected = plain.step(batch()).loss
+    run = trainer(mib)
+    assert run.step(batch()).loss == pytest.approx(expected, abs=1e-3 if mib == 600 else 0.0)  # rounded weights
+    assert run.steps_applied == 1
+    assert run.model.norm.num_batches_tracked == 1
+    assert torch.equal(run.model.norm.running_mean, plain.model.norm.running_mean) or mib == 600
+
+
+def test_callbacks_scheduler_and_average_see_nothing_of_the_trials(gauge: MadeUp) -> None:
+    run = trainer(
+        700,
+        ema_decay=0.5,
+        scheduler=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.5),
+    )
+    run.step(batch())
+    assert run.scheduler.last_epoch == 1
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    run.step(batch())
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
+
+
+def test_accumulation_is_chosen_for_once(gauge: MadeUp) -> None:
+    run = trainer(700, gradient_accumulation_steps=2)
+    run.step(batch())
+    tried = len(gauge.seen)
+    assert run.step(batch()).status == "applied"
+    assert len(gauge.seen) == tried
+    assert run.memory.taken == ("states=8bit",)
+
+
+def test_a_fit_says_it(gauge: MadeUp, tmp_path: Any) -> None:
+    run = trainer(700, run_dir=tmp_path)
+    result = run.fit([batch()] * 3, epochs=1)
+    assert result.memory is run.memory
+    assert "with states=8bit" in str(result)
+    lines = (tmp_path / "decisions.jsonl").read_text()
+    assert lines.count("memory_saved") == 1
+
+
+# -- who decides about the optimizer ---------------------------------------------------------------------
+
+
+def test_weights_are_left_to_a_callback_that_stores_them(gauge: MadeUp) -> None:
+    run = trainer(700, optimizer=AdamW, callbacks=[WeightStorage()])
+    run.step(batch())
+    assert reasons(run, "storage=bf16_sr") == [(Reason.MEMORY_LEFT, "WeightStorage decides how weights are stored")]
+    assert run.memory.taken == ("states=8bit",)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "why"),
+    [
+        (torch.optim.RMSprop, "the optimizer stays PyTorch's: RMSprop is none of PyTorch's AdamW, Adam and SGD"),
+        (lambda p: torch.optim.SGD(p, lr=0.1), "the optimizer keeps no moments"),
+        (lambda p: AdamW(p, states="8bit"), "it was set by hand"),
+    ],
+)
+def test_an_optimizer_that_cannot_keep_8_bits_says_why(gauge: MadeUp, optimizer: Any, why: str) -> None:
+    gauge.saves["8bit"] = 0
+    run = trainer(800, optimizer=optimizer)
+    run.step(batch())
+    assert reasons(run, "states=8bit") == [(Reason.MEMORY_LEFT, why)]
+
+
+def test_no_weight_is_stored_in_bf16_where_none_is_read_so(gauge: MadeUp) -> None:
+    run = trainer(700, mode="fp32")
+    run.step(batch())
+    assert reasons(run, "storage=bf16_sr") == [(Reason.MEMORY_LEFT, "no layer reads an FP32 weight in BF16")]
+
+
+def test_an_optimizer_of_ours_gets_8_bits_in_its_groups(gauge: MadeUp) -> None:
+    run = trainer(700, optimizer=AdamW)
+    run.step(batch())
+    assert "exp_avg_codes" in run.optimizer.state[run.model.first.weight]
+
+
+# -- really --------------------------------------------------------------------------------------------
+
+
+def test_logits_that_do_not_fit_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (chunked_loss, fused_loss):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 18)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1024))
+    limit = 4 * MIB
+    run = MixedPrecisionTrainer(model, "fp32", device="cpu", memory=limit / GIB, statistics_every=None)
+    data = torch.randn(512, 4), torch.randint(0, 1024, (512,))
+    run.step(data)
+    assert run.memory is not None
+    assert run.memory.before_bytes is not None
+    assert "fused_loss=auto" in run.memory.taken
+    assert run.memory.before_bytes > limit > run.memory.after_bytes
+    again = Gauge().peak(lambda: run.step(data), run)
+    assert again is not None
+    assert again <= limit
