@@ -9,7 +9,7 @@ import typer
 
 from deepseek_mp.cli.target import load_target
 from deepseek_mp.cli.training import fit
-from deepseek_mp.cli.training_options import Extent, read_pins, read_precision, unused
+from deepseek_mp.cli.training_options import Extent, read_memory, read_pins, read_precision, unused
 from deepseek_mp.trainer import MixedPrecisionTrainer
 from deepseek_mp.trainer.setup import seed_everything
 
@@ -26,6 +26,7 @@ def train(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model and its loss.")] = False,
     emulate: Annotated[bool, typer.Option("--emulate", help="Allow formats that the device lacks.")] = False,
     adapt: Annotated[bool | None, typer.Option(help="Lower and raise layers on the way; by default with auto.")] = None,
+    memory: Annotated[str | None, typer.Option(help="GiB that a step may hold, or auto: what the device has.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to train, as in PyTorch: cpu, cuda:0.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -36,6 +37,7 @@ def train(
     these keys. Ctrl-C stops after the step under way, with a checkpoint.
     """
     extent, plan, pins = Extent.of(epochs, steps), read_precision(precision), read_pins(pin or ())
+    budget = read_memory(memory)
     seed_everything(seed)
     found = load_target(target)
     found.needed("loader", "training")
@@ -49,6 +51,7 @@ def train(
         emulate=emulate,
         adapt=adapt,
         compile=compiled,
+        memory=budget,
         device=device,
         seed=seed,
         run_dir=where,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer.config import MemoryOption
 
 RUNS = Path("runs")
 """Where a run directory is made if none is named."""
@@ -41,6 +42,17 @@ def read_precision(text: str) -> str | PrecisionPlan:
         raise ConfigError(
             explain(f"--precision {text}: {reason}", "a plan that profile --plan wrote", "Correct the path")
         ) from error
+
+
+def read_memory(text: str | None) -> MemoryOption:
+    """'auto', or a number of GiB."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        change = "Write for example --memory auto, or --memory 20"
+        raise ConfigError(explain(f"--memory {text}", "auto, or a number of GiB", change)) from error
 
 
 def read_pins(given: Sequence[str]) -> dict[str, str]:

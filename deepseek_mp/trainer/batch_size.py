@@ -111,7 +111,7 @@ def find_batch_size(
     if limit_bytes is None or made.memory is not None or bad is None:
         return _result(good, bad, multiple, trials.tried)
     with _trials(made, make_batch, limit_bytes, all_measures=True) as more:
-        better, worse = _tried(more, max(1, good), top, multiple)
+        better, worse = _tried(more, good or first, top, multiple)
     tried = [*trials.tried, *more.tried]
     if better <= good:
         return _result(good, bad, multiple, tried)

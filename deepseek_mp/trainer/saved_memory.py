@@ -60,6 +60,7 @@ def compute_anew(trainer: MixedPrecisionTrainer) -> None:
     """What computes a step, of a trainer that had a plan before the options of a checkpoint came."""
     if trainer.memory is None:
         return
+    log.info("resumed: %s", trainer.memory.summary)
     if UNCOUNTED in trainer.memory.taken:
         trainer.stepper.counts = False
     if trainer.memory.taken:

@@ -25,6 +25,8 @@ from deepseek_mp.report import report_run
         (["net.py:job", "--pin", "head"], "--pin 'head'"),
         (["net.py:job", "--pin", "head=fp32"], "rule 'head' -> fp32 matches no layer"),
         (["net.py:job", "--precision", "bf16", "--adapt"], "adapt=True. Allowed: adapt with precision_mode='auto'"),
+        (["net.py:job", "--memory", "much"], "--memory much. Allowed: auto, or a number of GiB"),
+        (["net.py:job", "--memory", "0"], "memory=0.0"),
         (["net.py:job", "--device", "bogus"], "device 'bogus' is not known to this PyTorch"),
         (["net.py:job", "--resume", "nowhere"], "no complete checkpoint under nowhere"),
         (["net.py:job", "--run-dir", "net.py"], "run_dir net.py is a file"),
@@ -49,6 +51,15 @@ def test_a_run_is_plain_text_that_says_where_it_is(net: Path, capsys: pytest.Cap
     assert (run.settings["config.seed"], run.settings["optimizer"]) == (3, "SGD")
     assert "val_loss" in run.history.validation
     assert main(["report", "runs/full"]) == 0
+
+
+def test_a_budget_of_memory_is_kept_or_the_run_ends_in_one_line(
+    net: Path, capsys: pytest.CaptureFixture[str], refused: Callable[[list[str]], str]
+) -> None:
+    options = ["train", "net.py:job", "--precision", "fp32", "--steps", "2", "--device", "cpu", "--memory"]
+    assert main([*options, "4"]) == 0
+    assert "memory_fits: a step holds" in capsys.readouterr().err
+    assert "a memory budget of 0.00107 MiB; a step of this batch needs" in refused([*options, "1e-6"])
 
 
 def test_live_precision_says_at_once_and_at_the_end_why_it_is_off(

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from memory_gauge import MIB, MadeUp, in_force
 from torch import Tensor, nn
 
 from deepseek_mp import Callback, MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.trainer import find_batch_size, trial_steps
+from deepseek_mp.trainer import batch_size, find_batch_size, memory_trials, trial_steps
 from deepseek_mp.trainer.batch_size import BatchSize
+from deepseek_mp.trainer.memory_report import GIB
 
 
 class Model(nn.Module):
@@ -329,3 +331,69 @@ def test_arguments_that_are_not_allowed(options: Any, message: str) -> None:
 def test_the_result_in_words() -> None:
     assert str(BatchSize(size=8, too_large=9)) == "batch size 8 (9 does not fit; 0 steps tried)"
     assert str(BatchSize(size=8, too_large=None)) == "batch size 8 (the limit; 0 steps tried)"
+
+
+# -- within a budget ---------------------------------------------------------------------------------------
+
+
+class BySize(MadeUp):
+    """A sample takes 10 MiB, half of them with activations in FP8; the rest of the step 300, 100 with 8-bit states."""
+
+    def peak(self, step: Any, trainer: Any) -> int:
+        super().peak(step, trainer)
+        here = in_force(trainer)
+        sample = 5 if "activations" in here else 10
+        return MIB * (sample * trainer.model.sizes[-1] + (100 if "8bit" in here else 300))
+
+
+@pytest.fixture
+def budget(monkeypatch: pytest.MonkeyPatch) -> float:
+    made = BySize({}, {"8bit": 0.1, "activations": 5.0, "sr": 0.2})
+    for module in (batch_size, memory_trials):
+        monkeypatch.setattr(module, "Gauge", lambda: made)
+    return 500 * MIB / GIB
+
+
+def test_a_budget_is_kept_with_all_that_saves_memory(budget: float) -> None:
+    run = trainer(Model(1000), "bf16", memory=budget)
+    found = find_batch_size(run, make_batch, limit=500)
+    assert (found.size, found.too_large, found.as_it_was) == (80, 81, 20)
+    assert found.measures == ("fused_loss=auto", "states=8bit", "storage=bf16_sr", "activations=True")
+    assert "batch size 80 (81 does not fit" in str(found)
+    assert "; 20 without fused_loss=auto, states=8bit, storage=bf16_sr, activations=True)" in str(found)
+    assert type(run.optimizer) is torch.optim.AdamW
+    assert run.memory is None
+    assert run.config.activations is False
+    run.step(make_batch(found.size))
+    assert run.memory is not None
+    assert run.memory.taken == ("states=8bit", "activations=True")
+
+
+def test_the_trainer_takes_no_more_than_a_smaller_batch_needs(budget: float) -> None:
+    run = trainer(Model(1000), "bf16", memory=budget)
+    find_batch_size(run, make_batch, limit=500)
+    run.step(make_batch(40))
+    assert run.memory is not None
+    assert run.memory.taken == ("states=8bit",)
+    again = find_batch_size(run, make_batch, limit=500)
+    assert (again.size, again.measures) == (40, ())  # what is in force stays
+
+
+def test_a_limit_that_fits_as_it_is_needs_nothing(budget: float) -> None:
+    found = find_batch_size(trainer(Model(1000), "bf16", memory=budget), make_batch, limit=20)
+    assert (found.size, found.too_large, found.measures, found.as_it_was) == (20, None, (), None)
+
+
+def test_where_nothing_fits_as_it_is_measures_are_tried_all_the_same(budget: float) -> None:
+    model = Model(1000)
+    model.norm = nn.Identity()  # type: ignore[assignment]  # a BatchNorm needs two samples
+    run = trainer(model, "bf16", memory=250 * MIB / GIB)
+    found = find_batch_size(run, make_batch, limit=500)
+    assert (found.size, found.as_it_was) == (30, 0)
+
+
+def test_auto_is_tried_in_the_recommended_format(budget: float) -> None:
+    run = trainer(Model(1000), "auto", memory=budget, adapt=False)
+    found = find_batch_size(run, make_batch, limit=500)
+    assert found.as_it_was == 20
+    assert found.size >= 40

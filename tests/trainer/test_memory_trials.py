@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from memory_gauge import MIB, MadeUp, batch, in_force
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,8 +18,6 @@ from deepseek_mp.optim import AdamW
 from deepseek_mp.precision import Reason
 from deepseek_mp.trainer import fused_loss, memory_trials
 from deepseek_mp.trainer.memory_trials import GIB, Gauge
-
-MIB = 1 << 20
 
 
 class Model(nn.Module):
@@ -39,52 +37,11 @@ class Model(nn.Module):
         return self.last(self.drop(F.relu(self.norm(self.first(x)))))
 
 
-class MadeUp(Gauge):
-    """Steps run as they are; what they take is said by tables, in MiB and seconds, by what is in force."""
-
-    PLAIN = 1000.0
-
-    def __init__(self, saves: dict[str, float], costs: dict[str, float] | None = None) -> None:
-        self.saves, self.costs = saves, costs or {}
-        self.seen: list[tuple[str, ...]] = []
-        self.hold: Callable[[MixedPrecisionTrainer], None] | None = None
-
-    def peak(self, step: Callable[[], object], trainer: MixedPrecisionTrainer) -> int:
-        step()
-        if self.hold is not None:
-            self.hold(trainer)
-        here = in_force(trainer)
-        if not self.seen or self.seen[-1] != here:
-            self.seen.append(here)
-        return round(MIB * (self.PLAIN - sum(self.saves.get(name, 0.0) for name in here)))
-
-    def seconds(self, step: Callable[[], object], trainer: MixedPrecisionTrainer) -> float:
-        step()
-        return 1.0 + sum(self.costs.get(name, 0.0) for name in in_force(trainer))
-
-
-def in_force(trainer: MixedPrecisionTrainer) -> tuple[str, ...]:
-    group: Any = trainer.optimizer.param_groups[0]
-    bf16 = any(p.dtype is torch.bfloat16 for p in trainer.model.parameters())
-    found = {
-        "activations": trainer.config.activations is True,
-        "fused": trainer.config.fused_loss == "auto",
-        "8bit": group.get("states") == "8bit",
-        "sr": bf16,
-    }
-    return tuple(name for name, there in found.items() if there)
-
-
 @pytest.fixture
 def gauge(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     made = MadeUp({"8bit": 300, "activations": 200, "sr": 100}, {"8bit": 0.1, "activations": 0.5, "sr": 0.2})
     monkeypatch.setattr(memory_trials, "Gauge", lambda: made)
     return made
-
-
-def batch(size: int = 8) -> tuple[Tensor, Tensor]:
-    made = torch.Generator().manual_seed(size)
-    return torch.randn(size, 64, generator=made), torch.randint(0, 3, (size,), generator=made)
 
 
 def trainer(mib: float | None = None, model: nn.Module | None = None, mode: str = "bf16", **options: Any) -> Any:
