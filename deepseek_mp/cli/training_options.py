@@ -46,8 +46,10 @@ def read_precision(text: str) -> str | PrecisionPlan:
 
 def read_memory(text: str | None) -> MemoryOption:
     """'auto', or a number of GiB."""
-    if text is None or text == "auto":
-        return text
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
     try:
         return float(text)
     except ValueError as error:

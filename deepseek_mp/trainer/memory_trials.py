@@ -118,7 +118,8 @@ def _refuse(made: _Trials, base: Trial, chosen: Chosen, order: Sequence[Weighed]
         f"{more} smaller batches (find_batch_size finds the largest), or keep the optimizer's state on the host "
         "(optim.offload.OffloadedOptimizer)"
     )
-    log.warning("measures that were not possible: %s", made.refused)
+    for name, why in made.refused.items():
+        log.warning("memory: %s was not possible: %s", name, why)
     raise ConfigError(explain(passed, "a budget that a step can be made to fit", change))
 
 

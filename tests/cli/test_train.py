@@ -59,7 +59,7 @@ def test_a_budget_of_memory_is_kept_or_the_run_ends_in_one_line(
     options = ["train", "net.py:job", "--precision", "fp32", "--steps", "2", "--device", "cpu", "--memory"]
     assert main([*options, "4"]) == 0
     assert "memory_fits: a step holds" in capsys.readouterr().err
-    assert "a memory budget of 0.00107 MiB; a step of this batch needs" in refused([*options, "1e-6"])
+    assert "a memory budget of 0.00102 MiB; a step of this batch needs" in refused([*options, "1e-6"])
 
 
 def test_live_precision_says_at_once_and_at_the_end_why_it_is_off(
