@@ -11,7 +11,7 @@ from deepseek_mp.optim import StateFormat, StoredOptimizer
 from deepseek_mp.optim.takeover import why_not
 from deepseek_mp.trainer.assembly import computation
 from deepseek_mp.trainer.memory_measures import UNCOUNTED, Settings, allowed_options, own_optimizer, settings_of
-from deepseek_mp.trainer.memory_report import MemoryReport
+from deepseek_mp.trainer.memory_report import MemoryReport, in_gib, limit_of
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -39,6 +39,8 @@ def adopt(trainer: MixedPrecisionTrainer, saved: Mapping[str, Any]) -> Callable[
         log.warning("resumed without %s, which this run does not allow: %s", *lost)
     undone = _optimizer_as_saved(trainer, saved)
     trainer.config, trainer.memory = kept, report
+    if report is not None and config.memory != "auto" and limit_of(config.memory, None) != report.limit_bytes:
+        log.warning("resumed with what was chosen for %s, whatever memory is now", in_gib(report.limit_bytes))
 
     def undo() -> None:
         trainer.config, trainer.memory = config, None

@@ -44,7 +44,7 @@ def test_eager_code_and_compiled_code_have_their_own() -> None:
     names, refused = found(trainer(compile=True))
     assert [name for name in names if name.startswith("activation")] == LEVELS
     assert refused["activations=True"].startswith("activations=True with compile=True")
-    assert "compiled code" in refused["fused_loss=auto"]
+    assert "a model compiled whole has the loss in it" in refused["fused_loss=auto"]
 
 
 def test_each_level_goes_further_than_the_one_before() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import chunked_loss
 from deepseek_mp.optim import AdamW
 from deepseek_mp.precision import Reason
-from deepseek_mp.trainer import fused_loss, memory_trials
+from deepseek_mp.trainer import compile as compile_module
+from deepseek_mp.trainer import memory_trials
+from deepseek_mp.trainer.memory_measures import UNCOUNTED
 from deepseek_mp.trainer.memory_trials import GIB, Gauge
 
 
@@ -225,7 +228,7 @@ def test_the_first_step_is_that_of_a_run_with_these_options(gauge: MadeUp, mib: 
 
 def test_callbacks_scheduler_and_average_see_nothing_of_the_trials(gauge: MadeUp) -> None:
     run = trainer(
-        700,
+        600,
         ema_decay=0.5,
         scheduler=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.5),
     )
@@ -234,6 +237,8 @@ def test_callbacks_scheduler_and_average_see_nothing_of_the_trials(gauge: MadeUp
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
     run.step(batch())
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
+    assert torch.isfinite(torch.tensor(run.evaluate([batch()])["loss"]))
+    assert run.model.first.weight.dtype is torch.bfloat16
 
 
 def test_accumulation_is_chosen_for_once(gauge: MadeUp) -> None:
@@ -291,12 +296,65 @@ def test_an_optimizer_of_ours_gets_8_bits_in_its_groups(gauge: MadeUp) -> None:
     assert "exp_avg_codes" in run.optimizer.state[run.model.first.weight]
 
 
+# -- compiled code ---------------------------------------------------------------------------------------
+
+
+class Compiled(MadeUp):
+    """A step that runs uncompiled holds 2000 MiB, a compiled one 1000, in shares of the budget."""
+
+    compiled = False
+
+    def backend(self, _budget: float | None) -> Callable[..., Any]:
+        def compiled(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                self.compiled = True
+                return graph(*args)
+
+            return run
+
+        return compiled
+
+    def peak(self, step: Callable[[], object], trainer: MixedPrecisionTrainer) -> int:
+        self.compiled = False
+        step()
+        self.seen.append(("compiled" if self.compiled else "uncompiled",))
+        share = trainer.config.activation_memory_budget or 1.0
+        return round(MIB * (1000 * share if self.compiled else 2000))
+
+    def seconds(self, step: Callable[[], object], trainer: MixedPrecisionTrainer) -> float:
+        step()
+        return 2.0 - (trainer.config.activation_memory_budget or 1.0)
+
+
+@pytest.mark.parametrize(
+    ("mib", "taken", "budget"),
+    [
+        (2000, (), None),
+        (1000, (UNCOUNTED,), None),
+        (600, (UNCOUNTED, "activation_memory_budget=0.5"), 0.5),
+    ],
+)
+def test_of_compiled_code_no_step_is_counted_if_it_does_not_fit_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, mib: int, taken: tuple[str, ...], budget: float | None
+) -> None:
+    made = Compiled({})
+    monkeypatch.setattr(memory_trials, "Gauge", lambda: made)
+    monkeypatch.setattr(compile_module, "backend", made.backend)
+    run = trainer(mib, mode="fp32", compile=True, optimizer=torch.optim.RMSprop, monitor_every=2)
+    run.step(batch())
+    assert run.memory.taken == taken
+    assert run.config.activation_memory_budget == budget
+    made.seen.clear()
+    for _ in range(4):
+        made.peak(lambda: run.step(batch()), run)
+    assert (("uncompiled",) in made.seen) == (UNCOUNTED not in taken)
+
+
 # -- really --------------------------------------------------------------------------------------------
 
 
 def test_logits_that_do_not_fit_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (chunked_loss, fused_loss):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 1 << 18)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1024))
     limit = 4 * MIB
     run = MixedPrecisionTrainer(model, "fp32", device="cpu", memory=limit / GIB, statistics_every=None)
