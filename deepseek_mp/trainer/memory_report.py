@@ -106,7 +106,7 @@ def lines_of(order: tuple[Weighed, ...], chosen: Chosen, refused: Mapping[str, s
     last = [measure for measure in chosen.taken if measure.name not in passed]
     taken = tuple(_line(_along(weighed, measure), _why_taken(weighed[measure.name]), taken=True) for measure in last)
     rest = [one for one in order if one.measure not in chosen.taken]
-    left = tuple(_line(one, _why_left(one.measure, chosen), taken=False) for one in rest)
+    left = tuple(_line(one, _why_left(one, chosen), taken=False) for one in rest)
     return (*taken, *left, *(MemoryLine(name=name, taken=False, why=why) for name, why in refused.items()))
 
 
@@ -136,9 +136,11 @@ def _why_taken(one: Weighed) -> str:
     return "costs no time that can be measured" if not one.cost else f"{one.cost * 1e3 * GIB:.3g} ms for each GiB"
 
 
-def _why_left(measure: Measure, chosen: Chosen) -> str:
-    if measure in chosen.needless:
+def _why_left(one: Weighed, chosen: Chosen) -> str:
+    if one.measure in chosen.needless:
         return "the step fits without it"
+    if one.saved_bytes is not None and one.saved_bytes <= 0:
+        return "it saves nothing alone, and others suffice"
     return "others that cost less for each byte suffice"
 
 

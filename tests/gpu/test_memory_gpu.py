@@ -1,5 +1,7 @@
 """Memory on a GPU: the loss in chunks, its peak, steps that run out of memory, and the largest batch that fits."""
 
+import gc
+
 import pytest
 import torch
 from no_waiting import no_waiting
@@ -119,3 +121,51 @@ def test_a_step_that_ran_out_of_memory_is_tried_again_within_the_except():
     assert run.steps_attempted <= 2
     run.settle()
     assert run.steps_applied == 2
+
+
+def peak_of(run, data, steps=4):
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(steps):
+        run.step(data)
+    run.settle()
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_budget_is_kept_by_what_costs_least(compiled):
+    data = batch(16)
+
+    def run_with(memory):
+        torch.manual_seed(0)
+        options = {"statistics_every": None, "compile": compiled, "optimizer": torch.optim.AdamW}
+        return MixedPrecisionTrainer(Model(), "bf16", device="cuda", memory=memory, **options)
+
+    plain = run_with(1000)
+    before = peak_of(plain, data)
+    assert plain.memory.taken == ()
+    del plain
+    gc.collect()
+    run = run_with(0.75 * before / 2**30)
+    run.step(data)
+    print(run.memory)
+    assert run.memory.taken
+    assert peak_of(run, data) <= 0.75 * before
+
+
+def test_auto_trains_on_a_batch_that_does_not_fit_as_it_is():
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 4 * 2**30 / total))
+    try:
+        torch.manual_seed(0)
+        make = {"statistics_every": None, "optimizer": torch.optim.AdamW, "device": "cuda"}
+        plain = find_batch_size(MixedPrecisionTrainer(Model(), "bf16", **make), batch, limit=512)
+        gc.collect()
+        # The allocator's own limit is not what the device says it has, so that the budget is named.
+        run = MixedPrecisionTrainer(Model(), "bf16", memory=3.5, **make)
+        found = find_batch_size(run, batch, limit=512)
+        print(plain, found)
+        assert found.size > 2 * plain.size
+        assert run.step(batch(found.size)).status == "applied"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
