@@ -49,6 +49,13 @@ class CudaBackend(Backend):
     def algorithm_search(self, enabled: bool) -> AbstractContextManager[None]:
         return flag(torch.backends.cudnn, "benchmark", enabled)
 
+    def available_memory_bytes(self, device: torch.device) -> int | None:
+        """What is free and what is ours, up to the share that PyTorch was told to keep to."""
+        found = super().available_memory_bytes(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        _, total = torch.cuda.mem_get_info(device)
+        return found if found is None else min(found, round(share * total))
+
     def energy_joules(self, device: torch.device) -> float | None:
         """NVML's counter (Volta and newer), through the optional package `nvidia-ml-py`."""
         counter = _energy_counter(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))

@@ -12,7 +12,12 @@ import torch
 
 from deepseek_mp.backends import backend_for, capabilities, energy_joules, fp32_mode, math_mode, synchronize
 from deepseek_mp.backends.cuda import CudaBackend
-from deepseek_mp.backends.measure import peak_memory_bytes, peak_reserved_bytes, reset_peak_memory
+from deepseek_mp.backends.measure import (
+    available_memory_bytes,
+    peak_memory_bytes,
+    peak_reserved_bytes,
+    reset_peak_memory,
+)
 
 Install = Callable[..., None]
 
@@ -91,6 +96,18 @@ class FakeNvml(ModuleType):
             return 1_234_500 if name == "nvmlDeviceGetTotalEnergyConsumption" else None
 
         return call
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 90), (0.5, 50)])
+def test_what_a_process_may_hold_is_what_is_free_and_its_own_within_its_share(
+    nvidia: Install, monkeypatch: pytest.MonkeyPatch, share: float, expected: int
+) -> None:
+    nvidia(9, 0, "NVIDIA H200")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    assert available_memory_bytes("cuda:0") == expected
 
 
 def test_energy_is_nvmls_counter_in_joules(nvidia: Install, monkeypatch: pytest.MonkeyPatch) -> None:

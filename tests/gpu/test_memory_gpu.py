@@ -153,19 +153,16 @@ def test_a_budget_is_kept_by_what_costs_least(compiled):
     assert peak_of(run, data) <= 0.75 * before
 
 
-def test_auto_trains_on_a_batch_that_does_not_fit_as_it_is():
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 4 * 2**30 / total))
-    try:
-        torch.manual_seed(0)
-        make = {"statistics_every": None, "optimizer": torch.optim.AdamW, "device": "cuda"}
-        plain = find_batch_size(MixedPrecisionTrainer(Model(), "bf16", **make), batch, limit=512)
-        gc.collect()
-        # The allocator's own limit is not what the device says it has, so that the budget is named.
-        run = MixedPrecisionTrainer(Model(), "bf16", memory=3.5, **make)
-        found = find_batch_size(run, batch, limit=512)
-        print(plain, found)
-        assert found.size > 2 * plain.size
-        assert run.step(batch(found.size)).status == "applied"
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+@pytest.mark.usefixtures("small_gpu")
+def test_auto_trains_on_batches_that_do_not_fit_as_they_are():
+    options = {"statistics_every": None, "optimizer": torch.optim.AdamW, "device": "cuda"}
+    plain = find_batch_size(MixedPrecisionTrainer(Model(), "bf16", **options), batch, limit=4096)
+    gc.collect()
+    run = MixedPrecisionTrainer(Model(), "bf16", memory="auto", **options)
+    found = find_batch_size(run, batch, limit=4096)
+    print(plain, found)
+    assert found.size > 2 * plain.size
+    data = batch(found.size)
+    assert run.step(data).status == "applied"
+    print(run.memory)
+    assert peak_of(run, data) <= run.memory.limit_bytes <= 3 * 2**30
