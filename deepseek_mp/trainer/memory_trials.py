@@ -116,8 +116,8 @@ def _refuse(made: _Trials, base: Trial, chosen: Chosen, order: Sequence[Weighed]
     passed = f"a memory budget of {in_gib(limit)}; a step of this batch needs {need} with all there is ({names})"
     more = f"Pass memory={-(-1000 * min(peaks) // GIB) / 1000:g} or more, or give" if peaks else "Give"
     change = (
-        f"{more} smaller batches (find_batch_size finds the largest), or keep the optimizer's state on the host "
-        "(optim.offload.OffloadedOptimizer)"
+        f"{more} smaller batches (find_batch_size finds the largest), or keep the optimizer's state on the host, "
+        "in a loop of your own (optim.offload.OffloadedOptimizer)"
     )
     for name, why in made.refused.items():
         log.warning("memory: %s was not possible: %s", name, why)
