@@ -4,6 +4,7 @@ from deepseek_mp.trainer.adaptive import AdaptivePrecision
 from deepseek_mp.trainer.batch_size import BatchSize, find_batch_size
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+from deepseek_mp.trainer.memory_report import MemoryReport
 from deepseek_mp.trainer.progressive import progressive
 from deepseek_mp.trainer.progressive_result import ProgressiveResult
 from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
@@ -14,6 +15,7 @@ __all__ = [
     "BatchSize",
     "Callback",
     "FitResult",
+    "MemoryReport",
     "MixedPrecisionTrainer",
     "ProgressiveResult",
     "StepFacts",

@@ -340,7 +340,7 @@ def test_of_compiled_code_no_step_is_counted_if_it_does_not_fit_uncompiled(
     made = Compiled({})
     monkeypatch.setattr(memory_trials, "Gauge", lambda: made)
     monkeypatch.setattr(compile_module, "backend", made.backend)
-    run = trainer(mib, mode="fp32", compile=True, optimizer=torch.optim.RMSprop, monitor_every=2)
+    run = trainer(mib, nn.Linear(64, 3), "fp32", compile=True, optimizer=torch.optim.RMSprop, monitor_every=2)
     run.step(batch())
     assert run.memory.taken == taken
     assert run.config.activation_memory_budget == budget

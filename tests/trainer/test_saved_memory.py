@@ -71,6 +71,7 @@ def test_a_resumed_run_goes_on_bit_by_bit(
     for number in range(3, 6):
         resumed.step(batch(8 + number))
     assert len(gauge.seen) == tried
+    assert (resumed.activations is None) == (whole.activations is None) == (mib != 400)
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
 
 
