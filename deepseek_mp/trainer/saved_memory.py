@@ -70,10 +70,11 @@ def compute_anew(trainer: MixedPrecisionTrainer) -> None:
 
 
 def check_optimizer(trainer: MixedPrecisionTrainer, saved: Mapping[str, Any]) -> None:
-    """`CheckpointError` if the checkpoint is of an optimizer of ours, and this run's is PyTorch's of the same name."""
-    ours = any("states" in group["options"] for group in saved["optimizer"]["groups"])
-    if ours and not isinstance(trainer.optimizer, StoredOptimizer):
+    """`CheckpointError` if the checkpoint has moments in 8 bits, and this run's optimizer cannot hold such."""
+    states = [group["options"].get("states") for group in saved["optimizer"]["groups"]]
+    if StateFormat.EIGHT_BIT in states and not isinstance(trainer.optimizer, StoredOptimizer):
         name = type(trainer.optimizer).__name__
-        passed = f"a checkpoint of deepseek_mp.optim.{saved['optimizer']['type']}, and an optimizer torch.optim.{name}"
+        kind = saved["optimizer"]["type"]
+        passed = f"a checkpoint of deepseek_mp.optim.{kind} with moments in 8 bits, and an optimizer torch.optim.{name}"
         change = "Pass memory='auto', or the optimizer that the run was saved with"
         raise CheckpointError(explain(passed, "the optimizer of the checkpoint", change))
