@@ -48,7 +48,8 @@ class MemoryLine:
     def __str__(self) -> str:
         found = [self.why]
         if self.saved_bytes is not None and self.extra_seconds is not None:
-            found.append(f"alone {in_gib(self.saved_bytes)} less and {1e3 * self.extra_seconds:+.3g} ms")
+            change = f"{in_gib(abs(self.saved_bytes))} {'more' if self.saved_bytes < 0 else 'less'}"
+            found.append(f"alone {change} and {1e3 * self.extra_seconds:+.3g} ms")
         return f"{'taken' if self.taken else 'left'} {self.name}: {'; '.join(filter(None, found))}"
 
 

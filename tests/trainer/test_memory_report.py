@@ -42,6 +42,8 @@ def test_of_steps_along_one_way_the_furthest_is_taken_with_what_they_save_togeth
     ]  # fmt: skip
     assert str(lines[0]) == "taken budget=0.25: 200 ms for each GiB; alone 3 GiB less and +300 ms"
     assert str(lines[1]) == "left other: the step fits without it; alone 3 GiB less and +0 ms"
+    more = MemoryLine(name="a", taken=False, why="no", saved_bytes=-GIB, extra_seconds=-0.002)
+    assert str(more) == "left a: no; alone 1 GiB more and -2 ms"
     assert str(lines[2]) == "left last: others that cost less for each byte suffice"
     assert str(lines[3]) == "left activations: refused"
 
