@@ -61,6 +61,10 @@ class Reason(StrEnum):
     """Its output is computed in chunks inside of the loss, and never held whole."""
     LOSS_NOT_FUSED = "loss_not_fused"
     """The loss is computed of the model's output as ever, for what the detail says."""
+    RECOMPUTED = "recomputed"
+    """What its backward needs is computed again there, to keep to a budget of memory."""
+    NOT_RECOMPUTED = "not_recomputed"
+    """What its backward needs is kept in spite of a budget of memory, for what the detail says."""
     RESUMED = "resumed"
     """Taken from the plan stored with a checkpoint."""
 

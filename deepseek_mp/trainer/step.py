@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_mp import backends
 from deepseek_mp.controller.scaler import LossScaler, Verdict
@@ -48,6 +47,7 @@ from deepseek_mp.trainer.failed_step import let_go, undone_if_it_fails
 from deepseek_mp.trainer.replay import find_first_bad_module
 from deepseek_mp.trainer.result import StepFacts, StepResult
 from deepseek_mp.trainer.rng import get_rng, set_rng
+from deepseek_mp.trainer.step_flops import StepFlops
 from deepseek_mp.trainer.window import MicroBatch, Weight, Window
 
 log = logging.getLogger("deepseek_mp")
@@ -307,7 +307,7 @@ class Stepper:
         with (
             self.monitor.sample(compiled=self._compiled),
             warnings.catch_warnings(),
-            FlopCounterMode(display=False) as counter,
+            StepFlops() as counter,
         ):
             warnings.filterwarnings("ignore", message="Using `torch.compile", category=UserWarning)
             yield
