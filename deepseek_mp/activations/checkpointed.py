@@ -61,7 +61,7 @@ def replaced_forwards(blocks: Iterable[nn.Module], around: Around) -> Iterator[N
 
 
 class _Forward:
-    """Stands in for the forward of a block. Copies of the block, made meanwhile, find the block's own."""
+    """Stands in for the forward of a block."""
 
     def __init__(self, block: nn.Module, forward: Forward, around: Around) -> None:
         self._block, self._forward, self._around = block, forward, around

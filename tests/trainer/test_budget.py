@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_mp import MixedPrecisionTrainer
+from deepseek_mp import MixedPrecisionTrainer, find_batch_size
+from deepseek_mp.activations import ActivationSettings
+from deepseek_mp.activations.record import SavedReason
+from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn.delayed import scales_of
+from deepseek_mp.precision import Reason
+from deepseek_mp.trainer import step
 
 LEAST = 0.01
 """Out of reach: every block is taken."""
@@ -90,3 +95,155 @@ def _rng_after(mode):
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "delayed"])
 def test_training_is_the_same_with(options, mode):
     assert_same(trained(mode, **options), trained(mode, **options, activation_memory_budget=LEAST))
+
+
+def test_it_keeps_to_the_budget_and_says_so():
+    trainer = trained(steps=1, activation_memory_budget=0.6)
+    choice = trainer.recomputed_blocks
+    assert choice.is_within
+    assert 0 < len(choice.recomputed) < 4
+    assert choice.bytes_after <= 0.6 * choice.bytes_before
+    assert all(block.bytes_freed > 0 and block.forward_ms > 0 for block in choice.blocks)
+
+
+def test_saved_bytes_are_those_that_were_promised():
+    trainer = trained(steps=1, activation_memory_budget=0.6)
+    kept = []
+    choice, real = trainer.recomputed_blocks, trainer.stepper.compute
+    held = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.state_dict().values()}
+
+    def counted(call):
+        def pack(x):
+            if x.untyped_storage().data_ptr() not in held:
+                kept.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            return real(call)
+
+    trainer.stepper.compute = counted
+    trainer.step(batches()[1])
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    loss = 2 * 8 * 5 * 4  # of the log-softmax, which is not the model's
+    assert sum(storages.values()) == pytest.approx(choice.bytes_after, abs=loss + 1024)
+
+
+def test_a_budget_of_everything_computes_nothing_again():
+    trainer = trained(steps=1, activation_memory_budget=1.0)
+    assert trainer.recomputed_blocks.recomputed == ()
+
+
+def test_there_is_no_choice_before_a_step_or_without_a_budget():
+    assert make(activation_memory_budget=0.5).recomputed_blocks is None
+    assert trained(steps=1).recomputed_blocks is None
+
+
+def test_decisions_say_what_was_found(tmp_path):
+    trainer = make(activation_memory_budget=LEAST)
+    said = []
+    trainer.recorder.decided = said.extend
+    trainer.step(batches()[0])
+    reasons = {decision.layer: decision.reason for decision in said}
+    assert reasons == {"": Reason.NOT_RECOMPUTED} | {f"blocks.{i}": Reason.RECOMPUTED for i in range(4)}
+    assert "all that frees any" in said[0].detail
+    assert said[0].evidence["bytes_after"] == trainer.recomputed_blocks.bytes_after
+
+
+def test_a_model_without_repeated_blocks_is_refused():
+    with pytest.raises(ConfigError, match=r"on a model without repeated blocks.*compile=True"):
+        make(model=nn.Linear(4, 4), activation_memory_budget=0.5)
+
+
+def test_evaluation_keeps_everything():
+    trainer = trained(steps=1, activation_memory_budget=LEAST)
+    trainer.settle()
+    before = trainer.model.blocks[0].norm.num_batches_tracked.clone()
+    plain = trained(steps=1)
+    assert trainer.evaluate(batches(3)) == plain.evaluate(batches(3))
+    assert torch.equal(trainer.predict(batches()[0]), plain.predict(batches()[0]))
+    assert torch.equal(before, trainer.model.blocks[0].norm.num_batches_tracked)
+
+
+def test_a_resumed_run_goes_on_as_one_that_was_not_interrupted(tmp_path):
+    part = trained(steps=3, activation_memory_budget=0.6)
+    part.save(tmp_path / "point")
+    resumed = make(activation_memory_budget=LEAST)
+    resumed.load(tmp_path / "point")
+    for batch in batches()[3:]:
+        resumed.step(batch)
+    resumed.settle()
+    assert_same(trained(steps=6), resumed)
+
+
+def test_the_precision_may_change_between_steps():
+    runs = []
+    for budget in (None, LEAST):
+        trainer = trained("fp32", steps=2, activation_memory_budget=budget)
+        trainer.change_plan("delayed")
+        for batch in batches()[2:]:
+            trainer.step(batch)
+        trainer.settle()
+        runs.append(trainer)
+    assert_same(*runs)
+
+
+def test_the_largest_batch_is_found_and_leaves_nothing_behind():
+    trainer, untouched = make(activation_memory_budget=LEAST), make(activation_memory_budget=LEAST)
+    found = find_batch_size(trainer, lambda size: (INPUTS[:size], LABELS[:size]), limit=8)
+    assert found.size == 8
+    assert_same(trainer, untouched)
+    for each in (trainer, untouched):
+        torch.manual_seed(3)
+        for batch in batches(3):
+            each.step(batch)
+        each.settle()
+    assert_same(trainer, untouched)
+
+
+def test_a_step_that_is_skipped_names_the_module_and_leaves_nothing():
+    bad = INPUTS[:2].clone()
+    bad[0, 0, 0] = float("inf")
+    runs = []
+    for budget in (None, LEAST):
+        trainer = trained(steps=2, activation_memory_budget=budget)
+        result = trainer.step((bad, LABELS[:2]))
+        assert result.status == "skipped"
+        assert result.first_bad_module == "blocks.0.norm"
+        trainer.step(batches()[2])
+        trainer.settle()
+        runs.append(trainer)
+    assert_same(*runs)
+
+
+def test_the_monitor_counts_what_it_would_without():
+    usages = []
+    for budget in (None, LEAST):
+        trainer = trained("bf16", activation_memory_budget=budget, monitor_every=1, statistics_every=1)
+        usages.append((trainer.monitor.log_precision_usage(), trainer.stepper.flops, trainer.monitor.alarms_raised))
+    (plain, flops, alarms), (budgeted, budgeted_flops, budgeted_alarms) = usages
+    assert plain.counts == budgeted.counts
+    assert flops == budgeted_flops
+    assert alarms == budgeted_alarms
+    assert plain.statistics == budgeted.statistics
+
+
+def test_with_compressed_activations_blocks_keep_their_inputs_as_they_are():
+    trainer = make(activations=ActivationSettings(min_bytes=1), activation_memory_budget=LEAST)
+    trainer.step((INPUTS.repeat(8, 1, 1), LABELS.repeat(8, 1)))
+    saved = trainer.activations.saved
+    blocks = [entry for entry in saved if entry.module.startswith("blocks")]
+    assert not [entry for entry in blocks if entry.reason is SavedReason.COMPRESSED]
+    assert [entry for entry in saved if entry.module == "head" and entry.reason is SavedReason.COMPRESSED]
+    kept = [entry for entry in blocks if entry.reason is SavedReason.OPERATION]
+    assert sum(entry.bytes_after for entry in kept) == sum(entry.bytes_before for entry in kept) > 0
+
+
+def test_weights_that_are_cast_in_one_pass(monkeypatch):
+    monkeypatch.setattr(step, "SLOWER_IN_ONE_PASS", ())
+    for options in ({}, {"gradient_accumulation_steps": 2}):
+        assert_same(trained("bf16", **options), trained("bf16", **options, activation_memory_budget=LEAST))
+
+
+def test_with_auto_the_blocks_are_chosen_once_the_plan_is():
+    trainer = trained("auto", steps=2, activation_memory_budget=LEAST, adapt=False)
+    assert len(trainer.recomputed_blocks.recomputed) == 4
