@@ -97,6 +97,7 @@ class BlockState:
         Raises:
             ConfigError: a buffer's value is not known any more.
         """
+        set_random_states(self._random, self.device)
         for module, numbers, buffers in zip(self.modules, self._numbers, self._buffers, strict=True):
             vars(module).update(numbers)
             for name, kept in buffers.items():
