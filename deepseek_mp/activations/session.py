@@ -26,6 +26,7 @@ from deepseek_mp.activations.operations import NOT_POSITIVE_IF_STOPPED, TOLERANT
 from deepseek_mp.activations.origin import Held, is_plain
 from deepseek_mp.activations.places import Places
 from deepseek_mp.activations.record import Pair, SavedForm, SavedReason
+from deepseek_mp.activations.seeds import Seeds
 from deepseek_mp.activations.settings import ActivationSettings
 from deepseek_mp.activations.sharing import Entry, Key, Saved, key_of
 from deepseek_mp.activations.stored import Kept, Stored
@@ -72,6 +73,7 @@ class Session(TorchFunctionMode):
         self._saved = {form: Saved() for form in SavedForm}
         self._counted = Saved()
         self._random = random.Random(settings.seed << 64 | number)
+        self._seeds = Seeds(self._random)
         self._operation = ""
         self._running: NormCall | None = None
         self._input: _Input | None = None
@@ -182,8 +184,10 @@ class Session(TorchFunctionMode):
         return (Kept(x), (SavedForm.KEPT, SavedReason.NO_GRADIENT)) if made is None else (made, choice)
 
     def _rounded(self, x: Tensor) -> Stored:
-        stochastic = self._settings.rounding is Rounding.STOCHASTIC
-        seed = self._random.randint(0, _LARGEST_SEED) if stochastic else None
+        if self._settings.rounding is Rounding.NEAREST:
+            return rounded(x, self._settings.group, None)
+        on_cpu = x.device.type == "cpu"
+        seed = self._random.randint(0, _LARGEST_SEED) if on_cpu else self._seeds.next(x.device)
         return rounded(x, self._settings.group, seed)
 
     def _bits(self, x: Tensor) -> Stored | None:

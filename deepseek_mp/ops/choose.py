@@ -27,6 +27,7 @@ IMPLEMENTATIONS = {
     "made": ("triton", "reference"),
     "product": ("native", "triton", "reference"),
     "row_sums": ("triton", "reference"),
+    "packing": ("triton", "reference"),
 }
 """By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
@@ -142,6 +143,12 @@ def made_of(op: str, name: str) -> Callable[..., Any]:
 def row_sums_of(name: str) -> RowSums:
     """The function behind an implementation's name."""
     run: RowSums = _module("row_sums", name).row_sums
+    return run
+
+
+def packing_of(op: str, name: str) -> Callable[..., Tensor]:
+    """The function behind an implementation's name, for a function of `ops.packing`; its arguments differ by op."""
+    run: Callable[..., Tensor] = getattr(_module("packing", name), op)
     return run
 
 
