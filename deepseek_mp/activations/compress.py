@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -33,6 +34,8 @@ _CASTS = {group: Cast(FORMAT, f"1x{group}", power_of_two=False, rows=True, colum
 
 def is_dense(x: Tensor) -> bool:
     """Whether the values of a strided tensor fill a piece of memory without gaps, each once."""
+    if x.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size == 1:
@@ -62,8 +65,19 @@ def rounded(x: Tensor, group: int, seed: Tensor | int | None) -> Rounded:
     cast = [
         run(part.view(-1, group), _CASTS[group], _seed(seed, number, x.device))[:2] for number, part in enumerate(parts)
     ]
-    values, scale = cast[0] if len(cast) == 1 else (torch.cat([q for q, _ in cast]), torch.cat([s for _, s in cast], 1))
+    values, scale = cast[0] if len(cast) == 1 else _joined(cast)
     return Rounded(values, scale, None if whole == count else flat[whole:].clone(), Geometry.of(x))
+
+
+def _joined(cast: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    with torch.autocast(cast[0][0].device.type, enabled=False):
+        return torch.cat([values for values, _ in cast]), torch.cat([scale for _, scale in cast], 1)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Forwards run in autocast regions, which would cast in between, and refuse FP8. Kernels know nothing of them."""
+    kernels = all(_implementation(device, f"1x{group}") == "triton" for group in GROUPS)
+    return nullcontext() if kernels else torch.autocast(device.type, enabled=False)
 
 
 def _together(device: torch.device, implementation: str) -> int:

@@ -20,6 +20,7 @@ from deepseek_mp.activations.compress import (
     rounded_bytes,
     signs,
     two_valued,
+    without_autocast,
 )
 from deepseek_mp.activations.norm_relu import NormCall, Recomputed, argument, is_exact, norm_call
 from deepseek_mp.activations.operations import NOT_POSITIVE_IF_STOPPED, TOLERANT, is_statistic, reads_sign
@@ -80,12 +81,8 @@ class Session(TorchFunctionMode):
         self._norm: _Norm | None = None
         self._outputs: dict[Key, Recomputed] = {}
 
-    def begin(self) -> None:
-        self._places.begin()
-
     def end(self) -> None:
-        """Take the hooks away and let go of tensors."""
-        self._places.end()
+        """Let go of tensors."""
         self._settle()
         self._outputs.clear()
 
@@ -178,8 +175,7 @@ class Session(TorchFunctionMode):
         form, _ = choice
         if form is SavedForm.KEPT:
             return Kept(x), choice
-        # Forwards run in autocast regions, which would cast in between, and refuse FP8.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             made = self._rounded(x) if form is SavedForm.FP8 else self._bits(x)
         return (Kept(x), (SavedForm.KEPT, SavedReason.NO_GRADIENT)) if made is None else (made, choice)
 

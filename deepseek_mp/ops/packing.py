@@ -5,14 +5,14 @@ Both implementations give the same bits. Triton needs one pass, and one launch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from deepseek_mp.ops.choose import has_kernels, packing_of
+from deepseek_mp.backends import capabilities
+from deepseek_mp.ops.choose import choose, has_kernels, packing_of
 
 Rule = Literal["above", "not_below"]
 """Which values of a tensor are ones: those above zero, or those that are not zero or below, NaN among them."""
@@ -28,7 +28,8 @@ def unpack_groups(values: Tensor, scale: Tensor, rest: Tensor | None, count: int
         rest: what follows the last whole group, as it is, in `dtype`; None: nothing.
         count: of all numbers, the rest included.
     """
-    return _run("unpack_groups", values.device)(values, scale, rest, count, dtype)
+    run = packing_of("unpack_groups", _with_fp8(values.device, f"1x{values.shape[1]}"))
+    return run(values, scale, rest, count, dtype)
 
 
 @torch.no_grad()
@@ -37,19 +38,21 @@ def pack_bits(x: Tensor, rule: Rule = "above") -> Tensor:
 
     Bits beyond the last value are zero.
     """
-    return _run("pack_bits", x.device)(x, rule)
+    return packing_of("pack_bits", _of_bits(x.device))(x, rule)
 
 
 @torch.no_grad()
 def unpack_bits(packed: Tensor, count: int, dtype: torch.dtype, one: Tensor | None = None) -> Tensor:
     """[count] in `dtype`: zeros, and in the place of ones 1 or, where given, the number `one` [] of that type."""
-    return _run("unpack_bits", packed.device)(packed, count, dtype, one)
-
-
-def _run(op: str, device: torch.device) -> Callable[..., Tensor]:
-    return packing_of(op, _implementation(device))
+    return packing_of("unpack_bits", _of_bits(packed.device))(packed, count, dtype, one)
 
 
 @cache
-def _implementation(device: torch.device) -> str:
+def _with_fp8(device: torch.device, granularity: str) -> str:
+    """Only devices with FP8 units convert from FP8."""
+    return choose("quantise", [granularity], capabilities(device))
+
+
+@cache
+def _of_bits(device: torch.device) -> str:
     return "triton" if has_kernels(device) else "reference"

@@ -10,7 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp.activations.block_costs import measure_blocks
 from deepseek_mp.activations.block_state import Writes
+from deepseek_mp.nn import convert
 from deepseek_mp.nn.again import is_computed_again
+from deepseek_mp.nn.delayed import place_scales, scales_of
+from deepseek_mp.precision import PrecisionPlan
 
 CPU = torch.device("cpu")
 
@@ -80,6 +83,14 @@ def test_nothing_is_left_behind():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all("forward" not in vars(block) for block in model.blocks)
     assert not is_computed_again()
+
+
+def test_delayed_scales_have_seen_nothing():
+    model = Model(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8)))
+    convert(model, PrecisionPlan.of("fp32", {"blocks.0.0": "delayed"}), emulate=True)
+    place_scales(model)
+    measure(model, torch.randn(4, 16))
+    assert not any(bool(amax) for scales in scales_of(model) for amax in scales.amax)
 
 
 def test_who_counts_calls_can_tell():
