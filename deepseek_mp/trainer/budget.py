@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from deepseek_mp.activations.block_costs import measure_blocks
@@ -40,6 +41,23 @@ def with_budget(run: Run, trainer: MixedPrecisionTrainer) -> Run:
     return Budgeted(run, trainer, budget)
 
 
+def trial_within_budget(
+    run: Run, model: nn.Module, config: TrainerConfig, call: calls.Call, device: torch.device
+) -> Run:
+    """`run` for the trials of `auto`, before there is a plan: within the budget too, of blocks chosen for FP32."""
+    budget = config.activation_memory_budget
+    if budget is None or config.compile:
+        return run
+    blocks, writes = _blocks(model), Writes()
+    choice = choose_blocks(measure_blocks(model, blocks, lambda: calls.invoke(model, call), device, writes), budget)
+
+    def within(call: calls.Call) -> calls.Result:
+        with recomputed_blocks([blocks[name] for name in choice.recomputed], device, writes):
+            return run(call)
+
+    return within
+
+
 def blocks_of(trainer: MixedPrecisionTrainer) -> BlockChoice | None:
     """What was chosen; None before the first step and without a budget."""
     compute = trainer.stepper.compute if trainer.has_stepper else None
@@ -55,9 +73,7 @@ class Budgeted:
     def __init__(self, run: Run, trainer: MixedPrecisionTrainer, budget: float) -> None:
         self.run = run
         self._trainer, self._budget = trainer, budget
-        repeated = set(repeated_blocks(trainer.model))
-        self._blocks = {name: module for name, module in trainer.model.named_modules() if module in repeated}
-        self._writes = Writes()
+        self._blocks, self._writes = _blocks(trainer.model), Writes()
         self.choice: BlockChoice | None = None
 
     def __call__(self, call: calls.Call) -> calls.Result:
@@ -74,6 +90,11 @@ class Budgeted:
         self.choice = choose_blocks(cost, self._budget)
         trainer.recorder.decided(_decisions(self.choice, trainer.plan.base.name))
         return self.choice
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    repeated = set(repeated_blocks(model))
+    return {name: module for name, module in model.named_modules() if module in repeated}
 
 
 def _decisions(choice: BlockChoice, base: str) -> list[Decision]:

@@ -18,6 +18,7 @@ from deepseek_mp.nn.convert import prepare
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
 from deepseek_mp.trainer.auto import choose_plan
+from deepseek_mp.trainer.budget import trial_within_budget
 from deepseek_mp.trainer.compile import compiled_run
 from deepseek_mp.trainer.config import TrainerConfig
 
@@ -92,7 +93,7 @@ def measured_plan(
 ) -> PrecisionPlan:
     """The fastest plan for this batch, timed with what training will call; `cache` gets the timings."""
     moved = calls.move(calls.parse_batch(batch), device)
-    run = compiled_run(model, loss_fn, config.compile)
+    run = trial_within_budget(compiled_run(model, loss_fn, config.compile), model, config, moved, device)
     return choose_plan(
         model,
         lambda: run(moved).loss,

@@ -8,11 +8,12 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, find_batch_size
 from deepseek_mp.activations import ActivationSettings
+from deepseek_mp.activations.block_state import BlockState
 from deepseek_mp.activations.record import SavedReason
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn.delayed import scales_of
-from deepseek_mp.precision import Reason
-from deepseek_mp.trainer import step
+from deepseek_mp.precision import PrecisionPlan, Reason
+from deepseek_mp.trainer import planning, step
 
 LEAST = 0.01
 """Out of reach: every block is taken."""
@@ -244,6 +245,26 @@ def test_weights_that_are_cast_in_one_pass(monkeypatch):
         assert_same(trained("bf16", **options), trained("bf16", **options, activation_memory_budget=LEAST))
 
 
-def test_with_auto_the_blocks_are_chosen_once_the_plan_is():
-    trainer = trained("auto", steps=2, activation_memory_budget=LEAST, adapt=False)
+def test_with_auto_trials_are_within_the_budget_too_and_blocks_are_chosen_once_the_plan_is(monkeypatch):
+    recomputed = []
+
+    def noted(self, block, device, writes):
+        recomputed.append(block)
+        made(self, block, device, writes)
+
+    made = BlockState.__init__
+    trainer = make("auto", activation_memory_budget=LEAST, adapt=False)
+    tried = []
+
+    def choose(_model, run, **_):
+        monkeypatch.setattr(BlockState, "__init__", noted)
+        tried.append(run())
+        tried[0].backward()
+        monkeypatch.setattr(BlockState, "__init__", made)
+        return PrecisionPlan.of("fp32")
+
+    monkeypatch.setattr(planning, "choose_plan", choose)
+    trainer.step(batches()[0])
+    trainer.settle()
+    assert recomputed == list(trainer.model.blocks)
     assert len(trainer.recomputed_blocks.recomputed) == 4
