@@ -11,6 +11,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+_ALIKE = 0.9
+"""Copies of one block differ in their timings by as much. Of blocks alike the earliest is taken: when the backward
+comes to it, what later blocks keep is gone, so that its second run is not at the peak."""
 _LEAST_MS = 1e-6
 """A time of zero is one that the clock could not tell."""
 
@@ -104,8 +107,8 @@ class BlockChoice:
 def choose_blocks(cost: ForwardCost, budget: float) -> BlockChoice:
     """Blocks in order of the bytes that each frees for its time, until the forward is within the budget.
 
-    In the end those are dropped again, the slowest first, that turned out not to be needed. If the budget is out of
-    reach, all are taken that free anything.
+    Blocks that are alike in that are taken from the model's first to its last. In the end those are dropped again, the
+    last ones first, that turned out not to be needed. If the budget is out of reach, all are taken that free anything.
 
     Args:
         budget: share, above 0 and up to 1, of the bytes kept if nothing is computed again.
@@ -139,7 +142,8 @@ def _taken(cost: ForwardCost, allowed: int) -> list[BlockCost]:
         useful = [block for block in left if freed[block.name] > 0]
         if not useful:
             break
-        best = max(useful, key=lambda block: freed[block.name] / max(block.forward_ms, _LEAST_MS))
+        gain = {block.name: freed[block.name] / max(block.forward_ms, _LEAST_MS) for block in useful}
+        best = next(block for block in useful if gain[block.name] >= _ALIKE * max(gain.values()))
         kept -= freed[best.name]
         holders.subtract(best.saved)
         holders.update(best.inputs)
@@ -160,7 +164,7 @@ def _needed(cost: ForwardCost, taken: list[BlockCost], allowed: int) -> frozense
     again = frozenset(block.name for block in taken)
     if cost.kept_bytes(again) > allowed:
         return again
-    for block in sorted(taken, key=lambda block: -block.forward_ms):
+    for block in reversed(taken):
         fewer = again - {block.name}
         if cost.kept_bytes(fewer) <= allowed:
             again = fewer

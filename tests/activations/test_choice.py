@@ -35,6 +35,11 @@ def test_the_cheapest_by_byte_come_first():
     assert choose_blocks(cost, 0.4).extra_ms == 3
 
 
+def test_of_blocks_that_are_alike_the_first_come_first():
+    cost = forward((1.04, 100, 0), (1.0, 100, 0), (1.02, 100, 0), (0.5, 100, 0))
+    assert choose_blocks(cost, 0.5).recomputed == ("b0", "b3")
+
+
 def test_what_turns_out_not_to_be_needed_is_dropped():
     # b0 frees most for its time, but b1, which has to come too, is enough alone.
     choice = choose_blocks(forward((1, 20, 0), (10, 150, 0)), 0.2)
