@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from deepseek_mp.activations.checkpointed import recomputed_blocks
 from deepseek_mp.activations.choice import BlockChoice, ChosenBlock, choose_blocks
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
+from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import Decision, Reason
 from deepseek_mp.trainer.compile import repeated_blocks
 from deepseek_mp.trainer.config import TrainerConfig
@@ -58,6 +60,12 @@ def trial_within_budget(
     return within
 
 
+def run_within_budget(compute: Run, model: nn.Module, call: calls.Call, loss_fn: LossFn | None) -> calls.Result:
+    """`calls.run` of the model and the loss, where a step would be `compute`: within its budget, if it has one."""
+    with compute.region() if isinstance(compute, Budgeted) else nullcontext():
+        return calls.run(model, call, loss_fn)
+
+
 def blocks_of(trainer: MixedPrecisionTrainer) -> BlockChoice | None:
     """What was chosen; None before the first step and without a budget."""
     compute = trainer.stepper.compute if trainer.has_stepper else None
@@ -77,19 +85,23 @@ class Budgeted:
         self.choice: BlockChoice | None = None
 
     def __call__(self, call: calls.Call) -> calls.Result:
-        choice = self.choice or self._choose(call)
-        chosen = [self._blocks[name] for name in choice.recomputed]
-        with recomputed_blocks(chosen, self._trainer.device, self._writes):
+        if self.choice is None:
+            self._choose(call)
+        with self.region():
             return self.run(call)
 
-    def _choose(self, call: calls.Call) -> BlockChoice:
+    def region(self) -> AbstractContextManager[None]:
+        """Context for a forward whose backward computes again what was chosen; nothing before that."""
+        chosen = () if self.choice is None else self.choice.recomputed
+        return recomputed_blocks([self._blocks[name] for name in chosen], self._trainer.device, self._writes)
+
+    def _choose(self, call: calls.Call) -> None:
         trainer = self._trainer
         cost = measure_blocks(
             trainer.model, self._blocks, lambda: calls.invoke(trainer.model, call), trainer.device, self._writes
         )
         self.choice = choose_blocks(cost, self._budget)
         trainer.recorder.decided(_decisions(self.choice, trainer.plan.base.name))
-        return self.choice
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:

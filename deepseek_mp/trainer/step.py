@@ -41,6 +41,7 @@ from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import state
+from deepseek_mp.trainer.budget import run_within_budget
 from deepseek_mp.trainer.buffers import BufferGuard
 from deepseek_mp.trainer.compile import many_plans
 from deepseek_mp.trainer.failed_step import let_go, undone_if_it_fails
@@ -149,8 +150,7 @@ class Stepper:
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled
         self.change_plan(region, scaler)
-        self._weights_move = False
-        self._loss_named = False
+        self._weights_move = self._loss_named = False
         self._pending: Pending | None = None
         self.windows_opened = 0
         self._before: tuple[Weight | None, int] = None, 0
@@ -446,10 +446,10 @@ class Stepper:
         """The first module to produce a non-finite value when the window is run again."""
 
         def compute(entry: MicroBatch) -> Tensor:
-            moved = calls.move(calls.parse_batch(entry.batch), self.device)
+            call = calls.move(calls.parse_batch(entry.batch), self.device)
             with self.region.flags():
                 with self.region.autocast(cache=False):
-                    loss = calls.run(self.model, moved, self.loss_fn).loss
+                    loss = run_within_budget(self.compute, self.model, call, self.loss_fn).loss
                 with backends.autocast(self.device, "fp32"):
                     (loss * scale).backward()
             return loss

@@ -11,9 +11,10 @@ from deepseek_mp.activations import ActivationSettings
 from deepseek_mp.activations.block_state import BlockState
 from deepseek_mp.activations.record import SavedReason
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.nn.again import is_computed_again
 from deepseek_mp.nn.delayed import scales_of
 from deepseek_mp.precision import PrecisionPlan, Reason
-from deepseek_mp.trainer import planning, step
+from deepseek_mp.trainer import planning, replay, step
 
 LEAST = 0.01
 """Out of reach: every block is taken."""
@@ -214,6 +215,24 @@ def test_a_step_that_is_skipped_names_the_module_and_leaves_nothing():
         trainer.settle()
         runs.append(trainer)
     assert_same(*runs)
+
+
+def test_the_replay_of_a_skipped_step_keeps_to_the_budget_and_looks_at_each_module_once(monkeypatch):
+    trainer, seen, checked = trained(steps=2, activation_memory_budget=LEAST), [], []
+    init, bad = BlockState.__init__, replay._bad
+
+    def noted(self, block, device, writes):
+        seen.append(block)
+        init(self, block, device, writes)
+
+    monkeypatch.setattr(BlockState, "__init__", noted)
+    monkeypatch.setattr(replay, "_bad", lambda tree: checked.append(is_computed_again()) or bad(tree))
+    inputs = INPUTS[:2].clone()
+    inputs[0, 0, 0] = float("inf")
+    assert trainer.step((inputs, LABELS[:2])).status == "skipped"
+    assert seen == 2 * list(trainer.model.blocks)
+    assert checked
+    assert not any(checked)
 
 
 def test_the_monitor_counts_what_it_would_without():
