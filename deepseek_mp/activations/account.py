@@ -25,7 +25,10 @@ class Account:
 
     def add(self, place: tuple[str, str], form: SavedForm, reason: SavedReason, *, before: int, after: int) -> None:
         """One more tensor, saved at a place: a module and an operation."""
-        amount = self._amounts.setdefault((*place, form, reason), _Amount())
+        kind = *place, form, reason
+        amount = self._amounts.get(kind)
+        if amount is None:
+            amount = self._amounts[kind] = _Amount()
         amount.tensors += 1
         amount.before += before
         amount.after += after

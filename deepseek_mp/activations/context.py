@@ -40,7 +40,6 @@ def compressed_activations(
         number = _forwards.get(model, 0)
         _forwards[model] = number + 1
     session = Session(model, settings or ActivationSettings(), number)
-    session.begin()
     try:
         with saved_tensors_hooks(session.pack, restore), session:
             yield session.account

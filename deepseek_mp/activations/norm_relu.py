@@ -93,13 +93,13 @@ def is_exact(recomputed: Recomputed, output: Tensor) -> bool:
     if known not in _proven:
         with own_work():
             again = recomputed.restore()
-            if again.dtype is not output.dtype or not _same_bits(again, output):
+            if again.dtype is not output.dtype or not same_bits(again, output):
                 return False
         _proven.add(known)
     return True
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal with NaN in the same places."""
     return bool(torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
 

@@ -20,12 +20,14 @@ from deepseek_mp.activations.compress import (
     rounded_bytes,
     signs,
     two_valued,
+    without_autocast,
 )
 from deepseek_mp.activations.norm_relu import NormCall, Recomputed, argument, is_exact, norm_call
 from deepseek_mp.activations.operations import NOT_POSITIVE_IF_STOPPED, TOLERANT, is_statistic, reads_sign
 from deepseek_mp.activations.origin import Held, is_plain
 from deepseek_mp.activations.places import Places
 from deepseek_mp.activations.record import Pair, SavedForm, SavedReason
+from deepseek_mp.activations.seeds import Seeds
 from deepseek_mp.activations.settings import ActivationSettings
 from deepseek_mp.activations.sharing import Entry, Key, Saved, key_of
 from deepseek_mp.activations.stored import Kept, Stored
@@ -73,18 +75,15 @@ class Session(TorchFunctionMode):
         self._saved = {form: Saved() for form in SavedForm}
         self._counted = Saved()
         self._random = random.Random(settings.seed << 64 | number)
+        self._seeds = Seeds(self._random)
         self._operation = ""
         self._running: NormCall | None = None
         self._input: _Input | None = None
         self._norm: _Norm | None = None
         self._outputs: dict[Key, Recomputed] = {}
 
-    def begin(self) -> None:
-        self._places.begin()
-
     def end(self) -> None:
-        """Take the hooks away and let go of tensors."""
-        self._places.end()
+        """Let go of tensors."""
         self._settle()
         self._outputs.clear()
 
@@ -179,14 +178,15 @@ class Session(TorchFunctionMode):
         form, _ = choice
         if form is SavedForm.KEPT:
             return Kept(x), choice
-        # Forwards run in autocast regions, which would cast in between, and refuse FP8.
-        with own_work(), torch.autocast(x.device.type, enabled=False):
+        with own_work(), without_autocast(x.device):
             made = self._rounded(x) if form is SavedForm.FP8 else self._bits(x)
         return (Kept(x), (SavedForm.KEPT, SavedReason.NO_GRADIENT)) if made is None else (made, choice)
 
     def _rounded(self, x: Tensor) -> Stored:
-        stochastic = self._settings.rounding is Rounding.STOCHASTIC
-        seed = self._random.randint(0, _LARGEST_SEED) if stochastic else None
+        if self._settings.rounding is Rounding.NEAREST:
+            return rounded(x, self._settings.group, None)
+        on_cpu = x.device.type == "cpu"
+        seed = self._random.randint(0, _LARGEST_SEED) if on_cpu else self._seeds.next(x.device)
         return rounded(x, self._settings.group, seed)
 
     def _bits(self, x: Tensor) -> Stored | None:

@@ -54,6 +54,8 @@ class ActivationSettings:
 
     def keeps(self, module: str) -> bool:
         """Whether a pattern matches the name of the module or of one around it."""
+        if not self.keep:
+            return False
         parts = module.split(".")
         names = [".".join(parts[: count + 1]) for count in range(len(parts))]
         return any(fnmatchcase(name, pattern) for pattern in self.keep for name in names)

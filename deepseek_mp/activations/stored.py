@@ -10,10 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deepseek_mp.ops.reference.product import dequantise
-
-PIECE = 1 << 22
-"""Values that are brought into another form at once: a multiple of the rows that a cast adds up to."""
+from deepseek_mp.ops.packing import unpack_bits, unpack_groups
 
 
 class Stored(Protocol):
@@ -65,43 +62,29 @@ class Kept:
 class Rounded:
     """FP8 values and scales of groups in the order of memory, and what is left of the last group as it is."""
 
-    def __init__(self, values: Tensor, scale: Tensor, rest: Tensor, geometry: Geometry) -> None:
+    def __init__(self, values: Tensor, scale: Tensor, rest: Tensor | None, geometry: Geometry) -> None:
         """`values` [rows, group] and `scale` [1, rows] as `ops.schema.quantise` gives them; there may be rows more."""
         self._values, self._scale, self._rest, self._geometry = values, scale, rest, geometry
-        self.nbytes = values.nbytes + scale.nbytes + rest.nbytes
+        self.nbytes = values.nbytes + scale.nbytes + (0 if rest is None else rest.nbytes)
 
-    @torch.no_grad()
     def restore(self) -> Tensor:
         """The rounded numbers, as a new tensor."""
-        rows, group = self._values.shape
-        count = self._geometry.shape.numel()
-        whole = count - self._rest.numel()
-        flat = torch.empty(count, dtype=self._geometry.dtype, device=self._values.device)
-        step = PIECE // group
-        for start in range(0, rows, step):
-            # In pieces, so that no FP32 tensor of the full size is needed beside it.
-            piece = dequantise(self._values[start : start + step], self._scale[:, start : start + step], f"1x{group}")
-            part = flat[start * group : min(start * group + piece.numel(), whole)]
-            part.copy_(piece.flatten()[: part.numel()])
-        flat[whole:] = self._rest
-        return self._geometry.shaped(flat)
+        count, dtype = self._geometry.shape.numel(), self._geometry.dtype
+        return self._geometry.shaped(unpack_groups(self._values, self._scale, self._rest, count, dtype))
 
 
 class Bits:
     """A tensor of two values, zero and one other, in one bit each."""
 
-    def __init__(self, mask: Tensor, geometry: Geometry, one: Tensor | None = None) -> None:
-        """`mask` is bool [n], in the order of memory; `one` the other value, of no dimension (None: 1 or True)."""
-        self._packed, self._geometry, self._one = _packed(mask), geometry, one
-        self.nbytes = self._packed.nbytes + (0 if one is None else one.nbytes)
+    def __init__(self, packed: Tensor, geometry: Geometry, one: Tensor | None = None) -> None:
+        """`packed` as `ops.packing.pack_bits` gives it; `one` the other value, of no dimension (None: 1 or True)."""
+        self._packed, self._geometry, self._one = packed, geometry, one
+        self.nbytes = packed.nbytes + (0 if one is None else one.nbytes)
 
-    @torch.no_grad()
     def restore(self) -> Tensor:
         """The tensor, exactly, or ones in the place of what is not zero."""
-        shifts = torch.arange(8, dtype=torch.uint8, device=self._packed.device)
-        bits = self._packed[:, None].bitwise_right_shift(shifts).bitwise_and_(1).flatten()
-        flat = bits[: self._geometry.shape.numel()].to(self._geometry.dtype)
-        return self._geometry.shaped(flat if self._one is None else flat * self._one)
+        count, dtype = self._geometry.shape.numel(), self._geometry.dtype
+        return self._geometry.shaped(unpack_bits(self._packed, count, dtype, self._one))
 
 
 def version_of(x: Tensor) -> int:
@@ -118,12 +101,3 @@ def check_version(tensor: Tensor, version: int) -> None:
             "saved inside compressed_activations, which left it as it is. Use the operation that is not in place, or "
             "write to a clone."
         )
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """bool [n] as uint8 [n / 8], rounded up."""
-    count = mask.numel()
-    bits = mask.new_zeros((count + 7) // 8 * 8, dtype=torch.uint8)
-    bits[:count] = mask
-    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return bits.view(-1, 8).bitwise_left_shift(shifts).sum(1, dtype=torch.uint8)

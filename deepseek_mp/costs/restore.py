@@ -24,7 +24,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
-        self._random = _random_states(device)
+        self._random = random_states(device)
         self._modules = list(model.modules())
         self._training = [module.training for module in self._modules]
         self._buffers = [dict(module._buffers) for module in self._modules]  # noqa: SLF001
@@ -41,17 +41,18 @@ class Snapshot:
             for buffer in buffers.values():
                 if buffer is not None:
                     buffer.copy_(self._values[id(buffer)])
-        _set_random_states(self._random, self._device)
+        set_random_states(self._random, self._device)
 
 
-def _random_states(device: torch.device) -> tuple[Any, ...]:
-    """Python's, numpy's and PyTorch's generators, those of the CPU and of the device."""
+def random_states(device: torch.device) -> tuple[Any, ...]:
+    """The states of Python's, numpy's and PyTorch's generators, those of the CPU and of the device."""
     with current_device(device):
         own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), own
 
 
-def _set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
+def set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
+    """Put back what `random_states` gave."""
     python, numpy, cpu, own = states
     random.setstate(python)
     np.random.set_state(numpy)

@@ -23,6 +23,7 @@ from deepseek_mp.monitor.counts import Phase
 from deepseek_mp.monitor.places import OUTSIDE, Place, Places, is_narrow
 from deepseek_mp.monitor.reasons import why_wide
 from deepseek_mp.monitor.tally import Tally
+from deepseek_mp.nn.again import is_computed_again
 from deepseek_mp.ops.own_work import is_own_work
 from deepseek_mp.precision import Reason
 
@@ -103,7 +104,7 @@ class DispatchTap(TorchDispatchMode):
     ) -> Any:
         if any(kind is not torch.Tensor and kind is not nn.Parameter for kind in types):
             return NotImplemented  # the subclass takes the operation apart, and the parts come here
-        counts = self.recorder.counting and func is not _DETACH and not is_own_work()
+        counts = self.recorder.counting and func is not _DETACH and not is_own_work() and not is_computed_again()
         phase = self.recorder.phase(func) if counts else None
         if phase is None:
             return func(*args, **(kwargs or {}))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deepseek_mp.monitor import internals
+from deepseek_mp.nn.again import is_computed_again
 
 Called = Callable[[bool], None]
 """Called before each call of the model; its argument says whether the model's module hooks have already run."""
@@ -27,7 +28,7 @@ class RootHook:
         self._called = called
 
     def __call__(self, _module: nn.Module, _args: Any) -> None:
-        if torch.compiler.is_compiling() or self._called is None:
+        if torch.compiler.is_compiling() or self._called is None or is_computed_again():
             return
         self._called(True)
 

@@ -27,6 +27,7 @@ from deepseek_mp.monitor.places import Places
 from deepseek_mp.monitor.reasons import wide_layers
 from deepseek_mp.monitor.tally import Tally
 from deepseek_mp.monitor.taps import DispatchTap, Recorder, hook_modules, layer_names
+from deepseek_mp.nn.again import is_computed_again
 
 MAX_FORWARDS = 64
 """Forwards without a backward that one open-ended window counts: a loop of them is not one step."""
@@ -115,9 +116,12 @@ class Window:
         return self.is_held or self._withdraw()
 
     def _entered(self, module: nn.Module, _args: Any) -> None:
-        self.places.enter(module)
+        if not is_computed_again():
+            self.places.enter(module)
 
     def _left(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if is_computed_again():
+            return
         self.places.leave(module)
         ended = module is self._model and not self.places.here.stack
         # Without gradients, or after an error (PyTorch then gives None), no backward can follow.

@@ -31,6 +31,7 @@ IMPLEMENTATIONS = {
     "product": ("native", "triton", "reference"),
     "row_sums": ("triton", "reference"),
     "cross_entropy": ("triton", "reference"),
+    "packing": ("triton", "reference"),
 }
 """By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
@@ -172,6 +173,12 @@ def kernel_runs(device: torch.device, what: str, once: Callable[[], object]) -> 
         log.warning("%s: without a kernel on %s: %s: %s", what, device, type(error).__name__, error)
         return False
     return True
+
+
+def packing_of(op: str, name: str) -> Callable[..., Tensor]:
+    """The function behind an implementation's name, for a function of `ops.packing`; its arguments differ by op."""
+    run: Callable[..., Tensor] = getattr(_module("packing", name), op)
+    return run
 
 
 def has_kernels(device: torch.device) -> bool:

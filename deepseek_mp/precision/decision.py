@@ -67,6 +67,10 @@ class Reason(StrEnum):
     """A way to save memory that was taken, since a step did not fit without."""
     MEMORY_LEFT = "memory_left"
     """A way to save memory that was not taken, for what the detail says."""
+    RECOMPUTED = "recomputed"
+    """What its backward needs is computed again there, to keep to a budget of memory."""
+    NOT_RECOMPUTED = "not_recomputed"
+    """What its backward needs is kept in spite of a budget of memory, for what the detail says."""
     RESUMED = "resumed"
     """Taken from the plan stored with a checkpoint."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_mp.nn.again import is_computed_again
 from deepseek_mp.nn.call import Call, LossFn, Result
 from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.ops.statistics import SPREAD_FIELDS
@@ -207,6 +208,8 @@ class Probe:
 
     def _forward_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if is_computed_again():
+                return
             self._order.setdefault(name, len(self._order))
             if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
                 return

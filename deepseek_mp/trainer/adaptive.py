@@ -36,6 +36,7 @@ from deepseek_mp.profiler.layer_times import LayerCosts
 from deepseek_mp.sensitivity import Arrived, Measured, Probe, Sent
 from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs
+from deepseek_mp.trainer.budget import run_within_budget
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.config import TrainerConfig
 from deepseek_mp.trainer.gradient_watch import GradientWatch
@@ -314,7 +315,7 @@ class AdaptivePrecision(Callback):
         probe = Probe(self._modules, recipes, rows=ROWS, seed=trainer.steps_attempted, both_ways=False)
         with trainer.monitor.paused(), torch.enable_grad(), region.flags(), probe.watching(call):
             with region.autocast(cache=False):
-                found = run(trainer.model, call, trainer.loss_fn)
+                found = run_within_budget(trainer.stepper.compute, trainer.model, call, trainer.loss_fn)
             probe.loss_is(found, trainer.loss_fn)
             probe.backward(found.loss)
         self._sent = probe.send()

@@ -9,6 +9,7 @@ from deepseek_mp.controller.scaler import LossScaler
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import call as calls
 from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer.budget import with_budget
 from deepseek_mp.trainer.compile import compiled_run
 from deepseek_mp.trainer.compressed import with_activations
 from deepseek_mp.trainer.fused_loss import with_fused_loss
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def computation(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Callable[[calls.Call], calls.Result]:
-    """From a call to its loss: the trainer's model and loss, compiled, fused or compressed as it is set."""
+    """From a call to its loss: the trainer's model and loss, compiled, fused, compressed or within a budget."""
     config = trainer.config
     run = compiled_run(trainer.model, trainer.loss_fn, config.compile, config.activation_memory_budget)
-    return with_activations(with_fused_loss(run, trainer, plan), trainer)
+    return with_budget(with_activations(with_fused_loss(run, trainer, plan), trainer), trainer)
 
 
 def assemble_stepper(

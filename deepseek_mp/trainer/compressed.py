@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from deepseek_mp.activations import Account, ActivationRecord, ActivationSettings, compressed_activations
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
+from deepseek_mp.trainer.budget import Budgeted
 from deepseek_mp.trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def check_activations(config: TrainerConfig) -> None:
 def activations_of(trainer: MixedPrecisionTrainer) -> ActivationRecord | None:
     """The record of the last forward; None before the first and where nothing is compressed."""
     compute = trainer.stepper.compute if trainer.has_stepper else None
-    return compute.record if isinstance(compute, Compressed) else None
+    run = compute.run if isinstance(compute, Budgeted) else compute
+    return run.record if isinstance(run, Compressed) else None
 
 
 def with_activations(run: Run, trainer: MixedPrecisionTrainer) -> Run:

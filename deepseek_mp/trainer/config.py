@@ -110,10 +110,6 @@ class TrainerConfig:
         budget = self.activation_memory_budget
         if budget is not None and not (_is_positive(budget) and budget <= 1):
             raise _refuse("activation_memory_budget", budget, "None or a number above 0 and up to 1")
-        if budget is not None and not self.compile:
-            passed = f"activation_memory_budget={budget!r} without compile"
-            allowed = "it in compiled code, whose compiler chooses what to compute again"
-            raise ConfigError(explain(passed, allowed, "Use compile=True or 'regional', or activations=True"))
 
     def _check_adapt(self) -> None:
         if self.adapt is not None and not isinstance(self.adapt, bool | AdaptiveSettings):

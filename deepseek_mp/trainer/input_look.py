@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from deepseek_mp.nn.again import is_computed_again
 from deepseek_mp.nn.conv1x1 import Convolution
 from deepseek_mp.nn.lazy import Lazy, peeked, some_rows
 from deepseek_mp.ops.host_copy import HostCopy
@@ -88,7 +89,7 @@ class InputLook:
 
     def see(self, name: str, module: nn.Module, given: Any) -> None:
         """Note how large the input of a layer is, in a training step."""
-        if not (self.active and module.training and isinstance(given, Tensor) and given.numel()):
+        if is_computed_again() or not (self.active and module.training and isinstance(given, Tensor) and given.numel()):
             return
         channels = _channels(module, given)
         if self._last is None or self._last[0] is not given or self._last[1] != channels:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from deepseek_mp import backends
-from deepseek_mp.activations import ActivationRecord, ActivationSettings
+from deepseek_mp.activations import ActivationRecord, ActivationSettings, BlockChoice
 from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale, make_policy
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.costs import CostCache
@@ -33,6 +33,7 @@ from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
 from deepseek_mp.trainer.adaptive import AdaptivePrecision, adaptive_of, looks_ended, with_adaptive
 from deepseek_mp.trainer.assembly import assemble_stepper, computation
+from deepseek_mp.trainer.budget import blocks_of, check_budget
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile
 from deepseek_mp.trainer.compressed import activations_of, check_activations
@@ -96,8 +97,8 @@ class MixedPrecisionTrainer:
         fused_loss: compute cross entropy in chunks from the input of the model's last layer, so that its output is
             never held whole (docs/memory.md): 'auto' where that is possible and saves memory, True always, or refused.
         activations: keep large tensors for the backward in FP8, masks in bits; `ActivationSettings` says which.
-        activation_memory_budget: share of the bytes kept for the backward by compiled code; the rest is computed
-            again, exactly, what is cheapest by byte first (docs/activations.md). None is 1.
+        activation_memory_budget: share of the bytes kept for the backward; the rest is computed again, exactly, what is
+            cheapest by byte first (docs/activations.md): parts of compiled code, or repeated blocks. None is 1.
         memory: GiB that a step may hold, or 'auto' for what the device has: what saves memory for the least time is
             taken, as trials with the first batch say (docs/memory.md); `trainer.memory` says what and why.
         device: where to train; None: where the model is if that is an accelerator, else the best here.
@@ -167,6 +168,7 @@ class MixedPrecisionTrainer:
             check_compile(model, compile)
             check_fused_loss(self.config, loss_fn)
             check_activations(self.config)
+            check_budget(model, self.config)
             plan = requested_plan(model, self.config, self.capabilities)
             self._plan = None if plan is None else self._apply(plan)
             seed_everything(seed)
@@ -209,6 +211,11 @@ class MixedPrecisionTrainer:
         """What the last forward kept in which form, where activations are compressed."""
         return activations_of(self)
 
+    @property
+    def recomputed_blocks(self) -> BlockChoice | None:
+        """Which blocks the backward computes again, their times and bytes, under a budget without `compile`."""
+        return blocks_of(self)
+
     def change_plan(self, plan: str | PrecisionPlan, *, pin: Mapping[str, str | Recipe] | None = None) -> PrecisionPlan:
         """Train on in another precision, from the next step on; returns the plan, now in force, with its decisions.
 
@@ -245,16 +252,7 @@ class MixedPrecisionTrainer:
     def _measure(self, batch: Any) -> PrecisionPlan:
         """Choose the plan by timing the first batch."""
         with Progress(self._progress) as shown, self.monitor.paused():
-            return measured_plan(
-                self.model,
-                batch,
-                self.config,
-                loss_fn=self.loss_fn,
-                device=self.device,
-                capabilities=self.capabilities,
-                cache=self.costs,
-                progress=shown.stage,
-            )
+            return measured_plan(self, batch, shown.stage)
 
     def _install(self, plan: PrecisionPlan) -> None:
         """Build everything that depends on the plan, which the model was converted to."""

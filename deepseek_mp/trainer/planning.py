@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from deepseek_mp.backends import Capabilities
-from deepseek_mp.costs import CostCache
 from deepseek_mp.errors import ConfigError, PlanError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn import memory_format_of
 from deepseek_mp.nn.convert import prepare
-from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
 from deepseek_mp.trainer.auto import choose_plan
+from deepseek_mp.trainer.budget import trial_within_budget
 from deepseek_mp.trainer.compile import compiled_run
 from deepseek_mp.trainer.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 
 def requested_plan(model: nn.Module, config: TrainerConfig, capabilities: Capabilities) -> PrecisionPlan | None:
@@ -79,29 +80,20 @@ def _check_any(model: nn.Module, config: TrainerConfig, capabilities: Capabiliti
     raise errors[0]
 
 
-def measured_plan(
-    model: nn.Module,
-    batch: Any,
-    config: TrainerConfig,
-    *,
-    loss_fn: LossFn | None,
-    device: torch.device,
-    capabilities: Capabilities,
-    cache: CostCache,
-    progress: Callable[[str, float], None],
-) -> PrecisionPlan:
-    """The fastest plan for this batch, timed with what training will call; `cache` gets the timings."""
+def measured_plan(trainer: MixedPrecisionTrainer, batch: Any, progress: Callable[[str, float], None]) -> PrecisionPlan:
+    """The fastest plan for this batch, timed with what training will call; the trainer's cache gets the timings."""
+    model, config, device = trainer.model, trainer.config, trainer.device
     moved = calls.move(calls.parse_batch(batch), device)
-    run = compiled_run(model, loss_fn, config.compile)
+    run = trial_within_budget(compiled_run(model, trainer.loss_fn, config.compile), model, config, moved, device)
     return choose_plan(
         model,
         lambda: run(moved).loss,
         device=device,
-        capabilities=capabilities,
+        capabilities=trainer.capabilities,
         pins=config.pin or {},
         compiled=bool(config.compile),
         emulate=config.emulate,
         kernels=config.kernels,
-        cache=cache,
+        cache=trainer.costs,
         progress=progress,
     )

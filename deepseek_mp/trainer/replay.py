@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_mp.nn.again import is_computed_again
 from deepseek_mp.nn.nested import numbers, tensors
 from deepseek_mp.trainer.rng import rng_state, set_rng, set_rng_state
 from deepseek_mp.trainer.window import MicroBatch
@@ -64,10 +65,12 @@ def find_first_bad_module(
     return None
 
 
+@torch.no_grad()  # what a look saved would be missing in a block that is computed again
 def _bad(tree: Any) -> bool:
     return any(not bool(torch.isfinite(part).all()) for part in numbers(tree))
 
 
+@torch.no_grad()
 def _has_nan(tree: Any) -> bool:
     return any(bool(torch.isnan(part).any()) for part in numbers(tree))
 
@@ -121,6 +124,8 @@ class _Watch:
 
     def _forward_hook(self, name: str) -> Callable[..., None]:
         def check(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if is_computed_again():
+                return
             inputs, outputs = list(tensors((args, kwargs))), list(tensors(output))
             if _bad(outputs):
                 shown = name or type(module).__name__

@@ -41,13 +41,14 @@ from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import state
+from deepseek_mp.trainer.budget import run_within_budget
 from deepseek_mp.trainer.buffers import BufferGuard
 from deepseek_mp.trainer.compile import many_plans
 from deepseek_mp.trainer.failed_step import let_go, undone_if_it_fails
-from deepseek_mp.trainer.flop_count import flop_counter
 from deepseek_mp.trainer.replay import find_first_bad_module
 from deepseek_mp.trainer.result import StepFacts, StepResult
 from deepseek_mp.trainer.rng import get_rng, set_rng
+from deepseek_mp.trainer.step_flops import StepFlops
 from deepseek_mp.trainer.window import MicroBatch, Weight, Window
 
 log = logging.getLogger("deepseek_mp")
@@ -304,11 +305,7 @@ class Stepper:
         if not self.counts or (known and self.windows_opened % self.monitor_every):
             yield
             return
-        with (
-            self.monitor.sample(compiled=self._compiled),
-            warnings.catch_warnings(),
-            flop_counter() as counter,
-        ):
+        with self.monitor.sample(compiled=self._compiled), warnings.catch_warnings(), StepFlops() as counter:
             warnings.filterwarnings("ignore", message="Using `torch.compile", category=UserWarning)
             yield
         self.flops = counter.get_total_flops()
@@ -446,10 +443,10 @@ class Stepper:
         """The first module to produce a non-finite value when the window is run again."""
 
         def compute(entry: MicroBatch) -> Tensor:
-            moved = calls.move(calls.parse_batch(entry.batch), self.device)
+            call = calls.move(calls.parse_batch(entry.batch), self.device)
             with self.region.flags():
                 with self.region.autocast(cache=False):
-                    loss = calls.run(self.model, moved, self.loss_fn).loss
+                    loss = run_within_budget(self.compute, self.model, call, self.loss_fn).loss
                 with backends.autocast(self.device, "fp32"):
                     (loss * scale).backward()
             return loss

@@ -79,8 +79,8 @@ def test_a_mask_in_another_order_of_memory():
 def test_a_tensor_that_is_cast_in_pieces(monkeypatch):
     x = torch.randn(300, 128)
     whole = rounded(x, 128, None).restore()
-    monkeypatch.setattr("deepseek_mp.activations.compress.REFERENCE_PIECE", 128 * 128)
-    monkeypatch.setattr("deepseek_mp.activations.stored.PIECE", 64 * 128)
+    monkeypatch.setattr("deepseek_mp.activations.compress.CPU_PIECE", 128 * 128)
+    monkeypatch.setattr("deepseek_mp.ops.reference.packing.PIECE", 64 * 128)
     in_pieces = rounded(x, 128, None)
     assert torch.equal(in_pieces.restore(), whole)
     assert in_pieces.nbytes == rounded_bytes(x.numel(), 128)

@@ -5,6 +5,7 @@ import torch
 
 from deepseek_mp.activations.compress import mask_bits, rounded
 from deepseek_mp.activations.stored import Bits, Geometry, Kept, check_version, version_of
+from deepseek_mp.ops.packing import pack_bits
 
 
 def test_kept_has_the_memory_of_the_tensor_and_no_history():
@@ -42,7 +43,7 @@ def test_bits_of_a_matrix_keep_its_strides_and_value():
     mask = torch.rand(6, 5) < 0.5
     x = torch.where(mask, 2.5, 0.0).bfloat16().t()
     one = torch.tensor(2.5, dtype=torch.bfloat16)
-    restored = Bits(mask.flatten(), Geometry.of(x), one).restore()
+    restored = Bits(pack_bits(mask.flatten()), Geometry.of(x), one).restore()
     assert torch.equal(restored, x)
     assert restored.stride() == x.stride()
     assert restored.dtype is torch.bfloat16

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from deepseek_mp.activations.block_state import Writes
+from deepseek_mp.activations.checkpointed import recomputed_blocks
 from deepseek_mp.nn.call import parse_batch, run
 from deepseek_mp.precision import RECIPES, Operand
 from deepseek_mp.sensitivity import Probe
@@ -103,6 +105,21 @@ def test_a_checkpointed_unit_is_seen_once():
 
 def fail(*_):
     raise RuntimeError("on purpose")
+
+
+def test_a_block_that_is_computed_again_draws_no_other_samples():
+    data = [batch(64) for _ in range(3)]
+    readings = []
+    for again in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
+        units = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        probe = Probe(units, [RECIPES["tensor"]], rows=8)
+        for each in data:
+            with recomputed_blocks(model if again else [], torch.device("cpu"), Writes()):
+                step(probe, model, each)
+        readings.append(probe.read())
+    assert readings[0] == readings[1]
 
 
 def test_hooks_and_random_numbers_are_as_before_also_after_an_exception():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepseek_mp.nn.again import computed_again
 from deepseek_mp.nn.lazy import lazy
 from deepseek_mp.trainer import input_look
 from deepseek_mp.trainer.input_look import InputLook
@@ -67,6 +68,13 @@ def test_probes_evaluations_and_empty_batches_are_not_looked_at():
     model["a"](torch.full((4, 8), 99.0))
     model.train()
     model["a"](torch.ones(0, 8))
+    assert look.veto() is None
+
+
+def test_a_forward_that_is_computed_again_is_not_looked_at():
+    model, look = looking({"a": 10.0})
+    with computed_again():
+        model["a"](torch.full((4, 8), 20.0))
     assert look.veto() is None
 
 

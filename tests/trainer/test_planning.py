@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_mp import PrecisionPlan, backends
+from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan, backends
 from deepseek_mp.costs import CostCache
 from deepseek_mp.errors import FormatError, PlanError
 from deepseek_mp.nn import Unit
@@ -61,11 +61,10 @@ def test_a_recipe_is_a_mode(mode):
 
 def test_measuring_takes_the_batch_and_tells_how_far_it_is():
     told = []
-    plan = measured_plan(
-        model(), (torch.randn(2, 3, 8, 8), torch.tensor([0, 1])), TrainerConfig(pin={"2": "fp32"}), loss_fn=None,
-        device=torch.device("cpu"), capabilities=CPU, cache=CostCache(disk=False),
-        progress=lambda text, share: told.append(share),
-    )  # fmt: skip
+    trainer = MixedPrecisionTrainer(model(), pin={"2": "fp32"}, device="cpu")
+    trainer.costs = CostCache(disk=False)
+    batch = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    plan = measured_plan(trainer, batch, lambda text, share: told.append(share))
     assert plan.rules[0].pattern == "2"
     assert told == sorted(told)
     assert told[-1] == 1.0

@@ -1,17 +1,30 @@
-"""Counting FLOPs: the number is PyTorch's, and no output is computed for its sake."""
+"""FLOPs of a step are the model's: what is computed again is not counted."""
+
+from __future__ import annotations
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from deepseek_mp.nn.again import computed_again
 from deepseek_mp.nn.deferred import deferring, is_pending
-from deepseek_mp.trainer.flop_count import flop_counter
+from deepseek_mp.trainer.step_flops import StepFlops
+
+
+def test_what_is_computed_again_does_not_count():
+    a, b = torch.ones(2, 3), torch.ones(3, 4)
+    with StepFlops() as flops:
+        a @ b
+        with computed_again():
+            again = a @ b
+    assert flops.get_total_flops() == 2 * 2 * 3 * 4
+    assert torch.equal(again, a @ b)
 
 
 def test_the_number_is_pytorch_s():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.Conv1d(3, 5, 2)), torch.randn(2, 3, 4)
     counts = []
-    for counter in (flop_counter(), FlopCounterMode(display=False)):
+    for counter in (StepFlops(), FlopCounterMode(display=False)):
         with counter:
             model(x).sum().backward()
         counts.append(counter.get_total_flops())
@@ -20,7 +33,7 @@ def test_the_number_is_pytorch_s():
 
 def test_an_output_that_nobody_reads_is_not_computed():
     layer = nn.Linear(4, 8)
-    with flop_counter() as counter, deferring(layer):
+    with StepFlops() as counter, deferring(layer):
         output = layer(torch.randn(2, 4))
     assert is_pending(output)
     assert counter.get_total_flops() == 0

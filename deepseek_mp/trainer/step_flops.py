@@ -1,0 +1,36 @@
+"""Counts the floating-point operations of a step as its model defines them: what is computed again counts once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepseek_mp.nn.again import is_computed_again
+
+
+class _Everywhere:
+    """Stands for PyTorch's tracker of modules, whose hooks read the graph of every module's output.
+
+    An output that is not computed unless somebody reads it (`nn.deferred`) would be computed for that.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class StepFlops(FlopCounterMode):
+    """PyTorch's counter of the whole alone, not by module, which passes over what is measured or computed again."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        tracker: Any = _Everywhere()
+        self.mod_tracker = tracker
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        if is_computed_again():
+            return out
+        return super()._count_flops(func_packet, out, args, kwargs)  # type: ignore[no-untyped-call]
