@@ -1,7 +1,11 @@
-"""Host memory that is allocated once and shared out: pinned, so that copies run beside the device's work."""
+"""Host memory that is allocated once and shared out, since fresh pages cost more than writing to them.
+
+Pinned where it is copied from and to, so that copies run beside the device's work.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +26,19 @@ class Arena:
     def parts(self, shapes: Sequence[torch.Size]) -> list[Tensor]:
         """Views of these shapes, one behind the other."""
         return list(_views(self.flat, shapes))
+
+
+class Scratch(threading.local):
+    """Memory for what is needed for a moment only, one block for each thread."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def of(self, values: int) -> Tensor:
+        """fp32 [values], of any content, until the thread asks again."""
+        if self._flat.numel() < values:
+            self._flat = torch.empty(values)
+        return self._flat[:values]
 
 
 def allocate(values: int, dtype: torch.dtype, *, pin: bool) -> Arena:

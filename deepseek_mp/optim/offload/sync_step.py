@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import MixedPrecisionError, explain
@@ -15,7 +14,7 @@ from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
 from deepseek_mp.optim.offload.host_chunk import HostChunk
 from deepseek_mp.optim.offload.lanes import Lanes
-from deepseek_mp.optim.offload.verdict import Verdict
+from deepseek_mp.optim.offload.verdict import Scaling, Verdict
 from deepseek_mp.optim.offload.worker import Worker
 
 
@@ -72,7 +71,7 @@ class SyncStep:
         """
         self.check_whole()
         if verdict.reason is None:
-            self.apply(verdict.factor)
+            self.apply(verdict.scaling)
 
     def check_whole(self) -> None:
         if self.broken is not None:
@@ -80,7 +79,7 @@ class SyncStep:
             change = "Load a saved state, and keep undo=True"
             raise MixedPrecisionError(explain(passed, "steps from a whole state", change)) from self.broken
 
-    def apply(self, factor: Tensor | None) -> None:
+    def apply(self, scaling: Scaling) -> None:
         """Step all chunks, in the order in which forward reads them."""
         self.prepare()
         groups = rule.options(self.parts.owner().param_groups)
@@ -89,9 +88,9 @@ class SyncStep:
             for chunk in reversed(self.parts.chunks):
                 if chunk.has_gradients:
                     begun.append(chunk)
-                    self.step_chunk(chunk, factor, groups)
+                    self.step_chunk(chunk, scaling, groups)
                     self.send(chunk)
-            self.step_device_part(factor)
+            self.step_device_part(scaling)
         except BaseException as error:
             self.take_back(begun, error)
             raise
@@ -105,23 +104,21 @@ class SyncStep:
         for pair in pairs:
             pair.adopt()
 
-    def step_chunk(self, chunk: HostChunk, factor: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Step a chunk on the gradients of its masters; what it changes is kept first."""
-        states = self.parts.owner().state
+    def step_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Step a chunk on the gradients of its masters."""
         chunk.freed(self.parts.lanes)
-        chunk.keep(states)
-        chunk.update(groups, states, chunk.gradients(), factor)
+        chunk.step(groups, self.parts.owner().state, chunk.gradients(), scaling)
 
     def send(self, chunk: HostChunk) -> None:
         """Send a chunk's weights up, and let forward wait for them."""
         chunk.send(self.parts.lanes)
         self.parts.waits.sent(chunk.number, chunk.uploads)
 
-    def step_device_part(self, factor: Tensor | None) -> None:
+    def step_device_part(self, scaling: Scaling) -> None:
         """Last, since nothing is kept of it: when it fails, its own state is unknown."""
         owner: Any = self.parts.owner()
         try:
-            self.parts.device.step(owner.param_groups, owner.state, factor)
+            self.parts.device.step(owner.param_groups, owner.state, scaling)
         except BaseException as error:
             self.broken = error
             raise
