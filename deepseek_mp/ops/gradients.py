@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from deepseek_mp.ops.moved import moved
+
 
 def gradient_views(params: Iterable[Tensor]) -> list[Tensor]:
     """The gradients of `params` as dense real tensors that share their memory.
@@ -52,7 +54,7 @@ def norms(grads: Sequence[Tensor], order: float = 2.0) -> Tensor:
     found = {place: iter(torch._foreach_norm(group, order, dtype=dtype)) for place, group in groups.items()}
     if len(found) == 1:
         return torch.stack(list(found[home]))
-    return torch.stack([next(found[grad.device]).to(home, non_blocking=True) for grad in grads])
+    return torch.stack([moved(next(found[grad.device]), home) for grad in grads])
 
 
 def l2_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -89,7 +91,7 @@ def moment_ratios(
     """
     own = list(grads)
     if divisor is not None:
-        own = list(torch._foreach_mul(own, divisor.to(own[0].device, non_blocking=True).reciprocal()))
+        own = list(torch._foreach_mul(own, moved(divisor, own[0].device).reciprocal()))
     seconds = list(torch._foreach_lerp(list(moments), torch._foreach_mul(own, own), 1 - beta))
     torch._foreach_clamp_min_(seconds, eps**2)
     torch._foreach_sqrt_(seconds)
@@ -100,4 +102,4 @@ def multiply_(grads: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply every gradient in place by a 0-dim factor."""
     with torch.no_grad():
         for device, group in _by_device(grads).items():
-            torch._foreach_mul_(group, factor.to(device, non_blocking=True))
+            torch._foreach_mul_(group, moved(factor, device))

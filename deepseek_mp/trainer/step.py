@@ -41,7 +41,7 @@ from deepseek_mp.ops import gradients
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer import state
+from deepseek_mp.trainer import offloaded, state
 from deepseek_mp.trainer.buffers import BufferGuard
 from deepseek_mp.trainer.compile import many_plans
 from deepseek_mp.trainer.failed_step import let_go, undone_if_it_fails
@@ -141,7 +141,7 @@ class Stepper:
         self.finished, self.before = finished, before
         self.window = Window()
         self.skipped_in_row = 0
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = offloaded.without_masters(optimizer)
         self._parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
@@ -203,7 +203,7 @@ class Stepper:
         """The open window as tensors and JSON values; without tensors if none is open."""
         if not self.window.micro_batches:
             return {}, self.window.save()
-        tensors = {f"gradient.{name}": g for name, g in state.gradients(self.model).items()}
+        tensors = {f"gradient.{name}": g for name, g in state.gradients(self.model, self.optimizer).items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers.saved().items()}
         return tensors, self.window.save()
 
@@ -217,11 +217,12 @@ class Stepper:
         for name, tensor in tensors.items():
             kind, rest = name.split(".", 1)
             parts[kind][rest] = tensor
-        state.load_gradients(self.model, parts["gradient"])
+        state.load_gradients(self.model, self.optimizer, parts["gradient"])
         self._buffers.load_saved(parts["buffer"])
 
     def _clear_gradients(self) -> None:
         """No parameter of the model or the optimizer has a gradient (Module.zero_grad walks the model)."""
+        offloaded.between_steps(self.optimizer)
         for param in self._parameters:
             param.grad = None
 
@@ -281,7 +282,7 @@ class Stepper:
             return
         plan, mark = current_plan(self.model), None
         # A hook behind the accumulation may step an optimizer there, and fused ones leave no mark on a weight.
-        if self.accumulation > 1 and not any(param._post_accumulate_grad_hooks for param in self._parameters):  # noqa: SLF001
+        if self.accumulation > 1 and not offloaded.step_in_backward(self._parameters, self.optimizer):
             mark = _marks(self._parameters), plan
         quantised = nullcontext() if mark is None else self._weights.lent(mark)
         with quantised, nullcontext() if self._casts is None else self._casts.lent(plan, mark):
@@ -458,9 +459,8 @@ class Stepper:
         guard.keep([*self._buffers.more, *(amax for scales in scales_of(self.model) for amax in scales.amax)])
         guard.snapshot()
         try:
-            trained = [param for group in self.optimizer.param_groups for param in group["params"]]
-            with self.monitor.paused():
-                return find_first_bad_module(self.model, window.entries, compute, self.device, others=trained)
+            with self.monitor.paused(), offloaded.paused(self.optimizer):
+                return find_first_bad_module(self.model, window.entries, compute, self.device, others=self._parameters)
         finally:
             guard.restore()
 

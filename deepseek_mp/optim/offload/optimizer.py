@@ -8,7 +8,8 @@ get their new values back at the end of a step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.storage_marks import mark_master, unmark
 from deepseek_mp.optim.adamw import check_options
 from deepseek_mp.optim.offload import rule, schedule
 from deepseek_mp.optim.offload.delayed_step import DelayedStep
@@ -92,6 +94,7 @@ class OffloadedOptimizer(Optimizer):
         self._chunk_of: dict[int, HostChunk] = {}
         self._task = -1
         self._passes = 0
+        self._is_paused = False
         masters = self._take_over(_members(groups), device)
         taken = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
         super().__init__(taken, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **rule.OPTIONS})
@@ -118,6 +121,24 @@ class OffloadedOptimizer(Optimizer):
     def pinning_refused(self) -> str | None:
         """Why pinned memory could not be had, where it was asked for."""
         return next((arena.refused for chunk in self._chunks for arena in chunk.arenas if arena.refused), None)
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        """Each parameter of the model that is trained, and its master."""
+        return list(self._pairs.values())
+
+    @property
+    def waits_in_forward(self) -> bool:
+        """Whether hooks of the model wait for weights where they are read; else the end of `step` does."""
+        return self._waits.attached
+
+    def trains(self, parameter: Tensor) -> bool:
+        """Whether it was made for this parameter of the model."""
+        return id(parameter) in self._pairs
+
+    def hooks(self, parameter: Tensor) -> bool:
+        """Whether it has a hook behind the accumulation of this parameter's gradient."""
+        return self.trains(parameter) and self._pairs[id(parameter)].master is not parameter
 
     def master(self, parameter: Tensor) -> nn.Parameter:
         """The FP32 weight that a parameter is rounded from; the parameter itself if it is one."""
@@ -150,14 +171,49 @@ class OffloadedOptimizer(Optimizer):
         super().zero_grad(set_to_none=True)
         return loss
 
+    def settle(self) -> None:
+        """Bring masters and states to where the last `step` left them, for others to read before the next one.
+
+        In mode 'delayed' this is what the next step begins with. In 'speculative' chunks are put back that were stepped
+        ahead of it, which costs their time.
+        """
+        self._land()
+        with torch.no_grad():
+            self._mode.settle()
+
+    def wait_for_weights(self) -> None:
+        """Let the device wait for all weights that are on their way, before they are read outside of the forward."""
+        self._waits.wait_all()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, gradients stay with the model's parameters; they are of something else than a step."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside, gradients are taken although somebody has set the hooks of the parameters aside."""
+        before, self._handles = self._handles, []
+        for pair in self._pairs.values():
+            if pair.master is not pair.parameter:
+                self._hook(pair.parameter)
+        try:
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = before
+
     def synchronize(self) -> None:
         """Finish what is outstanding: masters, states and the model's weights are then those after the last step.
 
         In mode 'delayed' the next forward sees newer weights than it would have, so calls change the numbers.
         """
-        self._land()
-        with torch.no_grad():
-            self._mode.settle()
+        self.settle()
         self._waits.wait_all()
 
     def refresh(self) -> None:
@@ -177,6 +233,8 @@ class OffloadedOptimizer(Optimizer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for pair in self._pairs.values():
+            unmark(pair.parameter)
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -186,12 +244,18 @@ class OffloadedOptimizer(Optimizer):
         saved = super().state_dict()
         masters = [parameter for group in self.param_groups for parameter in group["params"]]
         numbers = {id(master): number for number, master in enumerate(masters)}
-        for pair in self._pairs.values():
-            number = numbers[id(pair.master)]
-            if pair.parameter.dtype is not torch.float32 and number in saved["state"]:
-                pair.adopt()
-                saved["state"][number] = {**saved["state"][number], MASTER: pair.master.detach()}
+        saved["state"] |= {numbers[id(master)]: entries for master, entries in self.saved_states().items()}
         return saved
+
+    def saved_states(self) -> dict[Tensor, dict[str, Any]]:
+        """The state of each master, with the FP32 weight of those that are not FP32 on the device."""
+        self.synchronize()
+        found = {master: dict(entries) for master, entries in self.state.items()}
+        for pair in self._pairs.values():
+            if pair.parameter.dtype is not torch.float32 and pair.master in found:
+                pair.adopt()
+                found[pair.master][MASTER] = pair.master.detach()
+        return found
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -201,6 +265,11 @@ class OffloadedOptimizer(Optimizer):
             passed = "a state with amsgrad or maximize"
             raise ConfigError(explain(passed, "states of AdamW without them", "Train on with torch.optim.AdamW"))
         super().load_state_dict(state_dict)
+        self.adopt_states()
+
+    @torch.no_grad()
+    def adopt_states(self) -> None:
+        """Take over what others have put into `state`, as `saved_states` gave it, and send the weights up."""
         self._mode.broken = None
         for chunk in self._chunks:
             for slot in chunk.slots:
@@ -261,6 +330,7 @@ class OffloadedOptimizer(Optimizer):
         for pair in [*pairs, *self._device_part.pairs]:
             pair.adopt()
             self._pairs[id(pair.parameter)] = pair
+            mark_master(pair.parameter)
             if pair.master is not pair.parameter:
                 self._hook(pair.parameter)
         return {key: pair.master for key, pair in self._pairs.items()}
@@ -296,6 +366,8 @@ class OffloadedOptimizer(Optimizer):
 
     def _arrived(self, parameter: Tensor) -> None:
         """Send a gradient down. Runs in backward, after the gradient has been added to `parameter.grad`."""
+        if self._is_paused:
+            return
         pair = self._pairs[id(parameter)]
         gradient = parameter.grad
         assert gradient is not None
