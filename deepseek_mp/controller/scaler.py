@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from deepseek_mp.controller.loss_scale import LossScalePolicy, make_policy
 from deepseek_mp.errors import ConfigError, LossScaleError, explain
 from deepseek_mp.ops import gradients
+from deepseek_mp.optim.offload.stepped import land
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,8 @@ class LossScaler:
             ConfigError: an argument that is not an Optimizer (a closure, for instance).
         """
         self._check_call(optimizers)
+        for optimizer in optimizers:
+            land(optimizer)
         params = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return self._without_gradients()

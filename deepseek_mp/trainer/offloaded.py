@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.optim.offload import OffloadedOptimizer
+from deepseek_mp.optim.offload.stepped import land
 from deepseek_mp.trainer.config import TrainerConfig
 
 
@@ -134,6 +135,12 @@ def states_loaded(optimizer: Optimizer) -> None:
 def type_name(optimizer: Optimizer) -> str:
     """The rule that it steps by; the state of an offloaded AdamW is one of AdamW, and the other way round."""
     return "AdamW" if isinstance(optimizer, OffloadedOptimizer) else type(optimizer).__name__
+
+
+def with_gradients(optimizer: Optimizer) -> list[Tensor]:
+    """What the optimizer trains and has a gradient, all of which have arrived."""
+    land(optimizer)
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def step_in_backward(parameters: Iterable[Tensor], optimizer: Optimizer) -> bool:

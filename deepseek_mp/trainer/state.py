@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import CheckpointError, explain
-from deepseek_mp.optim.offload.stepped import stepped
+from deepseek_mp.optim.offload.stepped import land, stepped
 from deepseek_mp.trainer import offloaded
 
 Tensors = dict[str, Tensor]
@@ -216,6 +216,7 @@ def _placed(key: str, value: Any, param: Tensor, on_device: bool) -> Any:
 
 def gradients(model: nn.Module, optimizer: Optimizer) -> Tensors:
     """The gradients of an open window, by parameter name."""
+    land(optimizer)
     found = ((name, stepped(optimizer, p).grad) for name, p in model.named_parameters())
     return {name: gradient for name, gradient in found if gradient is not None}
 

@@ -373,7 +373,7 @@ class Stepper:
         """
         found = [flag for flag in (nonfinite, empty) if flag is not None]
         if self.scaler.policy.name not in _FIXED_SCALES:
-            params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            params = offloaded.with_gradients(self.optimizer)
             if params:
                 found.append(gradients.l2_norm(gradients.gradient_views(params)).isfinite().logical_not())
         for flag in found:

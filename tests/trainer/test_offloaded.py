@@ -181,8 +181,9 @@ def test_a_host_step_that_fails_is_taken_back(monkeypatch):
     assert equal(one, two)
 
 
-def test_a_short_window_at_the_end_of_an_epoch():
-    one, two = pair(settings={"mode": "speculative"}, gradient_accumulation_steps=4)
+@pytest.mark.parametrize("mode", EXACT)
+def test_a_short_window_at_the_end_of_an_epoch(mode):
+    one, two = pair(settings={"mode": mode, "worker": LateWorker}, gradient_accumulation_steps=4, max_grad_norm=0.1)
     for trainer in each(one, two):
         trainer.fit(batches(5), epochs=2)
     assert one.steps_applied == two.steps_applied == 4

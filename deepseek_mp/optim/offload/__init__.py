@@ -1,5 +1,6 @@
 """AdamW on the host for a model on a device: schedule, copies, the step as a transaction."""
 
+from deepseek_mp.optim.offload.arena import HostMemory
 from deepseek_mp.optim.offload.calibrate import calibrate
 from deepseek_mp.optim.offload.compression import HostPlacement, Placement, compressed_activations
 from deepseek_mp.optim.offload.optimizer import OffloadedOptimizer
@@ -7,6 +8,7 @@ from deepseek_mp.optim.offload.schedule import Prediction, Rates, Split, Work, p
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
 
 __all__ = [
+    "HostMemory",
     "HostPlacement",
     "OffloadSettings",
     "OffloadedOptimizer",

@@ -41,6 +41,38 @@ class Scratch(threading.local):
         return self._flat[:values]
 
 
+class HostMemory:
+    """Where the arenas of an optimizer come from; those that are given back are handed out again.
+
+    Fresh memory costs more than a step: each page is found at its first use, and pinned memory is locked page by page.
+    So whoever makes one optimizer after the other passes the same `HostMemory` to all of them, and closes each before
+    the next one is made.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.dtype, bool], list[Arena]] = {}
+
+    def take(self, values: int, dtype: torch.dtype, *, pin: bool) -> Arena:
+        """As `allocate`, from what was given back if there is such a block."""
+        known = self._free.get((values, dtype, pin))
+        if not known:
+            return allocate(values, dtype, pin=pin)
+        arena = known.pop()
+        arena.flat.zero_()
+        return arena
+
+    def give_back(self, arenas: Sequence[Arena]) -> None:
+        """Nobody reads or writes these any more."""
+        for arena in arenas:
+            wanted = arena.pinned or arena.refused is not None
+            self._free.setdefault((arena.flat.numel(), arena.flat.dtype, wanted), []).append(arena)
+
+    @property
+    def free_bytes(self) -> int:
+        """Of the blocks that wait to be handed out."""
+        return sum(arena.flat.nbytes for arenas in self._free.values() for arena in arenas)
+
+
 def allocate(values: int, dtype: torch.dtype, *, pin: bool) -> Arena:
     """A block of zeros; pageable memory where pinned memory cannot be had, which the arena then says."""
     refused = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.optim.offload import rule
-from deepseek_mp.optim.offload.arena import Arena, Scratch, allocate
+from deepseek_mp.optim.offload.arena import Arena, HostMemory, Scratch
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.verdict import Scaling
@@ -40,6 +40,7 @@ class Memory:
     two_gradients: bool
     """Whether the gradients of a step and those of the next exist at the same time."""
     scratch: Scratch = field(default_factory=Scratch)
+    source: HostMemory = field(default_factory=HostMemory)
 
 
 @dataclass(eq=False)
@@ -115,7 +116,7 @@ class HostChunk:
         self.values = sum(member.parameter.numel() for member in members)
         self.arenas: list[Arena] = []
         self._uploads: list[Any] = []
-        self._scratch = memory.scratch
+        self._scratch, self._source = memory.scratch, memory.source
         self._kept: dict[Slot, Kept] = {}
         self._rounded = False
         self.kept = False
@@ -289,7 +290,7 @@ class HostChunk:
         return tuple(self._uploads)
 
     def _allocate(self, dtype: torch.dtype, *, pin: bool, values: int | None = None) -> Arena:
-        arena = allocate(self.values if values is None else values, dtype, pin=pin)
+        arena = self._source.take(self.values if values is None else values, dtype, pin=pin)
         self.arenas.append(arena)
         return arena
 

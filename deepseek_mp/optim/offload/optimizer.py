@@ -22,6 +22,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.storage_marks import mark_master, unmark
 from deepseek_mp.optim.adamw import check_options
 from deepseek_mp.optim.offload import rule, schedule
+from deepseek_mp.optim.offload.arena import HostMemory
 from deepseek_mp.optim.offload.delayed_step import DelayedStep
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
@@ -59,7 +60,8 @@ class OffloadedOptimizer(Optimizer):
         model: that has the parameters. Without it, the device waits for all weights at the end of `step`.
         settings: how it is offloaded.
         lanes: makes the copies of a device.
-        worker: makes what runs the host's steps beside the device, in the modes that do so.
+        worker: makes what runs the host's work beside the device.
+        memory: of the host, which `close` gives the arenas back to; masters and states are no more after that.
 
     Raises:
         ConfigError: an option out of its range; parameters of other dtypes or of several devices.
@@ -79,6 +81,7 @@ class OffloadedOptimizer(Optimizer):
         settings: OffloadSettings | None = None,
         lanes: Callable[[torch.device], Lanes] = lanes_for,
         worker: Callable[[], Worker] = ThreadWorker,
+        memory: HostMemory | None = None,
     ) -> None:
         check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.settings = settings or OffloadSettings()
@@ -86,7 +89,7 @@ class OffloadedOptimizer(Optimizer):
         """What the last step did."""
         groups = _as_groups(params)
         device = _check_parameters([p for group in groups for p in group["params"]])
-        self._lanes = lanes(device)
+        self._lanes, self._memory = lanes(device), memory
         self._waits = ForwardWaits(self._lanes)
         self._chunks: list[HostChunk] = []
         self._pairs: dict[int, Pair] = {}
@@ -171,6 +174,13 @@ class OffloadedOptimizer(Optimizer):
         super().zero_grad(set_to_none=True)
         return loss
 
+    def land(self) -> None:
+        """Wait until all gradients that were sent are in the masters' `grad`.
+
+        Needed only by who looks at them before `step` in a window that is shorter than `accumulation`.
+        """
+        self._land()
+
     def settle(self) -> None:
         """Bring masters and states to where the last `step` left them, for others to read before the next one.
 
@@ -229,12 +239,20 @@ class OffloadedOptimizer(Optimizer):
     def close(self) -> None:
         """Wait for what is on its way and remove all hooks; the model trains on without this optimizer."""
         self.synchronize()
+        for chunk in self._chunks:
+            chunk.freed(self._lanes)
         self._waits.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         for pair in self._pairs.values():
             unmark(pair.parameter)
+        if self._memory is not None:
+            self._memory.give_back([arena for chunk in self._chunks for arena in chunk.arenas])
+            self._chunks, self._pairs, self._chunk_of = [], {}, {}
+            self._mode.parts.chunks.clear()
+            self.state.clear()
+            self.param_groups = []
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -321,6 +339,7 @@ class OffloadedOptimizer(Optimizer):
             undo=settings.undo,
             cast_on_host=on_host,
             two_gradients=settings.mode == "delayed",
+            source=self._memory or HostMemory(),
         )
         for part in self._split.host:
             self._chunks.append(HostChunk(part.number, [members[index] for index in part.members], memory))
@@ -389,7 +408,7 @@ class OffloadedOptimizer(Optimizer):
             self._mode.complete(chunk, last=self._passes >= self.settings.accumulation)
 
     def _note_pass(self) -> None:
-        """At the first gradient of a backward: arrange for all of them to be added up when it ends."""
+        """At the first gradient of a backward; at the end of the window's last one, all are added up."""
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return
@@ -397,7 +416,8 @@ class OffloadedOptimizer(Optimizer):
         self._passes += 1
         for chunk in self._chunks:
             chunk.coming.clear()
-        Variable._execution_engine.queue_callback(self._land)
+        if self._passes >= self.settings.accumulation:
+            Variable._execution_engine.queue_callback(self._land)
 
     @torch.no_grad()
     def _land(self) -> None:

@@ -42,12 +42,14 @@ class SpeculativeStep(SyncStep):
         self._scaling = AS_IT_IS
 
     def reopened(self, chunk: HostChunk) -> None:
+        super().reopened(chunk)
         guess = self._guesses.pop(chunk.number, None)
         if guess is not None:
             self._withdraw(chunk, guess)
 
     def complete(self, chunk: HostChunk, *, last: bool) -> None:
         if not last or self.broken is not None:
+            super().complete(chunk, last=last)
             return
         for slot in chunk.slots:
             slot.adopt()
@@ -60,7 +62,7 @@ class SpeculativeStep(SyncStep):
         for chunk in self.parts.chunks:
             guess = self._guesses.get(chunk.number)
             if guess is None:
-                chunk.land(self.parts.lanes)
+                self._land(chunk)
             else:
                 guess.landed.result()
 

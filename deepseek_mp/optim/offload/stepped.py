@@ -15,6 +15,12 @@ def stepped(optimizer: Optimizer, parameter: Tensor) -> Tensor:
     return parameter
 
 
+def land(optimizer: Optimizer) -> None:
+    """All gradients that were sent to the host have been added up. Nothing to do if not offloaded."""
+    if isinstance(optimizer, OffloadedOptimizer):
+        optimizer.land()
+
+
 def settle(optimizer: Optimizer) -> None:
     """Before a step: bring masters and states to where the last one left them. Nothing to do if not offloaded."""
     if isinstance(optimizer, OffloadedOptimizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ class SyncStep:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self._lander = parts.worker()  # another than that of steps, which would let a landing wait for all of a step
+        self._landing: dict[int, Future[Any]] = {}
         self.broken: BaseException | None = None
         """Why the state is not whole: a step failed halfway and could not be taken back."""
         self.redone = 0
@@ -46,18 +49,33 @@ class SyncStep:
 
     def reopened(self, chunk: HostChunk) -> None:
         """Another gradient of this chunk is about to be sent down."""
+        landing = self._landing.pop(chunk.number, None)
+        if landing is not None:
+            landing.result()
 
     def complete(self, chunk: HostChunk, *, last: bool) -> None:
-        """All gradients of a chunk are on their way; `last`: in the last backward of the window."""
+        """All gradients of a chunk are on their way; `last`: in the last backward of the window.
+
+        Those of earlier ones are added up beside what the device does next.
+        """
+        if not last:
+            self._landing[chunk.number] = self._lander.submit(chunk.land, self.parts.lanes)
 
     def land(self) -> None:
         """Wait for gradients and add them."""
         for chunk in self.parts.chunks:
-            chunk.land(self.parts.lanes)
+            self._land(chunk)
+
+    def _land(self, chunk: HostChunk) -> None:
+        SyncStep.reopened(self, chunk)
+        chunk.land(self.parts.lanes)
 
     def forget(self) -> None:
         """The gradients of the window are not wanted."""
         for chunk in self.parts.chunks:
+            landing = self._landing.pop(chunk.number, None)
+            if landing is not None:
+                landing.exception()
             chunk.discard(self.parts.lanes)
 
     def settle(self) -> None:
