@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +72,8 @@ def _host_step(values: int, *, keep: bool) -> Callable[[], None]:
     """The step of one chunk, by the code that trains."""
     memory = Memory(wire=None, pin=False, undo=keep, cast_on_host=True, two_gradients=False)
     member = Member(parameter=nn.Parameter(torch.zeros(values, dtype=torch.bfloat16)), group=0)
-    chunk, states = HostChunk(0, [member], memory), {}
+    chunk = HostChunk(0, [member], memory)
+    states: dict[Any, dict[str, Any]] = {}
     for slot in chunk.slots:
         slot.master.grad = slot.total.fill_(1e-3)
     return lambda: chunk.step([_OPTIONS], states, chunk.gradients(), AS_IT_IS)
