@@ -10,10 +10,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -102,6 +101,19 @@ def trial_steps(optimizer: Optimizer) -> Iterator[None]:
             optimizer.synchronize()
 
 
+def may_come_together(optimizer: Optimizer) -> bool:
+    """Whether gradients may all come at the end of backward; to the host they go one by one while it runs."""
+    return not isinstance(optimizer, OffloadedOptimizer)
+
+
+def described(optimizer: Optimizer) -> dict[str, Any]:
+    """For the records of a run: how the optimizer is offloaded; nothing if it is not."""
+    if not isinstance(optimizer, OffloadedOptimizer):
+        return {}
+    split = optimizer.split
+    return {"offload": {**asdict(optimizer.settings), "share": split.fraction, "freed_bytes": split.freed_bytes}}
+
+
 def updates_are_seen(optimizer: Optimizer) -> bool:
     """Whether a step has changed the weights when it returns."""
     return not (isinstance(optimizer, OffloadedOptimizer) and optimizer.settings.mode == "delayed")
@@ -114,27 +126,11 @@ def masters(optimizer: Optimizer) -> dict[int, nn.Parameter]:
     return {id(pair.master): pair.parameter for pair in optimizer.pairs}
 
 
-def without_masters(optimizer: Optimizer) -> list[Tensor]:
-    """What the optimizer trains, but for masters: these move beside the model, and change while it runs."""
+def without_masters(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of the model and of the optimizer, but for masters: these change while the model runs."""
     known = masters(optimizer)
-    return [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
-
-
-def states(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    """The state to be saved, by what the optimizer's groups hold."""
-    return optimizer.saved_states() if isinstance(optimizer, OffloadedOptimizer) else dict(optimizer.state)
-
-
-@torch.no_grad()
-def states_loaded(optimizer: Optimizer) -> None:
-    """Have the optimizer take over what was put into `state`."""
-    if isinstance(optimizer, OffloadedOptimizer):
-        optimizer.adopt_states()
-
-
-def type_name(optimizer: Optimizer) -> str:
-    """The rule that it steps by; the state of an offloaded AdamW is one of AdamW, and the other way round."""
-    return "AdamW" if isinstance(optimizer, OffloadedOptimizer) else type(optimizer).__name__
+    trained = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+    return list({id(p): p for p in (*model.parameters(), *trained)}.values())
 
 
 def with_gradients(optimizer: Optimizer) -> list[Tensor]:

@@ -141,13 +141,13 @@ class Stepper:
         self.finished, self.before = finished, before
         self.window = Window()
         self.skipped_in_row = 0
-        trained = offloaded.without_masters(optimizer)
-        self._parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
+        self._parameters = offloaded.without_masters(model, optimizer)
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
         self._weights = HeldWeights(model)
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled
+        self._lends = offloaded.may_come_together(optimizer)
         self.change_plan(region, scaler)
         self._weights_move = False
         self._loss_named = False
@@ -167,7 +167,7 @@ class Stepper:
     def change_plan(self, region: Region, scaler: LossScaler) -> None:
         """Go on with the model as it is converted now; no window is open, and the last one is settled."""
         self.region, self.scaler = region, scaler
-        lends = region.casts and not self._compiled and self.device.type not in SLOWER_IN_ONE_PASS
+        lends = region.casts and not self._compiled and self.device.type not in SLOWER_IN_ONE_PASS and self._lends
         self._casts = WeightCasts(self.model, torch_dtype(region.format)) if lends else None
         place_scales(self.model)  # the model may have moved to its device after the plan was applied
 

@@ -12,11 +12,14 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from deepseek_mp import find_batch_size
+from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, rule
 from deepseek_mp.optim.offload.worker import ThreadWorker
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import offloaded, state
+from deepseek_mp.trainer.adaptive import AdaptivePrecision
+from deepseek_mp.trainer.recording import describe
 
 EXACT = ("sync", "speculative")
 
@@ -397,6 +400,50 @@ def test_update_statistics_are_those_of_the_masters(mode):
 def _updates(trainer):
     report = trainer.monitor.statistics()
     return {name: str(layer.update) for name, layer in report.items() if layer.update is not None}
+
+
+def test_gradients_leave_while_backward_runs_and_not_all_at_its_end(monkeypatch):
+    """One operation that casts all weights, as on accelerators, would make all of their gradients at the end."""
+    monkeypatch.setattr("deepseek_mp.trainer.step.SLOWER_IN_ONE_PASS", ())
+    one, two = pair("bf16")
+    assert one._stepper._casts is not None
+    assert two._stepper._casts is None
+    events = two.optimizer._lanes.events
+    two.model[1].register_full_backward_hook(lambda *_: events.append("second layer done"))
+    two.step(batches(1)[0])
+    assert events.index("down 0") < events.index("second layer done")
+
+
+def test_live_precision_sees_the_gradients_of_the_masters(tmp_path):
+    def run(optimizer):
+        settings = AdaptiveSettings(
+            warm_up=4, probe_every=2, decide_every=4, recipes=("row",), loss_budget=1.0, noise_budget=9.0
+        )
+        adaptive = AdaptivePrecision(settings)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 32))
+        trainer = make("bf16", model=model, optimizer=optimizer, callbacks=[adaptive], seed=1)
+        for number in range(20):
+            torch.manual_seed(number)
+            trainer.step((torch.randn(16, 32), torch.randint(0, 32, (16,))))
+        trainer.settle()
+        seen = adaptive._gradients.read()
+        return trainer, [str(decision) for decision in trainer.plan.decisions], seen
+
+    first, decisions, seen = run(adamw)
+    second, same_decisions, also_seen = run(host())
+    assert any("row" in decision for decision in decisions)
+    assert decisions == same_decisions
+    assert seen == also_seen
+    assert equal(first, second)
+
+
+def test_the_records_say_how_it_is_offloaded():
+    trainer = make(optimizer=host(mode="speculative"))
+    found = describe(trainer)["offload"]
+    assert (found["mode"], found["share"]) == ("speculative", 1.0)
+    assert found["freed_bytes"] == 12 * sum(p.numel() for p in trainer.model.parameters())
+    assert "offload" not in describe(make())
 
 
 # -- refused ---------------------------------------------------------------------------------------------------
