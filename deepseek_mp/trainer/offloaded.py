@@ -133,6 +133,23 @@ def without_masters(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
     return list({id(p): p for p in (*model.parameters(), *trained)}.values())
 
 
+def states(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """The state to be saved, by what the optimizer's groups hold."""
+    return optimizer.saved_states() if isinstance(optimizer, OffloadedOptimizer) else dict(optimizer.state)
+
+
+@torch.no_grad()
+def states_loaded(optimizer: Optimizer) -> None:
+    """Have the optimizer take over what was put into `state`."""
+    if isinstance(optimizer, OffloadedOptimizer):
+        optimizer.adopt_states()
+
+
+def type_name(optimizer: Optimizer) -> str:
+    """The rule that it steps by; the state of an offloaded AdamW is one of AdamW, and the other way round."""
+    return "AdamW" if isinstance(optimizer, OffloadedOptimizer) else type(optimizer).__name__
+
+
 def with_gradients(optimizer: Optimizer) -> list[Tensor]:
     """What the optimizer trains and has a gradient, all of which have arrived."""
     land(optimizer)
