@@ -2,6 +2,7 @@
 
 from deepseek_mp.optim.offload.arena import HostMemory
 from deepseek_mp.optim.offload.calibrate import calibrate
+from deepseek_mp.optim.offload.compressed_down import compressed_gradients
 from deepseek_mp.optim.offload.compression import HostPlacement, Placement, compressed_activations
 from deepseek_mp.optim.offload.optimizer import OffloadedOptimizer
 from deepseek_mp.optim.offload.schedule import Prediction, Rates, Split, Work, predict
@@ -20,5 +21,6 @@ __all__ = [
     "Work",
     "calibrate",
     "compressed_activations",
+    "compressed_gradients",
     "predict",
 ]
