@@ -114,6 +114,7 @@ class Bench:
         if self.device.type == "cpu":
             return None
         synchronize(self.device)
+        self.release()  # what another stream has used counts as free only then
         return int(torch.get_device_module(self.device).memory_allocated(self.device))
 
     def release(self) -> None:
@@ -140,6 +141,7 @@ def measure(name: str, bench: Bench) -> dict[str, Any]:
     try:
         step()
         state = _state_bytes(bench, training, arm, optimizer, before)
+        step()  # the allocator's memory was given back for that
         reset_peak_memory(bench.device)
         times = bench.seconds(step, steps=bench.args.steps)
         result = {

@@ -328,6 +328,17 @@ def test_evaluation_sees_the_weights_of_the_last_step(mode):
     assert equal(one, two)
 
 
+def test_the_average_waits_for_weights_that_forward_would_wait_for():
+    model, lanes = net(), FakeLanes()
+    settings = OffloadSettings(chunk_bytes=100)
+    optimizer = OffloadedOptimizer(model.parameters(), lr=0.01, model=model, settings=settings, lanes=lambda _: lanes)
+    one, two = (make(optimizer=o, model=m, ema_decay=0.5) for o, m in ((adamw, None), (optimizer, model)))
+    for trainer in each(one, two):
+        for batch in batches(3):
+            trainer.step(batch)
+    assert all(torch.equal(value, two.ema.values[name]) for name, value in one.ema.values.items())
+
+
 def test_another_plan_between_steps():
     one, two = pair("bf16")
     for trainer in each(one, two):
@@ -363,8 +374,9 @@ def test_find_batch_size_leaves_no_trace(mode):
 
     for number, data in enumerate(batches(4)):
         if number in (0, 2):
-            found = find_batch_size(two, batch, limit=8)
-            assert found.size == 8
+            sent = len(two.optimizer._lanes.events)
+            assert find_batch_size(two, batch, limit=8).size == 8
+            assert any(event.startswith("up") for event in two.optimizer._lanes.events[sent:])  # it made whole steps
             offloaded.synchronize(one.optimizer)  # as the search does, which in 'delayed' is part of the numbers
         for trainer in each(one, two):
             torch.manual_seed(number)
