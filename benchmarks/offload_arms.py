@@ -62,6 +62,7 @@ ARMS = {
     "sync-75": Arm(share=0.75),
     "fp32-sync": Arm(fp32=True),
     "fp32-speculative": Arm(fp32=True, mode="speculative"),
+    "fp32-sync-without-undo": Arm(fp32=True, undo=False),
     "fp32-torchao": Arm(kind="torchao", fp32=True, offload_gradients=True),
 }
 

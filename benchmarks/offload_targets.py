@@ -9,12 +9,13 @@ Cases = Mapping[str, Mapping[str, Any]]
 
 FREED, SLOWER, PREDICTED, HIDDEN = 0.60, 1.10, 0.15, 0.80
 TORCHAO = {
-    "torchao": ("sync", "speculative"),
-    "torchao-gradients": ("sync", "speculative"),
-    "torchao-4": ("sync-4", "speculative-4"),
-    "fp32-torchao": ("fp32-sync", "fp32-speculative"),
+    "torchao": ("sync", "speculative", "sync-without-undo"),
+    "torchao-gradients": ("sync", "speculative", "sync-without-undo"),
+    "torchao-4": ("sync-4", "speculative-4", "delayed-4"),
+    "fp32-torchao": ("fp32-sync", "fp32-speculative", "fp32-sync-without-undo"),
 }
-"""Arms of torchao, and those of ours with the numbers of AdamW that train the same."""
+"""Arms of torchao, and those of ours that train the same. All of ours but 'delayed' have the numbers of AdamW; torchao
+keeps no state to take a step back, and of BF16 weights no masters."""
 ACCUMULATING = ("sync-4", "speculative-4", "delayed-4")
 LATE = {"speculative": "sync", "delayed": "sync", "speculative-4": "sync-4", "delayed-4": "sync-4"}
 """Arms that hide the host's step, and the ones in which it was timed."""

@@ -19,6 +19,11 @@ from torch import Tensor
 
 from deepseek_mp.ops.moved import moved
 
+LARGE = 1 << 20
+"""Values of a gradient that is worth all cores of a CPU."""
+ROWS = 512
+"""That its norm is taken of first; more than there are cores."""
+
 
 def gradient_views(params: Iterable[Tensor]) -> list[Tensor]:
     """The gradients of `params` as dense real tensors that share their memory.
@@ -51,10 +56,29 @@ def norms(grads: Sequence[Tensor], order: float = 2.0) -> Tensor:
     # not fit in fp16, and clipping by an infinite norm would set every gradient to zero.
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     home, groups = grads[0].device, _by_device(grads)
-    found = {place: iter(torch._foreach_norm(group, order, dtype=dtype)) for place, group in groups.items()}
+    found = {place: iter(_norms_on(place, group, order, dtype)) for place, group in groups.items()}
     if len(found) == 1:
         return torch.stack(list(found[home]))
     return torch.stack([moved(next(found[grad.device]), home) for grad in grads])
+
+
+def _norms_on(place: torch.device, grads: Sequence[Tensor], order: float, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Those of the gradients of one device."""
+    if place.type != "cpu" or all(grad.numel() < LARGE for grad in grads):
+        return torch._foreach_norm(list(grads), order, dtype=dtype)
+    return [_norm_by_rows(grad, order, dtype) for grad in grads]
+
+
+def _norm_by_rows(grad: Tensor, order: float, dtype: torch.dtype) -> Tensor:
+    """On a CPU, where PyTorch reduces a tensor to one number on one core, and to several numbers on all."""
+    if grad.numel() < LARGE or not grad.is_contiguous():
+        return torch.linalg.vector_norm(grad, order, dtype=dtype)
+    flat = grad.view(-1)
+    whole = flat.numel() - flat.numel() % ROWS
+    parts = torch.linalg.vector_norm(flat[:whole].view(ROWS, -1), order, dim=1, dtype=dtype)
+    if whole < flat.numel():
+        parts = torch.cat([parts, torch.linalg.vector_norm(flat[whole:], order, dtype=dtype)[None]])
+    return torch.linalg.vector_norm(parts, order)
 
 
 def l2_norm(grads: Sequence[Tensor]) -> Tensor:

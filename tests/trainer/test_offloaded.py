@@ -474,6 +474,19 @@ def test_settings_that_are_the_trainers(settings, message):
         make(model=model, optimizer=host(**settings), gradient_accumulation_steps=2)
 
 
+@pytest.mark.stress
+def test_compiled_code_sends_its_gradients_too():
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    made = [
+        make("bf16", model=copy.deepcopy(model), optimizer=optimizer, compile=True, gradient_accumulation_steps=2)
+        for optimizer in (adamw, host())
+    ]
+    for trainer in each(*made):
+        for batch in batches(4):
+            trainer.step(batch)
+    assert equal(*made)
+
+
 def test_hooks_of_modules_in_compiled_code_are_refused():
     model = net()
     optimizer = OffloadedOptimizer(model.parameters(), model=model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from deepseek_mp.ops.gradients import l2_norm
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
 
 
@@ -87,11 +88,11 @@ def judge(
     norm, clip = None, 1.0
     limit = settings.max_grad_norm
     if limit is not None or (settings.check_finite and found_inf is None):
-        total = get_total_norm(grads).to("cpu") / divisor
+        # As torch.nn.utils.clip_grad_norm_, so that clipped steps agree to the bit; else on all cores.
+        total = (l2_norm(grads) if limit is None else get_total_norm(grads)).to("cpu") / divisor
         norm = float(total)
         if settings.check_finite and not math.isfinite(norm):
             return Verdict(reason="nonfinite", scaling=Scaling(divisor=divisor), grad_norm=norm)
         if limit is not None:
-            # As torch.nn.utils.clip_grad_norm_, so that clipped steps agree to the bit.
             clip = float(torch.clamp(limit / (total + 1e-6), max=1.0))
     return Verdict(reason=None, scaling=Scaling(divisor=divisor, clip=clip), grad_norm=norm)
