@@ -72,13 +72,15 @@ def _norms_on(place: torch.device, grads: Sequence[Tensor], order: float, dtype:
 def _norm_by_rows(grad: Tensor, order: float, dtype: torch.dtype) -> Tensor:
     """On a CPU, where PyTorch reduces a tensor to one number on one core, and to several numbers on all."""
     if grad.numel() < LARGE or not grad.is_contiguous():
-        return torch.linalg.vector_norm(grad, order, dtype=dtype)
+        own: Tensor = torch.linalg.vector_norm(grad, order, dtype=dtype)
+        return own
     flat = grad.view(-1)
     whole = flat.numel() - flat.numel() % ROWS
     parts = torch.linalg.vector_norm(flat[:whole].view(ROWS, -1), order, dim=1, dtype=dtype)
     if whole < flat.numel():
         parts = torch.cat([parts, torch.linalg.vector_norm(flat[whole:], order, dtype=dtype)[None]])
-    return torch.linalg.vector_norm(parts, order)
+    norm: Tensor = torch.linalg.vector_norm(parts, order)
+    return norm
 
 
 def l2_norm(grads: Sequence[Tensor]) -> Tensor:
