@@ -11,10 +11,11 @@ from small_runs import accuracy, batches, make, net, same_models
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from deepseek_mp import find_batch_size
+from deepseek_mp import Callback, find_batch_size
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, rule
+from deepseek_mp.optim.offload.stepped import stepped
 from deepseek_mp.optim.offload.worker import ThreadWorker
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import offloaded, state
@@ -181,6 +182,24 @@ def test_a_host_step_that_fails_is_taken_back(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, weights(two), strict=True))
     for trainer in each(one, two):
         trainer.step(batches(3)[2])
+    assert equal(one, two)
+
+
+class Halve(Callback):
+    """Changes gradients before they are clipped and applied."""
+
+    def on_gradients(self, trainer):
+        for parameter in trainer.model.parameters():
+            stepped(trainer.optimizer, parameter).grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_a_callback_finds_unscaled_gradients_at_the_masters(mode):
+    options = {"callbacks": [Halve()], "gradient_accumulation_steps": 3, "max_grad_norm": 0.3}
+    one, two = pair("fp16", settings={"mode": mode}, **options)
+    for trainer in each(one, two):
+        for batch in batches(5):
+            trainer.step(batch)
     assert equal(one, two)
 
 
