@@ -214,3 +214,12 @@ def test_gradients_larger_than_a_block_add_up(monkeypatch):
         send_gradient(chunk, lanes, value)
         chunk.land(lanes)
     assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 256.5)) for slot in chunk.slots)
+
+
+@pytest.mark.parametrize(("threads", "values"), [(1, 32), (8, 32), (16, 64)])
+def test_many_threads_work_on_larger_blocks(monkeypatch, threads, values):
+    monkeypatch.setattr(host_chunk, "BLOCK", 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = list(host_chunk._blocks(100))
+    assert found[0] == slice(0, values)
+    assert found[-1].stop == 100
