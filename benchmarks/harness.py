@@ -177,11 +177,11 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def arguments(description: str, cases: Sequence[str]) -> argparse.Namespace:
+def arguments(description: str, cases: Sequence[str], *, rounds: int = 12) -> argparse.Namespace:
     """The options every benchmark has, read from the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE", help=f"some of: {', '.join(cases)}")
-    parser.add_argument("--rounds", type=positive, default=12, help="rounds of A B A B (default %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=rounds, help="rounds of A B A B (default %(default)s)")
     parser.add_argument("--steps", type=positive, help="steps in a block (default: the case's own)")
     parser.add_argument("--device", type=torch.device, default=default_device(), help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compiled modes too, where the benchmark has them")

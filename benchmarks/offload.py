@@ -1,167 +1,222 @@
-"""Offloaded AdamW: the time of a step by mode and by the share that is offloaded, beside what the schedule predicts.
+"""Offloaded AdamW on a decoder of 1.36 billion weights: time of a step, device memory, exactness, and what is hidden.
 
     python benchmarks/offload.py [--cases ...] [--rounds N] [--steps N] [--out FILE]
 
-A BF16 decoder trains on random tokens. Each case has a model of its own, so cases are timed one after the other:
-milliseconds from an idle device to an idle device over `--steps` steps, divided by them, `--rounds` times. Predictions
-take the rates that `calibrate` measures in the same process, forward and backward without an optimizer, and the step
-of AdamW over FP32 masters on the device. `hidden` is the part of the host's predicted work that the step does not
-show. A case passes if its loss is finite and the prediction is within 15 %; on a CPU the host and the device are the
-same processors, so that nothing is hidden and the comparison means nothing. The case `host` compares implementations
-of the host's step, and needs no device.
+Cases are `host` (implementations of the host's step; needs no device), `exact` (a small FP32 model, offloaded beside
+AdamW on the host and on the device, on the same gradients) and the arms of `offload_arms.py`: masters and moments on
+the device, offloaded by this package, and by torchao's `CPUOffloadOptimizer` where it is installed. Of a BF16 model
+torchao keeps no FP32 masters and its moments are BF16, so it moves half the bytes; the arms `fp32-...` train an FP32
+model under autocast, where both keep the same.
+
+Arms share one model, and one after the other the same host memory. A time is milliseconds from an idle device to an
+idle device over `--steps` steps, divided by them, `--rounds` times. Predictions take the rates that `calibrate`
+measures in the same process and the time of forward and backward without an optimizer. `state` is what the device's
+allocator holds after backward beyond the model and its batch. `host step` is the call of `step` after the device has
+ended, in mode 'sync'; `hidden` is the part of it that another mode's step does not show.
+
+The report is written after each case, so that a time limit loses only the rest. Cases run in the order in which the
+demands need them; `targets` has the outcome of each demand. On a CPU the host is the device: nothing is hidden there,
+and times mean nothing.
 """
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import offload_exact
 import torch
-from decoder import Decoder, DecoderConfig, next_token_loss
+from decoder import Decoder, next_token_loss
 from harness import Contender, Report, Spread, arguments, interleave, ratio
+from offload_arms import ARMS, SMALL, Arm, Steps, Training, optimizer_of, why_not
+from offload_targets import targets
 from torch import nn
 
 from deepseek_mp.backends import peak_memory_bytes, reset_peak_memory, synchronize
 from deepseek_mp.optim import AdamW
-from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, calibrate
+from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, calibrate
 from deepseek_mp.optim.offload.schedule import Rates, Work, host_bytes, predict
 
-SIZES = DecoderConfig(width=2048, heads=16, hidden=5632, layers=24)
-SMALL = DecoderConfig(width=64, heads=4, hidden=128, layers=2, vocabulary=256)
-BYTES_PER_VALUE = 14
-"""That a value frees on the device: its FP32 master, two moments, and its gradient in BF16."""
-ALLOWED = 0.15
+ROUNDS, STEPS = 3, 2
+HOST_STEPS = 2
+"""Of the call of `step` alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """How a case trains."""
+class Bench:
+    """What the arms share: the model, host memory, and what was measured once."""
 
-    share: float
-    """Of the values that are offloaded."""
-    mode: str = "sync"
-    undo: bool = True
+    def __init__(self, args: Any) -> None:
+        self.args, self.device = args, args.device
+        self._training: Training | None = None
+        self._is_fp32 = False
+        self._memory = HostMemory()
+        self._bare: dict[bool, float] = {}
+        self._rates: Rates | None = None
+        self.device_step = 0.0
+        """Seconds of the step of all values on the device, once its arm has run."""
 
+    def training(self, arm: Arm) -> Training:
+        """A model for this arm: the one of the arm before, unless that has left hooks on it or has another format."""
+        fp32 = arm.fp32
+        if self._training is None or self._is_fp32 != fp32 or arm.kind == "torchao":
+            if self._training is not None and self._is_fp32 != fp32:
+                self._memory = HostMemory()  # blocks of other sizes
+            self._training = None
+            self.release()
+            self._training, self._is_fp32 = Training(self.device, small=self.args.small, fp32=fp32), fp32
+        return self._training
 
-CASES = {
-    "device": Setup(share=0.0),
-    "sync-25": Setup(share=0.25),
-    "sync-50": Setup(share=0.5),
-    "sync-75": Setup(share=0.75),
-    "sync": Setup(share=1.0),
-    "sync-without-undo": Setup(share=1.0, undo=False),
-    "speculative-50": Setup(share=0.5, mode="speculative"),
-    "speculative": Setup(share=1.0, mode="speculative"),
-    "delayed": Setup(share=1.0, mode="delayed"),
-}
+    def forget_model(self) -> None:
+        """Somebody has left hooks on it."""
+        self._training = None
 
+    @property
+    def memory(self) -> HostMemory:
+        return self._memory
 
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """What predictions start from, measured once."""
+    @property
+    def rates(self) -> Rates:
+        if self._rates is None:
+            self._rates = calibrate(self.device, step_values=1 << (16 if self.args.small else 24))
+        return self._rates
 
-    rates: Rates
-    forward_backward: float
-    """Seconds."""
-    device_step: float
+    def bare(self, training: Training, arm: Arm) -> float:
+        """Seconds of forward and backward of one micro-batch without an optimizer."""
+        if arm.fp32 not in self._bare:
+            for _ in range(2):
+                training.without_optimizer(1)
+            times = self.seconds(lambda: training.without_optimizer(1), steps=3)
+            self._bare[arm.fp32] = Spread.of(times).median
+        return self._bare[arm.fp32]
 
+    def seconds(self, call: Callable[[], object], *, steps: int, rounds: int | None = None) -> list[float]:
+        """Of a call, once a round."""
+        found = []
+        for _ in range(rounds or self.args.rounds):
+            synchronize(self.device)
+            start = time.perf_counter()
+            for _ in range(steps):
+                call()
+            synchronize(self.device)
+            found.append((time.perf_counter() - start) / steps)
+        return found
 
-class Training:
-    """A model and its batch; `step` trains with an optimizer, or without one."""
+    def allocated(self) -> int | None:
+        """Bytes of tensors on the device; None on a CPU, where nobody counts them."""
+        if self.device.type == "cpu":
+            return None
+        synchronize(self.device)
+        self.release()  # what another stream has used counts as free only then
+        return int(torch.get_device_module(self.device).memory_allocated(self.device))
 
-    def __init__(self, device: torch.device, *, small: bool) -> None:
-        config = SMALL if small else SIZES
-        torch.manual_seed(0)
-        with torch.device(device):
-            self.model = Decoder(config).to(torch.bfloat16)
-        shape = (2, 33) if small else (8, 1025)
-        tokens = torch.randint(0, config.vocabulary, shape, device=device)
-        self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:]
-        self.values = sum(p.numel() for p in self.model.parameters())
-
-    def backward(self) -> torch.Tensor:
-        loss = next_token_loss(self.model(self.inputs), self.targets)
-        loss.backward()
-        return loss.detach()
-
-    def without_optimizer(self) -> torch.Tensor:
-        loss = self.backward()
-        self.model.zero_grad()
-        return loss
-
-    def with_optimizer(self, optimizer: OffloadedOptimizer) -> torch.Tensor:
-        loss = self.backward()
-        optimizer.step()
-        return loss
-
-
-def seconds(call: Callable[[], object], device: torch.device, *, rounds: int, steps: int) -> list[float]:
-    """Of a call, once a round."""
-    found = []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            call()
-        synchronize(device)
-        found.append((time.perf_counter() - start) / steps)
-    return found[1:]
+    def release(self) -> None:
+        gc.collect()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
 
 
-def optimizer_of(training: Training, setup: Setup) -> OffloadedOptimizer:
-    free = None if setup.share == 1.0 else int(setup.share * training.values) * BYTES_PER_VALUE
-    settings = OffloadSettings(mode=setup.mode, undo=setup.undo, free_bytes=free, delay_from=0, cast="host")
-    return OffloadedOptimizer(training.model.parameters(), lr=1e-4, model=training.model, settings=settings)
-
-
-def measure_known(device: torch.device, args: Any) -> Known:
-    training = Training(device, small=args.small)
-    bare = Spread.of(seconds(training.without_optimizer, device, rounds=args.rounds, steps=args.steps)).median
-    optimizer = optimizer_of(training, CASES["device"])
-    whole = seconds(lambda: training.with_optimizer(optimizer), device, rounds=args.rounds, steps=args.steps)
-    rates = calibrate(device)
-    return Known(rates=rates, forward_backward=bare, device_step=max(Spread.of(whole).median - bare, 0.0))
-
-
-def measure(setup: Setup, known: Known, device: torch.device, args: Any) -> dict[str, Any]:
-    """One case: timed, and compared with its prediction."""
-    training = Training(device, small=args.small)
-    optimizer = optimizer_of(training, setup)
+def measure(name: str, bench: Bench) -> dict[str, Any]:
+    """One arm: timed, its memory, and compared with its prediction."""
+    arm = ARMS[name]
+    training = bench.training(arm)
+    bare = bench.bare(training, arm) * arm.micro
+    before = bench.allocated()
+    start = time.perf_counter()
+    optimizer = optimizer_of(training, arm, bench.memory)
+    made = time.perf_counter() - start
     losses: list[torch.Tensor] = []
-    training.with_optimizer(optimizer)
-    reset_peak_memory(device)
-    times = seconds(
-        lambda: losses.append(training.with_optimizer(optimizer)), device, rounds=args.rounds, steps=args.steps
-    )
+
+    def step() -> None:
+        losses.append(training.backward(arm.micro))
+        optimizer.step()
+
+    try:
+        step()
+        state = _state_bytes(bench, training, arm, optimizer, before)
+        step()  # the allocator's memory was given back for that
+        reset_peak_memory(bench.device)
+        times = bench.seconds(step, steps=bench.args.steps)
+        result = {
+            "arm": asdict(arm),
+            "step_ms": Spread.of([1e3 * each for each in times]),
+            "bare_ms": 1e3 * bare,
+            "making_s": made,
+            "state_bytes": state,
+            "state_bytes_per_value": None if state is None else state / training.values,
+            "peak_memory_bytes": peak_memory_bytes(bench.device),
+            "check": "passed" if all(math.isfinite(float(loss)) for loss in losses) else "a loss is not finite",
+        }
+        if isinstance(optimizer, OffloadedOptimizer):
+            result |= _offloaded(bench, training, arm, optimizer, bare)
+        elif arm.kind == "device" and arm.micro == 1:
+            bench.device_step = max(Spread.of(times).median - bare, 0.0)
+        return result
+    finally:
+        optimizer.close()
+        training.model.zero_grad()
+        if arm.kind == "torchao":
+            bench.forget_model()
+
+
+def _state_bytes(bench: Bench, training: Training, arm: Arm, optimizer: Steps, before: int | None) -> int | None:
+    """Bytes on the device between backward and step, beyond the model and its batch."""
+    training.backward(arm.micro)
+    now = bench.allocated()
+    optimizer.step()
+    return None if now is None or before is None else now - before
+
+
+def _offloaded(
+    bench: Bench, training: Training, arm: Arm, optimizer: OffloadedOptimizer, bare: float
+) -> dict[str, Any]:
     work = Work(
-        forward_backward=known.forward_backward, device_step=known.device_step, mode=setup.mode, keep=setup.undo
+        forward_backward=bare,
+        device_step=bench.device_step,
+        micro_steps=arm.micro,
+        mode=arm.mode,
+        keep=arm.undo,
+        wire="fp32" if arm.fp32 else "bf16",
+        cast=not arm.fp32,
     )
-    predicted = predict(optimizer.split, known.rates, work)
-    taken = Spread.of([1e3 * each for each in times])
-    error = 1e3 * predicted.total / taken.median - 1
-    shown = taken.median / 1e3 - predicted.device
-    finite = all(math.isfinite(float(loss)) for loss in losses)
-    problems = [] if finite else ["a loss is not finite"]
-    if abs(error) > ALLOWED and device.type != "cpu":
-        problems.append(f"the prediction is {100 * error:+.0f} % off")
+    predicted = predict(optimizer.split, bench.rates, work)
+    host = []
+    if arm.mode == "sync":
+        for _ in range(HOST_STEPS):
+            training.backward(arm.micro)
+            synchronize(bench.device)
+            start = time.perf_counter()
+            optimizer.step()
+            host.append(time.perf_counter() - start)
     return {
-        "setup": asdict(setup),
         "share": optimizer.split.fraction,
-        "step_ms": taken,
         "predicted_ms": 1e3 * predicted.total,
         "prediction": asdict(predicted),
-        "prediction_error": error,
-        "hidden": 1 - shown / predicted.host if predicted.host else None,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "host_step_ms": 1e3 * min(host) if host else None,
         "pinned": optimizer.pinned,
         "host_bytes_per_value": host_bytes(work),
-        "check": "; ".join(problems) or "passed",
     }
+
+
+def measure_exact(bench: Bench) -> dict[str, Any]:
+    """The numbers, on a small FP32 model."""
+    torch.manual_seed(0)
+    config = SMALL if bench.args.small else offload_exact.SIZES
+    with torch.device(bench.device):
+        model = Decoder(config)
+        tokens = torch.randint(0, config.vocabulary, (4, 129))
+
+    def backward() -> None:
+        next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+
+    return offload_exact.compare(model, backward, bench.device)
 
 
 def measure_host(args: Any) -> dict[str, Any]:
@@ -191,27 +246,67 @@ def measure_host(args: Any) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    args = arguments(__doc__ or "", ["host", *CASES])
-    args.steps = args.steps or 3
-    names = args.cases or ["host", *CASES]
-    known = measure_known(args.device, args) if set(names) & set(CASES) else None
-    given = {"rounds": args.rounds, "steps": args.steps, "threads": torch.get_num_threads()}
-    report = Report("offload", args.device, given | {"known": known and asdict(known)})
-    if "host" in names:
-        report.run("host", lambda: measure_host(args))
+def cases(names: Iterable[str], bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is to be measured, by name; arms that cannot run here are left out, and said."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in names:
-        if known is not None and name in CASES:
-            report.run(name, partial(measure, CASES[name], known, args.device, args))
-    rows = [["case", "step ms", "predicted", "hidden", "peak GB"]]
-    for name, case in report.cases.items():
-        for made, spread in case.get("host_ms", {}).items():
-            rows.append([made, f"{spread['median']:.4g}", "", "", ""])
-        if "step_ms" in case:
-            hidden = "" if case["hidden"] is None else f"{case['hidden']:.2f}"
-            peak = "" if case["peak_memory_bytes"] is None else f"{case['peak_memory_bytes'] / 1e9:.2f}"
-            rows.append([name, f"{case['step_ms']['median']:.4g}", f"{case['predicted_ms']:.4g}", hidden, peak])
-    return report.finish(args.out, rows)
+        if name == "host":
+            found[name] = partial(measure_host, bench.args)
+        elif name == "exact":
+            found[name] = partial(measure_exact, bench)
+        elif (reason := why_not(ARMS[name], bench.device)) is not None:
+            print(f"offload: {name} is left out: {reason}", file=sys.stderr, flush=True)
+        else:
+            found[name] = partial(measure, name, bench)
+    return found
+
+
+def usable_cores() -> int:
+    """Those that this process may run on; a container's quota counts, which PyTorch does not ask for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
+    return cores if limit == "max" else max(1, min(cores, round(int(limit) / int(period))))
+
+
+def main() -> int:
+    known = ["exact", *ARMS, "host"]
+    args = arguments(__doc__ or "", known, rounds=ROUNDS)
+    args.steps = args.steps or STEPS
+    begun = time.perf_counter()
+    bench = Bench(args)
+    cores = usable_cores()
+    torch.set_num_threads(min(torch.get_num_threads(), cores))  # more would wait for each other in every operation
+    threads = torch.get_num_threads()
+    given: dict[str, Any] = {"rounds": args.rounds, "steps": args.steps, "threads": threads, "cores": cores}
+    report = Report("offload", args.device, given)
+    for name, case in cases(args.cases or known, bench).items():
+        report.run(name, case)
+        given |= {"rates": asdict(bench.rates), "targets": targets(report.cases)}
+        report.write(args.out)
+        shown, spent = _line(report.cases[name]), time.perf_counter() - begun
+        print(f"offload: {name} {shown}, {spent:.0f} s so far", file=sys.stderr, flush=True)
+    rows = [["case", "step ms", "predicted", "host step ms", "state GB", "check"]]
+    rows += [[name, *_cells(case)] for name, case in report.cases.items()]
+    status = report.finish(args.out, rows)
+    for target in given.get("targets", ()):
+        print(f"{target['what']} [{target['contender']}]: {target['value']} ({target['outcome']})")
+    return status
+
+
+def _line(case: dict[str, Any]) -> str:
+    said = f"{case['step_ms']['median']:.4g} ms" if "step_ms" in case else str(case["check"])
+    return f"{said}: {case['seconds']} s"
+
+
+def _cells(case: dict[str, Any]) -> list[str]:
+    def number(key: str, scale: float = 1.0) -> str:
+        value = case.get(key)
+        return "" if value is None else f"{value * scale:.4g}"
+
+    spread = f"{case['step_ms']['median']:.4g}" if "step_ms" in case else ""
+    numbers = [number("predicted_ms"), number("host_step_ms"), number("state_bytes", 1e-9)]
+    return [spread, *numbers, str(case["check"])]
 
 
 if __name__ == "__main__":

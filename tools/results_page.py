@@ -87,8 +87,8 @@ def _fp8_tables(report: Json) -> Iterator[list[Row]]:
 
 
 def _offload_tables(report: Json) -> Iterator[list[Row]]:
-    """The host's step by implementation; then a row for each case, with its prediction."""
-    rows: list[Row] = [("case", "share offloaded", "ms", "predicted ms", "host hidden", "check")]
+    """The host's step by implementation; a row for each case, with its prediction; and what is demanded."""
+    rows: list[Row] = [("case", "share offloaded", "ms", "predicted ms", "host step ms", "state GB", "check")]
     for name, case in report["cases"].items():
         if "host_ms" in case:
             own: list[Row] = [(f"AdamW on the host, {case['values']} values", "ms", "over fused", "check")]
@@ -96,11 +96,19 @@ def _offload_tables(report: Json) -> Iterator[list[Row]]:
                 own.append((made, _spread(ms), _spread(case["ratio"][made]), case["check"]))
             yield own
         else:
-            numbers = [_number(case.get(key), 2) for key in ("predicted_ms", "hidden")]
+            state = case.get("state_bytes")
+            numbers = [_number(case.get(key), 2) for key in ("predicted_ms", "host_step_ms")]
+            numbers.append(_number(None if state is None else state / 1e9, 2))
             time = _spread(case["step_ms"]) if "step_ms" in case else "-"
             rows.append((name, _number(case.get("share"), 2), time, *numbers, case["check"]))
     if len(rows) > 1:
         yield rows
+    demands: list[Row] = [("demand", "case", "value", "outcome")]
+    demands += [
+        (t["what"], t["contender"], f"{t['value']:.3g}", t["outcome"]) for t in report["arguments"].get("targets", ())
+    ]
+    if len(demands) > 1:
+        yield demands
 
 
 def _switch_tables(report: Json) -> Iterator[list[Row]]:

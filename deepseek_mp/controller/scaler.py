@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from deepseek_mp.controller.loss_scale import LossScalePolicy, make_policy
 from deepseek_mp.errors import ConfigError, LossScaleError, explain
 from deepseek_mp.ops import gradients
+from deepseek_mp.optim.offload.stepped import land
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,8 @@ class LossScaler:
             ConfigError: an argument that is not an Optimizer (a closure, for instance).
         """
         self._check_call(optimizers)
+        for optimizer in optimizers:
+            land(optimizer)
         params = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return self._without_gradients()
@@ -145,7 +148,7 @@ class LossScaler:
         if nonfinite is not None:
             bad = torch.maximum(bad, nonfinite)
         if total is not None:
-            norm, sizes = norm / total, sizes / total
+            norm, sizes = norm / total, sizes / total.to(sizes.device)
             amax = None if amax is None else amax / total
         skip = bad
         if empty is not None:  # whatever its numbers are: a mean over nothing is 0/0
@@ -205,7 +208,8 @@ class LossScaler:
         """Step the optimizers unless `skip`; None when only the device knows whether they were."""
         fused = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         ids = {id(p) for p in params}
-        waits = skip.device.type == "cpu" or not fused or self._is_first(optimizers, ids)
+        on_host = skip.device.type == "cpu" or any(p.device.type == "cpu" for p in params)
+        waits = on_host or not fused or self._is_first(optimizers, ids)
         if waits and bool(skip):
             return "skipped"
         if total is not None and not fused:

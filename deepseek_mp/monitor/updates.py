@@ -14,9 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from deepseek_mp.monitor.store import UPDATE, Store
 from deepseek_mp.monitor.subjects import Choice, Subject, outputs_first, weight_rows
 from deepseek_mp.ops.gradients import l2_norm
+from deepseek_mp.ops.moved import moved
 from deepseek_mp.ops.own_work import own_work
 from deepseek_mp.ops.storage_marks import storage_of
 from deepseek_mp.ops.updates import effective_quality, kept_by_nearest, lost_share
+from deepseek_mp.optim.offload.stepped import settle, stepped
 from deepseek_mp.optim.states import moment_rows
 
 UPDATE_FIELDS = ("ratio", "lost", "edq", "grad_norm", "spike", "rms")
@@ -77,17 +79,19 @@ class UpdateWatch:
             return
         # What a fused kernel will divide the gradients by, and whether it will skip.
         divisor, skip = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        settle(optimizer)
         with own_work():
             for subject in self._subjects:
-                gradient = subject.weight.grad
+                given = stepped(optimizer, subject.weight)
+                gradient = given.grad
                 if gradient is None or gradient.layout != torch.strided or not gradient.numel():
                     continue
                 norm = l2_norm([gradient]).float()
-                rows = self._choice.of(outputs_first(subject.weight, subject).shape[0])
+                rows = self._choice.of(outputs_first(given, subject).shape[0])
                 part = weight_rows(gradient, subject, rows, 1).float()
                 if divisor is not None:
-                    norm, part = norm / divisor, part / divisor
-                weight = weight_rows(subject.weight, subject, rows, 1)
+                    norm, part = norm / divisor, part / moved(divisor, part.device)
+                weight = weight_rows(given, subject, rows, 1)
                 found = _Before(subject=subject, rows=rows, weight=weight, gradient=part, norm=norm, skip=skip)
                 self._before.append(found)
 
@@ -103,11 +107,12 @@ class UpdateWatch:
 
     def _add(self, optimizer: Optimizer, before: _Before) -> None:
         subject = before.subject
-        weight, after = before.weight.float(), weight_rows(subject.weight, subject, before.rows, 1).float()
+        now = stepped(optimizer, subject.weight)
+        weight, after = before.weight.float(), weight_rows(now, subject, before.rows, 1).float()
         change = after - weight
         size = _norm(change)
         usual = self._store.corrected(subject.index, UPDATE, GRAD_NORM)
-        norm = before.norm.to(usual.device, non_blocking=True)
+        norm = moved(before.norm, usual.device)
         line = [
             _quotient(size, _norm(weight)),
             *_lost(before, weight, change),
@@ -115,7 +120,7 @@ class UpdateWatch:
             torch.where(usual > 0, _quotient(norm, usual), 1.0),
             _rms(optimizer, before),
         ]
-        block = torch.stack([value.to(weight.device, non_blocking=True) for value in line])[None]
+        block = torch.stack([moved(value, usual.device) for value in line])[None]
         # A step that was skipped on the device, or had a rate of zero, says nothing.
         self._store.add(
             subject.index, UPDATE, block, valid=before.norm.isfinite() & ((size > 0) | _was_asked(optimizer, before))
@@ -144,7 +149,7 @@ def _lost(before: _Before, weight: Tensor, change: Tensor) -> tuple[Tensor, Tens
 
 def _was_asked(optimizer: Optimizer, before: _Before) -> Tensor:
     """Whether a weight in 16 bits that nobody looks after was to move, bool []: if it did not, all of it was lost."""
-    asked, weight = (before.gradient != 0).any(), before.subject.weight
+    asked, weight = (before.gradient != 0).any(), stepped(optimizer, before.subject.weight)
     rate = _group_of(optimizer, weight).get("lr", 0.0)
     if before.weight.dtype.itemsize >= torch.float32.itemsize or storage_of(weight) is not None:
         return torch.zeros_like(asked)
@@ -162,7 +167,7 @@ def _group_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Any]:
 
 def _rms(optimizer: Optimizer, before: _Before) -> Tensor:
     """The gradient over its second moment; NaN if the optimizer keeps none."""
-    weight = before.subject.weight
+    weight = stepped(optimizer, before.subject.weight)
     moment = moment_rows(optimizer.state.get(weight, {}), "exp_avg_sq", weight)
     if moment is None:
         return torch.full((), float("nan"), device=before.norm.device)

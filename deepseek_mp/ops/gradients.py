@@ -17,6 +17,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from deepseek_mp.ops.moved import moved
+
+LARGE = 1 << 20
+"""Values of a gradient that is worth all cores of a CPU."""
+ROWS = 512
+"""That its norm is taken of first; more than there are cores."""
+
 
 def gradient_views(params: Iterable[Tensor]) -> list[Tensor]:
     """The gradients of `params` as dense real tensors that share their memory.
@@ -49,10 +56,31 @@ def norms(grads: Sequence[Tensor], order: float = 2.0) -> Tensor:
     # not fit in fp16, and clipping by an infinite norm would set every gradient to zero.
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     home, groups = grads[0].device, _by_device(grads)
-    found = {place: iter(torch._foreach_norm(group, order, dtype=dtype)) for place, group in groups.items()}
+    found = {place: iter(_norms_on(place, group, order, dtype)) for place, group in groups.items()}
     if len(found) == 1:
         return torch.stack(list(found[home]))
-    return torch.stack([next(found[grad.device]).to(home, non_blocking=True) for grad in grads])
+    return torch.stack([moved(next(found[grad.device]), home) for grad in grads])
+
+
+def _norms_on(place: torch.device, grads: Sequence[Tensor], order: float, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Those of the gradients of one device."""
+    if place.type != "cpu" or all(grad.numel() < LARGE for grad in grads):
+        return torch._foreach_norm(list(grads), order, dtype=dtype)
+    return [_norm_by_rows(grad, order, dtype) for grad in grads]
+
+
+def _norm_by_rows(grad: Tensor, order: float, dtype: torch.dtype) -> Tensor:
+    """On a CPU, where PyTorch reduces a tensor to one number on one core, and to several numbers on all."""
+    if grad.numel() < LARGE or not grad.is_contiguous():
+        own: Tensor = torch.linalg.vector_norm(grad, order, dtype=dtype)
+        return own
+    flat = grad.view(-1)
+    whole = flat.numel() - flat.numel() % ROWS
+    parts = torch.linalg.vector_norm(flat[:whole].view(ROWS, -1), order, dim=1, dtype=dtype)
+    if whole < flat.numel():
+        parts = torch.cat([parts, torch.linalg.vector_norm(flat[whole:], order, dtype=dtype)[None]])
+    norm: Tensor = torch.linalg.vector_norm(parts, order)
+    return norm
 
 
 def l2_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -89,7 +117,7 @@ def moment_ratios(
     """
     own = list(grads)
     if divisor is not None:
-        own = list(torch._foreach_mul(own, divisor.to(own[0].device, non_blocking=True).reciprocal()))
+        own = list(torch._foreach_mul(own, moved(divisor, own[0].device).reciprocal()))
     seconds = list(torch._foreach_lerp(list(moments), torch._foreach_mul(own, own), 1 - beta))
     torch._foreach_clamp_min_(seconds, eps**2)
     torch._foreach_sqrt_(seconds)
@@ -100,4 +128,4 @@ def multiply_(grads: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply every gradient in place by a 0-dim factor."""
     with torch.no_grad():
         for device, group in _by_device(grads).items():
-            torch._foreach_mul_(group, factor.to(device, non_blocking=True))
+            torch._foreach_mul_(group, moved(factor, device))

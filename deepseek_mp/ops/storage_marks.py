@@ -19,11 +19,25 @@ def mark_storage(parameter: Tensor, format: StorageFormat) -> None:
     if format.is_bf16:
         setattr(parameter, _MARK, format)
     else:
-        parameter.__dict__.pop(_MARK, None)
+        unmark(parameter)
+
+
+def mark_master(parameter: Tensor) -> None:
+    """Say that an optimizer keeps the FP32 weight that a BF16 parameter is rounded from."""
+    if parameter.dtype is torch.bfloat16:
+        setattr(parameter, _MARK, StorageFormat.FP32)
+
+
+def unmark(parameter: Tensor) -> None:
+    """Say that nobody looks after the parameter any more."""
+    parameter.__dict__.pop(_MARK, None)
 
 
 def storage_of(parameter: Tensor) -> StorageFormat | None:
-    """How the parameter is stored; None for a dtype that is no storage format, and for BF16 that nobody looks after."""
+    """How the parameter is stored; None for a dtype that is no storage format, and for BF16 that nobody looks after.
+
+    FP32 for one in BF16 that has an FP32 master.
+    """
     if parameter.dtype is torch.float32:
         return StorageFormat.FP32
     marked = parameter.__dict__.get(_MARK)

@@ -28,7 +28,8 @@ class Callback:
     def on_gradients(self, trainer: MixedPrecisionTrainer) -> None:
         """The gradients of a full window are ready: unscaled, not yet checked, clipped or applied.
 
-        Overriding this costs one more pass over the gradients.
+        Overriding this costs one more pass over the gradients. Those of an offloaded optimizer are at its masters,
+        `trainer.optimizer.master(parameter).grad`.
         """
 
     def on_step(self, trainer: MixedPrecisionTrainer, facts: StepFacts) -> None:

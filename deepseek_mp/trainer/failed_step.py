@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.costs.timing import is_out_of_memory
+from deepseek_mp.optim.offload import OffloadedOptimizer
 
 BEGUN = (
     "The optimizer had begun to change its parameters when this was raised: they, and its state, are between two "
@@ -30,8 +31,11 @@ def undone_if_it_fails(optimizer: Optimizer) -> Iterator[None]:
 
     Optimizers make the state of a group of parameters before they write to any, and add each parameter's at the end of
     `state`. If one had begun to write, the error says so. That is read off the first parameter: the first that a loop
-    comes to, and among those that a fused operation writes at once.
+    comes to, and among those that a fused operation writes at once. An offloaded optimizer takes its step back itself.
     """
+    if isinstance(optimizer, OffloadedOptimizer):
+        yield
+        return
     known, first = len(optimizer.state), next(iter(_trained(optimizer)), None)
     versions = _versions(optimizer, first)
     try:

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from deepseek_mp.controller.spikes import Gradient
 from deepseek_mp.ops.gradients import moment_ratios, norms
 from deepseek_mp.ops.host_copy import HostCopy
+from deepseek_mp.ops.moved import moved
+from deepseek_mp.optim.offload.stepped import settle, stepped
 from deepseek_mp.optim.states import moment_rows
 
 ROWS = 64
@@ -81,13 +83,14 @@ class GradientWatch:
     def _look(self, optimizer: Optimizer, *_: Any) -> None:
         rates = [group["lr"] for group in optimizer.param_groups]
         self.rate = max((float(rate) for rate in rates if not isinstance(rate, Tensor)), default=0.0)
-        weights = {name: weight for name, module in self._layers.items() if (weight := _trained(module)) is not None}
+        found = ((name, _trained(module, optimizer)) for name, module in self._layers.items())
+        weights = {name: weight for name, weight in found if weight is not None}
         if not weights:
             return
         divisor = getattr(optimizer, "grad_scale", None)
         sizes, places = self._sizes(weights, divisor)
         compared, factors, ratios = self._compare(optimizer, weights, divisor)
-        together = torch.cat([sizes[:0], *(ratio.to(sizes.device, non_blocking=True) for ratio in ratios)])
+        together = torch.cat([sizes[:0], *(moved(ratio, sizes.device) for ratio in ratios)])
         self._sent = _Sent(
             names=list(weights),
             compared=compared,
@@ -106,7 +109,7 @@ class GradientWatch:
                 return known[1], places
         sizes = norms([weight.grad for weight in weights.values() if weight.grad is not None])
         if divisor is not None:  # what a fused kernel will divide the gradients by
-            sizes = sizes / divisor.to(sizes.device, non_blocking=True)
+            sizes = sizes / moved(divisor, sizes.device)
         return sizes, list(range(len(weights)))
 
     def _compare(
@@ -114,6 +117,8 @@ class GradientWatch:
     ) -> tuple[list[str], list[float], list[Tensor]]:
         """The lowered layers whose second moment has seen the steps that it spans, and what `moment_ratios` says."""
         names = {id(weights[name]): name for name in self._lowered() if name in weights}
+        if names:
+            settle(optimizer)
         step = self._steps() + 1
         compared: list[str] = []
         factors: list[float] = []
@@ -132,9 +137,10 @@ class GradientWatch:
         return compared, factors, ratios
 
 
-def _trained(module: nn.Module) -> Tensor | None:
-    """The layer's weight, if it has a gradient now."""
-    weight = module._parameters.get("weight")  # noqa: SLF001 - one that is computed is no parameter
+def _trained(module: nn.Module, optimizer: Optimizer) -> Tensor | None:
+    """The layer's weight, or what stands for it in the optimizer, if it has a gradient now."""
+    own = module._parameters.get("weight")  # noqa: SLF001 - one that is computed is no parameter
+    weight = None if own is None else stepped(optimizer, own)
     return None if weight is None or weight.grad is None or weight.grad.layout != torch.strided else weight
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from deepseek_mp.costs.restore import preserved
 from deepseek_mp.nn.delayed import scales_of
+from deepseek_mp.trainer.offloaded import synchronize, trial_steps
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -32,12 +33,14 @@ def kept_state(trainer: MixedPrecisionTrainer) -> Iterator[None]:
     """
     model, optimizer = trainer.model, trainer.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    synchronize(optimizer)
     with preserved(model, trainer.device):
         parameters = {id(p): _Value(p) for p in (*model.parameters(), *trained)}
         scales = [_Value(part) for found in scales_of(model) for part in (*found.amax, *_own_tensors(found))]
         state = _OptimizerState(optimizer)
         try:
-            yield
+            with trial_steps(optimizer):
+                yield
         finally:
             state.put_back()
             for value in (*parameters.values(), *scales):

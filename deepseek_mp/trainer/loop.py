@@ -45,6 +45,7 @@ from deepseek_mp.trainer.functions import mixed_formats
 from deepseek_mp.trainer.fused_loss import check_fused_loss
 from deepseek_mp.trainer.memory_report import MemoryReport
 from deepseek_mp.trainer.memory_trials import fit_memory
+from deepseek_mp.trainer.offloaded import synchronize, take_offloaded, updates_are_seen
 from deepseek_mp.trainer.planning import measured_plan, named_plan, requested_plan
 from deepseek_mp.trainer.position import LoaderPosition, check_loader
 from deepseek_mp.trainer.progress import Progress
@@ -174,9 +175,11 @@ class MixedPrecisionTrainer:
             seed_everything(seed)
             model.to(self.device)
             self.optimizer = make_optimizer(optimizer, model)
+            take_offloaded(self.optimizer, model, self.config)
             self.scheduler = make_scheduler(scheduler, self.optimizer)
         sampling = None if statistics_every is None else Sampling(every=statistics_every)
-        self.monitor = PrecisionMonitor(model, self.optimizer, sample_every=None, sampling=sampling)
+        watched = self.optimizer if updates_are_seen(self.optimizer) else None
+        self.monitor = PrecisionMonitor(model, watched, sample_every=None, sampling=sampling)
         self.ema = None if ema_decay is None else WeightAverage(model, ema_decay)
         self.scaler = make_scaler(self._policy, None, self.capabilities, self.device)
         self.position = LoaderPosition(self.device)
@@ -434,6 +437,7 @@ class MixedPrecisionTrainer:
 
     def _inference(self) -> AbstractContextManager[Inference]:
         self.settle()
+        synchronize(self.optimizer)
         region = Region(self._plan or PrecisionPlan.of("fp32"), self.device, search=False)
         return inference(self.model, region.inference, self.ema)
 

@@ -24,6 +24,7 @@ from deepseek_mp.precision import OPERANDS, Decision, PrecisionPlan, Reason
 from deepseek_mp.precision.storage import STORAGE_KIND, StorageDecision
 from deepseek_mp.records import RunWriter
 from deepseek_mp.records.runfile import CHECKPOINTS, RUN_FILE, load_attempts
+from deepseek_mp.trainer.offloaded import described
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.window import Window
 from deepseek_mp.version import __version__
@@ -282,6 +283,7 @@ def describe(trainer: MixedPrecisionTrainer) -> dict[str, Any]:
         "device": {"torch": str(trainer.device), **trainer.capabilities.to_json()},
         "config": config,
         "optimizer": type(trainer.optimizer).__name__,
+        **described(trainer.optimizer),
         "model": type(trainer.model).__name__,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }

@@ -19,6 +19,7 @@ from deepseek_mp.controller.loss_scale import LossScalePolicy, NoLossScale
 from deepseek_mp.controller.scaler import LossScaler, check_optimizer
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import apply, current_plan, kernels_in_force, revert
+from deepseek_mp.optim.offload.stepped import stepped
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.precision.formats import FP16
 from deepseek_mp.trainer.config import check_single_process
@@ -110,7 +111,7 @@ def make_optimizer(
             )
         )
     check_optimizer(optimizer)
-    ours = {id(p) for p in params}
+    ours = {id(p) for p in params} | {id(stepped(optimizer, p)) for p in params}
     if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
         raise ConfigError(
             explain(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import CheckpointError, explain
+from deepseek_mp.optim.offload.stepped import land, stepped
+from deepseek_mp.trainer import offloaded
 
 Tensors = dict[str, Tensor]
 COUNTERS = ("step", "mu_product")
@@ -38,7 +40,7 @@ def transient_buffers(model: nn.Module) -> Tensors:
 
 def outside_parameters(model: nn.Module, optimizer: Optimizer) -> Tensors:
     """What the optimizer trains beside the model (the parameters of a loss function, for one), by position."""
-    inside = {id(p) for p in model.parameters()}
+    inside = {id(p) for p in model.parameters()} | offloaded.masters(optimizer).keys()
     names = parameter_names(model, optimizer)
     return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"] if id(p) not in inside}
 
@@ -104,8 +106,12 @@ def load_tensors(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
-    """id of each parameter of the optimizer -> its name; those outside the model by position."""
+    """id of each parameter of the optimizer -> its name; those outside the model by position.
+
+    The master of an offloaded parameter has the name of the parameter.
+    """
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    names |= {master: names[id(p)] for master, p in offloaded.masters(optimizer).items() if id(p) in names}
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             names.setdefault(id(param), f"optimizer.{g}.{i}")
@@ -117,7 +123,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tensors, di
     names = parameter_names(model, optimizer)
     tensors: Tensors = {}
     values: dict[str, Any] = {}
-    for param, entry in optimizer.state.items():
+    for param, entry in offloaded.states(optimizer).items():
         if id(param) not in names:
             passed = f"optimizer state under {param!r}, which is no parameter it trains"
             raise CheckpointError(
@@ -136,7 +142,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tensors, di
         }
         for group in optimizer.param_groups
     ]
-    return tensors, {"type": type(optimizer).__name__, "groups": groups, "values": values}
+    return tensors, {"type": offloaded.type_name(optimizer), "groups": groups, "values": values}
 
 
 def _option(value: Any) -> Any:
@@ -147,8 +153,8 @@ def check_optimizer(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
 ) -> None:
     """`CheckpointError` unless type, parameter names per group, and state shapes fit."""
-    if saved["type"] != type(optimizer).__name__:
-        raise _mismatch("optimizer", saved["type"], type(optimizer).__name__)
+    if saved["type"] != offloaded.type_name(optimizer):
+        raise _mismatch("optimizer", saved["type"], offloaded.type_name(optimizer))
     names = parameter_names(model, optimizer)
     here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     there = [group["params"] for group in saved["groups"]]
@@ -195,6 +201,7 @@ def load_optimizer(
             entry = by_param.get(names[id(param)])
             if entry:
                 optimizer.state[param] = {key: _placed(key, value, param, on_device) for key, value in entry.items()}
+    offloaded.states_loaded(optimizer)
 
 
 def _placed(key: str, value: Any, param: Tensor, on_device: bool) -> Any:
@@ -207,13 +214,16 @@ def _placed(key: str, value: Any, param: Tensor, on_device: bool) -> Any:
     return value.clone().to("cpu" if counter and not on_device else param.device)
 
 
-def gradients(model: nn.Module) -> Tensors:
+def gradients(model: nn.Module, optimizer: Optimizer) -> Tensors:
     """The gradients of an open window, by parameter name."""
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    land(optimizer)
+    found = ((name, stepped(optimizer, p).grad) for name, p in model.named_parameters())
+    return {name: gradient for name, gradient in found if gradient is not None}
 
 
-def load_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+def load_gradients(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
     """Put back the gradients of an open window."""
-    for name, param in model.named_parameters():
+    for name, own in model.named_parameters():
+        param = stepped(optimizer, own)
         kept = saved.get(name)  # a BF16 weight may have an FP32 gradient
         param.grad = None if kept is None else torch.empty_like(param, dtype=kept.dtype).copy_(kept)

@@ -40,7 +40,7 @@ from deepseek_mp.ops import gradients
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer import state
+from deepseek_mp.trainer import offloaded, state
 from deepseek_mp.trainer.budget import run_within_budget
 from deepseek_mp.trainer.buffers import BufferGuard
 from deepseek_mp.trainer.compile import many_plans
@@ -141,13 +141,13 @@ class Stepper:
         self.monitor, self.monitor_every = monitor, monitor_every
         self.finished, self.before = finished, before
         self.window = Window()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self._parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
+        self._parameters = offloaded.without_masters(model, optimizer)
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model)
         self._weights = HeldWeights(model)
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled
+        self._lends = offloaded.may_come_together(optimizer)
         self.change_plan(region, scaler)
         self._weights_move = self._loss_named = self._warned_scale = False
         self.counts = True
@@ -167,7 +167,7 @@ class Stepper:
     def change_plan(self, region: Region, scaler: LossScaler) -> None:
         """Go on with the model as it is converted now; no window is open, and the last one is settled."""
         self.region, self.scaler = region, scaler
-        lends = region.casts and not self._compiled and self.device.type not in SLOWER_IN_ONE_PASS
+        lends = region.casts and not self._compiled and self.device.type not in SLOWER_IN_ONE_PASS and self._lends
         self._casts = WeightCasts(self.model, torch_dtype(region.format)) if lends else None
         place_scales(self.model)  # the model may have moved to its device after the plan was applied
 
@@ -203,7 +203,7 @@ class Stepper:
         """The open window as tensors and JSON values; without tensors if none is open."""
         if not self.window.micro_batches:
             return {}, self.window.save()
-        tensors = {f"gradient.{name}": g for name, g in state.gradients(self.model).items()}
+        tensors = {f"gradient.{name}": g for name, g in state.gradients(self.model, self.optimizer).items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers.saved().items()}
         return tensors, self.window.save()
 
@@ -217,11 +217,12 @@ class Stepper:
         for name, tensor in tensors.items():
             kind, rest = name.split(".", 1)
             parts[kind][rest] = tensor
-        state.load_gradients(self.model, parts["gradient"])
+        state.load_gradients(self.model, self.optimizer, parts["gradient"])
         self._buffers.load_saved(parts["buffer"])
 
     def _clear_gradients(self) -> None:
         """No parameter of the model or the optimizer has a gradient (Module.zero_grad walks the model)."""
+        offloaded.between_steps(self.optimizer)
         for param in self._parameters:
             param.grad = None
 
@@ -281,7 +282,7 @@ class Stepper:
             return
         plan, mark = current_plan(self.model), None
         # A hook behind the accumulation may step an optimizer there, and fused ones leave no mark on a weight.
-        if self.accumulation > 1 and not any(param._post_accumulate_grad_hooks for param in self._parameters):  # noqa: SLF001
+        if self.accumulation > 1 and not offloaded.step_in_backward(self._parameters, self.optimizer):
             mark = _marks(self._parameters), plan
         quantised = nullcontext() if mark is None else self._weights.lent(mark)
         with quantised, nullcontext() if self._casts is None else self._casts.lent(plan, mark):
@@ -369,7 +370,7 @@ class Stepper:
         """
         found = [flag for flag in (nonfinite, empty) if flag is not None]
         if self.scaler.policy.name not in _FIXED_SCALES:
-            params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            params = offloaded.with_gradients(self.optimizer)
             if params:
                 found.append(gradients.l2_norm(gradients.gradient_views(params)).isfinite().logical_not())
         for flag in found:
@@ -455,9 +456,8 @@ class Stepper:
         guard.keep([*self._buffers.more, *(amax for scales in scales_of(self.model) for amax in scales.amax)])
         guard.snapshot()
         try:
-            trained = [param for group in self.optimizer.param_groups for param in group["params"]]
-            with self.monitor.paused():
-                return find_first_bad_module(self.model, window.entries, compute, self.device, others=trained)
+            with self.monitor.paused(), offloaded.paused(self.optimizer):
+                return find_first_bad_module(self.model, window.entries, compute, self.device, others=self._parameters)
         finally:
             guard.restore()
 

@@ -9,7 +9,7 @@ from fake_device import FakeLanes, backward, offloaded, plain, same, small_model
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
-from deepseek_mp.optim.offload import OffloadedOptimizer, arena, device_part, host_chunk, rule
+from deepseek_mp.optim.offload import OffloadedOptimizer, arena, device_part, rule
 
 MODES = ("sync", "speculative", "delayed")
 
@@ -321,9 +321,9 @@ def test_memory_that_cannot_be_pinned_is_said(monkeypatch):
     def refuse(values, dtype):
         raise RuntimeError("locked memory is used up")
 
-    real = host_chunk.allocate
+    real = arena.allocate
     monkeypatch.setattr(arena, "_pinned", refuse)
-    monkeypatch.setattr(host_chunk, "allocate", lambda values, dtype, *, pin: real(values, dtype, pin=True))
+    monkeypatch.setattr(arena, "allocate", lambda values, dtype, *, pin: real(values, dtype, pin=True))
     _, optimizer = trained()
     assert (optimizer.pinned, optimizer.pinning_refused) == (False, "locked memory is used up")
     assert optimizer.report.applied

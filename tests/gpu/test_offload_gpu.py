@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, calibrate
 from deepseek_mp.optim.offload.lanes import DirectLanes, StreamLanes, lanes_for
@@ -215,3 +216,35 @@ def test_steps_allocate_no_pinned_memory():
 def test_calibration_finds_rates():
     rates = calibrate(device(), seconds=0.5)
     assert min(rates.down, rates.up, rates.cpu) > 1e8
+
+
+@pytest.mark.parametrize("mode", ["sync", "speculative"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_trainer_gives_the_numbers_of_copies_that_wait(precision, mode):
+    """Windows of three, clipping, a loss scale, and one step that is skipped."""
+    found = []
+    for lanes in (lambda _: DirectLanes(), lanes_for):
+        net = model(width=256, layers=3)
+        settings = OffloadSettings(chunk_bytes=CHUNK, mode=mode)
+        trainer = MixedPrecisionTrainer(
+            net,
+            precision,
+            loss_fn=nn.functional.mse_loss,
+            optimizer=lambda params, lanes=lanes, settings=settings: OffloadedOptimizer(
+                params, lr=1e-3, settings=settings, lanes=lanes
+            ),
+            gradient_accumulation_steps=3,
+            max_grad_norm=0.1,
+            ema_decay=0.9,
+            seed=0,
+        )
+        generator = torch.Generator().manual_seed(0)
+        for step in range(12):
+            batch = torch.randn(64, 256, generator=generator) * (float("nan") if step == 7 else 1.0)
+            trainer.step((batch, batch))
+        trainer.settle()
+        trainer.optimizer.synchronize()
+        assert (trainer.steps_attempted, trainer.steps_applied) == (4, 3)
+        assert all(p.grad is None for p in net.parameters())
+        found.append([*weights(net), *(value.cpu() for value in trainer.ema.values.values())])
+    assert same(*found)

@@ -88,3 +88,19 @@ def test_ratios_to_the_second_moment_by_their_definition():
 def test_norms_are_one_number_for_each_gradient():
     found = gradients.norms([torch.tensor([3.0, 4.0]), torch.tensor([-7.0]).half()])
     assert found.tolist() == [5.0, 7.0]
+
+
+@pytest.mark.parametrize("order", [2.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_gradients_on_a_cpu_by_rows(monkeypatch, order, dtype):
+    monkeypatch.setattr(gradients, "LARGE", 1000)
+    monkeypatch.setattr(gradients, "ROWS", 7)
+    grads = [torch.randn(1000), torch.randn(43, 41), torch.randn(5), torch.randn(40, 50).t(), torch.randn(1400)]
+    grads = [grad.to(dtype) for grad in grads]
+    found = gradients.norms(grads, order)
+    expected = torch.stack([torch.linalg.vector_norm(grad.double(), order).float() for grad in grads])
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected)
+    for bad in (math.nan, math.inf):
+        grads[1][42, 40] = bad
+        assert gradients.norms(grads, order).isfinite().tolist() == [True, False, True, True, True]

@@ -3,7 +3,7 @@ import copy
 import torch
 from torch import nn
 
-from deepseek_mp.ops.storage_marks import mark_storage, storage_of
+from deepseek_mp.ops.storage_marks import mark_master, mark_storage, storage_of, unmark
 from deepseek_mp.precision.storage import StorageFormat
 
 
@@ -24,3 +24,14 @@ def test_a_mark_does_not_outlive_the_dtype_nor_go_along_with_a_copy():
     assert storage_of(copy.deepcopy(weight)) is None
     weight.data = weight.data.half()
     assert storage_of(weight) is None
+
+
+def test_bf16_with_a_master_is_looked_after_until_the_mark_is_taken_away():
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    mark_master(weight)
+    assert storage_of(weight) is StorageFormat.FP32
+    unmark(weight)
+    assert storage_of(weight) is None
+    half = nn.Parameter(torch.ones(1, dtype=torch.float16))
+    mark_master(half)
+    assert storage_of(half) is None

@@ -88,12 +88,18 @@ def test_what_trainings_come_to_is_paired_with_fp32_at_the_same_seed() -> None:
 
 def test_offloading_has_a_row_for_each_case_and_one_for_each_step_of_the_host() -> None:
     host = {"values": 1000, "host_ms": {"fused": SPREAD}, "ratio": {"fused": SPREAD}, "check": "passed"}
-    sync = {"share": 0.5, "step_ms": SPREAD, "predicted_ms": 20.5, "hidden": 0.25, "check": "passed"}
+    sync = {"share": 0.5, "step_ms": SPREAD, "predicted_ms": 20.5, "host_step_ms": 7.25, "check": "passed"}
+    on_device = {"step_ms": SPREAD, "state_bytes": 21.5e9, "check": "passed"}
     failed = {"check": "failed", "error": "out of memory"}
-    page = results_page.render([("offload.json", report("offload", host=host, sync=sync, delayed=failed))])
+    target = {"what": "memory gone", "contender": "sync", "value": 0.87, "outcome": "met"}
+    found = report("offload", host=host, sync=sync, delayed=failed, device=on_device)
+    found["arguments"] = {"targets": [target]}
+    page = results_page.render([("offload.json", found)])
     assert "| fused | 20 (19-21) | 20 (19-21) | passed |" in page
-    assert "| sync | 0.50 | 20 (19-21) | 20.50 | 0.25 | passed |" in page
-    assert "| delayed | - | - | - | - | failed |" in page
+    assert "| sync | 0.50 | 20 (19-21) | 20.50 | 7.25 | - | passed |" in page
+    assert "| device | - | 20 (19-21) | - | - | 21.50 | passed |" in page
+    assert "| delayed | - | - | - | - | - | failed |" in page
+    assert "| memory gone | sync | 0.87 | met |" in page
 
 
 def test_policies_that_broke_are_in_bold() -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.optim import AdamW
+from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings
 from deepseek_mp.trainer import gradient_watch
 from deepseek_mp.trainer.gradient_watch import ROWS, GradientWatch, _rows
 
@@ -123,3 +124,29 @@ def test_all_rows_get_their_turn():
     assert met == set(range(200))
     assert all(_rows(tensor, step).shape == (ROWS, 1) for step in range(200))
     assert _rows(tensor[:10], 7).shape == (10, 1)
+
+
+@pytest.mark.parametrize("mode", ["sync", "speculative"])
+def test_of_an_offloaded_optimizer_the_masters_are_looked_at(mode):
+    """In 'speculative' their moments may be ahead of the step; they are put back before they are read."""
+    found = []
+    for offloads in (False, True):
+        torch.manual_seed(0)
+        made = model()
+        options = {"lr": 1e-3, "betas": (0.9, 0.5)}
+        settings = OffloadSettings(mode=mode, chunk_bytes=100)
+        optimizer = (
+            OffloadedOptimizer(made.parameters(), settings=settings, **options)
+            if offloads
+            else torch.optim.AdamW(made.parameters(), fused=True, **options)
+        )
+        scaler = LossScaler("none", device="cpu")
+        seen = Watched(made, optimizer, lowered=("1",), norms=lambda scaler=scaler: scaler.norms)
+        for _ in range(7):
+            scaler.scale(made(torch.randn(5, 8)).square().mean()).backward()
+            scaler.step(optimizer)
+            found.append(seen.watch.read())
+            seen.steps += 1
+            optimizer.zero_grad()
+    assert found[6]["1"].rms is not None
+    assert found[:7] == found[7:]

@@ -250,17 +250,21 @@ def test_parameters_outside_the_model_are_found_by_position():
 # -- gradients and values ------------------------------------------------------------------------------------
 
 
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 def test_gradients_come_back_and_those_not_saved_go():
     model = Net()
     model(torch.ones(2, 2, 4, 4)).sum().backward()
     model.scale.grad = None
-    saved = {name: g.clone() for name, g in state.gradients(model).items()}
+    saved = {name: g.clone() for name, g in state.gradients(model, sgd(model)).items()}
     assert set(saved) == {"conv.weight", "conv.bias", "one.weight"}
     other = Net()
     other.scale.grad = torch.tensor(3.0)
-    state.load_gradients(other, saved)
+    state.load_gradients(other, sgd(other), saved)
     assert other.scale.grad is None
-    assert all(torch.equal(g, saved[name]) for name, g in state.gradients(other).items())
+    assert all(torch.equal(g, saved[name]) for name, g in state.gradients(other, sgd(other)).items())
 
 
 def test_tensors_leave_nested_values_and_return():

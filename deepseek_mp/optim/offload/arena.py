@@ -1,7 +1,11 @@
-"""Host memory that is allocated once and shared out: pinned, so that copies run beside the device's work."""
+"""Host memory that is allocated once and shared out, since fresh pages cost more than writing to them.
+
+Pinned where it is copied from and to, so that copies run beside the device's work.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +26,51 @@ class Arena:
     def parts(self, shapes: Sequence[torch.Size]) -> list[Tensor]:
         """Views of these shapes, one behind the other."""
         return list(_views(self.flat, shapes))
+
+
+class Scratch(threading.local):
+    """Memory for what is needed for a moment only, one block for each thread."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def of(self, values: int) -> Tensor:
+        """fp32 [values], of any content, until the thread asks again."""
+        if self._flat.numel() < values:
+            self._flat = torch.empty(values)
+        return self._flat[:values]
+
+
+class HostMemory:
+    """Where the arenas of an optimizer come from; those that are given back are handed out again.
+
+    Fresh memory costs more than a step: each page is found at its first use, and pinned memory is locked page by page.
+    So whoever makes one optimizer after the other passes the same `HostMemory` to all of them, and closes each before
+    the next one is made.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.dtype, bool], list[Arena]] = {}
+
+    def take(self, values: int, dtype: torch.dtype, *, pin: bool) -> Arena:
+        """As `allocate`, from what was given back if there is such a block."""
+        known = self._free.get((values, dtype, pin))
+        if not known:
+            return allocate(values, dtype, pin=pin)
+        arena = known.pop()
+        arena.flat.zero_()
+        return arena
+
+    def give_back(self, arenas: Sequence[Arena]) -> None:
+        """Nobody reads or writes these any more."""
+        for arena in arenas:
+            wanted = arena.pinned or arena.refused is not None
+            self._free.setdefault((arena.flat.numel(), arena.flat.dtype, wanted), []).append(arena)
+
+    @property
+    def free_bytes(self) -> int:
+        """Of the blocks that wait to be handed out."""
+        return sum(arena.flat.nbytes for arenas in self._free.values() for arena in arenas)
 
 
 def allocate(values: int, dtype: torch.dtype, *, pin: bool) -> Arena:

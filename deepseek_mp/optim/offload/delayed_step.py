@@ -15,7 +15,7 @@ from torch import Tensor
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
-from deepseek_mp.optim.offload.verdict import Verdict
+from deepseek_mp.optim.offload.verdict import Scaling, Verdict
 
 Handed = Mapping[HostChunk, Mapping[Slot, Tensor]]
 """The gradients of each chunk that are stepped on."""
@@ -43,7 +43,7 @@ class DelayedStep(SyncStep):
         for chunk in reversed(self.parts.chunks):
             if chunk.kept:
                 for slot in chunk.slots:
-                    slot.adopt(base=slot.before)
+                    slot.adopt(base=chunk.base_of(slot))
                 self.send(chunk)
         self.commit()
 
@@ -51,22 +51,20 @@ class DelayedStep(SyncStep):
         self.settle()
         super().step(verdict)
 
-    def apply(self, factor: Tensor | None) -> None:
+    def apply(self, scaling: Scaling) -> None:
         if self._applied() < self._delay_from:
-            super().apply(factor)
+            super().apply(scaling)
             return
         self.prepare()
         handed = {chunk: chunk.hand_over() for chunk in reversed(self.parts.chunks) if chunk.has_gradients}
         options = rule.options(self.parts.owner().param_groups)
-        self._outstanding = self._worker.submit(self._run, handed, options, factor)
+        self._outstanding = self._worker.submit(self._run, handed, options, scaling)
 
-    def _run(self, handed: Handed, options: Sequence[Mapping[str, Any]], factor: Tensor | None) -> None:
+    def _run(self, handed: Handed, options: Sequence[Mapping[str, Any]], scaling: Scaling) -> None:
         states = self.parts.owner().state
         for chunk, gradients in handed.items():
             chunk.freed(self.parts.lanes)
-            chunk.keep(states)
-            chunk.update(options, states, gradients, factor)
-            chunk.round()
+            chunk.step(options, states, gradients, scaling)
 
     def _applied(self) -> int:
         """Steps that were applied in all runs."""

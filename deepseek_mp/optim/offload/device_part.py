@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.host_chunk import Member
 from deepseek_mp.optim.offload.master_weights import Pair
+from deepseek_mp.optim.offload.verdict import Scaling
 
 
 class DevicePart:
@@ -28,9 +29,7 @@ class DevicePart:
         else:
             pair.master.grad.add_(gradient)
 
-    def step(
-        self, groups: Sequence[Mapping[str, Any]], states: dict[Any, dict[str, Any]], factor: Tensor | None
-    ) -> None:
+    def step(self, groups: Sequence[Mapping[str, Any]], states: dict[Any, dict[str, Any]], scaling: Scaling) -> None:
         """AdamW's step on the masters that have gradients, and their values rounded into the parameters."""
         for index, group in enumerate(groups):
             pairs = [pair for pair in self.pairs if pair.group == index and pair.master.grad is not None]
@@ -42,8 +41,9 @@ class DevicePart:
                 pair.adopt()
                 if not states.get(pair.master):
                     states[pair.master] = rule.new_state([torch.empty_like(pair.master) for _ in rule.MOMENTS])
-            scale = None if factor is None else factor.to(masters[0].device)
-            grads = [m.grad if scale is None else m.grad * scale for m in masters if m.grad is not None]
+            grads = [master.grad for master in masters if master.grad is not None]
+            if not scaling.is_one:
+                grads = [scaling.into(torch.empty_like(grad), grad) for grad in grads]
             rule.step(group, masters, grads, [states[master] for master in masters])
             self.write(pairs)
 

@@ -23,9 +23,11 @@ class Pair:
     def __post_init__(self) -> None:
         self.born = (self.parameter.device, self.parameter.dtype)
         self._seen = (-1, -1)
+        self._is_new = True
 
     def look(self) -> None:
         """Remember the parameter's values as those that the master stands for."""
+        self._is_new = False
         self._seen = (self.parameter._version, self.parameter.data_ptr())
 
     def forget(self) -> None:
@@ -46,6 +48,10 @@ class Pair:
             base: the master that the parameter was given values of, where it has gone on since.
         """
         if not self.written:
+            return
+        if self._is_new:  # nothing to compare with, which takes several passes
+            self.master.copy_(self.parameter)
+            self.look()
             return
         written = self.parameter.detach().to(self.master.device, torch.float32)
         given = self.master.detach() if base is None else base

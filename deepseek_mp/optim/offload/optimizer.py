@@ -8,7 +8,8 @@ get their new values back at the end of a step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -18,8 +19,10 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.storage_marks import mark_master, unmark
 from deepseek_mp.optim.adamw import check_options
 from deepseek_mp.optim.offload import rule, schedule
+from deepseek_mp.optim.offload.arena import HostMemory
 from deepseek_mp.optim.offload.delayed_step import DelayedStep
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
@@ -57,7 +60,8 @@ class OffloadedOptimizer(Optimizer):
         model: that has the parameters. Without it, the device waits for all weights at the end of `step`.
         settings: how it is offloaded.
         lanes: makes the copies of a device.
-        worker: makes what runs the host's steps beside the device, in the modes that do so.
+        worker: makes what runs the host's work beside the device.
+        memory: of the host, which `close` gives the arenas back to; masters and states are no more after that.
 
     Raises:
         ConfigError: an option out of its range; parameters of other dtypes or of several devices.
@@ -77,6 +81,7 @@ class OffloadedOptimizer(Optimizer):
         settings: OffloadSettings | None = None,
         lanes: Callable[[torch.device], Lanes] = lanes_for,
         worker: Callable[[], Worker] = ThreadWorker,
+        memory: HostMemory | None = None,
     ) -> None:
         check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.settings = settings or OffloadSettings()
@@ -84,7 +89,7 @@ class OffloadedOptimizer(Optimizer):
         """What the last step did."""
         groups = _as_groups(params)
         device = _check_parameters([p for group in groups for p in group["params"]])
-        self._lanes = lanes(device)
+        self._lanes, self._memory = lanes(device), memory
         self._waits = ForwardWaits(self._lanes)
         self._chunks: list[HostChunk] = []
         self._pairs: dict[int, Pair] = {}
@@ -92,6 +97,7 @@ class OffloadedOptimizer(Optimizer):
         self._chunk_of: dict[int, HostChunk] = {}
         self._task = -1
         self._passes = 0
+        self._is_paused = False
         masters = self._take_over(_members(groups), device)
         taken = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
         super().__init__(taken, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **rule.OPTIONS})
@@ -118,6 +124,24 @@ class OffloadedOptimizer(Optimizer):
     def pinning_refused(self) -> str | None:
         """Why pinned memory could not be had, where it was asked for."""
         return next((arena.refused for chunk in self._chunks for arena in chunk.arenas if arena.refused), None)
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        """Each parameter of the model that is trained, and its master."""
+        return list(self._pairs.values())
+
+    @property
+    def waits_in_forward(self) -> bool:
+        """Whether hooks of the model wait for weights where they are read; else the end of `step` does."""
+        return self._waits.attached
+
+    def trains(self, parameter: Tensor) -> bool:
+        """Whether it was made for this parameter of the model."""
+        return id(parameter) in self._pairs
+
+    def hooks(self, parameter: Tensor) -> bool:
+        """Whether it has a hook behind the accumulation of this parameter's gradient."""
+        return self.trains(parameter) and self._pairs[id(parameter)].master is not parameter
 
     def master(self, parameter: Tensor) -> nn.Parameter:
         """The FP32 weight that a parameter is rounded from; the parameter itself if it is one."""
@@ -150,14 +174,56 @@ class OffloadedOptimizer(Optimizer):
         super().zero_grad(set_to_none=True)
         return loss
 
+    def land(self) -> None:
+        """Wait until all gradients that were sent are in the masters' `grad`.
+
+        Needed only by who looks at them before `step` in a window that is shorter than `accumulation`.
+        """
+        self._land()
+
+    def settle(self) -> None:
+        """Bring masters and states to where the last `step` left them, for others to read before the next one.
+
+        In mode 'delayed' this is what the next step begins with. In 'speculative' chunks are put back that were stepped
+        ahead of it, which costs their time.
+        """
+        self._land()
+        with torch.no_grad():
+            self._mode.settle()
+
+    def wait_for_weights(self) -> None:
+        """Let the device wait for all weights that are on their way, before they are read outside of the forward."""
+        self._waits.wait_all()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, gradients stay with the model's parameters; they are of something else than a step."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside, gradients are taken although somebody has set the hooks of the parameters aside."""
+        before, self._handles = self._handles, []
+        for pair in self._pairs.values():
+            if pair.master is not pair.parameter:
+                self._hook(pair.parameter)
+        try:
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = before
+
     def synchronize(self) -> None:
         """Finish what is outstanding: masters, states and the model's weights are then those after the last step.
 
         In mode 'delayed' the next forward sees newer weights than it would have, so calls change the numbers.
         """
-        self._land()
-        with torch.no_grad():
-            self._mode.settle()
+        self.settle()
         self._waits.wait_all()
 
     def refresh(self) -> None:
@@ -173,10 +239,20 @@ class OffloadedOptimizer(Optimizer):
     def close(self) -> None:
         """Wait for what is on its way and remove all hooks; the model trains on without this optimizer."""
         self.synchronize()
+        for chunk in self._chunks:
+            chunk.freed(self._lanes)
         self._waits.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for pair in self._pairs.values():
+            unmark(pair.parameter)
+        if self._memory is not None:
+            self._memory.give_back([arena for chunk in self._chunks for arena in chunk.arenas])
+            self._chunks, self._pairs, self._chunk_of = [], {}, {}
+            self._mode.parts.chunks.clear()
+            self.state.clear()
+            self.param_groups = []
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -186,12 +262,18 @@ class OffloadedOptimizer(Optimizer):
         saved = super().state_dict()
         masters = [parameter for group in self.param_groups for parameter in group["params"]]
         numbers = {id(master): number for number, master in enumerate(masters)}
-        for pair in self._pairs.values():
-            number = numbers[id(pair.master)]
-            if pair.parameter.dtype is not torch.float32 and number in saved["state"]:
-                pair.adopt()
-                saved["state"][number] = {**saved["state"][number], MASTER: pair.master.detach()}
+        saved["state"] |= {numbers[id(master)]: entries for master, entries in self.saved_states().items()}
         return saved
+
+    def saved_states(self) -> dict[Tensor, dict[str, Any]]:
+        """The state of each master, with the FP32 weight of those that are not FP32 on the device."""
+        self.synchronize()
+        found = {master: dict(entries) for master, entries in self.state.items()}
+        for pair in self._pairs.values():
+            if pair.parameter.dtype is not torch.float32 and pair.master in found:
+                pair.adopt()
+                found[pair.master][MASTER] = pair.master.detach()
+        return found
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -201,6 +283,11 @@ class OffloadedOptimizer(Optimizer):
             passed = "a state with amsgrad or maximize"
             raise ConfigError(explain(passed, "states of AdamW without them", "Train on with torch.optim.AdamW"))
         super().load_state_dict(state_dict)
+        self.adopt_states()
+
+    @torch.no_grad()
+    def adopt_states(self) -> None:
+        """Take over what others have put into `state`, as `saved_states` gave it, and send the weights up."""
         self._mode.broken = None
         for chunk in self._chunks:
             for slot in chunk.slots:
@@ -252,6 +339,7 @@ class OffloadedOptimizer(Optimizer):
             undo=settings.undo,
             cast_on_host=on_host,
             two_gradients=settings.mode == "delayed",
+            source=self._memory or HostMemory(),
         )
         for part in self._split.host:
             self._chunks.append(HostChunk(part.number, [members[index] for index in part.members], memory))
@@ -261,6 +349,7 @@ class OffloadedOptimizer(Optimizer):
         for pair in [*pairs, *self._device_part.pairs]:
             pair.adopt()
             self._pairs[id(pair.parameter)] = pair
+            mark_master(pair.parameter)
             if pair.master is not pair.parameter:
                 self._hook(pair.parameter)
         return {key: pair.master for key, pair in self._pairs.items()}
@@ -296,6 +385,8 @@ class OffloadedOptimizer(Optimizer):
 
     def _arrived(self, parameter: Tensor) -> None:
         """Send a gradient down. Runs in backward, after the gradient has been added to `parameter.grad`."""
+        if self._is_paused:
+            return
         pair = self._pairs[id(parameter)]
         gradient = parameter.grad
         assert gradient is not None
@@ -317,7 +408,7 @@ class OffloadedOptimizer(Optimizer):
             self._mode.complete(chunk, last=self._passes >= self.settings.accumulation)
 
     def _note_pass(self) -> None:
-        """At the first gradient of a backward: arrange for all of them to be added up when it ends."""
+        """At the first gradient of a backward; at the end of the window's last one, all are added up."""
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return
@@ -325,7 +416,8 @@ class OffloadedOptimizer(Optimizer):
         self._passes += 1
         for chunk in self._chunks:
             chunk.coming.clear()
-        Variable._execution_engine.queue_callback(self._land)
+        if self._passes >= self.settings.accumulation:
+            Variable._execution_engine.queue_callback(self._land)
 
     @torch.no_grad()
     def _land(self) -> None:

@@ -22,6 +22,8 @@ CAST_BYTES = 6
 """Bytes that rounding an FP32 weight to BF16 moves: 4 read, 2 written."""
 NORM_BYTES = 4
 """Bytes that the norm of the gradients reads per value."""
+BACKWARD = 2 / 3
+"""Share of forward and backward that is backward: it makes two products where forward makes one."""
 MODES = ("sync", "speculative", "delayed")
 WIRES = {"bf16": 2, "fp32": 4}
 """Formats that gradients are sent in, with their bytes."""
@@ -69,11 +71,13 @@ class Rates:
     """From the host to the device."""
     cpu: float
     """Through the host's AdamW, at `STEP_BYTES` a value."""
+    keep: float | None = None
+    """Through the copies of the state before a step, at `KEEP_BYTES` a value; None: as `cpu`."""
 
     def __post_init__(self) -> None:
-        for name in ("down", "up", "cpu"):
+        for name in ("down", "up", "cpu", "keep"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if not (value is None and name == "keep") and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(explain(f"{name}={value!r} bytes/s", "positive numbers", "Measure with calibrate()"))
 
 
@@ -179,49 +183,62 @@ def cast_on_host(rates: Rates, *, keep: bool = True) -> bool:
     The host's step and the copies up overlap, so the slower of the two counts: rounding loads the host with
     `CAST_BYTES` a value and saves the wire half.
     """
-    step = (STEP_BYTES + KEEP_BYTES * keep) / rates.cpu
+    step = STEP_BYTES / rates.cpu + KEEP_BYTES * keep / (rates.keep or rates.cpu)
     host = max(step + CAST_BYTES / rates.cpu, WIRES["bf16"] / rates.up)
     return host <= max(step, FP32_BYTES / rates.up)
 
 
 def host_bytes(work: Work) -> float:
     """Bytes per value that the host moves in its memory for one step, without adding up earlier micro-batches."""
-    arrival = WIRES[work.wire] + FP32_BYTES
-    return arrival + NORM_BYTES + STEP_BYTES + KEEP_BYTES * work.keep + CAST_BYTES * work.cast
+    return arrival_bytes(work, first=True) + NORM_BYTES + STEP_BYTES + KEEP_BYTES * work.keep + CAST_BYTES * work.cast
 
 
-def adding_bytes(work: Work) -> float:
-    """Bytes per value that adding up the gradients of all micro-batches but the last moves, widened in between."""
-    return (work.micro_steps - 1) * (WIRES[work.wire] + 5 * FP32_BYTES)
+def arrival_bytes(work: Work, *, first: bool) -> float:
+    """Bytes per value to take over a gradient that has arrived, or to add it to those before."""
+    return WIRES[work.wire] + FP32_BYTES * (1 if first else 2)
 
 
 def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
-    """The time of a step: max(T_device, T_down, T_host) + T_tail, where T_host is hidden only in modes that can.
+    """The time of a step: what is longest in each part of the window, and then the tail that nothing hides.
 
-    In 'sync' the host begins when the gradients' norm is known, after backward, so all its work is in the tail. In
-    'speculative' the tail is what follows backward for the chunk that arrives last: its copy down and its step.
-    In 'delayed' the host's step of the last gradients runs beside this forward and backward. In all modes the gradients
-    of earlier micro-batches are added between two backwards, and forward waits for the first chunk to go up, with the
-    others behind it.
+    Gradients go down and are added up beside backward; those of earlier micro-batches also beside the next forward. In
+    'sync' the host's step begins when the gradients' norm is known, after backward, so it is in the tail. In
+    'speculative' it runs beside the last backward, in 'delayed' beside the whole next window. What the chunk that
+    arrives last needs after backward is in the tail, and so is the first chunk's way up, with the others behind it.
 
     The host's work is taken as bytes moved at the rate of `Rates.cpu`, as the host's AdamW is bound by memory.
     """
     values = sum(chunk.values for chunk in placed.host)
-    wire = WIRES[work.wire]
-    per_value = host_bytes(work) / rates.cpu
-    device = work.forward_backward + (1 - placed.fraction) * work.device_step
-    down = work.micro_steps * values * wire / rates.down
-    host = values * per_value
     last = placed.host[-1].values if placed.host else 0
-    up = last * (WIRES["bf16"] if work.cast else FP32_BYTES) / rates.up
-    tail = up + values * adding_bytes(work) / rates.cpu
+    wire = WIRES[work.wire]
+    first, added = (arrival_bytes(work, first=first) / rates.cpu for first in (True, False))
+    landing = first if work.micro_steps == 1 else added
+    norm = NORM_BYTES / rates.cpu
+    stepping = (STEP_BYTES + CAST_BYTES * work.cast) / rates.cpu + KEEP_BYTES * work.keep / (rates.keep or rates.cpu)
+    down = values * wire / rates.down
+    micro = work.forward_backward / work.micro_steps
+    on_device = (1 - placed.fraction) * work.device_step
+    up = (WIRES["bf16"] if work.cast else FP32_BYTES) / rates.up
+    tail = last * (up + wire / rates.down + landing) + values * norm
+    earlier = [max(micro, down, values * each) for each in [first, *[added] * (work.micro_steps - 2)]]
+    begun = sum(earlier[: work.micro_steps - 1]) + (1 - BACKWARD) * micro
+    beside = values * landing
     if work.mode == "sync":
-        tail += host
-        total = max(device, down) + tail
-    else:
-        tail += last * (wire / rates.down + per_value) if work.mode == "speculative" else 0.0
-        total = max(device, down, host) + tail
-    return Prediction(device=device, down=down, host=host, tail=tail, total=total)
+        tail += values * stepping
+    elif work.mode == "speculative":
+        beside += values * stepping
+        tail += last * stepping
+    hidden = begun + max(BACKWARD * micro, down, beside)
+    adding = values * (first + (work.micro_steps - 1) * added)
+    if work.mode == "delayed":
+        hidden = max(hidden, adding + values * stepping)
+    return Prediction(
+        device=work.forward_backward + on_device,
+        down=work.micro_steps * down,
+        host=adding + values * (norm + stepping),
+        tail=tail,
+        total=hidden + on_device + tail,
+    )
 
 
 def check_member(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -13,19 +13,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
-from deepseek_mp.optim.offload.verdict import Verdict
+from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling, Verdict
 
 
 @dataclass(eq=False, kw_only=True)
 class Guess:
     """What a chunk was stepped with."""
 
-    factor: Tensor | None
+    scaling: Scaling
     options: list[dict[str, Any]]
     """Of all groups."""
     landed: Future[Any] = field(default_factory=Future)
@@ -41,19 +39,21 @@ class SpeculativeStep(SyncStep):
         super().__init__(parts)
         self._worker = parts.worker()
         self._guesses: dict[int, Guess] = {}
-        self._factor: Tensor | None = None
+        self._scaling = AS_IT_IS
 
     def reopened(self, chunk: HostChunk) -> None:
+        super().reopened(chunk)
         guess = self._guesses.pop(chunk.number, None)
         if guess is not None:
             self._withdraw(chunk, guess)
 
     def complete(self, chunk: HostChunk, *, last: bool) -> None:
         if not last or self.broken is not None:
+            super().complete(chunk, last=last)
             return
         for slot in chunk.slots:
             slot.adopt()
-        guess = Guess(factor=self._factor, options=rule.options(self.parts.owner().param_groups))
+        guess = Guess(scaling=self._scaling, options=rule.options(self.parts.owner().param_groups))
         self._guesses[chunk.number] = guess
         guess.landed = self._worker.submit(chunk.land, self.parts.lanes)
         guess.stepped = self._worker.submit(self._speculate, chunk, guess)
@@ -62,7 +62,7 @@ class SpeculativeStep(SyncStep):
         for chunk in self.parts.chunks:
             guess = self._guesses.get(chunk.number)
             if guess is None:
-                chunk.land(self.parts.lanes)
+                self._land(chunk)
             else:
                 guess.landed.result()
 
@@ -76,7 +76,7 @@ class SpeculativeStep(SyncStep):
 
     def step(self, verdict: Verdict) -> None:
         self.check_whole()
-        self._factor, self.redone = verdict.unscaling, 0
+        self._scaling, self.redone = verdict.unscaling, 0
         if verdict.reason is not None:
             self.settle()
             return
@@ -92,32 +92,25 @@ class SpeculativeStep(SyncStep):
                 self.reopened(chunk)
         super().prepare()
 
-    def step_chunk(self, chunk: HostChunk, factor: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> None:
+    def step_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> None:
         guess = self._guesses.get(chunk.number)
         if guess is not None:
             guess.stepped.result()
             del self._guesses[chunk.number]
-            if self._holds(chunk, guess, factor, groups):
+            if self._holds(chunk, guess, scaling, groups):
                 return
             self.redone += 1
             chunk.restore(self.parts.owner().state)
-        super().step_chunk(chunk, factor, groups)
+        super().step_chunk(chunk, scaling, groups)
 
     def _speculate(self, chunk: HostChunk, guess: Guess) -> None:
         guess.landed.result()
         guess.versions = _versions(chunk)
-        super().step_chunk(chunk, guess.factor, guess.options)
-        chunk.round()
+        super().step_chunk(chunk, guess.scaling, guess.options)
 
-    def _holds(
-        self, chunk: HostChunk, guess: Guess, factor: Tensor | None, options: Sequence[Mapping[str, Any]]
-    ) -> bool:
+    def _holds(self, chunk: HostChunk, guess: Guess, scaling: Scaling, options: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the chunk was stepped with what it should have been stepped with."""
-        return (
-            _number(factor) == _number(guess.factor)
-            and list(options) == guess.options
-            and guess.versions == _versions(chunk)
-        )
+        return scaling == guess.scaling and list(options) == guess.options and guess.versions == _versions(chunk)
 
     def _withdraw(self, chunk: HostChunk, guess: Guess) -> None:
         """Wait for a chunk and put it back, whether or not its step failed."""
@@ -134,7 +127,3 @@ def _versions(chunk: HostChunk) -> dict[Slot, int]:
         for slot in chunk.slots
         if slot.master.grad is not None
     }
-
-
-def _number(factor: Tensor | None) -> float:
-    return 1.0 if factor is None else float(factor)

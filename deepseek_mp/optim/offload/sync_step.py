@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import MixedPrecisionError, explain
@@ -15,7 +15,7 @@ from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
 from deepseek_mp.optim.offload.host_chunk import HostChunk
 from deepseek_mp.optim.offload.lanes import Lanes
-from deepseek_mp.optim.offload.verdict import Verdict
+from deepseek_mp.optim.offload.verdict import Scaling, Verdict
 from deepseek_mp.optim.offload.worker import Worker
 
 
@@ -40,6 +40,8 @@ class SyncStep:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self._lander = parts.worker()  # another than that of steps, which would let a landing wait for all of a step
+        self._landing: dict[int, Future[Any]] = {}
         self.broken: BaseException | None = None
         """Why the state is not whole: a step failed halfway and could not be taken back."""
         self.redone = 0
@@ -47,18 +49,33 @@ class SyncStep:
 
     def reopened(self, chunk: HostChunk) -> None:
         """Another gradient of this chunk is about to be sent down."""
+        landing = self._landing.pop(chunk.number, None)
+        if landing is not None:
+            landing.result()
 
     def complete(self, chunk: HostChunk, *, last: bool) -> None:
-        """All gradients of a chunk are on their way; `last`: in the last backward of the window."""
+        """All gradients of a chunk are on their way; `last`: in the last backward of the window.
+
+        Those of earlier ones are added up beside what the device does next.
+        """
+        if not last:
+            self._landing[chunk.number] = self._lander.submit(chunk.land, self.parts.lanes)
 
     def land(self) -> None:
         """Wait for gradients and add them."""
         for chunk in self.parts.chunks:
-            chunk.land(self.parts.lanes)
+            self._land(chunk)
+
+    def _land(self, chunk: HostChunk) -> None:
+        SyncStep.reopened(self, chunk)
+        chunk.land(self.parts.lanes)
 
     def forget(self) -> None:
         """The gradients of the window are not wanted."""
         for chunk in self.parts.chunks:
+            landing = self._landing.pop(chunk.number, None)
+            if landing is not None:
+                landing.exception()
             chunk.discard(self.parts.lanes)
 
     def settle(self) -> None:
@@ -72,7 +89,7 @@ class SyncStep:
         """
         self.check_whole()
         if verdict.reason is None:
-            self.apply(verdict.factor)
+            self.apply(verdict.scaling)
 
     def check_whole(self) -> None:
         if self.broken is not None:
@@ -80,7 +97,7 @@ class SyncStep:
             change = "Load a saved state, and keep undo=True"
             raise MixedPrecisionError(explain(passed, "steps from a whole state", change)) from self.broken
 
-    def apply(self, factor: Tensor | None) -> None:
+    def apply(self, scaling: Scaling) -> None:
         """Step all chunks, in the order in which forward reads them."""
         self.prepare()
         groups = rule.options(self.parts.owner().param_groups)
@@ -89,9 +106,9 @@ class SyncStep:
             for chunk in reversed(self.parts.chunks):
                 if chunk.has_gradients:
                     begun.append(chunk)
-                    self.step_chunk(chunk, factor, groups)
+                    self.step_chunk(chunk, scaling, groups)
                     self.send(chunk)
-            self.step_device_part(factor)
+            self.step_device_part(scaling)
         except BaseException as error:
             self.take_back(begun, error)
             raise
@@ -105,23 +122,21 @@ class SyncStep:
         for pair in pairs:
             pair.adopt()
 
-    def step_chunk(self, chunk: HostChunk, factor: Tensor | None, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Step a chunk on the gradients of its masters; what it changes is kept first."""
-        states = self.parts.owner().state
+    def step_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Step a chunk on the gradients of its masters."""
         chunk.freed(self.parts.lanes)
-        chunk.keep(states)
-        chunk.update(groups, states, chunk.gradients(), factor)
+        chunk.step(groups, self.parts.owner().state, chunk.gradients(), scaling)
 
     def send(self, chunk: HostChunk) -> None:
         """Send a chunk's weights up, and let forward wait for them."""
         chunk.send(self.parts.lanes)
         self.parts.waits.sent(chunk.number, chunk.uploads)
 
-    def step_device_part(self, factor: Tensor | None) -> None:
+    def step_device_part(self, scaling: Scaling) -> None:
         """Last, since nothing is kept of it: when it fails, its own state is unknown."""
         owner: Any = self.parts.owner()
         try:
-            self.parts.device.step(owner.param_groups, owner.state, factor)
+            self.parts.device.step(owner.param_groups, owner.state, scaling)
         except BaseException as error:
             self.broken = error
             raise

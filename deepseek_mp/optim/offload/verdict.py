@@ -10,7 +10,38 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from deepseek_mp.ops.gradients import l2_norm
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """What is done to all gradients of a step: divided, as fused kernels unscale, then multiplied, as PyTorch clips.
+
+    So both agree with PyTorch to the bit.
+    """
+
+    divisor: float = 1.0
+    clip: float = 1.0
+
+    @property
+    def is_one(self) -> bool:
+        return self.divisor == self.clip == 1.0
+
+    @property
+    def factor(self) -> float:
+        """Both as one number."""
+        return self.clip / self.divisor
+
+    def into(self, target: Tensor, gradient: Tensor) -> Tensor:
+        """The scaled gradient, written to the target."""
+        if self.divisor != 1.0:
+            torch.div(gradient, self.divisor, out=target)
+            return target.mul_(self.clip) if self.clip != 1.0 else target
+        return torch.mul(gradient, self.clip, out=target)
+
+
+AS_IT_IS = Scaling()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +50,23 @@ class Verdict:
 
     reason: str | None
     """Why it is skipped; None applies it."""
-    factor: Tensor | None = None
-    """fp32 []: for all gradients. None is one."""
-    unscaling: Tensor | None = None
-    """fp32 []: the part of it that is not clipping."""
+    scaling: Scaling = AS_IT_IS
+    """Of all gradients."""
     grad_norm: float | None = None
 
     @property
+    def unscaling(self) -> Scaling:
+        """The part of it that is not clipping."""
+        return Scaling(divisor=self.scaling.divisor)
+
+    @property
     def report(self) -> StepReport:
-        factor = 1.0 if self.factor is None else float(self.factor)
-        return StepReport(applied=self.reason is None, reason=self.reason, grad_norm=self.grad_norm, factor=factor)
+        return StepReport(
+            applied=self.reason is None,
+            reason=self.reason,
+            grad_norm=self.grad_norm,
+            factor=self.scaling.factor,
+        )
 
 
 def judge(
@@ -46,19 +84,15 @@ def judge(
         return Verdict(reason="no_grads")
     if found_inf is not None and bool(found_inf):
         return Verdict(reason="scaler")
-    factor = unscaling = None if scale is None else scale.detach().to("cpu", torch.float32).reshape(()).reciprocal()
-    norm = None
+    divisor = 1.0 if scale is None else float(scale)
+    norm, clip = None, 1.0
     limit = settings.max_grad_norm
     if limit is not None or (settings.check_finite and found_inf is None):
-        total = get_total_norm(grads).to("cpu")
-        total = total if factor is None else total * factor
+        # As torch.nn.utils.clip_grad_norm_, so that clipped steps agree to the bit; else on all cores.
+        total = (l2_norm(grads) if limit is None else get_total_norm(grads)).to("cpu") / divisor
         norm = float(total)
         if settings.check_finite and not math.isfinite(norm):
-            return Verdict(reason="nonfinite", unscaling=unscaling, grad_norm=norm)
+            return Verdict(reason="nonfinite", scaling=Scaling(divisor=divisor), grad_norm=norm)
         if limit is not None:
-            # As torch.nn.utils.clip_grad_norm_, so that clipped steps agree to the bit.
-            clip = torch.clamp(limit / (total + 1e-6), max=1.0)
-            factor = clip if factor is None else factor * clip
-    if factor is not None and float(factor) == 1.0:
-        factor = None
-    return Verdict(reason=None, factor=factor, unscaling=unscaling, grad_norm=norm)
+            clip = float(torch.clamp(limit / (total + 1e-6), max=1.0))
+    return Verdict(reason=None, scaling=Scaling(divisor=divisor, clip=clip), grad_norm=norm)

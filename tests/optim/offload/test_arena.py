@@ -1,5 +1,8 @@
 """Arenas: shared out, pinned where that works, and pageable with the reason where not."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 import torch
 
 from deepseek_mp.optim.offload import arena
@@ -28,3 +31,39 @@ def test_pinned_memory_is_used_where_it_can_be_had(monkeypatch):
     monkeypatch.setattr(arena, "_pinned", lambda values, dtype: torch.ones(values, dtype=dtype))
     block = arena.allocate(2, torch.float32, pin=True)
     assert (block.pinned, block.refused, block.flat.tolist()) == (True, None, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_what_is_given_back_is_handed_out_again(pin, monkeypatch):
+    monkeypatch.setattr(arena, "_pinned", lambda values, dtype: torch.ones(values, dtype=dtype))
+    memory = arena.HostMemory()
+    block = memory.take(8, torch.float32, pin=pin)
+    block.flat.fill_(3.0)
+    memory.give_back([block])
+    assert memory.free_bytes == 32
+    assert memory.take(9, torch.float32, pin=pin) is not block
+    assert memory.take(8, torch.bfloat16, pin=pin) is not block
+    assert memory.take(8, torch.float32, pin=not pin) is not block
+    assert memory.take(8, torch.float32, pin=pin) is block
+    assert block.flat.tolist() == [0.0] * 8
+    assert memory.take(8, torch.float32, pin=pin) is not block
+
+
+def test_memory_that_could_not_be_pinned_is_not_asked_for_again(monkeypatch):
+    def refuse(values, dtype):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(arena, "_pinned", refuse)
+    memory = arena.HostMemory()
+    block = memory.take(8, torch.float32, pin=True)
+    memory.give_back([block])
+    assert memory.take(8, torch.float32, pin=True) is block
+
+
+def test_scratch_is_of_one_thread():
+    scratch = arena.Scratch()
+    first = scratch.of(4)
+    assert scratch.of(3).data_ptr() == first.data_ptr()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        assert pool.submit(lambda: scratch.of(4).data_ptr()).result() != first.data_ptr()
+    assert scratch.of(100).numel() == 100

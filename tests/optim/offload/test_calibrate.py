@@ -1,5 +1,6 @@
 """`calibrate`: rates from a clock, within its time."""
 
+import importlib
 import itertools
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from deepseek_mp.optim.offload.calibrate import calibrate, typical
 from deepseek_mp.optim.offload.lanes import DirectLanes
+
+module = importlib.import_module("deepseek_mp.optim.offload.calibrate")  # the package has the function by this name
 
 
 class Clock:
@@ -31,7 +34,12 @@ class TimedLanes(DirectLanes):
 def test_rates_are_bytes_per_second():
     clock = Clock()
     found = calibrate(
-        "cpu", values=1000, lanes=lambda _: TimedLanes(clock, 0.25, 0.5), clock=_ticking(clock), seconds=6.0
+        "cpu",
+        values=1000,
+        step_values=1000,
+        lanes=lambda _: TimedLanes(clock, 0.25, 0.5),
+        clock=_ticking(clock),
+        seconds=6.0,
     )
     assert found.down == pytest.approx(4000 / 0.25, rel=0.01)
     assert found.up == pytest.approx(4000 / 0.5, rel=0.01)
@@ -47,8 +55,24 @@ def _ticking(clock):
 
 
 def test_runs_on_this_machine():
-    found = calibrate("cpu", seconds=0.05, values=1 << 16)
+    found = calibrate("cpu", seconds=0.05, values=1 << 16, step_values=1 << 16)
     assert min(found.down, found.up, found.cpu) > 0
+    assert found.keep is None or found.keep > 0
+
+
+def test_keeping_the_state_has_a_rate_of_its_own(monkeypatch):
+    clock = Clock()
+
+    def host_step(values, *, keep):
+        def step():
+            clock.now += 0.5 if keep else 0.2
+
+        return step
+
+    monkeypatch.setattr(module, "_host_step", host_step)
+    found = calibrate("cpu", values=10, step_values=100, lanes=lambda _: TimedLanes(clock, 0.1, 0.1), clock=clock)
+    assert found.cpu == pytest.approx(100 * 34 / 0.2)
+    assert found.keep == pytest.approx(100 * 24 / 0.3)
 
 
 @pytest.mark.parametrize(("each", "calls"), [(0.3, 3), (5.0, 1)])

@@ -1,36 +1,13 @@
 """Compression on the host and on a fake NPU, which is simulated and says so."""
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from fake_device import small_model
+from simulated_npu import HOST, SimulatedNpu
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload.compression import HostPlacement, compressed_activations, fastest
-
-HOST = HostPlacement(link=50e9, memory=100e9)
-
-
-@dataclass
-class SimulatedNpu:
-    """Its numbers are the host's, its time is made up: a fixed start, then a fast link."""
-
-    calls: list[str] = field(default_factory=list)
-    name: str = "npu (simulated)"
-    simulated: bool = True
-
-    def seconds(self, values):
-        return 1e-3 + values / 1e12
-
-    def compress(self, tensor):
-        self.calls.append("compress")
-        return HOST.compress(tensor)
-
-    def expand(self, packed):
-        self.calls.append("expand")
-        return HOST.expand(packed)
+from deepseek_mp.optim.offload.compression import compressed_activations, fastest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

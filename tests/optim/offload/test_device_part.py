@@ -7,6 +7,7 @@ from torch import nn
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.host_chunk import Member
+from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
 
 GROUP = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
 
@@ -22,7 +23,7 @@ def test_fp32_is_its_own_master():
     assert pair.master is parameter
     parameter.grad = torch.ones(3)
     with torch.no_grad():
-        part.step([GROUP], {}, None)
+        part.step([GROUP], {}, AS_IT_IS)
     assert torch.allclose(parameter, torch.full((3,), 0.9))
 
 
@@ -34,7 +35,7 @@ def test_bf16_is_rounded_from_its_master():
     assert torch.equal(pair.master.grad, torch.ones(3))
     states = {}
     with torch.no_grad():
-        part.step([GROUP | {"lr": 1e-3}], states, torch.tensor(0.5))
+        part.step([GROUP | {"lr": 1e-3}], states, Scaling(clip=0.5))
     assert torch.allclose(pair.master, torch.full((3,), 0.999))
     assert torch.equal(parameter, pair.master.bfloat16())
     assert not pair.written
@@ -47,4 +48,4 @@ def test_a_parameter_that_was_moved_is_refused():
     parameter.data = parameter.data.double()
     parameter.grad = torch.ones(3, dtype=torch.float64)
     with pytest.raises(ConfigError, match=r"moved from cpu torch\.float32 to cpu torch\.float64"):
-        part.step([GROUP], {}, None)
+        part.step([GROUP], {}, AS_IT_IS)

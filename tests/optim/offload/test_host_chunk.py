@@ -5,7 +5,9 @@ import torch
 from fake_device import FakeLanes
 from torch import nn
 
+from deepseek_mp.optim.offload import host_chunk, rule
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory
+from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
 
 GROUP = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
 
@@ -68,11 +70,10 @@ def test_restore_brings_back_everything(steps_before):
     chunk.land(lanes)
     with torch.no_grad():
         for _ in range(steps_before):
-            chunk.update([GROUP], states, chunk.gradients(), None)
+            chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
         before = [slot.master.detach().clone() for slot in chunk.slots]
         kept = {id(p): {key: value.clone() for key, value in state.items()} for p, state in states.items()}
-        chunk.keep(states)
-        chunk.update([GROUP], states, chunk.gradients(), torch.tensor(0.5))
+        chunk.step([GROUP], states, chunk.gradients(), Scaling(clip=0.5))
         assert not torch.equal(before[0], chunk.slots[0].master)
         chunk.restore(states)
     assert all(torch.equal(value, slot.master) for value, slot in zip(before, chunk.slots, strict=True))
@@ -87,7 +88,7 @@ def test_the_factor_leaves_gradients_as_they_are():
     chunk.land(lanes)
     states = {}
     with torch.no_grad():
-        chunk.update([GROUP], states, chunk.gradients(), torch.tensor(0.5))
+        chunk.step([GROUP], states, chunk.gradients(), Scaling(clip=0.5))
     assert torch.equal(chunk.slots[0].master.grad, torch.ones(2, 3))
     assert torch.allclose(states[chunk.slots[0].master]["exp_avg"], torch.full((2, 3), 0.05))
 
@@ -117,11 +118,12 @@ def test_the_memory_of_an_upload_is_not_overwritten():
 
 def test_what_was_rounded_before_a_restore_is_not_sent():
     chunk, lanes = chunk_of(*parameters(torch.bfloat16)), FakeLanes()
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    states = {}
     with torch.no_grad():
-        chunk.keep({})
-        chunk.slots[0].master.fill_(9.0)
-        chunk.round()
-        chunk.restore({})
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        chunk.restore(states)
         chunk.send(lanes)
         chunk.freed(lanes)
     assert torch.equal(chunk.slots[0].parameter, torch.ones(2, 3, dtype=torch.bfloat16))
@@ -147,3 +149,77 @@ def test_is_complete_without_what_is_frozen():
     assert not chunk.is_complete
     second.requires_grad_(False)
     assert chunk.is_complete
+
+
+SHAPES = ((70,), (3, 40), (16,), (8, 2), (64,))
+
+
+def many(dtype):
+    generator = torch.Generator().manual_seed(5)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divisor", [1.0, 3.0])
+def test_blocks_give_the_numbers_of_one_piece(monkeypatch, dtype, divisor):
+    """Some parameters are larger than a block, some share one, and one has no gradient."""
+    found = []
+    for block in (32, 1 << 20):
+        monkeypatch.setattr(host_chunk, "BLOCK", block)
+        chunk, lanes, states = chunk_of(*many(dtype)), FakeLanes(), {}
+        with torch.no_grad():
+            for value in (0.3, 0.7):
+                send_gradient(chunk, lanes, value)
+                chunk.land(lanes)
+                chunk.slots[3].master.grad = None
+                chunk.freed(lanes)
+                chunk.step([GROUP], states, chunk.gradients(), Scaling(divisor=divisor))
+                chunk.send(lanes)
+            chunk.freed(lanes)
+        numbers = [value for slot in chunk.slots for value in states.get(slot.master, {}).values()]
+        found.append([*numbers, *(slot.master.detach() for slot in chunk.slots), *(s.parameter for s in chunk.slots)])
+    assert len(found[0]) == 4 * 3 + 2 * 5
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("fails", range(7))
+def test_a_step_that_fails_in_any_block_is_put_back(monkeypatch, fails):
+    monkeypatch.setattr(host_chunk, "BLOCK", 32)
+    chunk, lanes, states = chunk_of(*many(torch.float32)), FakeLanes(), {}
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    with torch.no_grad():
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        before = [slot.master.detach().clone() for slot in chunk.slots]
+        kept = [value.clone() for state in states.values() for value in state.values()]
+        real, calls = rule.step, iter(range(100))
+
+        def step(group, weights, grads, found):
+            real(group, weights, grads, found)
+            if next(calls) == fails:
+                raise RuntimeError("failed")
+
+        monkeypatch.setattr(rule, "step", step)
+        with pytest.raises(RuntimeError, match="failed"):
+            chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        chunk.restore(states)
+    assert all(torch.equal(value, slot.master) for value, slot in zip(before, chunk.slots, strict=True))
+    assert all(map(torch.equal, kept, [value for state in states.values() for value in state.values()]))
+
+
+def test_gradients_larger_than_a_block_add_up(monkeypatch):
+    monkeypatch.setattr(host_chunk, "BLOCK", 32)
+    chunk, lanes = chunk_of(*many(torch.bfloat16)), FakeLanes()
+    for value in (256.0, 0.5):
+        send_gradient(chunk, lanes, value)
+        chunk.land(lanes)
+    assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 256.5)) for slot in chunk.slots)
+
+
+@pytest.mark.parametrize(("threads", "values"), [(1, 32), (8, 32), (16, 64)])
+def test_many_threads_work_on_larger_blocks(monkeypatch, threads, values):
+    monkeypatch.setattr(host_chunk, "BLOCK", 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = list(host_chunk._blocks(100))
+    assert found[0] == slice(0, values)
+    assert found[-1].stop == 100

@@ -9,7 +9,7 @@ from torch import nn
 
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings
+from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, OffloadSettings
 
 
 def train_both(theirs, ours, reference, optimizer, *, steps=5, micro=2, clip=None):
@@ -386,3 +386,24 @@ def test_refuses_options():
         OffloadedOptimizer(small_model().parameters(), betas=(1.0, 0.9))
     with pytest.raises(ConfigError, match="does not train"):
         offloaded(small_model()).master(torch.zeros(1))
+
+
+def test_one_optimizer_after_the_other_in_the_same_memory():
+    memory, found = HostMemory(), []
+    for _ in range(2):
+        model = small_model(torch.bfloat16)
+        settings = OffloadSettings(chunk_bytes=1500)
+        optimizer = OffloadedOptimizer(model.parameters(), lr=1e-2, model=model, settings=settings, memory=memory)
+        for _ in range(3):
+            torch.manual_seed(0)
+            backward(model)
+            optimizer.step()
+        kept = {arena.flat.data_ptr() for chunk in optimizer._chunks for arena in chunk.arenas}
+        assert memory.free_bytes == 0
+        optimizer.close()
+        assert memory.free_bytes > 0
+        backward(model)
+        assert model[0].weight.grad is not None
+        found.append((kept, weights(model)))
+    assert found[0][0] == found[1][0]
+    assert same(found[0][1], found[1][1])

@@ -52,16 +52,20 @@ def parts_of(values):
     return split(chunks([values // 10] * 10, limit_bytes=values // 10 * 4), free_bytes=None, bytes_per_value=14)
 
 
+LAST = 0.1 * (2 / 40 + 2 / 50 + 6 / 100) + 4 / 100
+"""Up, down and added up: the last chunk's part of the tail; and the norm."""
+
+
 def test_each_mode_hides_what_it_can():
     placed = parts_of(1_000_000_000)
     sync = predict(placed, RATES, WORK)
     assert sync.down == pytest.approx(0.04)
     assert sync.host == pytest.approx(0.44)  # 44 bytes a value: 6 arrive, 4 norm, 28 step, 6 rounded
-    assert sync.total == pytest.approx(1.0 + 0.44 + 0.1 * 2 / 40)
+    assert sync.total == pytest.approx(1.0 + 0.34 + LAST)
     late = predict(placed, RATES, replace(WORK, mode="delayed"))
-    assert late.total == pytest.approx(1.0 + 0.1 * 2 / 40)
+    assert late.total == pytest.approx(1.0 + LAST)
     speculative = predict(placed, RATES, replace(WORK, mode="speculative"))
-    assert speculative.total == pytest.approx(1.0 + 0.1 * (2 / 50 + 44 / 100 + 2 / 40))
+    assert speculative.total == pytest.approx(1.0 + 0.1 * 34 / 100 + LAST)
     assert late.total < speculative.total < sync.total
     assert sync.bound == "device"
 
@@ -70,30 +74,38 @@ def test_the_longest_part_counts():
     placed = parts_of(10_000_000_000)
     late = predict(placed, RATES, replace(WORK, mode="delayed"))
     assert late.bound == "host"
-    assert late.total == pytest.approx(4.4 + late.tail)
+    assert late.total == pytest.approx(4.0 + late.tail)  # all but the norm, for which the device waits
+    speculative = predict(placed, RATES, replace(WORK, mode="speculative"))
+    assert speculative.total == pytest.approx(1 / 3 + 4.0 + speculative.tail)  # not before backward
     slow = predict(placed, replace(RATES, down=1e9), replace(WORK, micro_steps=2, wire="fp32"))
     assert slow.bound == "down"
     assert slow.down == pytest.approx(80.0)
+    assert slow.total == pytest.approx(40 + 1 / 6 + 40 + slow.tail)
 
 
 def test_keeping_the_state_costs_its_bytes():
-    placed = parts_of(1_000_000_000)
-    kept = predict(placed, RATES, replace(WORK, keep=True))
-    assert kept.host == pytest.approx(0.68)
+    placed, kept = parts_of(1_000_000_000), replace(WORK, keep=True)
+    assert predict(placed, RATES, kept).host == pytest.approx(0.68)
+    slowly = replace(RATES, keep=24e9)
+    assert predict(placed, slowly, kept).host == pytest.approx(1.44)
+    assert predict(placed, slowly, WORK).host == pytest.approx(0.44)
 
 
-def test_micro_batches_are_added_after_each_backward():
+def test_micro_batches_are_added_beside_the_device_and_else_waited_for():
     placed = parts_of(1_000_000_000)
-    late = replace(WORK, mode="delayed")
-    one, three = predict(placed, RATES, late), predict(placed, RATES, replace(late, micro_steps=3))
+    one, three = predict(placed, RATES, WORK), predict(placed, RATES, replace(WORK, micro_steps=3))
     assert three.down == pytest.approx(3 * one.down)
-    assert three.tail - one.tail == pytest.approx(2 * 22 / 100)
+    assert three.host - one.host == pytest.approx(2 * 10 / 100)
+    assert three.total - one.total == pytest.approx(0.1 * 4 / 100)  # the last chunk is added, not taken over
+    short = predict(placed, RATES, replace(WORK, micro_steps=3, forward_backward=0.03))
+    assert short.total == pytest.approx(0.06 + 0.1 + 0.01 / 3 + 0.1 + short.tail)
 
 
 def test_weights_that_the_device_rounds_go_up_in_fp32():
     placed = parts_of(1_000_000_000)
-    found = predict(placed, RATES, replace(WORK, mode="delayed", cast=False))
-    assert found.tail == pytest.approx(0.1 * 4 / 40)
+    late = replace(WORK, mode="delayed")
+    found, rounded = predict(placed, RATES, replace(late, cast=False)), predict(placed, RATES, late)
+    assert found.tail - rounded.tail == pytest.approx(0.1 * 2 / 40)
     assert found.host == pytest.approx(0.38)
 
 
@@ -110,6 +122,7 @@ def test_what_stays_is_stepped_on_the_device():
     [
         (lambda: Rates(down=0.0, up=1.0, cpu=1.0), "down=0.0"),
         (lambda: Rates(down=1.0, up=float("inf"), cpu=1.0), "up=inf"),
+        (lambda: Rates(down=1.0, up=1.0, cpu=1.0, keep=-1.0), r"keep=-1\.0"),
         (lambda: Work(forward_backward=1.0, mode="late"), "mode='late'"),
         (lambda: Work(forward_backward=1.0, wire="fp16"), "wire='fp16'"),
     ],

@@ -1,7 +1,8 @@
 """`SyncStep`: the order of a step, and what is left out of it."""
 
+import pytest
 import torch
-from fake_device import FakeLanes, backward, offloaded, small_model
+from fake_device import WORKERS, FakeLanes, LateWorker, backward, offloaded, plain, same, small_model, weights
 
 from deepseek_mp.optim.offload import rule
 
@@ -46,3 +47,37 @@ def test_a_chunk_without_gradients_is_left_alone():
     optimizer.step()
     assert sum(event.startswith("up") for event in lanes.events) == 6
     assert optimizer.master(model[0].weight) not in optimizer.state
+
+
+def test_all_but_the_last_gradients_of_a_window_are_added_up_beside_the_next_ones():
+    lanes, ours, theirs = FakeLanes(), small_model(), small_model()
+    optimizer, reference = offloaded(ours, lanes, worker=LateWorker, accumulation=3), plain(theirs)
+    for _ in range(2):
+        for number in range(3):
+            lanes.events.clear()
+            backward(ours, theirs)
+            landed = [event for event in lanes.events if event.startswith("land down")]
+            assert len(landed) == (0, 8, 16)[number]  # those before, when their memory is needed, and at last all
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_window_that_ends_early_is_complete_after_land(worker):
+    model = small_model()
+    optimizer = offloaded(model, worker=worker, accumulation=3)
+    backward(model)
+    backward(model)
+    optimizer.land()
+    assert all(optimizer.master(p).grad is not None for p in model.parameters())
+    other = small_model()
+    optimizer.zero_grad()
+    backward(model, other)
+    optimizer.land()
+    assert all(
+        torch.equal(optimizer.master(p).grad, q.grad)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.optim.offload import OffloadSettings
-from deepseek_mp.optim.offload.verdict import judge
+from deepseek_mp.optim.offload.verdict import Scaling, judge
 
 GRADS = [torch.tensor([3.0]), torch.tensor([4.0])]
 
@@ -22,21 +22,37 @@ def test_clips_as_pytorch_to_the_bit():
     norm = nn.utils.clip_grad_norm_(parameters, 0.7)
     found = verdict(grads, max_grad_norm=0.7)
     assert found.grad_norm == norm.item()
-    assert all(torch.equal(p.grad, g * found.factor) for p, g in zip(parameters, grads, strict=True))
+    clipped = [found.scaling.into(torch.empty_like(grad), grad) for grad in grads]
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters, clipped, strict=True))
 
 
-def test_nothing_to_multiply_is_none():
-    assert verdict().factor is None
-    assert verdict(max_grad_norm=10.0).factor is None
-    assert verdict(scale=torch.tensor(1.0)).factor is None
+def test_nothing_to_scale_is_seen():
+    assert verdict().scaling.is_one
+    assert verdict(max_grad_norm=10.0).scaling.is_one
+    assert verdict(scale=torch.tensor(1.0)).scaling.is_one
+    assert not verdict(scale=torch.tensor(2.0)).scaling.is_one
+    assert not verdict(max_grad_norm=1.0).scaling.is_one
     assert verdict().report.factor == 1.0
+
+
+@pytest.mark.parametrize("scale", [3.0, 1 / 7])
+def test_unscales_as_the_fused_kernel_to_the_bit(scale):
+    """Which divides; a product with the reciprocal would differ in the last bit."""
+    parameter = nn.Parameter(torch.zeros(1000))
+    gradient = parameter.grad = torch.randn(1000)
+    expected = gradient.clone()
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+    optimizer.step()
+    scaling = verdict([expected], scale=torch.tensor(scale)).scaling
+    assert torch.equal(scaling.into(torch.empty(1000), expected), parameter.grad)
 
 
 def test_the_norm_is_of_unscaled_gradients():
     found = verdict([grad * 8 for grad in GRADS], scale=torch.tensor([8.0]), max_grad_norm=2.5)
     assert found.grad_norm == 5.0
-    assert found.factor.item() == pytest.approx(0.5 / 8)
-    assert found.unscaling.item() == 1 / 8
+    assert found.scaling.factor == pytest.approx(0.5 / 8)
+    assert found.unscaling == Scaling(divisor=8.0)
 
 
 @pytest.mark.parametrize(
