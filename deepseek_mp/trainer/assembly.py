@@ -25,7 +25,7 @@ def computation(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Callable
     """From a call to its loss: the trainer's model and loss, compiled, fused, compressed or within a budget."""
     config = trainer.config
     run = compiled_run(trainer.model, trainer.loss_fn, config.compile, config.activation_memory_budget)
-    return with_budget(with_activations(with_fused_loss(run, trainer, plan), trainer), trainer)
+    return with_budget(with_activations(with_fused_loss(run, trainer, plan), trainer), trainer, plan)
 
 
 def assemble_stepper(

@@ -16,7 +16,7 @@ from deepseek_mp.activations.choice import BlockChoice, ChosenBlock, choose_bloc
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
-from deepseek_mp.precision import Decision, Reason
+from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.trainer.compile import repeated_blocks
 from deepseek_mp.trainer.config import TrainerConfig
 
@@ -35,12 +35,12 @@ def check_budget(model: nn.Module, config: TrainerConfig) -> None:
         raise ConfigError(explain(passed, allowed, "Use compile=True, whose compiler chooses, or activations=True"))
 
 
-def with_budget(run: Run, trainer: MixedPrecisionTrainer) -> Run:
+def with_budget(run: Run, trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Run:
     """`run`, which computes some blocks again in its backward if the trainer is set so."""
     budget = trainer.config.activation_memory_budget
     if budget is None or trainer.config.compile:
         return run
-    return Budgeted(run, trainer, budget)
+    return Budgeted(run, trainer, budget, base=plan.base.name)
 
 
 def trial_within_budget(
@@ -78,9 +78,9 @@ class Budgeted:
     The blocks are measured and chosen by the first batch.
     """
 
-    def __init__(self, run: Run, trainer: MixedPrecisionTrainer, budget: float) -> None:
+    def __init__(self, run: Run, trainer: MixedPrecisionTrainer, budget: float, *, base: str) -> None:
         self.run = run
-        self._trainer, self._budget = trainer, budget
+        self._trainer, self._budget, self._base = trainer, budget, base
         self._blocks, self._writes = _blocks(trainer.model), Writes()
         self.choice: BlockChoice | None = None
 
@@ -101,7 +101,7 @@ class Budgeted:
             trainer.model, self._blocks, lambda: calls.invoke(trainer.model, call), trainer.device, self._writes
         )
         self.choice = choose_blocks(cost, self._budget)
-        trainer.recorder.decided(_decisions(self.choice, trainer.plan.base.name))
+        trainer.recorder.decided(_decisions(self.choice, self._base))
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:

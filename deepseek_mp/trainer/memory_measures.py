@@ -17,6 +17,7 @@ from deepseek_mp.optim import SGD, AdamW, StateFormat, StoredOptimizer, set_stor
 from deepseek_mp.optim.takeover import take_over, why_not
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.precision.storage import StorageFormat
+from deepseek_mp.trainer.budget import check_budget
 from deepseek_mp.trainer.compressed import check_activations
 from deepseek_mp.trainer.config import TrainerConfig
 from deepseek_mp.trainer.fused_loss import check_fused_loss
@@ -90,6 +91,7 @@ def _option_refused(trainer: MixedPrecisionTrainer, values: Mapping[str, Any]) -
     try:
         changed = replace(config, **values)
         check_activations(changed)
+        check_budget(trainer.model, changed)
         if "fused_loss" in values:  # 'auto' is never refused, but does nothing where True is
             check_fused_loss(replace(changed, fused_loss=True), trainer.loss_fn)
     except ConfigError as error:

@@ -42,11 +42,10 @@ def run(monkeypatch, shape, storage, rule, *, fused, steps=4, rate=1e-2, skipped
 
 
 def assert_same(one, two):
-    """Codes within two, since a code that differs in one step moves the next, and of one in a thousand."""
-    codes, expected = (state["momentum_buffer_codes"].int() for _, state in (one, two))
-    apart = (codes - expected).abs()
-    assert apart.max() <= 2
-    assert (apart > 0).float().mean() < 1e-3
+    """One code in a thousand differs, and the next steps carry that on."""
+    codes, expected = (state["momentum_buffer_codes"].float() for _, state in (one, two))
+    assert (codes != expected).float().mean() < 1e-3
+    assert (codes - expected).norm() < 1e-3 * expected.norm()
     assert float(one[1]["step"]) == float(two[1]["step"])
     held, expected = (w.float() + s.get("compensation", 0) for w, s in (one, two))
     assert ((held - expected).norm() / expected.norm()) < 1e-4
