@@ -6,6 +6,8 @@ accepts such weights. The mark is on the parameter, and is not copied with it: a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,19 @@ def storage_of(parameter: Tensor) -> StorageFormat | None:
         return StorageFormat.FP32
     marked = parameter.__dict__.get(_MARK)
     return marked if parameter.dtype is torch.bfloat16 and isinstance(marked, StorageFormat) else None
+
+
+def take_gradients(parameters: Iterable[Tensor], *, add_up: bool) -> None:
+    """Say in which dtype BF16 parameters that are looked after get their next gradients.
+
+    Args:
+        add_up: over several backwards, which is lossless in FP32 only. The gradient of one backward is computed in
+            BF16, and FP32 would hold the same numbers in twice the memory.
+    """
+    wanted = torch.float32 if add_up else torch.bfloat16
+    for parameter in parameters:
+        if parameter.dtype is not torch.bfloat16 or parameter.grad is not None:
+            continue
+        found = storage_of(parameter)
+        if found is not None and found.is_bf16:
+            parameter.grad_dtype = wanted

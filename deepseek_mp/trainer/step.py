@@ -39,6 +39,7 @@ from deepseek_mp.nn.weight_casts import WeightCasts
 from deepseek_mp.ops import gradients
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.host_copy import HostCopy
+from deepseek_mp.ops.storage_marks import take_gradients
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import offloaded, state
 from deepseek_mp.trainer.budget import run_within_budget
@@ -180,6 +181,7 @@ class Stepper:
         self.window.micro_batches += 1
         closing = self.window.micro_batches >= self.accumulation if close is None else close
         whole = closing and self.window.micro_batches == 1
+        take_gradients(self._parameters, add_up=not whole)
         try:
             loss = self._compute(batch, call, index, whole=whole) if samples else None
             self.window.samples += samples

@@ -3,7 +3,7 @@ import copy
 import torch
 from torch import nn
 
-from deepseek_mp.ops.storage_marks import mark_master, mark_storage, storage_of, unmark
+from deepseek_mp.ops.storage_marks import mark_master, mark_storage, storage_of, take_gradients, unmark
 from deepseek_mp.precision.storage import StorageFormat
 
 
@@ -35,3 +35,20 @@ def test_bf16_with_a_master_is_looked_after_until_the_mark_is_taken_away():
     half = nn.Parameter(torch.ones(1, dtype=torch.float16))
     mark_master(half)
     assert storage_of(half) is None
+
+
+def test_gradients_are_fp32_only_where_several_add_up():
+    weights = [nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in [torch.bfloat16] * 3 + [torch.float32]]
+    kept, mastered, unmarked, wide = weights
+    mark_storage(kept, StorageFormat.BF16_KAHAN)
+    mark_master(mastered)
+    for add_up, expected in ((True, torch.float32), (False, torch.bfloat16)):
+        take_gradients(weights, add_up=add_up)
+        sum((2 * weight.float()).sum() for weight in weights).backward()
+        assert kept.grad.dtype is expected
+        assert (mastered.grad.dtype, unmarked.grad.dtype, wide.grad.dtype) == (torch.bfloat16,) * 2 + (torch.float32,)
+        take_gradients(weights, add_up=not add_up)  # a gradient is there: nothing changes before the next
+        kept.sum().backward()
+        assert kept.grad.dtype is expected
+        for weight in weights:
+            weight.grad = None

@@ -172,3 +172,35 @@ def test_refuses_other_optimizers_and_arguments_out_of_range():
         WeightStorage(noise_fraction=2)
     with pytest.raises(ConfigError, match="unknown policy 'best'"):
         WeightStorage(policy="best")
+
+
+@pytest.mark.parametrize("mode", ["bf16", "row"])
+@pytest.mark.parametrize("storage", ["bf16_sr", "bf16_kahan"])
+def test_a_step_of_one_batch_holds_half_the_gradient_and_moves_alike(mode, storage, monkeypatch):
+    runs, dtypes = [], []
+    for wide in (False, True):
+        if wide:
+            monkeypatch.setattr("deepseek_mp.trainer.step.take_gradients", lambda *_, **__: None)
+        run = trainer(mode, max_grad_norm=0.5)
+        for weight in weights(run):
+            set_storage(run.optimizer, weight, storage)
+        weights(run)[0].register_post_accumulate_grad_hook(lambda weight: dtypes.append(weight.grad.dtype))
+        runs.append((run, losses(run, 8)))
+    assert dtypes == [torch.bfloat16] * 8 + [torch.float32] * 8
+    (one, found), (two, expected) = runs
+    assert found == expected
+    for ours, theirs in zip(weights(one), weights(two), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_gradients_of_several_batches_add_up_in_fp32():
+    run = trainer("bf16", gradient_accumulation_steps=2)
+    for weight in weights(run):
+        set_storage(run.optimizer, weight, "bf16_sr")
+    run.step((INPUTS, TARGETS))
+    assert {weight.grad.dtype for weight in weights(run)} == {torch.float32}
+    single = trainer("bf16")
+    for weight in weights(single):
+        set_storage(single.optimizer, weight, "bf16_sr")
+    single.step((INPUTS, TARGETS), close=False)
+    assert {weight.grad.dtype for weight in weights(single)} == {torch.float32}
