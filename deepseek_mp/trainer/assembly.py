@@ -57,6 +57,7 @@ def assemble_stepper(
         max_grad_norm=config.max_grad_norm,
         max_skipped=config.max_skipped_steps,
         compiled=bool(config.compile),
+        counts=not (config.compile and config.activation_memory_budget is not None),
         monitor=monitor,
         monitor_every=config.monitor_every,
         finished=finished,

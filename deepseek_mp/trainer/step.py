@@ -131,6 +131,7 @@ class Stepper:
         max_grad_norm: float | None,
         max_skipped: int,
         compiled: bool,
+        counts: bool,
         monitor: PrecisionMonitor,
         monitor_every: int,
         finished: Callable[[StepFacts, Window], None],
@@ -151,7 +152,7 @@ class Stepper:
         self._lends = offloaded.may_come_together(optimizer)
         self.change_plan(region, scaler)
         self._weights_move = self._loss_named = self._warned_scale = False
-        self.counts = True
+        self.counts = counts
         """Whether some steps are counted: of compiled code they run uncompiled, and hold what eager code holds."""
         self._pending: Pending | None = None
         self.windows_opened = self.skipped_in_row = 0

@@ -327,3 +327,12 @@ def test_two_trainers_share_no_compiled_code(graphs):
     sizes = [node.meta["example_value"].shape[0] for g in graphs for node in g.graph.nodes if node.op == "placeholder"]
     assert {size for size in sizes if isinstance(size, int)} >= {3, 5}
     assert all(isinstance(size, int) for size in sizes)
+
+
+@pytest.mark.parametrize("how", ["regional", True])
+def test_under_a_budget_no_step_runs_uncompiled_to_be_counted(eager, how):
+    trainer = fitted(how, activation_memory_budget=0.5)
+    assert not trainer.monitor.has_sample
+    assert trainer.stepper.flops is None
+    assert trainer.steps_applied == 3
+    assert fitted(how).monitor.has_sample
