@@ -226,6 +226,18 @@ def _memory_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
+def _batch_size_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each arm of each case, the largest batch that fits and with what."""
+    rows: list[Row] = [("case", "arm", "largest batch", "/ fp32", "with", "check")]
+    for name, case in report["cases"].items():
+        label = f"{_named(name, case)}, {case['gib']} GiB" if "gib" in case else name
+        for arm, result in case.get("arms", {}).items():
+            size = str(result.get("size", "-"))
+            rows.append((label, arm, size, _number(result.get("times"), 2), ", ".join(result.get("measures", ())),
+                         result["check"]))  # fmt: skip
+    yield rows
+
+
 def _memory_quality_tables(report: Json) -> Iterator[list[Row]]:
     """One table: a row for each arm of each task, with its losses and judgements by seed."""
     arms: dict[tuple[str, str], dict[str, Json]] = {}
@@ -258,6 +270,7 @@ def _survival(summary: Json) -> str:
 
 _TABLES = {
     "auto": _auto_tables,
+    "batch-size": _batch_size_tables,
     "overhead": _overhead_tables,
     "fp8": _fp8_tables,
     "adaptive": _adaptive_tables,

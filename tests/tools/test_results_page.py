@@ -60,6 +60,19 @@ def test_what_looking_costs_has_a_row_for_each_way_of_it() -> None:
     assert "| gpt statistics | 20 (19-21) | 20 (19-21) | 50 | 0.08% |  |" in page
 
 
+def test_the_largest_batch_has_a_row_for_each_arm_with_what_it_took() -> None:
+    arms = {
+        "fp32": {"size": 20, "times": 1.0, "measures": [], "check": "passed"},
+        "auto": {"size": 81, "times": 4.05, "measures": ["fused_loss=auto", "states=8bit"], "check": "passed"},
+        "late": {"check": "failed: killed after 60 s"},
+    }
+    cases = {"bert": {"gib": 32, "arms": arms, "check": "passed"}, "other": {"check": "failed: x"}}
+    page = results_page.render([("batch-size.json", report("batch-size", **cases))])
+    assert "| bert, 32 GiB | fp32 | 20 | 1.00 |  | passed |" in page
+    assert "| bert, 32 GiB | auto | 81 | 4.05 | fused_loss=auto, states=8bit | passed |" in page
+    assert "| bert, 32 GiB | late | - | - |  | failed: killed after 60 s |" in page
+
+
 def test_memory_has_a_row_for_each_arm() -> None:
     result = {
         "step_ms": SPREAD, "peak_mib": 1000.4, "reserved_mib": 1100.0, "start_reserved_mib": None, "resident_mib": 90.0,

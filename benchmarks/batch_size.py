@@ -1,0 +1,140 @@
+"""The largest batch that a step fits with: FP32, BF16, and BF16 with `memory='auto'`, in a part of the device's memory.
+
+    python benchmarks/batch_size.py [--cases ...] [--gib N] [--out FILE]
+
+Each arm is a process of its own: `find_batch_size` on the trainer, then two steps with what was found, which have to be
+applied. `times` is over FP32. On a CPU, whose memory is not counted, --small tries the script; then numbers mean
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case, bert_base_with_loss, decoder_1b, resnet50
+from harness import Report, positive
+from process import run_script
+from torch import Tensor
+
+from deepseek_mp import MixedPrecisionTrainer, find_batch_size
+from deepseek_mp.backends import default_device
+from deepseek_mp.nn.nested import map_leaves
+
+CASES: dict[str, Callable[..., Case]] = {
+    "resnet50": resnet50,
+    "bert-base": bert_base_with_loss,
+    "decoder-1.3b": decoder_1b,
+}
+NEEDS = {"resnet50": "torchvision", "bert-base": "transformers"}
+ARMS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision_mode": "fp32"},
+    "bf16": {"precision_mode": "bf16"},
+    "bf16-auto": {"precision_mode": "bf16", "memory": "auto"},
+}
+AT_LEAST = {"bf16": 2.0, "bf16-auto": 4.0}
+"""How many times FP32's batch is asked for."""
+STEPS = 2
+SMALL_LIMIT = 16
+
+
+def larger(batch: Any, size: int) -> Any:
+    """A batch of so many samples, those of the given one again and again."""
+
+    def leaf(value: Any) -> Any:
+        return value[torch.arange(size, device=value.device) % len(value)] if isinstance(value, Tensor) else value
+
+    return map_leaves(batch, leaf)
+
+
+def visit(name: str, arm: str, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """One arm, as plain JSON values."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        total = module.get_device_properties(device).total_memory
+        module.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total))
+    case = CASES[name](device, small=args.small)
+    trainer = MixedPrecisionTrainer(
+        case.model(), loss_fn=case.loss_fn, optimizer=list(case.optimizers.values())[-1], device=device,
+        progress=False, emulate=device.type == "cpu", **ARMS[arm],
+    )  # fmt: skip
+    batch = case.batches[0]
+    case.batches.clear()
+    limit = SMALL_LIMIT if device.type == "cpu" else None
+    found = find_batch_size(trainer, partial(larger, batch), limit=limit)
+    outcomes = [trainer.step(larger(batch, found.size)) for _ in range(STEPS)]
+    applied = all(outcome.status == "applied" for outcome in outcomes)
+    return {
+        "size": found.size,
+        "too_large": found.too_large,
+        "as_it_was": found.as_it_was,
+        "measures": list(found.measures),
+        "taken": None if trainer.memory is None else list(trainer.memory.taken),
+        "losses": [float(outcome.loss) for outcome in outcomes],
+        "steps_tried": len(found.tried),
+        "check": "passed" if applied else "a step of that size was not applied",
+    }
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All arms of a case."""
+    results: dict[str, dict[str, Any]] = {}
+    passed = ["--cases", name, "--device", str(args.device), "--gib", str(args.gib), *["--small"] * args.small]
+    for arm in ARMS:
+        results[arm] = run_script(Path(__file__), ["--child", arm, *passed], limit=args.limit, keep_caches=True)
+        print(f"  {name} {arm}: {results[arm].get('size')} ({results[arm]['check']})", file=sys.stderr, flush=True)
+    base = results["fp32"].get("size")
+    problems = [f"{arm}: {result['check']}" for arm, result in results.items() if result["check"] != "passed"]
+    for arm, result in results.items():
+        result["times"] = result["size"] / base if base and "size" in result else None
+        wanted = AT_LEAST.get(arm)
+        if wanted and result["times"] is not None and result["times"] < wanted and args.device.type != "cpu":
+            problems.append(f"{arm}: {result['times']:.2f} times FP32's batch, {wanted:g} asked")
+    return {"gib": args.gib, "arms": results, "check": "; ".join(problems) or "passed"}
+
+
+def rows(report: Report) -> list[tuple[str, ...]]:
+    """The table of a report."""
+    found: list[tuple[str, ...]] = [("case", "arm", "batch", "times", "with", "check")]
+    for name, case in report.cases.items():
+        for arm, result in case.get("arms", {}).items():
+            times = "-" if result.get("times") is None else f"{result['times']:.2f}"
+            used = ", ".join(result.get("measures", ()))
+            found.append((name, arm, str(result.get("size", "-")), times, used, result["check"]))
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES))
+    parser.add_argument("--gib", type=positive, default=32, help="of the device's memory (default %(default)s)")
+    parser.add_argument("--limit", type=positive, default=300, help="seconds for one arm (default %(default)s)")
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", choices=list(ARMS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    names = args.cases or [n for n in CASES if n not in NEEDS or importlib.util.find_spec(NEEDS[n]) is not None]
+    if args.child:
+        print(json.dumps(visit(names[0], args.child, args.device, args)), flush=True)
+        return 0
+    report = Report("batch-size", args.device, vars(args))
+    for name in names:
+        report.run(name, partial(measure, name, args))
+        report.write(args.out)
+    return report.finish(args.out, rows(report))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
