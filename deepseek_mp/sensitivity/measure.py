@@ -177,10 +177,22 @@ class Operands:
         for part in map(torch.stack, parts):
             errors, rows, columns = comparison(matrix, part)
             if turned and which is Operand.GRAD_OUTPUT:
-                # Columns are tokens then, of which small ones may lie beside large ones in every row.
-                errors[:, BY_ROW] = torch.maximum(errors[:, BY_ROW], balanced(columns))
+                errors[:, BY_ROW] = torch.maximum(errors[:, BY_ROW], balanced(self._by_input(columns)))
             found += map(Comparison, errors, rows, columns)
         return found
+
+    def _by_input(self, tokens: Tensor) -> Tensor:
+        """Energies of the output gradient by token [ways, T, 2], as the weight's has them by input: [ways, K, 2].
+
+        Small tokens may lie beside large ones in every row that shares a scale. What is lost of them is lost to the
+        inputs that nothing else has a value in, and nothing beside the large ones in others.
+        """
+        x = self._tensors[Operand.INPUT]
+        if x is None or not x.is_floating_point():
+            return tokens
+        share = x.reshape(-1, x.shape[-1]).float().square()
+        share = share / share.amax().clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.stack([part @ share for part in tokens.unbind(-1)], -1)
 
 
 @torch.no_grad()

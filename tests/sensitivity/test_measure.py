@@ -9,7 +9,7 @@ from torch import nn
 from deepseek_mp.ops.statistics import ERROR_FIELDS, spread
 from deepseek_mp.precision import RECIPES, Operand, Role
 from deepseek_mp.sensitivity import measure
-from deepseek_mp.sensitivity.measure import OPERAND_FIELDS, PRODUCT_OPERANDS, Operands, Seen, energies, spreads
+from deepseek_mp.sensitivity.measure import BY_ROW, OPERAND_FIELDS, PRODUCT_OPERANDS, Operands, Seen, energies, spreads
 from deepseek_mp.sensitivity.measure import effect as effect_of
 from deepseek_mp.sensitivity.outputs import exact_output, largest_of, output_in
 from deepseek_mp.sensitivity.sampling import Sample, Terms
@@ -60,6 +60,21 @@ def test_each_operand_is_rounded_along_its_own_sum():
     underflow = dict(zip(PRODUCT_OPERANDS, errors[:, 3].tolist(), strict=True))
     assert underflow[Role.FPROP, Operand.INPUT] > 0.005
     assert underflow[Role.WGRAD, Operand.INPUT] < 0.001
+
+
+def test_small_tokens_count_by_the_inputs_that_are_theirs_alone():
+    """Beside large gradients small ones are lost, which matters where no other token has a value in an input."""
+    layer, x, g = nn.Linear(128, 128), torch.randn(128, 128), torch.randn(128, 128)
+    g[::2] *= 1e-6
+    ideal = 0.044 / 4**3
+    place = PRODUCT_OPERANDS.index((Role.WGRAD, Operand.GRAD_OUTPUT))
+
+    def by_row():
+        return float(Operands(layer, seen_of(x, g)).errors([RECIPES["row"]])[0][place, BY_ROW])
+
+    assert by_row() < 2 * ideal
+    x[1::2, :16] = 0.0
+    assert by_row() == pytest.approx(16 / 128, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("bf16", 2.8e-6), ("block", 7.0e-4), ("nvfp4", 8.5e-3)])

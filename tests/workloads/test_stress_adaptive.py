@@ -90,11 +90,15 @@ def raised_for_its_cost(found: Stressed) -> None:
 
 
 def refused_for_gradients(found: Stressed) -> None:
-    """Nothing has to be raised: `block` is refused for what it does to gradients, and `tensor` has the range."""
-    assert not found.guarded
-    assert not [line for line in found.lines if line["new"] == "block"]
+    """`block` is refused for what it does to the stressed layer's gradients, and `tensor` has the range; where another
+    layer's gradients come to be as uneven, it is raised for that.
+    """
+    assert {line["new"] for line in found.lowered("enter")} == {"tensor"}
     first = found.lowered("enter")[0]["evidence"]
     assert "row-balanced error of grad_output" in first["refused"]["block"]
+    for line in found.guarded:
+        assert line["evidence"]["guard"] == "limits"
+        assert "grad_output" in line["detail"]
 
 
 def guarded_while_the_rate_is_high(found: Stressed) -> None:
