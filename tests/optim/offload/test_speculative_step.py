@@ -159,6 +159,26 @@ def test_a_loss_scale_is_guessed_from_the_step_before(pair):
 
 
 @pytest.mark.parametrize("worker", WORKERS)
+@pytest.mark.parametrize("write", ["unscale_", "data"])
+def test_writes_into_gradients_that_nobody_counts_are_seen(worker, write, pair):
+    theirs, ours, reference, optimizer = pair(worker=worker, accumulation=1)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+    for _ in range(3):
+        batch = torch.randn(8, 19)
+        for model, scaler, own in zip((theirs, ours), scalers, (reference, optimizer), strict=True):
+            scaler.scale(model(batch).square().mean()).backward()
+            if write == "unscale_":
+                scaler.unscale_(own)
+            else:
+                for parameter in own.param_groups[0]["params"]:
+                    parameter.grad.data.mul_(0.25)
+            scaler.step(own)
+            scaler.update()
+        reference.zero_grad()
+    assert_equal(theirs, ours, reference, optimizer)
+
+
+@pytest.mark.parametrize("worker", WORKERS)
 def test_numbers_that_are_not_finite_are_taken_back(worker, pair):
     four = pair(worker=worker, accumulation=1)
     both(*four, micro=1)
