@@ -28,6 +28,7 @@ from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Slot
 from deepseek_mp.optim.offload.lanes import Lanes, lanes_for
+from deepseek_mp.optim.offload.loaded_state import MASTER, check_entries, check_loaded, check_rule
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
 from deepseek_mp.optim.offload.speculative_step import SpeculativeStep
@@ -35,8 +36,6 @@ from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import judge
 from deepseek_mp.optim.offload.worker import ThreadWorker, Worker
 
-MASTER = "master"
-"""Key of a saved state: the FP32 weight of a parameter that is not FP32 on the device."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIRES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
@@ -88,6 +87,7 @@ class OffloadedOptimizer(Optimizer):
         self.report: StepReport | None = None
         """What the last step did."""
         groups = _as_groups(params)
+        check_rule(groups, "a group")
         device = _check_parameters([p for group in groups for p in group["params"]])
         self._lanes, self._memory = lanes(device), memory
         self._waits = ForwardWaits(self._lanes)
@@ -279,16 +279,23 @@ class OffloadedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of this class or of AdamW; FP32 weights in it replace those of the model."""
         self.synchronize()
-        if any(group.get("amsgrad") or group.get("maximize") for group in state_dict["param_groups"]):
-            passed = "a state with amsgrad or maximize"
-            raise ConfigError(explain(passed, "states of AdamW without them", "Train on with torch.optim.AdamW"))
+        check_loaded(state_dict, [master for group in self.param_groups for master in group["params"]])
         super().load_state_dict(state_dict)
         self.adopt_states()
 
     @torch.no_grad()
     def adopt_states(self) -> None:
-        """Take over what others have put into `state`, as `saved_states` gave it, and send the weights up."""
-        self._mode.broken = None
+        """Take over what others have put into `state`, as `saved_states` gave it, and send the weights up.
+
+        Raises:
+            ConfigError: a state that does not fit. Steps are refused then, until one is loaded that does.
+        """
+        try:
+            for pair in self._pairs.values():
+                check_entries(self.state.get(pair.master, {}), pair.master)
+        except ConfigError as error:
+            self._mode.broken = error
+            raise
         for chunk in self._chunks:
             for slot in chunk.slots:
                 self._adopt_state(slot, slot.moments)
@@ -297,6 +304,7 @@ class OffloadedOptimizer(Optimizer):
             self._adopt_state(pair, None)
         self._device_part.write(self._device_part.pairs)
         self._waits.wait_all()
+        self._mode.broken = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> NoReturn:
         self._refuse_copy()
@@ -317,7 +325,7 @@ class OffloadedOptimizer(Optimizer):
         else:
             pair.master.copy_(loaded)
         if state:
-            state["step"] = state["step"].clone()
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
             for name, moment in zip(rule.MOMENTS, moments or (), strict=False):
                 state[name] = moment.copy_(state[name])
 

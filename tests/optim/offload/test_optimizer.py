@@ -314,7 +314,7 @@ def test_refuses_states_of_other_rules_and_stays_as_it_was():
     before = weights(model)
     for option in ("amsgrad", "maximize"):
         other = torch.optim.AdamW(small_model().parameters(), **{option: True})
-        with pytest.raises(ConfigError, match="without them"):
+        with pytest.raises(ConfigError, match="AdamW without them"):
             optimizer.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="parameter group"):
         optimizer.load_state_dict(torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).state_dict())
