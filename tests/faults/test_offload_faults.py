@@ -2,10 +2,11 @@
 
 import copy
 import gc
+from contextlib import suppress
 
 import pytest
 import torch
-from fake_device import FakeLanes, backward, offloaded, plain, same, small_model, weights
+from fake_device import FakeLanes, InterruptedWorker, backward, offloaded, plain, same, small_model, weights
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
@@ -327,3 +328,31 @@ def test_memory_that_cannot_be_pinned_is_said(monkeypatch):
     _, optimizer = trained()
     assert (optimizer.pinned, optimizer.pinning_refused) == (False, "locked memory is used up")
     assert optimizer.report.applied
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("which", ["adds up", "steps"])
+@pytest.mark.parametrize("call", ["synchronize", "step", "zero_grad"])
+def test_an_interrupt_while_the_host_is_at_work_loses_nothing(mode, accumulation, which, call):
+    """The work goes on beside whoever was interrupted, who may save, or go on."""
+    workers = []
+
+    def worker():
+        workers.append(InterruptedWorker())
+        return workers[-1]
+
+    model, optimizer = trained(steps=2, mode=mode, delay_from=0, worker=worker, accumulation=accumulation)
+    other, reference = trained(steps=2, mode=mode, delay_from=0, accumulation=accumulation)
+    torch.manual_seed(6)
+    backward(model)
+    torch.manual_seed(6)
+    backward(other)
+    workers[0 if which == "adds up" else -1].armed = True
+    with suppress(KeyboardInterrupt):
+        getattr(optimizer, call)()
+    for each in workers:
+        each.armed = False
+    getattr(optimizer, call)()
+    getattr(reference, call)()
+    assert_same(everything(other, reference), everything(model, optimizer))

@@ -52,9 +52,10 @@ class SpeculativeStep(SyncStep):
 
     def reopened(self, chunk: HostChunk) -> None:
         super().reopened(chunk)
-        guess = self._guesses.pop(chunk.number, None)
+        guess = self._guesses.get(chunk.number)
         if guess is not None:
             self._withdraw(chunk, guess)
+            del self._guesses[chunk.number]
 
     def complete(self, chunk: HostChunk, *, last: bool) -> None:
         if not last or self.broken is not None:
