@@ -310,6 +310,46 @@ def test_weights_on_their_way_arrive_though_the_optimizer_is_gone():
     assert same(weights(theirs), weights(ours))
 
 
+def test_optimizers_that_are_gone_leave_no_hooks():
+    model = small_model()
+    for _ in range(3):
+        optimizer = offloaded(model)
+        backward(model)
+        optimizer.step()
+        del optimizer
+        gc.collect()
+    backward(model)
+    assert all(p.grad is not None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    for module in model.modules():
+        hooks = (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_pre_hooks)
+        assert not any(hooks)
+
+
+def test_two_optimizers_of_one_parameter_are_refused_in_backward():
+    model = small_model()
+    first, second = offloaded(model), offloaded(model)
+    with pytest.raises(ConfigError, match=r"another optimizer has taken.*Call close\(\) of the other"):
+        backward(model)
+    first.close()
+    second.zero_grad()
+    backward(model)
+    second.step()
+    assert second.report.applied
+
+
+def test_two_optimizers_of_two_parts_of_a_model():
+    theirs, ours = small_model(), small_model()
+    halves = [[*m[:2].parameters()] for m in (theirs, ours)], [[*m[2:].parameters()] for m in (theirs, ours)]
+    references = [torch.optim.AdamW(half, fused=True) for half, _ in halves]
+    both = [OffloadedOptimizer(half, model=ours, lanes=lambda _: FakeLanes()) for _, half in halves]
+    for _ in range(3):
+        backward(theirs, ours)
+        for each in (*references, *both):
+            each.step()
+            each.zero_grad()
+    assert same(list(theirs.state_dict().values()), list(ours.state_dict().values()))
+
+
 def test_a_sparse_gradient_is_refused():
     table = nn.Embedding(7, 3, sparse=True)
     optimizer = OffloadedOptimizer(table.parameters())

@@ -57,6 +57,16 @@ class ForwardWaits:
             handle.remove()
         self._handles, self.attached = [], False
 
+    def release(self, handles: Iterable[Any]) -> None:
+        """The optimizer is gone: remove these hooks, too, and let the host wait, as nobody else will know of copies."""
+        for marks in self._outstanding.values():
+            for mark in marks:
+                self._lanes.land(mark)
+        self._outstanding = {}
+        self.detach()
+        for handle in handles:
+            handle.remove()
+
     def sent(self, chunk: int, marks: Sequence[Any]) -> None:
         """The weights of a chunk are on their way."""
         self._outstanding[chunk] = marks

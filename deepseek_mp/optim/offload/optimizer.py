@@ -82,12 +82,14 @@ class OffloadedOptimizer(Optimizer):
         worker: Callable[[], Worker] = ThreadWorker,
         memory: HostMemory | None = None,
     ) -> None:
-        check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.settings = settings or OffloadSettings()
         self.report: StepReport | None = None
         """What the last step did."""
         groups = _as_groups(params)
         check_rule(groups, "a group")
+        for group in groups:
+            check_options(**{name: group.get(name, value) for name, value in defaults.items()})
         device = _check_parameters([p for group in groups for p in group["params"]])
         self._lanes, self._memory = lanes(device), memory
         self._waits = ForwardWaits(self._lanes)
@@ -100,9 +102,11 @@ class OffloadedOptimizer(Optimizer):
         self._is_paused = False
         masters = self._take_over(_members(groups), device)
         taken = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
-        super().__init__(taken, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **rule.OPTIONS})
+        super().__init__(taken, {**defaults, **rule.OPTIONS})
         me = weakref.ref(self)
         self._mode = self._make_mode(me, worker)
+        # Hooks would pile up on a model that outlives one optimizer after the other.
+        weakref.finalize(self, self._waits.release, self._handles).atexit = False
         if model is not None:
             _check_model(model)
             slots = [(slot.parameter, chunk.number) for chunk in self._chunks for slot in chunk.slots]
@@ -149,6 +153,13 @@ class OffloadedOptimizer(Optimizer):
             return self._pairs[id(parameter)].master
         passed = f"a parameter {list(parameter.shape)} that the optimizer does not train"
         raise ConfigError(explain(passed, "parameters that it was made for", "Pass the parameter of the model itself"))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """`ConfigError` once the optimizer is made: its memory and hooks are laid out for the parameters it has."""
+        if hasattr(self, "_mode"):
+            change = "Pass all parameters when it is made, those trained later with requires_grad=False until then"
+            raise ConfigError(explain("a group for an OffloadedOptimizer that is made", "groups at the start", change))
+        super().add_param_group(param_group)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -397,7 +408,9 @@ class OffloadedOptimizer(Optimizer):
             return
         pair = self._pairs[id(parameter)]
         gradient = parameter.grad
-        assert gradient is not None
+        if gradient is None:
+            passed = f"a parameter {list(parameter.shape)} whose gradient another optimizer has taken in backward"
+            raise ConfigError(explain(passed, "one such optimizer for a parameter", "Call close() of the other one"))
         pair.check_gradient(gradient)
         parameter.grad = None
         if not isinstance(pair, Slot):
@@ -477,6 +490,8 @@ def _check_parameters(parameters: Sequence[Tensor]) -> torch.device:
             raise ConfigError(
                 explain(passed, ", ".join(map(str, _DTYPES)), "Convert the model, or use another optimizer")
             )
+    if not parameters:
+        raise ConfigError(explain("groups without parameters", "one parameter or more", "Pass model.parameters()"))
     devices = sorted({str(parameter.device) for parameter in parameters})
     if len(devices) != 1:
         passed = f"parameters on {' and '.join(devices)}"

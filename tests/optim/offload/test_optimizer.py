@@ -407,3 +407,20 @@ def test_one_optimizer_after_the_other_in_the_same_memory():
         found.append((kept, weights(model)))
     assert found[0][0] == found[1][0]
     assert same(found[0][1], found[1][1])
+
+
+def test_a_group_that_comes_later_is_refused_and_nothing_changes():
+    model, later = small_model(), nn.Linear(5, 5)
+    optimizer = offloaded(model)
+    with pytest.raises(ConfigError, match="groups at the start.*requires_grad=False until then"):
+        optimizer.add_param_group({"params": later.parameters()})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_refuses_options_of_a_group():
+    model = small_model()
+    with pytest.raises(ConfigError, match="lr=-1"):
+        OffloadedOptimizer([{"params": model.parameters(), "lr": -1}])
+    with pytest.raises(ConfigError, match="groups without parameters"):
+        OffloadedOptimizer([{"params": []}])
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
