@@ -8,7 +8,7 @@ get their new values back at the end of a step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -33,10 +33,10 @@ from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
 from deepseek_mp.optim.offload.speculative_step import SpeculativeStep
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
+from deepseek_mp.optim.offload.trained import as_groups, check_model, check_parameters, members_of
 from deepseek_mp.optim.offload.verdict import judge
 from deepseek_mp.optim.offload.worker import ThreadWorker, Worker
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIRES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
 
@@ -86,11 +86,14 @@ class OffloadedOptimizer(Optimizer):
         self.settings = settings or OffloadSettings()
         self.report: StepReport | None = None
         """What the last step did."""
-        groups = _as_groups(params)
+        groups = as_groups(params)
         check_rule(groups, "a group")
         for group in groups:
             check_options(**{name: group.get(name, value) for name, value in defaults.items()})
-        device = _check_parameters([p for group in groups for p in group["params"]])
+        parameters = [p for group in groups for p in group["params"]]
+        device = check_parameters(parameters)
+        if model is not None:
+            check_model(model, parameters)
         self._lanes, self._memory = lanes(device), memory
         self._waits = ForwardWaits(self._lanes)
         self._chunks: list[HostChunk] = []
@@ -100,7 +103,7 @@ class OffloadedOptimizer(Optimizer):
         self._task = -1
         self._passes = 0
         self._is_paused = False
-        masters = self._take_over(_members(groups), device)
+        masters = self._take_over(members_of(groups), device)
         taken = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
         super().__init__(taken, {**defaults, **rule.OPTIONS})
         me = weakref.ref(self)
@@ -108,7 +111,6 @@ class OffloadedOptimizer(Optimizer):
         # Hooks would pile up on a model that outlives one optimizer after the other.
         weakref.finalize(self, self._waits.release, self._handles).atexit = False
         if model is not None:
-            _check_model(model)
             slots = [(slot.parameter, chunk.number) for chunk in self._chunks for slot in chunk.slots]
             self._waits.attach(model, slots, reading=lambda: _synchronize(me()))
 
@@ -452,48 +454,3 @@ class OffloadedOptimizer(Optimizer):
 def _synchronize(optimizer: OffloadedOptimizer | None) -> None:
     if optimizer is not None:
         optimizer.synchronize()
-
-
-def _as_groups(params: Any) -> list[dict[str, Any]]:
-    listed = list(params)
-    if not listed:
-        raise ConfigError(explain("no parameters", "one or more", "Pass model.parameters()"))
-    groups = listed if isinstance(listed[0], dict) else [{"params": listed}]
-    return [
-        {**group, "params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
-        for group in groups
-    ]
-
-
-def _check_model(model: nn.Module) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        passed = "a DistributedDataParallel model, whose gradients are averaged after ours have been sent"
-        change = "Pass the inner model, and average the gradients of the masters before each step"
-        raise ConfigError(explain(passed, "a model that trains on its own gradients", change))
-
-
-def _members(groups: Sequence[Mapping[str, Any]]) -> list[Member]:
-    return [Member(parameter=p, group=index) for index, group in enumerate(groups) for p in group["params"]]
-
-
-def _check_parameters(parameters: Sequence[Tensor]) -> torch.device:
-    """The one device of the parameters."""
-    if not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
-        change = "Pass model.parameters(), without names"
-        raise ConfigError(explain("something that is no parameter", "parameters, or groups of them", change))
-    if len({id(parameter) for parameter in parameters}) < len(parameters):
-        change = "Leave the second one out; model.parameters() has each once"
-        raise ConfigError(explain("a parameter that is there twice", "each once", change))
-    for parameter in parameters:
-        if parameter.dtype not in _DTYPES:
-            passed = f"a parameter {list(parameter.shape)} of {parameter.dtype}"
-            raise ConfigError(
-                explain(passed, ", ".join(map(str, _DTYPES)), "Convert the model, or use another optimizer")
-            )
-    if not parameters:
-        raise ConfigError(explain("groups without parameters", "one parameter or more", "Pass model.parameters()"))
-    devices = sorted({str(parameter.device) for parameter in parameters})
-    if len(devices) != 1:
-        passed = f"parameters on {' and '.join(devices)}"
-        raise ConfigError(explain(passed, "one device", "Make one optimizer for each device"))
-    return parameters[0].device
