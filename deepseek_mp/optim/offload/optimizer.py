@@ -338,7 +338,7 @@ class OffloadedOptimizer(Optimizer):
         else:
             pair.master.copy_(loaded)
         if state:
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu").clone()
             for name, moment in zip(rule.MOMENTS, moments or (), strict=False):
                 state[name] = moment.copy_(state[name])
 
