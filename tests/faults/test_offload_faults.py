@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from fake_device import FakeLanes, InterruptedWorker, backward, offloaded, plain, same, small_model, weights
+from fake_device import FakeLanes, InterruptedWorker, NowWorker, backward, offloaded, plain, same, small_model, weights
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
@@ -396,3 +396,26 @@ def test_an_interrupt_while_the_host_is_at_work_loses_nothing(mode, accumulation
     getattr(optimizer, call)()
     getattr(reference, call)()
     assert_same(everything(other, reference), everything(model, optimizer))
+
+
+def test_a_thread_that_cannot_be_started_is_said_and_nobody_waits_for_it():
+    class Threads(NowWorker):
+        are_left = True
+
+        def submit(self, task, *args):
+            if not self.are_left:
+                raise RuntimeError("can't start new thread")
+            return super().submit(task, *args)
+
+    workers = Threads()
+    model, optimizer = trained(mode="speculative", worker=lambda: workers)
+    before = everything(model, optimizer)
+    workers.are_left = False
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        backward(model)
+    workers.are_left = True
+    optimizer.zero_grad()
+    assert_same(before, everything(model, optimizer))
+    backward(model)
+    optimizer.step()
+    assert optimizer.report.applied

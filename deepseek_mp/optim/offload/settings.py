@@ -69,4 +69,4 @@ class StepReport:
     factor: float = 1.0
     """The gradients were multiplied by this: unscaled and clipped."""
     redone: int = 0
-    """Chunks that 'speculative' stepped on a wrong guess, and then again."""
+    """How often 'speculative' stepped a chunk on a wrong guess or too early, and then again."""

@@ -49,13 +49,14 @@ class SpeculativeStep(SyncStep):
         self._guesses: dict[int, Guess] = {}
         self._scaling = AS_IT_IS
         self._were_written = False
+        self._put_back = 0
+        """Chunks of this window that were stepped too early."""
 
     def reopened(self, chunk: HostChunk) -> None:
         super().reopened(chunk)
-        guess = self._guesses.get(chunk.number)
-        if guess is not None:
-            self._withdraw(chunk, guess)
-            del self._guesses[chunk.number]
+        if chunk.number in self._guesses:
+            self._withdraw(chunk)
+            self._put_back += 1
 
     def complete(self, chunk: HostChunk, *, last: bool) -> None:
         if not last or self.broken is not None:
@@ -64,9 +65,9 @@ class SpeculativeStep(SyncStep):
         for slot in chunk.slots:
             slot.adopt()
         guess = Guess(scaling=self._scaling, options=rule.options(self.parts.owner().param_groups))
-        self._guesses[chunk.number] = guess
         guess.landed = self._worker.submit(self._take, chunk, guess)
         guess.stepped = self._worker.submit(self._speculate, chunk, guess)
+        self._guesses[chunk.number] = guess  # not before it is sure that somebody works on it
 
     def land(self) -> None:
         for chunk in self.parts.chunks:
@@ -78,15 +79,18 @@ class SpeculativeStep(SyncStep):
 
     def forget(self) -> None:
         self.settle()
+        self._put_back = 0
         super().forget()
 
     def settle(self) -> None:
         for chunk in self.parts.chunks:
-            self.reopened(chunk)
+            super().reopened(chunk)
+            if chunk.number in self._guesses:
+                self._withdraw(chunk)
 
     def step(self, verdict: Verdict) -> None:
         self.check_whole()
-        self._scaling, self.redone = verdict.unscaling, 0
+        self._scaling, self.redone, self._put_back = verdict.unscaling, self._put_back, 0
         if verdict.reason is not None:
             self.settle()
             return
@@ -102,6 +106,7 @@ class SpeculativeStep(SyncStep):
         for chunk in self.parts.chunks:
             if not chunk.has_gradients or any(slot.written for slot in chunk.slots):
                 self.reopened(chunk)
+        self.redone, self._put_back = self.redone + self._put_back, 0
         super().prepare()
 
     def step_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -130,12 +135,14 @@ class SpeculativeStep(SyncStep):
             return False
         return scaling == guess.scaling and list(options) == guess.options
 
-    def _withdraw(self, chunk: HostChunk, guess: Guess) -> None:
+    def _withdraw(self, chunk: HostChunk) -> None:
         """Wait for a chunk and put it back, whether or not its step failed."""
+        guess = self._guesses[chunk.number]
         guess.landed.exception()
         guess.stepped.exception()
         if chunk.kept:
             chunk.restore(self.parts.owner().state)
+        del self._guesses[chunk.number]
 
 
 def _versions(chunk: HostChunk) -> dict[Slot, int]:

@@ -60,6 +60,18 @@ def test_a_right_guess_is_not_redone_and_a_wrong_one_is(pair):
         assert wrong[3].report.redone == len(wrong[3].split.host)
 
 
+def test_a_window_that_is_longer_than_was_said_shows_in_the_report(pair):
+    four = pair(accumulation=1)
+    optimizer = four[3]
+    both(*four, micro=1)
+    assert optimizer.report.redone == 0
+    both(*four, micro=3)
+    assert optimizer.report.redone == 2 * len(optimizer.split.host)
+    both(*four, micro=1)
+    assert optimizer.report.redone == 0
+    assert_equal(*four)
+
+
 def test_chunks_are_stepped_while_backward_runs():
     lanes, model = FakeLanes(), small_model()
     optimizer = speculative(model, lanes, accumulation=1)
