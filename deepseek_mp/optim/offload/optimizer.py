@@ -84,6 +84,9 @@ class OffloadedOptimizer(Optimizer):
     ) -> None:
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.settings = settings or OffloadSettings()
+        if not isinstance(self.settings, OffloadSettings):
+            passed, change = f"settings={settings!r}", "Write for example OffloadSettings(mode='sync')"
+            raise ConfigError(explain(passed, "OffloadSettings", change))
         self.report: StepReport | None = None
         """What the last step did."""
         groups = as_groups(params)

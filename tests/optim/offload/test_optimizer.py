@@ -352,6 +352,8 @@ def test_close_leaves_a_model_that_trains_on():
 def test_refuses_options():
     with pytest.raises(ConfigError, match="betas"):
         OffloadedOptimizer(small_model().parameters(), betas=(1.0, 0.9))
+    with pytest.raises(ConfigError, match=r"settings=\{'mode': 'sync'\}\. Allowed: OffloadSettings"):
+        OffloadedOptimizer(small_model().parameters(), settings={"mode": "sync"})
     with pytest.raises(ConfigError, match="does not train"):
         offloaded(small_model()).master(torch.zeros(1))
 
