@@ -108,11 +108,13 @@ def may_come_together(optimizer: Optimizer) -> bool:
 
 
 def described(optimizer: Optimizer) -> dict[str, Any]:
-    """For the records of a run: how the optimizer is offloaded; nothing if it is not."""
+    """For the records of a run: how the optimizer is offloaded, and in which memory; nothing if it is not."""
     if not isinstance(optimizer, OffloadedOptimizer):
         return {}
     split = optimizer.split
-    return {"offload": {**asdict(optimizer.settings), "share": split.fraction, "freed_bytes": split.freed_bytes}}
+    memory = {"pinned": optimizer.pinned, "pinning_refused": optimizer.pinning_refused}
+    share = {"share": split.fraction, "freed_bytes": split.freed_bytes}
+    return {"offload": {**asdict(optimizer.settings), **share, **memory}}
 
 
 def updates_are_seen(optimizer: Optimizer) -> bool:

@@ -2,10 +2,11 @@
 
 import copy
 import gc
+from contextlib import suppress
 
 import pytest
 import torch
-from fake_device import FakeLanes, backward, offloaded, plain, same, small_model, weights
+from fake_device import FakeLanes, InterruptedWorker, NowWorker, backward, offloaded, plain, same, small_model, weights
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
@@ -309,6 +310,46 @@ def test_weights_on_their_way_arrive_though_the_optimizer_is_gone():
     assert same(weights(theirs), weights(ours))
 
 
+def test_optimizers_that_are_gone_leave_no_hooks():
+    model = small_model()
+    for _ in range(3):
+        optimizer = offloaded(model)
+        backward(model)
+        optimizer.step()
+        del optimizer
+        gc.collect()
+    backward(model)
+    assert all(p.grad is not None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    for module in model.modules():
+        hooks = (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_pre_hooks)
+        assert not any(hooks)
+
+
+def test_two_optimizers_of_one_parameter_are_refused_in_backward():
+    model = small_model()
+    first, second = offloaded(model), offloaded(model)
+    with pytest.raises(ConfigError, match=r"another optimizer has taken.*Call close\(\) of the other"):
+        backward(model)
+    first.close()
+    second.zero_grad()
+    backward(model)
+    second.step()
+    assert second.report.applied
+
+
+def test_two_optimizers_of_two_parts_of_a_model():
+    theirs, ours = small_model(), small_model()
+    halves = [[*m[:2].parameters()] for m in (theirs, ours)], [[*m[2:].parameters()] for m in (theirs, ours)]
+    references = [torch.optim.AdamW(half, fused=True) for half, _ in halves]
+    both = [OffloadedOptimizer(half, model=ours, lanes=lambda _: FakeLanes()) for _, half in halves]
+    for _ in range(3):
+        backward(theirs, ours)
+        for each in (*references, *both):
+            each.step()
+            each.zero_grad()
+    assert same(list(theirs.state_dict().values()), list(ours.state_dict().values()))
+
+
 def test_a_sparse_gradient_is_refused():
     table = nn.Embedding(7, 3, sparse=True)
     optimizer = OffloadedOptimizer(table.parameters())
@@ -326,4 +367,55 @@ def test_memory_that_cannot_be_pinned_is_said(monkeypatch):
     monkeypatch.setattr(arena, "allocate", lambda values, dtype, *, pin: real(values, dtype, pin=True))
     _, optimizer = trained()
     assert (optimizer.pinned, optimizer.pinning_refused) == (False, "locked memory is used up")
+    assert optimizer.report.applied
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("which", ["adds up", "steps"])
+@pytest.mark.parametrize("call", ["synchronize", "step", "zero_grad"])
+def test_an_interrupt_while_the_host_is_at_work_loses_nothing(mode, accumulation, which, call):
+    """The work goes on beside whoever was interrupted, who may save, or go on."""
+    workers = []
+
+    def worker():
+        workers.append(InterruptedWorker())
+        return workers[-1]
+
+    model, optimizer = trained(steps=2, mode=mode, delay_from=0, worker=worker, accumulation=accumulation)
+    other, reference = trained(steps=2, mode=mode, delay_from=0, accumulation=accumulation)
+    torch.manual_seed(6)
+    backward(model)
+    torch.manual_seed(6)
+    backward(other)
+    workers[0 if which == "adds up" else -1].armed = True
+    with suppress(KeyboardInterrupt):
+        getattr(optimizer, call)()
+    for each in workers:
+        each.armed = False
+    getattr(optimizer, call)()
+    getattr(reference, call)()
+    assert_same(everything(other, reference), everything(model, optimizer))
+
+
+def test_a_thread_that_cannot_be_started_is_said_and_nobody_waits_for_it():
+    class Threads(NowWorker):
+        are_left = True
+
+        def submit(self, task, *args):
+            if not self.are_left:
+                raise RuntimeError("can't start new thread")
+            return super().submit(task, *args)
+
+    workers = Threads()
+    model, optimizer = trained(mode="speculative", worker=lambda: workers)
+    before = everything(model, optimizer)
+    workers.are_left = False
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        backward(model)
+    workers.are_left = True
+    optimizer.zero_grad()
+    assert_same(before, everything(model, optimizer))
+    backward(model)
+    optimizer.step()
     assert optimizer.report.applied

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 from deepseek_mp import Callback, find_batch_size
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, rule
+from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, arena, rule
 from deepseek_mp.optim.offload.stepped import stepped
 from deepseek_mp.optim.offload.worker import ThreadWorker
 from deepseek_mp.precision import PrecisionPlan
@@ -474,7 +474,19 @@ def test_the_records_say_how_it_is_offloaded():
     found = describe(trainer)["offload"]
     assert (found["mode"], found["share"]) == ("speculative", 1.0)
     assert found["freed_bytes"] == 12 * sum(p.numel() for p in trainer.model.parameters())
+    assert (found["pinned"], found["pinning_refused"]) == (False, None)
     assert "offload" not in describe(make())
+
+
+def test_the_records_say_that_memory_could_not_be_pinned(monkeypatch):
+    def refuse(values, dtype):
+        raise RuntimeError("locked memory is used up")
+
+    real = arena.allocate
+    monkeypatch.setattr(arena, "_pinned", refuse)
+    monkeypatch.setattr(arena, "allocate", lambda values, dtype, *, pin: real(values, dtype, pin=True))
+    found = describe(make(optimizer=host()))["offload"]
+    assert (found["pinned"], found["pinning_refused"]) == (False, "locked memory is used up")
 
 
 # -- refused ---------------------------------------------------------------------------------------------------

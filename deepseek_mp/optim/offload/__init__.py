@@ -7,6 +7,7 @@ from deepseek_mp.optim.offload.compression import HostPlacement, Placement, comp
 from deepseek_mp.optim.offload.optimizer import OffloadedOptimizer
 from deepseek_mp.optim.offload.schedule import Prediction, Rates, Split, Work, predict
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
+from deepseek_mp.optim.offload.share import free_within
 
 __all__ = [
     "HostMemory",
@@ -22,5 +23,6 @@ __all__ = [
     "calibrate",
     "compressed_activations",
     "compressed_gradients",
+    "free_within",
     "predict",
 ]

@@ -89,7 +89,8 @@ class HostPlacement:
         padded[: flat.numel()] = flat
         rows = padded.view(groups, GROUP)
         largest = rows.abs().amax(dim=1, keepdim=True)
-        scales = torch.where(largest > 0, largest / _E4M3_MAX, 1.0)
+        # A scale below the normal numbers would be rounded itself, to zero in the end.
+        scales = torch.where(largest > 0, (largest / _E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny), 1.0)
         codes = cast(rows / scales, "fp8_e4m3", saturate=False).tensor
         return Packed(codes=codes, scales=scales, shape=tensor.shape, dtype=tensor.dtype, device=tensor.device)
 

@@ -32,13 +32,14 @@ class DelayedStep(SyncStep):
 
     def settle(self) -> None:
         """Finish the outstanding step and send its weights up: the next forward then sees the latest ones."""
-        future, self._outstanding = self._outstanding, None
-        if future is None:
+        if self._outstanding is None:
             return
-        error = future.exception()
+        # Whoever interrupts the waiting finds the step outstanding.
+        error = self._outstanding.exception()
         if error is not None:
             error.add_note("This was the host's step on the gradients before these; it was taken back.")
             self.take_back([chunk for chunk in self.parts.chunks if chunk.kept], error)
+            self._outstanding = None
             raise error
         for chunk in reversed(self.parts.chunks):
             if chunk.kept:
@@ -46,6 +47,7 @@ class DelayedStep(SyncStep):
                     slot.adopt(base=chunk.base_of(slot))
                 self.send(chunk)
         self.commit()
+        self._outstanding = None
 
     def step(self, verdict: Verdict) -> None:
         self.settle()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deepseek_mp.optim.offload.lanes import Lanes
@@ -15,7 +16,8 @@ class ForwardWaits:
     """Hooks on the modules that own parameters: each waits for the chunks of its own.
 
     A parameter that is read outside of its module's forward would not be waited for. So the chunks of parameters that
-    got a gradient without a call of their module are waited for at the start of the model's forward from then on.
+    got a gradient without a call of their module are waited for at the start of the model's forward from then on. What
+    runs without gradients shows nothing of that kind, so that all chunks are waited for at its start.
 
     Args:
         lanes: of the device.
@@ -31,15 +33,22 @@ class ForwardWaits:
         self.attached = False
 
     def attach(self, model: nn.Module, chunk_of: Iterable[tuple[Tensor, int]], *, reading: Callable[[], None]) -> None:
-        """Hook a model whose parameters are in these chunks; `reading` is called before its state is read."""
+        """Hook a model whose parameters are in these chunks; `reading` is called before its state is read.
+
+        A part of the model may be saved or loaded, so that each module that owns parameters has these hooks.
+        """
         self._chunk_of = {id(parameter): chunk for parameter, chunk in chunk_of}
         for module in model.modules():
             own = frozenset(id(p) for p in module.parameters(recurse=False) if id(p) in self._chunk_of)
             if own:
-                self._handles.append(module.register_forward_pre_hook(_Hook(partial(self._module, own)), prepend=True))
+                self._handles += [
+                    module.register_forward_pre_hook(_Hook(partial(self._module, own)), prepend=True),
+                    module.register_state_dict_pre_hook(_Hook(reading)),
+                    module.register_state_dict_pre_hook(_Hook(self.wait_all)),
+                    # else a copy that is late would replace what was loaded
+                    module.register_load_state_dict_pre_hook(_Hook(self.wait_all)),
+                ]
         self._handles.append(model.register_forward_pre_hook(_Hook(self._model), prepend=True))
-        self._handles.append(model.register_state_dict_pre_hook(_Hook(reading)))
-        self._handles.append(model.register_state_dict_pre_hook(_Hook(self.wait_all)))
         self.attached = True
 
     def detach(self) -> None:
@@ -47,6 +56,16 @@ class ForwardWaits:
         for handle in self._handles:
             handle.remove()
         self._handles, self.attached = [], False
+
+    def release(self, handles: Iterable[Any]) -> None:
+        """The optimizer is gone: remove these hooks, too, and let the host wait, as nobody else will know of copies."""
+        for marks in self._outstanding.values():
+            for mark in marks:
+                self._lanes.land(mark)
+        self._outstanding = {}
+        self.detach()
+        for handle in handles:
+            handle.remove()
 
     def sent(self, chunk: int, marks: Sequence[Any]) -> None:
         """The weights of a chunk are on their way."""
@@ -69,7 +88,7 @@ class ForwardWaits:
 
     def _model(self) -> None:
         """The model is about to run."""
-        self.wait(sorted(self._early))
+        self.wait(sorted(self._early if torch.is_grad_enabled() else self._outstanding))
 
     def _module(self, parameters: frozenset[int]) -> None:
         """A module that owns these parameters is about to run."""

@@ -8,7 +8,7 @@ get their new values back at the end of a step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -28,16 +28,15 @@ from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Slot
 from deepseek_mp.optim.offload.lanes import Lanes, lanes_for
+from deepseek_mp.optim.offload.loaded_state import MASTER, check_entries, check_loaded, check_rule
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
 from deepseek_mp.optim.offload.speculative_step import SpeculativeStep
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
+from deepseek_mp.optim.offload.trained import as_groups, check_model, check_parameters, members_of
 from deepseek_mp.optim.offload.verdict import judge
 from deepseek_mp.optim.offload.worker import ThreadWorker, Worker
 
-MASTER = "master"
-"""Key of a saved state: the FP32 weight of a parameter that is not FP32 on the device."""
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIRES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
 
@@ -83,12 +82,21 @@ class OffloadedOptimizer(Optimizer):
         worker: Callable[[], Worker] = ThreadWorker,
         memory: HostMemory | None = None,
     ) -> None:
-        check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.settings = settings or OffloadSettings()
+        if not isinstance(self.settings, OffloadSettings):
+            passed, change = f"settings={settings!r}", "Write for example OffloadSettings(mode='sync')"
+            raise ConfigError(explain(passed, "OffloadSettings", change))
         self.report: StepReport | None = None
         """What the last step did."""
-        groups = _as_groups(params)
-        device = _check_parameters([p for group in groups for p in group["params"]])
+        groups = as_groups(params)
+        check_rule(groups, "a group")
+        for group in groups:
+            check_options(**{name: group.get(name, value) for name, value in defaults.items()})
+        parameters = [p for group in groups for p in group["params"]]
+        device = check_parameters(parameters)
+        if model is not None:
+            check_model(model, parameters)
         self._lanes, self._memory = lanes(device), memory
         self._waits = ForwardWaits(self._lanes)
         self._chunks: list[HostChunk] = []
@@ -98,13 +106,14 @@ class OffloadedOptimizer(Optimizer):
         self._task = -1
         self._passes = 0
         self._is_paused = False
-        masters = self._take_over(_members(groups), device)
+        masters = self._take_over(members_of(groups), device)
         taken = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
-        super().__init__(taken, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **rule.OPTIONS})
+        super().__init__(taken, {**defaults, **rule.OPTIONS})
         me = weakref.ref(self)
         self._mode = self._make_mode(me, worker)
+        # Hooks would pile up on a model that outlives one optimizer after the other.
+        weakref.finalize(self, self._waits.release, self._handles).atexit = False
         if model is not None:
-            _check_model(model)
             slots = [(slot.parameter, chunk.number) for chunk in self._chunks for slot in chunk.slots]
             self._waits.attach(model, slots, reading=lambda: _synchronize(me()))
 
@@ -149,6 +158,13 @@ class OffloadedOptimizer(Optimizer):
             return self._pairs[id(parameter)].master
         passed = f"a parameter {list(parameter.shape)} that the optimizer does not train"
         raise ConfigError(explain(passed, "parameters that it was made for", "Pass the parameter of the model itself"))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """`ConfigError` once the optimizer is made: its memory and hooks are laid out for the parameters it has."""
+        if hasattr(self, "_mode"):
+            change = "Pass all parameters when it is made, those trained later with requires_grad=False until then"
+            raise ConfigError(explain("a group for an OffloadedOptimizer that is made", "groups at the start", change))
+        super().add_param_group(param_group)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -279,16 +295,23 @@ class OffloadedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of this class or of AdamW; FP32 weights in it replace those of the model."""
         self.synchronize()
-        if any(group.get("amsgrad") or group.get("maximize") for group in state_dict["param_groups"]):
-            passed = "a state with amsgrad or maximize"
-            raise ConfigError(explain(passed, "states of AdamW without them", "Train on with torch.optim.AdamW"))
+        check_loaded(state_dict, [master for group in self.param_groups for master in group["params"]])
         super().load_state_dict(state_dict)
         self.adopt_states()
 
     @torch.no_grad()
     def adopt_states(self) -> None:
-        """Take over what others have put into `state`, as `saved_states` gave it, and send the weights up."""
-        self._mode.broken = None
+        """Take over what others have put into `state`, as `saved_states` gave it, and send the weights up.
+
+        Raises:
+            ConfigError: a state that does not fit. Steps are refused then, until one is loaded that does.
+        """
+        try:
+            for pair in self._pairs.values():
+                check_entries(self.state.get(pair.master, {}), pair.master)
+        except ConfigError as error:
+            self._mode.broken = error
+            raise
         for chunk in self._chunks:
             for slot in chunk.slots:
                 self._adopt_state(slot, slot.moments)
@@ -297,6 +320,7 @@ class OffloadedOptimizer(Optimizer):
             self._adopt_state(pair, None)
         self._device_part.write(self._device_part.pairs)
         self._waits.wait_all()
+        self._mode.broken = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> NoReturn:
         self._refuse_copy()
@@ -317,7 +341,7 @@ class OffloadedOptimizer(Optimizer):
         else:
             pair.master.copy_(loaded)
         if state:
-            state["step"] = state["step"].clone()
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu").clone()
             for name, moment in zip(rule.MOMENTS, moments or (), strict=False):
                 state[name] = moment.copy_(state[name])
 
@@ -389,7 +413,9 @@ class OffloadedOptimizer(Optimizer):
             return
         pair = self._pairs[id(parameter)]
         gradient = parameter.grad
-        assert gradient is not None
+        if gradient is None:
+            passed = f"a parameter {list(parameter.shape)} whose gradient another optimizer has taken in backward"
+            raise ConfigError(explain(passed, "one such optimizer for a parameter", "Call close() of the other one"))
         pair.check_gradient(gradient)
         parameter.grad = None
         if not isinstance(pair, Slot):
@@ -431,46 +457,3 @@ class OffloadedOptimizer(Optimizer):
 def _synchronize(optimizer: OffloadedOptimizer | None) -> None:
     if optimizer is not None:
         optimizer.synchronize()
-
-
-def _as_groups(params: Any) -> list[dict[str, Any]]:
-    listed = list(params)
-    if not listed:
-        raise ConfigError(explain("no parameters", "one or more", "Pass model.parameters()"))
-    groups = listed if isinstance(listed[0], dict) else [{"params": listed}]
-    return [
-        {**group, "params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
-        for group in groups
-    ]
-
-
-def _check_model(model: nn.Module) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        passed = "a DistributedDataParallel model, whose gradients are averaged after ours have been sent"
-        change = "Pass the inner model, and average the gradients of the masters before each step"
-        raise ConfigError(explain(passed, "a model that trains on its own gradients", change))
-
-
-def _members(groups: Sequence[Mapping[str, Any]]) -> list[Member]:
-    return [Member(parameter=p, group=index) for index, group in enumerate(groups) for p in group["params"]]
-
-
-def _check_parameters(parameters: Sequence[Tensor]) -> torch.device:
-    """The one device of the parameters."""
-    if not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
-        change = "Pass model.parameters(), without names"
-        raise ConfigError(explain("something that is no parameter", "parameters, or groups of them", change))
-    if len({id(parameter) for parameter in parameters}) < len(parameters):
-        change = "Leave the second one out; model.parameters() has each once"
-        raise ConfigError(explain("a parameter that is there twice", "each once", change))
-    for parameter in parameters:
-        if parameter.dtype not in _DTYPES:
-            passed = f"a parameter {list(parameter.shape)} of {parameter.dtype}"
-            raise ConfigError(
-                explain(passed, ", ".join(map(str, _DTYPES)), "Convert the model, or use another optimizer")
-            )
-    devices = sorted({str(parameter.device) for parameter in parameters})
-    if len(devices) != 1:
-        passed = f"parameters on {' and '.join(devices)}"
-        raise ConfigError(explain(passed, "one device", "Make one optimizer for each device"))
-    return parameters[0].device

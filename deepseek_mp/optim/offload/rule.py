@@ -18,8 +18,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def new_state(moments: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The state of a parameter before its first step, as that of a fused AdamW; the moments are zeroed."""
-    state = {"step": torch.zeros((), dtype=torch.float32, device=moments[0].device)}
+    """The state of a parameter before its first step, as that of a fused AdamW; the moments are zeroed.
+
+    The counter is on the host for any device: the kernels that are taken there would wait for the device to read it.
+    """
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     return state | {name: moment.zero_() for name, moment in zip(MOMENTS, moments, strict=True)}
 
 

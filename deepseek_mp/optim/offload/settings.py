@@ -41,6 +41,11 @@ class OffloadSettings:
         if self.wire is not None:
             check_member("wire", self.wire, tuple(WIRES))
         check_member("cast", self.cast, ("auto", "host", "device"))
+        for name in ("accumulation", "delay_from", "chunk_bytes", "free_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (value is None and name == "free_bytes"):
+                passed = f"{name}={value!r}"
+                raise ConfigError(explain(passed, "whole numbers", "Write for example 64 << 20 for 64 MiB"))
         if self.mode != "sync" and not self.undo:
             passed = f"mode={self.mode!r} with undo=False"
             change = "Keep undo=True: these modes put chunks back as a matter of course"
@@ -69,4 +74,4 @@ class StepReport:
     factor: float = 1.0
     """The gradients were multiplied by this: unscaled and clipped."""
     redone: int = 0
-    """Chunks that 'speculative' stepped on a wrong guess, and then again."""
+    """How often 'speculative' stepped a chunk on a wrong guess or too early, and then again."""

@@ -13,10 +13,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling, Verdict
+
+SAMPLES = 64
+"""Values of a gradient that are looked at again: some write without PyTorch counting it, as `GradScaler.unscale_`."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -30,6 +36,8 @@ class Guess:
     stepped: Future[Any] = field(default_factory=Future)
     versions: dict[Slot, int] = field(default_factory=dict)
     """Of the accumulated gradients."""
+    samples: dict[Slot, Tensor] = field(default_factory=dict)
+    """Some values of each accumulated gradient, as it landed."""
 
 
 class SpeculativeStep(SyncStep):
@@ -40,12 +48,15 @@ class SpeculativeStep(SyncStep):
         self._worker = parts.worker()
         self._guesses: dict[int, Guess] = {}
         self._scaling = AS_IT_IS
+        self._were_written = False
+        self._put_back = 0
+        """Chunks of this window that were stepped too early."""
 
     def reopened(self, chunk: HostChunk) -> None:
         super().reopened(chunk)
-        guess = self._guesses.pop(chunk.number, None)
-        if guess is not None:
-            self._withdraw(chunk, guess)
+        if chunk.number in self._guesses:
+            self._withdraw(chunk)
+            self._put_back += 1
 
     def complete(self, chunk: HostChunk, *, last: bool) -> None:
         if not last or self.broken is not None:
@@ -54,9 +65,9 @@ class SpeculativeStep(SyncStep):
         for slot in chunk.slots:
             slot.adopt()
         guess = Guess(scaling=self._scaling, options=rule.options(self.parts.owner().param_groups))
-        self._guesses[chunk.number] = guess
-        guess.landed = self._worker.submit(chunk.land, self.parts.lanes)
+        guess.landed = self._worker.submit(self._take, chunk, guess)
         guess.stepped = self._worker.submit(self._speculate, chunk, guess)
+        self._guesses[chunk.number] = guess  # not before it is sure that somebody works on it
 
     def land(self) -> None:
         for chunk in self.parts.chunks:
@@ -68,18 +79,23 @@ class SpeculativeStep(SyncStep):
 
     def forget(self) -> None:
         self.settle()
+        self._put_back = 0
         super().forget()
 
     def settle(self) -> None:
         for chunk in self.parts.chunks:
-            self.reopened(chunk)
+            super().reopened(chunk)
+            if chunk.number in self._guesses:
+                self._withdraw(chunk)
 
     def step(self, verdict: Verdict) -> None:
         self.check_whole()
-        self._scaling, self.redone = verdict.unscaling, 0
+        self._scaling, self.redone, self._put_back = verdict.unscaling, self._put_back, 0
         if verdict.reason is not None:
             self.settle()
             return
+        # Who scales one gradient scales all, so that one which shows it is enough.
+        self._were_written = any(_differs(guess) for guess in self._guesses.values())
         try:
             super().step(verdict)
         except BaseException:
@@ -90,6 +106,7 @@ class SpeculativeStep(SyncStep):
         for chunk in self.parts.chunks:
             if not chunk.has_gradients or any(slot.written for slot in chunk.slots):
                 self.reopened(chunk)
+        self.redone, self._put_back = self.redone + self._put_back, 0
         super().prepare()
 
     def step_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -103,6 +120,10 @@ class SpeculativeStep(SyncStep):
             chunk.restore(self.parts.owner().state)
         super().step_chunk(chunk, scaling, groups)
 
+    def _take(self, chunk: HostChunk, guess: Guess) -> None:
+        chunk.land(self.parts.lanes)
+        guess.samples = {slot: _sample(gradient) for slot, gradient in chunk.gradients().items()}
+
     def _speculate(self, chunk: HostChunk, guess: Guess) -> None:
         guess.landed.result()
         guess.versions = _versions(chunk)
@@ -110,14 +131,18 @@ class SpeculativeStep(SyncStep):
 
     def _holds(self, chunk: HostChunk, guess: Guess, scaling: Scaling, options: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the chunk was stepped with what it should have been stepped with."""
-        return scaling == guess.scaling and list(options) == guess.options and guess.versions == _versions(chunk)
+        if self._were_written or guess.versions != _versions(chunk):
+            return False
+        return scaling == guess.scaling and list(options) == guess.options
 
-    def _withdraw(self, chunk: HostChunk, guess: Guess) -> None:
+    def _withdraw(self, chunk: HostChunk) -> None:
         """Wait for a chunk and put it back, whether or not its step failed."""
+        guess = self._guesses[chunk.number]
         guess.landed.exception()
         guess.stepped.exception()
         if chunk.kept:
             chunk.restore(self.parts.owner().state)
+        del self._guesses[chunk.number]
 
 
 def _versions(chunk: HostChunk) -> dict[Slot, int]:
@@ -127,3 +152,16 @@ def _versions(chunk: HostChunk) -> dict[Slot, int]:
         for slot in chunk.slots
         if slot.master.grad is not None
     }
+
+
+def _sample(gradient: Tensor) -> Tensor:
+    flat = gradient.reshape(-1)
+    return flat[:: -(-flat.numel() // SAMPLES) or 1].clone()
+
+
+def _differs(guess: Guess) -> bool:
+    """Whether gradients have other values than they landed with, though nobody may have counted the write."""
+    return any(
+        slot.master.grad is not None and not torch.equal(sample, _sample(slot.master.grad))
+        for slot, sample in guess.samples.items()
+    )

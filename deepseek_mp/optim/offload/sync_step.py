@@ -49,9 +49,16 @@ class SyncStep:
 
     def reopened(self, chunk: HostChunk) -> None:
         """Another gradient of this chunk is about to be sent down."""
-        landing = self._landing.pop(chunk.number, None)
-        if landing is not None:
-            landing.result()
+        error = self._landed(chunk)
+        if error is not None:
+            raise error
+
+    def _landed(self, chunk: HostChunk) -> BaseException | None:
+        """Wait for the thread that adds a chunk's gradients up; whoever interrupts that finds it still at work."""
+        landing = self._landing.get(chunk.number)
+        error = None if landing is None else landing.exception()
+        self._landing.pop(chunk.number, None)
+        return error
 
     def complete(self, chunk: HostChunk, *, last: bool) -> None:
         """All gradients of a chunk are on their way; `last`: in the last backward of the window.
@@ -73,9 +80,7 @@ class SyncStep:
     def forget(self) -> None:
         """The gradients of the window are not wanted."""
         for chunk in self.parts.chunks:
-            landing = self._landing.pop(chunk.number, None)
-            if landing is not None:
-                landing.exception()
+            self._landed(chunk)
             chunk.discard(self.parts.lanes)
 
     def settle(self) -> None:

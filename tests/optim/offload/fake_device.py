@@ -6,6 +6,7 @@ overwritten too early sends wrong ones, every time and not by chance.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class FakeLanes:
     """Copies that are late. Down: the device's memory is kept by its allocator. Up: the host's is read late."""
 
     events: list[str] = field(default_factory=list)
+    _one: threading.RLock = field(default_factory=threading.RLock)
+    """Two threads may wait for a copy, which happens once."""
     _copies: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
 
     def down(self, target: Tensor, source: Tensor) -> Mark:
@@ -56,10 +59,11 @@ class FakeLanes:
         return mark
 
     def _end(self, mark: Mark) -> None:
-        if not mark.done:
-            for target, source in zip(mark.targets, mark.sources, strict=True):
-                target.data.copy_(source.data)
-            mark.done = True
+        with self._one:
+            if not mark.done:
+                for target, source in zip(mark.targets, mark.sources, strict=True):
+                    target.data.copy_(source.data)
+                mark.done = True
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -145,6 +149,18 @@ class LateFuture(Future):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         self._worker.run_until(self)
         return super().exception(timeout)
+
+
+class InterruptedWorker(LateWorker):
+    """Somebody presses Ctrl-C while he waits for a result, once for each time that it is armed."""
+
+    armed = False
+
+    def run_until(self, wanted: Future[Any]) -> None:
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt("pressed")
+        super().run_until(wanted)
 
 
 WORKERS = (NowWorker, LateWorker, ThreadWorker)

@@ -35,6 +35,12 @@ def test_takes_a_quarter_of_fp32_and_keeps_zeros_and_bad_numbers():
     assert not HOST.expand(HOST.compress(bad))[3].isfinite()
 
 
+@pytest.mark.parametrize("value", [1e-45, 1e-44, 1e-42, 1e-38, 3.4e38])
+def test_finite_values_stay_finite_at_both_ends_of_the_range(value):
+    """A group of tiny gradients must not skip the step."""
+    assert HOST.expand(HOST.compress(torch.full((300,), value))).isfinite().all()
+
+
 def test_the_faster_place_is_taken():
     npu = SimulatedNpu()
     assert fastest([HOST, npu], 1000) is HOST

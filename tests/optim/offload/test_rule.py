@@ -52,3 +52,9 @@ def test_options_are_those_of_now():
     found = rule.options([group])
     group["lr"].fill_(1.0)
     assert found[0]["lr"] == 0.5
+
+
+def test_the_counter_of_a_state_on_a_device_is_on_the_host():
+    """PyTorch's `foreach` kernels read it for each parameter, and would wait for the device each time."""
+    state = rule.new_state([torch.empty(3, device="meta")] * 2)
+    assert (state["step"].device.type, state["exp_avg"].device.type) == ("cpu", "meta")

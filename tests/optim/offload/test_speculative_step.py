@@ -60,6 +60,18 @@ def test_a_right_guess_is_not_redone_and_a_wrong_one_is(pair):
         assert wrong[3].report.redone == len(wrong[3].split.host)
 
 
+def test_a_window_that_is_longer_than_was_said_shows_in_the_report(pair):
+    four = pair(accumulation=1)
+    optimizer = four[3]
+    both(*four, micro=1)
+    assert optimizer.report.redone == 0
+    both(*four, micro=3)
+    assert optimizer.report.redone == 2 * len(optimizer.split.host)
+    both(*four, micro=1)
+    assert optimizer.report.redone == 0
+    assert_equal(*four)
+
+
 def test_chunks_are_stepped_while_backward_runs():
     lanes, model = FakeLanes(), small_model()
     optimizer = speculative(model, lanes, accumulation=1)
@@ -156,6 +168,26 @@ def test_a_loss_scale_is_guessed_from_the_step_before(pair):
         redone.append(optimizer.report.redone)
     assert_equal(theirs, ours, reference, optimizer)
     assert redone == [len(optimizer.split.host), 0, 0]
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+@pytest.mark.parametrize("write", ["unscale_", "data"])
+def test_writes_into_gradients_that_nobody_counts_are_seen(worker, write, pair):
+    theirs, ours, reference, optimizer = pair(worker=worker, accumulation=1)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+    for _ in range(3):
+        batch = torch.randn(8, 19)
+        for model, scaler, own in zip((theirs, ours), scalers, (reference, optimizer), strict=True):
+            scaler.scale(model(batch).square().mean()).backward()
+            if write == "unscale_":
+                scaler.unscale_(own)
+            else:
+                for parameter in own.param_groups[0]["params"]:
+                    parameter.grad.data.mul_(0.25)
+            scaler.step(own)
+            scaler.update()
+        reference.zero_grad()
+    assert_equal(theirs, ours, reference, optimizer)
 
 
 @pytest.mark.parametrize("worker", WORKERS)
