@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from memory_gauge import MIB, MadeUp, in_force
+from memory_gauge import MIB, Log, MadeUp, in_force
 from torch import Tensor, nn
 
 from deepseek_mp import Callback, MixedPrecisionTrainer
@@ -31,7 +31,7 @@ class Model(nn.Module):
         self.last = nn.Linear(8, 3)
         self.room, self.where = room, where
         self.error = error or torch.OutOfMemoryError("out of memory")
-        self.sizes: list[int] = []
+        self.sizes = Log()
 
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(len(x))
