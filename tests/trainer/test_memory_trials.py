@@ -404,3 +404,11 @@ def test_a_model_and_a_loss_that_keep_something_train_as_without() -> None:
         return run.model.layer.weight.detach()
 
     assert torch.equal(weights(memory="auto"), weights())
+
+
+def test_an_empty_batch_tells_nothing_and_the_next_one_does(gauge: MadeUp) -> None:
+    run = trainer(800)
+    run.step((torch.empty(0, 64), torch.empty(0, dtype=torch.int64)))
+    assert run.memory is None
+    run.step(batch())
+    assert run.memory.samples == 8
