@@ -20,6 +20,7 @@ from deepseek_mp.costs.memory import optimizer_tensors, peak_during
 from deepseek_mp.costs.timing import time_call
 from deepseek_mp.errors import ConfigError, MixedPrecisionError, explain
 from deepseek_mp.nn import call as calls
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.trainer.assembly import computation
 from deepseek_mp.trainer.batch_part import first_samples
@@ -115,10 +116,9 @@ def _refuse(made: _Trials, base: Trial, chosen: Chosen, order: Sequence[Weighed]
     need = in_gib(min(peaks)) if peaks else "more memory than the device has"
     passed = f"a memory budget of {in_gib(limit)}; a step of this batch needs {need} with all there is ({names})"
     more = f"Pass memory={-(-1000 * min(peaks) // GIB) / 1000:g} or more, or give" if peaks else "Give"
-    change = (
-        f"{more} smaller batches (find_batch_size finds the largest), or keep the optimizer's state on the host, "
-        "in a loop of your own (optim.offload.OffloadedOptimizer)"
-    )
+    change = f"{more} smaller batches (find_batch_size finds the largest)"
+    if not made.offloaded:
+        change += ", or keep the optimizer's state on the host (optimizer=optim.offload.OffloadedOptimizer)"
     for name, why in made.refused.items():
         log.warning("memory: %s was not possible: %s", name, why)
     raise ConfigError(explain(passed, "a budget that a step can be made to fit", change))
@@ -177,6 +177,7 @@ class _Trials:
         self._compiled: dict[object, Run] = {}
         self._heard: list[Any] = []
         self.compiled = bool(trainer.config.compile)
+        self.offloaded = isinstance(trainer.optimizer, OffloadedOptimizer)
         self.counted = True
         self.measures, self.refused = possible(trainer, plan)
 

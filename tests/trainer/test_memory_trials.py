@@ -16,6 +16,7 @@ from deepseek_mp import MixedPrecisionTrainer, WeightStorage
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import chunked_loss
 from deepseek_mp.optim import AdamW
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Reason
 from deepseek_mp.trainer import compile as compile_module
 from deepseek_mp.trainer import memory_trials
@@ -412,3 +413,12 @@ def test_an_empty_batch_tells_nothing_and_the_next_one_does(gauge: MadeUp) -> No
     assert run.memory is None
     run.step(batch())
     assert run.memory.samples == 8
+
+
+def test_who_offloads_already_is_not_told_to() -> None:
+    run = MixedPrecisionTrainer(Model(), "fp32", device="cpu", optimizer=OffloadedOptimizer, memory=1e-6)
+    with pytest.raises(ConfigError, match=r"find_batch_size finds the largest\)\."):
+        run.step(batch())
+    plain = MixedPrecisionTrainer(Model(), "fp32", device="cpu", memory=1e-6)
+    with pytest.raises(ConfigError, match=r"on the host \(optimizer=optim.offload.OffloadedOptimizer\)\."):
+        plain.step(batch())
