@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from deepseek_mp.backends import peak_memory_bytes, reset_peak_memory, synchronize
+
+_PROFILING = threading.RLock()
+"""The profiler is the process's: two threads that profile at once crash it."""
 
 
 def peak_during(call: Callable[[], object], device: torch.device, *, resident: Iterable[Tensor]) -> int | None:
@@ -31,7 +35,7 @@ def peak_during(call: Callable[[], object], device: torch.device, *, resident: I
         call()
         synchronize(device)
         return peak_memory_bytes(device)
-    with _quiet(), profile(use_kineto=False, profile_memory=True) as profiled:
+    with _PROFILING, _quiet(), profile(use_kineto=False, profile_memory=True) as profiled:
         call()
     events = sorted(profiled.function_events or (), key=lambda event: event.time_range.end)
     held = peak = 0

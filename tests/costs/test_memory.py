@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -69,3 +71,22 @@ def test_the_tensors_of_an_optimizer_are_its_momenta_and_counts() -> None:
     weight.grad = torch.ones(8)
     optimizer.step()
     assert distinct_bytes(optimizer_tensors(optimizer)) == 4 * (8 + 8 + 1)
+
+
+def test_of_several_threads_one_measures_at_a_time() -> None:
+    """The profiler is one for the process."""
+    inside, most = 0, 0
+
+    def call() -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        inside -= 1
+
+    threads = [threading.Thread(target=peak_during, args=(call, CPU), kwargs={"resident": []}) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
