@@ -21,7 +21,8 @@ from deepseek_mp.precision import Reason
 from deepseek_mp.trainer import compile as compile_module
 from deepseek_mp.trainer import memory_trials
 from deepseek_mp.trainer.memory_measures import UNCOUNTED
-from deepseek_mp.trainer.memory_trials import GIB, Gauge
+from deepseek_mp.trainer.memory_report import GIB
+from deepseek_mp.trainer.memory_trials import Gauge
 
 
 class Model(nn.Module):
