@@ -1,22 +1,30 @@
 """The most memory that tensors hold while a call runs, on a device that counts it and on a CPU.
 
 An accelerator's allocator keeps a peak. On a CPU the process's size says little, since the heap keeps
-what was freed; there, PyTorch's profiler lists what every operation allocated and freed, and the
-running sum has an exact peak. Tensors that were there before count too where the caller names them.
+what was freed; there, PyTorch's profiler lists every allocation and release, and the running sum
+has an exact peak. Tensors that were there before count too where the caller names them.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.autograd.profiler import profile
+from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 
 from deepseek_mp.backends import peak_memory_bytes, reset_peak_memory, synchronize
+
+_PROFILING = threading.RLock()
+"""The profiler is the process's: two threads that profile at once crash it."""
 
 
 def peak_during(call: Callable[[], object], device: torch.device, *, resident: Iterable[Tensor]) -> int | None:
@@ -31,14 +39,25 @@ def peak_during(call: Callable[[], object], device: torch.device, *, resident: I
         call()
         synchronize(device)
         return peak_memory_bytes(device)
-    with _quiet(), profile(use_kineto=False, profile_memory=True) as profiled:
+    with _PROFILING, _quiet(), profile(use_kineto=False, profile_memory=True) as profiled:
         call()
-    events = sorted(profiled.function_events or (), key=lambda event: event.time_range.end)
     held = peak = 0
-    for event in events:
-        held += event.self_cpu_memory_usage
+    for _, change in sorted(_changes(profiled), key=itemgetter(0)):
+        held += change
         peak = max(peak, held)
     return peak + distinct_bytes(resident)
+
+
+def _changes(profiled: profile) -> Iterator[tuple[int, int]]:
+    """When memory was taken or given back, in nanoseconds, and how many bytes, below zero where given back.
+
+    From the records themselves: the profiler's events have sums of them, in which what Python frees inside of an
+    optimizer's step, or of a backward, counts as freed when that ends.
+    """
+    results: Any = profiled.kineto_results
+    for record in results.events():
+        if record.name() == MEMORY_EVENT_NAME and record.device_type() == DeviceType.CPU:
+            yield record.start_ns(), record.nbytes()
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""Puts a model back as it was before something was tried on it: gradients, buffers, random numbers.
+"""Puts a model back as it was before something was tried on it: gradients, buffers, attributes, random numbers.
 
 `Snapshot` holds what a forward and backward may change and can put it back as often as needed, so
 that each trial starts from the same state and nothing is left at the end. Parameters are not copied:
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from deepseek_mp.costs.attributes import Attributes
 from deepseek_mp.costs.timing import current_device
 
 
@@ -30,10 +31,12 @@ class Snapshot:
         self._buffers = [dict(module._buffers) for module in self._modules]  # noqa: SLF001
         kept = [buffer for buffers in self._buffers for buffer in buffers.values() if buffer is not None]
         self._values = {id(buffer): buffer.detach().clone() for buffer in kept}
+        self._attributes = Attributes(self._modules)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put buffers (object and value), train/eval flags and random generators back."""
+        """Put buffers (object and value), attributes, train/eval flags and random generators back."""
+        self._attributes.put_back()
         for module, training, buffers in zip(self._modules, self._training, self._buffers, strict=True):
             module.training = training
             module._buffers.clear()  # noqa: SLF001
@@ -91,7 +94,7 @@ class _Gradients:
 def preserved(model: nn.Module, device: torch.device) -> Iterator[Snapshot]:
     """Whatever is tried on the model inside, it is afterwards as it was, also after an exception.
 
-    Gradients are set aside (the same objects come back) and buffers, train/eval flags and random
+    Gradients are set aside (the same objects come back) and buffers, attributes, train/eval flags and random
     generators restored; unused memory goes back to the device. The snapshot may be restored inside
     as well, to start each trial from the same state.
     """

@@ -40,6 +40,8 @@ __all__ = [
 
 _PLAN = "precision_plan_in_force"
 _KERNELS = "precision_kernels_in_force"
+IN_FORCE = (_PLAN, _KERNELS)
+"""Attributes of a converted model."""
 _PRECISION = "unit_precision"
 
 

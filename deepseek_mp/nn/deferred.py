@@ -40,7 +40,9 @@ class LinearCall:
         self.layer = layer
         self.hidden = hidden
         """[..., K]: the input."""
-        self._version = hidden._version  # noqa: SLF001 - there is no public one
+        self.is_spent = False
+        """Whether the loss was computed of it: the weights of later are others, which not all optimizers tell."""
+        self._versions = self._versions_now()
         self._enabled, self._dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     @property
@@ -50,15 +52,20 @@ class LinearCall:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether nobody has written to the input since."""
-        return self.hidden._version == self._version  # noqa: SLF001 - there is no public one
+        """Whether nobody has written to the input, or to the layer's parameters, since."""
+        return self._versions_now() == self._versions
+
+    def _versions_now(self) -> list[int]:
+        read = self.hidden, *self.layer.parameters(recurse=False)  # a parametrised weight would be computed again
+        return [tensor._version for tensor in read]  # noqa: SLF001 - there is no public one
 
     @contextmanager
     def region(self) -> Iterator[None]:
-        """The region that the call was made in, with gradients; `ConfigError` if the input is not what it was."""
+        """The region that the call was made in, with gradients; `ConfigError` if what it read is not what it was."""
         if not self.is_unchanged:
             change = "Write to a copy, or train with fused_loss=False"
-            raise ConfigError(explain("the last layer's input was changed in place after that layer", "none", change))
+            passed = "the last layer's input or weight was changed in place after that layer"
+            raise ConfigError(explain(passed, "none of them changed", change))
         kind = self.hidden.device.type
         with (
             torch.inference_mode(mode=False),
@@ -88,9 +95,13 @@ class Deferred(Tensor):
         return self._computed is None
 
     def computed(self) -> Tensor:
-        """The output, with its graph."""
+        """The output, with its graph; `ConfigError` once the loss was computed without it."""
         if self._computed is None:
             layer = self.call.layer
+            if self.call.is_spent:
+                passed = "the output of the model's last layer, read after a fused loss was computed"
+                change = "Read it in the hook or forward that sees it, or train with fused_loss=False"
+                raise ConfigError(explain(passed, "to read it before, which gives the ordinary loss", change))
             with self.call.region():
                 self._computed = _forward_of(layer)(layer, self.call.hidden)
         return self._computed

@@ -19,7 +19,7 @@ from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.assembly import computation
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.memory_measures import possible, settings_of
-from deepseek_mp.trainer.memory_report import limit_of
+from deepseek_mp.trainer.memory_report import gib_for, in_gib, limit_of
 from deepseek_mp.trainer.memory_trials import Gauge, in_force
 from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials, unrecorded
 
@@ -109,12 +109,12 @@ def find_batch_size(
     with _trials(made, make_batch, limit_bytes) as trials:
         good, bad = _tried(trials, first, top, multiple)
     if limit_bytes is None or made.memory is not None or bad is None:
-        return _result(good, bad, multiple, trials.tried)
+        return _result(good, bad, multiple, trials.tried, limit_bytes)
     with _trials(made, make_batch, limit_bytes, all_measures=True) as more:
         better, worse = _tried(more, good or first, top, multiple)
     tried = [*trials.tried, *more.tried]
     if better <= good:
-        return _result(good, bad, multiple, tried)
+        return _result(good, bad, multiple, tried, limit_bytes)
     return replace(_result(better, worse, multiple, tried), as_it_was=good * multiple, measures=more.measures)
 
 
@@ -137,11 +137,22 @@ def _limit_bytes(trainer: MixedPrecisionTrainer) -> int | None:
     return limit_of(trainer.config.memory, available_memory_bytes(trainer.device))
 
 
-def _result(good: int, bad: int | None, multiple: int, tried: list[Tried]) -> BatchSize:
+def _none_fits(multiple: int, tried: list[Tried], limit_bytes: int | None) -> ConfigError:
+    """The error that says what the smallest batch needs, where that is known."""
+    passed = f"a batch of {multiple}, the smallest that may be tried, which does not fit"
+    change = "Free memory, or make the model smaller"
+    peaks = [one.peak_bytes for one in tried if one.size == multiple and one.peak_bytes is not None]
+    if limit_bytes is not None:
+        passed += f" into {in_gib(limit_bytes)}"
+    if limit_bytes is not None and peaks:
+        passed += f": its step needs {in_gib(min(peaks))} with all there is"
+        change = f"Pass memory={gib_for(min(peaks)):g} or more, or make the model smaller"
+    return ConfigError(explain(passed, "a model whose step fits with that", change))
+
+
+def _result(good: int, bad: int | None, multiple: int, tried: list[Tried], limit_bytes: int | None = None) -> BatchSize:
     if not good:
-        passed = f"a batch of {multiple}, the smallest that may be tried, which does not fit"
-        change = "Free memory, or make the model smaller"
-        raise ConfigError(explain(passed, "a model whose step fits with that", change))
+        raise _none_fits(multiple, tried, limit_bytes)
     too_large = None if bad is None else bad * multiple
     found = BatchSize(size=good * multiple, too_large=too_large, tried=tuple(tried))
     log.info("%s", found)

@@ -128,6 +128,7 @@ class FusedLoss:
     def _fused(self, call: calls.Call, last: LinearCall) -> calls.Result:
         with last.region():
             found = self._how.of(last.hidden, last.layer, call.target)
+        last.is_spent = True
         return calls.result(call, (found, "cross_entropy in chunks"), self._loss_fn)
 
     def _ordinary(self, call: calls.Call, output: Any) -> calls.Result:
@@ -185,7 +186,7 @@ class FusedLoss:
     def _why_not(self, output: Tensor, target: Any, last: LinearCall) -> str | None:
         """Why the loss cannot be fused: empty if it can, None if this batch does not tell."""
         if not last.is_unchanged or not output.requires_grad:
-            return "the last layer's input was changed in place, or it ran without gradients"
+            return "the last layer's input or weight was changed in place, or it ran without gradients"
         if not self._how.fits(output, target):
             return "the target is not one whole number for each row of the output"
         if own := _own_precision(last.layer):
@@ -200,7 +201,8 @@ class FusedLoss:
         rows = _rows_that_count(target, self._how.ignore_index)
         with last.region(), torch.no_grad():
             hidden = last.hidden.detach()[rows]
-            scores = last.layer(hidden) if isinstance(output, Deferred) else output.detach()[rows]
+            # Its forward, since its hooks have seen this step already.
+            scores = last.layer.forward(hidden) if isinstance(output, Deferred) else output.detach()[rows]
             theirs = _number(calls.loss_of(scores, target[rows], self._loss_fn)[0])
             ours = _number(self._how.of(hidden, last.layer, target[rows]))
         if not (len(rows) and math.isfinite(theirs)):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepseek_mp.costs.restore import preserved
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 def kept_state(trainer: MixedPrecisionTrainer) -> Iterator[None]:
     """Whatever training steps change inside, afterwards it is as it was, also after an exception.
 
-    Parameters, buffers, gradients (set aside inside), optimizer, delayed scales, train and eval flags, and random
-    generators. Unused memory goes back to the device.
+    Parameters, buffers, gradients (set aside inside), optimizer, delayed scales, attributes, train and eval flags, and
+    random generators; of a loss that is a module too. Unused memory goes back to the device.
     """
     model, optimizer = trainer.model, trainer.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     synchronize(optimizer)
-    with preserved(model, trainer.device):
+    loss = trainer.loss_fn if isinstance(trainer.loss_fn, nn.Module) else nn.Module()
+    with preserved(model, trainer.device), preserved(loss, trainer.device):
         parameters = {id(p): _Value(p) for p in (*model.parameters(), *trained)}
         scales = [_Value(part) for found in scales_of(model) for part in (*found.amax, *_own_tensors(found))]
         state = _OptimizerState(optimizer)

@@ -309,7 +309,8 @@ class MixedPrecisionTrainer:
             small = self.config.memory is not None
             plan = on_what_fits(self._measure, batch, self.device) if small else self._measure(batch)
             self._install(self._apply(plan))
-        if self.config.memory is not None and self.memory is None and not self.stepper.window.micro_batches:
+        undecided = self.config.memory is not None and self.memory is None and not self.stepper.window.micro_batches
+        if undecided and calls.batch_size(calls.parse_batch(batch)):  # an empty one tells nothing
             self.memory = fit_memory(self, batch)
         return self.stepper
 

@@ -148,3 +148,8 @@ def _why_left(one: Weighed, chosen: Chosen) -> str:
 def in_gib(count: int) -> str:
     """Bytes in GiB, or MiB where they are few."""
     return f"{count / GIB:.3g} GiB" if abs(count) >= GIB / 10 else f"{count / 2**20:.3g} MiB"
+
+
+def gib_for(count: int) -> float:
+    """A budget in GiB that so many bytes fit into, in thousandths."""
+    return -(-1000 * count // GIB) / 1000

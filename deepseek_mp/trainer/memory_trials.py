@@ -20,11 +20,12 @@ from deepseek_mp.costs.memory import optimizer_tensors, peak_during
 from deepseek_mp.costs.timing import time_call
 from deepseek_mp.errors import ConfigError, MixedPrecisionError, explain
 from deepseek_mp.nn import call as calls
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.trainer.assembly import computation
 from deepseek_mp.trainer.batch_part import first_samples
 from deepseek_mp.trainer.memory_measures import UNCOUNTED, Settings, possible, put_in_force, settings_of
-from deepseek_mp.trainer.memory_report import GIB, MemoryLine, MemoryReport, in_gib, limit_of, lines_of
+from deepseek_mp.trainer.memory_report import MemoryLine, MemoryReport, gib_for, in_gib, limit_of, lines_of
 from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials, unrecorded
 
 if TYPE_CHECKING:
@@ -114,11 +115,10 @@ def _refuse(made: _Trials, base: Trial, chosen: Chosen, order: Sequence[Weighed]
     names = ", ".join(one.measure.name for one in order) or "nothing that could be taken"
     need = in_gib(min(peaks)) if peaks else "more memory than the device has"
     passed = f"a memory budget of {in_gib(limit)}; a step of this batch needs {need} with all there is ({names})"
-    more = f"Pass memory={-(-1000 * min(peaks) // GIB) / 1000:g} or more, or give" if peaks else "Give"
-    change = (
-        f"{more} smaller batches (find_batch_size finds the largest), or keep the optimizer's state on the host, "
-        "in a loop of your own (optim.offload.OffloadedOptimizer)"
-    )
+    more = f"Pass memory={gib_for(min(peaks)):g} or more, or give" if peaks else "Give"
+    change = f"{more} smaller batches (find_batch_size finds the largest)"
+    if not made.offloaded:
+        change += ", or keep the optimizer's state on the host (optimizer=optim.offload.OffloadedOptimizer)"
     for name, why in made.refused.items():
         log.warning("memory: %s was not possible: %s", name, why)
     raise ConfigError(explain(passed, "a budget that a step can be made to fit", change))
@@ -177,6 +177,7 @@ class _Trials:
         self._compiled: dict[object, Run] = {}
         self._heard: list[Any] = []
         self.compiled = bool(trainer.config.compile)
+        self.offloaded = isinstance(trainer.optimizer, OffloadedOptimizer)
         self.counted = True
         self.measures, self.refused = possible(trainer, plan)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
+from torch.autograd.profiler import record_function
 
 from deepseek_mp.costs.memory import distinct_bytes, optimizer_tensors, peak_during
+from deepseek_mp.optim import AdamW
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -26,6 +30,30 @@ def test_what_was_freed_before_the_worst_moment_does_not_count() -> None:
         del second, third
 
     assert peak_during(call, CPU, resident=[]) == 4 * MIB
+
+
+def test_what_python_frees_inside_of_a_larger_event_is_free_at_once() -> None:
+    def call() -> None:
+        with record_function("a step"):
+            for _ in range(5):
+                freed = megabytes(3)
+                del freed
+
+    assert peak_during(call, CPU, resident=[]) == 3 * MIB
+
+
+def test_moments_in_8_bits_take_less_than_in_fp32() -> None:
+    def peak(states: str) -> int:
+        weight = torch.nn.Parameter(torch.randn(1024, 1024))
+        weight.grad = torch.randn(1024, 1024)
+        optimizer = AdamW([weight], states=states)
+        optimizer.step()
+        found = peak_during(optimizer.step, CPU, resident=[weight, weight.grad, *optimizer_tensors(optimizer)])
+        assert found is not None
+        return found
+
+    assert peak("fp32") == pytest.approx(20 * MIB, rel=0.01)
+    assert 10 * MIB < peak("8bit") < 17 * MIB
 
 
 def test_tensors_that_were_there_before_count_once_per_storage() -> None:
@@ -69,3 +97,22 @@ def test_the_tensors_of_an_optimizer_are_its_momenta_and_counts() -> None:
     weight.grad = torch.ones(8)
     optimizer.step()
     assert distinct_bytes(optimizer_tensors(optimizer)) == 4 * (8 + 8 + 1)
+
+
+def test_of_several_threads_one_measures_at_a_time() -> None:
+    """The profiler is one for the process."""
+    inside, most = 0, 0
+
+    def call() -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        inside -= 1
+
+    threads = [threading.Thread(target=peak_during, args=(call, CPU), kwargs={"resident": []}) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1

@@ -123,12 +123,14 @@ def test_a_deferred_input_is_computed() -> None:
     torch.testing.assert_close(twice, layer(layer(hidden)))
 
 
-def test_an_input_that_was_changed_since_is_an_error() -> None:
+@pytest.mark.parametrize("what", ["hidden", "weight", "bias"])
+def test_what_was_changed_since_is_an_error(what: str) -> None:
     layer, hidden = nn.Linear(4, 5), torch.randn(2, 4)
     with deferring(layer):
         output = layer(hidden)
-    hidden.zero_()
-    with pytest.raises(ConfigError, match="the last layer's input was changed in place after that layer"):
+    with torch.no_grad():
+        (hidden if what == "hidden" else getattr(layer, what)).zero_()
+    with pytest.raises(ConfigError, match="the last layer's input or weight was changed in place after that layer"):
         output + 1
 
 

@@ -14,6 +14,10 @@ from deepseek_mp.trainer.memory_trials import Gauge
 MIB = 1 << 20
 
 
+class Log(list[int]):
+    """What a model notes of its forwards, trials too: a plain list would be put back after those."""
+
+
 class MadeUp(Gauge):
     """Steps run as they are; what they take is said by tables, in MiB and seconds, by what is in force."""
 

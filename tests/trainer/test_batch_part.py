@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 
 from deepseek_mp.trainer.batch_part import first_samples
 
@@ -26,3 +28,16 @@ def test_tensors_within_are_cut_and_those_that_are_no_samples_are_not() -> None:
     (inputs, target) = first_samples(({"x": x, "grid": grid, "step": torch.tensor(6)}, {"boxes": boxes}), 2)
     assert [inputs[name].shape for name in ("x", "grid", "step")] == [(2, 3), (3, 3), ()]
     assert [box.shape for box in target["boxes"]] == [(2, 4), (2,)]
+
+
+class Pair(NamedTuple):
+    inputs: Any
+    target: Tensor
+
+
+def test_containers_of_another_class_are_cut_and_packed_sequences_are_not() -> None:
+    packed = pack_sequence([torch.ones(3), torch.ones(2)])
+    cut = first_samples(Pair((torch.ones(4, 2), packed), torch.ones(4)), 2)
+    assert isinstance(cut, Pair)
+    assert cut.inputs[1] is packed
+    assert (cut.inputs[0].shape, cut.target.shape) == ((2, 2), (2,))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from memory_gauge import MIB, MadeUp, in_force
+from memory_gauge import MIB, Log, MadeUp, in_force
 from torch import Tensor, nn
 
 from deepseek_mp import Callback, MixedPrecisionTrainer
@@ -31,7 +31,7 @@ class Model(nn.Module):
         self.last = nn.Linear(8, 3)
         self.room, self.where = room, where
         self.error = error or torch.OutOfMemoryError("out of memory")
-        self.sizes: list[int] = []
+        self.sizes = Log()
 
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(len(x))
@@ -397,3 +397,10 @@ def test_auto_is_tried_in_the_recommended_format(budget: float) -> None:
     found = find_batch_size(run, make_batch, limit=500)
     assert found.as_it_was == 20
     assert found.size >= 40
+
+
+def test_a_budget_that_not_even_the_smallest_batch_fits_into_says_what_would_do() -> None:
+    run = MixedPrecisionTrainer(nn.Linear(64, 4), "fp32", device="cpu", memory=1e-7)
+    match = r"a batch of 2, .* fit into 0.00010\d MiB: its step needs 0\.00\d+ MiB with all there is.*memory=0.001 "
+    with pytest.raises(ConfigError, match=match):
+        find_batch_size(run, lambda size: (torch.ones(size, 64), torch.ones(size, 4)), limit=8, multiple=2)

@@ -99,6 +99,30 @@ def test_training_is_the_same_with(options, mode):
     assert_same(trained(mode, **options), trained(mode, **options, activation_memory_budget=LEAST))
 
 
+class CountingBlock(Block):
+    """Its numbers follow from how often it ran."""
+
+    def __init__(self, width: int, drop: float = 0.2) -> None:
+        super().__init__(width, drop)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls / 100)
+
+
+def test_blocks_are_measured_without_being_counted():
+    def counting():
+        torch.manual_seed(0)
+        model = Net()
+        model.blocks = nn.ModuleList([CountingBlock(32) for _ in range(3)])
+        return model
+
+    within = trained(model=counting(), activation_memory_budget=LEAST)
+    assert len(within.recomputed_blocks.recomputed) == 3
+    assert_same(trained(model=counting()), within)
+
+
 def test_it_keeps_to_the_budget_and_says_so():
     trainer = trained(steps=1, activation_memory_budget=0.6)
     choice = trainer.recomputed_blocks

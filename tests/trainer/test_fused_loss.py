@@ -212,6 +212,55 @@ def test_a_hook_that_comes_later_sees_the_output_and_is_obeyed(where: str, hook:
     assert len(chunks) == 1
 
 
+def test_hooks_of_the_last_layer_run_once_and_change_its_input(chunks: list[Any]) -> None:
+    losses, sizes = [], []
+    for on in (True, False):
+        model = model_of("classifier")
+        model.head.register_forward_pre_hook(lambda _module, args: (args[0] * 10,))
+        model.head.register_forward_hook(lambda _module, _args, output: sizes.append(len(output)))
+        losses.append(train(trainer(model, fused_loss=on), batches()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert sizes == [6] * 6
+    assert chunks
+
+
+def test_a_weight_that_is_changed_after_its_product_is_refused() -> None:
+    model = model_of("classifier")
+    run = trainer(model, fused_loss=True)
+    run.step(batches()[0])
+
+    def halved(output: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.head.weight.mul_(0.5)
+        return output
+
+    model.after = halved
+    with pytest.raises(ConfigError, match=r"input or weight was changed in place.*fused_loss=False"):
+        run.step(batches()[1])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_output_that_is_read_when_the_step_is_over_is_an_error(*, fused: bool) -> None:
+    """The weights are others by then."""
+    model, kept = model_of("classifier"), list[Tensor]()
+    model.head.register_forward_hook(lambda _module, _args, output: kept.append(output))
+    run = trainer(model, fused_loss=True, optimizer=lambda params: torch.optim.SGD(params, lr=0.5, fused=fused))
+    run.step(batches()[0])
+    assert kept[0].shape == (6, 7)
+    with pytest.raises(ConfigError, match=r"read after a fused loss was computed.*Read it in the hook"):
+        kept[0].argmax(1)
+
+
+def test_a_parametrised_layer_is_not_computed_again_to_look_at_it() -> None:
+    weights = []
+    for on in ("auto", False):
+        model = model_of("classifier")
+        model.body = nn.utils.parametrizations.spectral_norm(model.body)
+        train(trainer(model, fused_loss=on), batches(1))
+        weights.append(model.body.parametrizations.weight.original)
+    assert torch.equal(*weights)
+
+
 def test_a_backward_hook_that_comes_later_is_obeyed(chunks: list[Any]) -> None:
     runs = [trainer(model_of("classifier"), fused_loss=on) for on in (True, False)]
     seen: list[Tensor] = []

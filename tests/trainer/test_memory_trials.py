@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_gauge import MIB, MadeUp, batch, in_force
+from memory_gauge import MIB, Log, MadeUp, batch, in_force
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,11 +16,13 @@ from deepseek_mp import MixedPrecisionTrainer, WeightStorage
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import chunked_loss
 from deepseek_mp.optim import AdamW
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Reason
 from deepseek_mp.trainer import compile as compile_module
 from deepseek_mp.trainer import memory_trials
 from deepseek_mp.trainer.memory_measures import UNCOUNTED
-from deepseek_mp.trainer.memory_trials import GIB, Gauge
+from deepseek_mp.trainer.memory_report import GIB
+from deepseek_mp.trainer.memory_trials import Gauge
 
 
 class Model(nn.Module):
@@ -31,7 +33,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.first, self.norm, self.drop = nn.Linear(64, 80), nn.BatchNorm1d(80), nn.Dropout(0.5)
         self.last = nn.Linear(80, 3)
-        self.room, self.sizes = room, list[int]()
+        self.room, self.sizes = room, Log()
 
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(len(x))
@@ -367,3 +369,57 @@ def test_logits_that_do_not_fit_are_computed_in_chunks(monkeypatch: pytest.Monke
     again = Gauge().peak(lambda: run.step(data), run)
     assert again is not None
     assert again <= limit
+
+
+class Counting(nn.Module):
+    """A model whose numbers follow from its calls, and a loss with a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.calls, self.hidden = nn.Linear(64, 3), 0, torch.zeros(3)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out = self.layer(x) * (1 + self.calls / 10) + self.hidden + torch.rand(3, generator=self.generator)
+        self.hidden = out.detach().mean(0)
+        return out
+
+
+class Moving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(output, target)
+        self.mean.lerp_(loss.detach(), 0.1)
+        return loss / (1 + self.mean)
+
+
+def test_a_model_and_a_loss_that_keep_something_train_as_without() -> None:
+    def weights(**options: Any) -> Tensor:
+        run = MixedPrecisionTrainer(Counting(), "fp32", device="cpu", loss_fn=Moving(), **options)
+        for _ in range(3):
+            run.step(batch())
+        return run.model.layer.weight.detach()
+
+    assert torch.equal(weights(memory="auto"), weights())
+
+
+def test_an_empty_batch_tells_nothing_and_the_next_one_does(gauge: MadeUp) -> None:
+    run = trainer(800)
+    run.step((torch.empty(0, 64), torch.empty(0, dtype=torch.int64)))
+    assert run.memory is None
+    run.step(batch())
+    assert run.memory.samples == 8
+
+
+def test_who_offloads_already_is_not_told_to() -> None:
+    run = MixedPrecisionTrainer(Model(), "fp32", device="cpu", optimizer=OffloadedOptimizer, memory=1e-6)
+    with pytest.raises(ConfigError, match=r"find_batch_size finds the largest\)\."):
+        run.step(batch())
+    plain = MixedPrecisionTrainer(Model(), "fp32", device="cpu", memory=1e-6)
+    with pytest.raises(ConfigError, match=r"on the host \(optimizer=optim.offload.OffloadedOptimizer\)\."):
+        plain.step(batch())

@@ -1,0 +1,90 @@
+"""What modules keep in attributes that are neither parameters nor buffers, put back after something was tried.
+
+A count of calls, the hidden state of the last batch, a list of losses, a generator of the model's own: a forward that
+is only tried must not move them either.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.nn.convert import IN_FORCE
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+_MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+_NOT_KEPT = frozenset(vars(nn.Module())) | {"_compiled_call_impl", *IN_FORCE}
+"""What every module has, and what conversion and compilation put there: those who do that take it back themselves."""
+
+PutBack = Callable[[], object]
+
+
+class Attributes:
+    """The attributes of modules at one moment: numbers, flags and text; tensors, with their values; what lists,
+    dictionaries, sets and queues hold; and the states of random generators.
+
+    Not kept are values inside of other objects, and attributes that are made later.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._kept = [
+            (module, name, value, _inside(value))
+            for module in modules
+            for name, value in vars(module).items()
+            if name not in _NOT_KEPT and (isinstance(value, _PLAIN) or _inside(value) is not None)
+        ]
+
+    def put_back(self) -> None:
+        """Make them what they were; one that is gone stays so."""
+        for module, name, value, inside in self._kept:
+            if name in vars(module):
+                vars(module)[name] = value
+            if inside is not None:
+                inside()
+
+
+def _inside(value: Any) -> PutBack | None:
+    """What puts back the inside of an object; None for one that is not known to have any."""
+    if isinstance(value, Tensor):
+        return _tensor(value)
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return _container(value)
+
+
+def _tensor(tensor: Tensor) -> PutBack | None:
+    """Of an ordinary tensor the values, where somebody has written to it."""
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_inference():
+        return None
+    version, kept = tensor._version, tensor.detach().clone()  # noqa: SLF001 - there is no public one
+
+    @torch.no_grad()
+    def put_back() -> None:
+        if tensor._version != version:  # noqa: SLF001
+            tensor.copy_(kept)
+
+    return put_back
+
+
+def _container(value: Any) -> PutBack | None:
+    kind, kept = type(value), copy.copy(value) if type(value) in (list, set, deque, *_MAPPINGS) else None
+    if kept is None:
+        return None
+
+    def put_back() -> None:
+        value.clear()
+        value.extend(kept) if kind in (list, deque) else value.update(kept)
+
+    return put_back

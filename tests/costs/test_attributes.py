@@ -1,0 +1,67 @@
+"""Attributes of modules come back as they were, whatever was tried."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.costs.attributes import Attributes
+
+
+class Restless(nn.Module):
+    """Keeps something of every call, in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.hidden, self.written = 0, None, torch.zeros(2)
+        self.losses, self.by_name, self.names, self.last = [1.0], {"a": 1}, {"a"}, deque([1], maxlen=2)
+        self.torch_draws, self.python_draws = torch.Generator().manual_seed(1), random.Random(1)
+        self.numpy_draws = np.random.default_rng(1)
+        self.gone: int | None = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.hidden = x
+        self.written += 1
+        self.losses.append(2.0)
+        self.by_name["b"] = 2
+        self.names.add("b")
+        self.last.append(2)
+        noise = torch.rand(1, generator=self.torch_draws) + self.python_draws.random() + self.numpy_draws.random()
+        return x + noise + self.calls
+
+
+def seen(module: Restless) -> dict[str, Any]:
+    about = {k: v for k, v in vars(module).items() if isinstance(v, list | dict | set | deque | int) and k[0] != "_"}
+    numpy_state = str(module.numpy_draws.bit_generator.state)
+    drawn = module.torch_draws.get_state().tolist(), module.python_draws.getstate(), numpy_state
+    own = {"drawn": drawn, "hidden": module.hidden, "written": module.written.tolist()}
+    return {k: repr(v) for k, v in about.items()} | own
+
+
+def test_what_a_forward_keeps_is_put_back_in_the_same_objects() -> None:
+    module = Restless()
+    before, losses, written = seen(module), module.losses, module.written
+    kept = Attributes(module.modules())
+    first = module(torch.ones(1))
+    del module.gone
+    assert seen(module) != before
+    kept.put_back()
+    assert not hasattr(module, "gone")
+    module.gone = 1
+    assert seen(module) == before
+    assert module.losses is losses
+    assert module.written is written
+    assert torch.equal(module(torch.ones(1)), first)
+
+
+def test_a_tensor_that_nobody_wrote_to_is_not_written_to() -> None:
+    module = Restless()
+    kept, version = Attributes([module]), module.written._version
+    kept.put_back()
+    assert module.written._version == version
