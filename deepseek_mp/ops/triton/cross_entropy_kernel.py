@@ -19,7 +19,8 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     place = logits + row * row_stride
     label = tl.load(labels + row)
-    wanted = tl.load(place + label).to(tl.float32)
+    # A label that is no class makes the row NaN: it must not be read from another's memory.
+    wanted = tl.load(place + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
     most = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     plain = tl.zeros([BLOCK], dtype=tl.float32)
@@ -41,6 +42,7 @@ def cross_entropy_kernel(
     tl.store(losses + row, tl.log(whole) + base - (1.0 - smoothing) * wanted - spread)
     if GRADIENT:
         factor = tl.load(factors + row)
+        factor = tl.where(wanted == wanted, factor, float("nan"))
         for block in range(BLOCKS):
             k = block * BLOCK + tl.arange(0, BLOCK)
             inside = k < V

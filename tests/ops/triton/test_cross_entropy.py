@@ -45,3 +45,11 @@ def test_infinite_logits_count_as_in_the_reference():
     assert losses[1].isnan()
     assert not losses[2].isfinite()
     assert not gradient[0, :5000].any()
+
+
+def test_a_label_that_is_no_class_makes_its_row_nan():
+    logits, labels, factors = rows(4, 1000, torch.bfloat16)
+    labels[1], labels[2] = 1000, -3
+    losses, gradient = cross_entropy_of("triton")(logits, labels, 0.0, factors)
+    assert losses.isnan().tolist() == [False, True, True, False]
+    assert gradient.isnan().all(1).tolist() == [False, True, True, False]
