@@ -6,7 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_here = threading.local()
+
+class _Here(threading.local):
+    """Has its value in every thread from the start: compiled code that asks would be compiled again once it is there."""
+
+    on = False
+
+
+_here = _Here()
 
 
 @contextmanager
@@ -22,4 +29,4 @@ def computed_again() -> Iterator[None]:
 
 def is_computed_again() -> bool:
     """Whether this thread is inside `computed_again`."""
-    return getattr(_here, "on", False)
+    return _here.on

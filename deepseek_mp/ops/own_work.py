@@ -8,7 +8,14 @@ from contextlib import contextmanager
 
 import torch
 
-_here = threading.local()
+
+class _Here(threading.local):
+    """Has its value in every thread from the start: compiled code that asks would be compiled again once it is there."""
+
+    on = False
+
+
+_here = _Here()
 
 
 @contextmanager
@@ -25,4 +32,4 @@ def own_work() -> Iterator[None]:
 
 def is_own_work() -> bool:
     """Whether this thread is inside `own_work`."""
-    return getattr(_here, "on", False)
+    return _here.on
