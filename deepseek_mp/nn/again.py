@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class _Here(threading.local):
-    """Has its value in every thread from the start: compiled code that asks would be compiled again once it is there."""
+    """Has its value in every thread from the start: compiled code that asks would be compiled again when it comes."""
 
     on = False
 
