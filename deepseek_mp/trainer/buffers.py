@@ -1,4 +1,4 @@
-"""Keeps a model's buffers, so that a skipped step leaves them as they were.
+"""Keeps the buffers of a model and its loss, so that a skipped step leaves them as they were.
 
 BatchNorm updates its running statistics during forward, long before it is known whether the step is
 good; one non-finite batch would leave NaN in them for ever. The guard copies all buffers when a
@@ -65,10 +65,11 @@ def _flat_room(buffers: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 class BufferGuard:
-    """Snapshot of the buffers of a model, and their restoration."""
+    """Snapshot of the buffers of a model, and of its loss if that is a module, and their restoration."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
+    def __init__(self, model: nn.Module, loss_fn: object = None) -> None:
+        own = loss_fn.modules() if isinstance(loss_fn, nn.Module) else ()
+        self._modules = list(dict.fromkeys([*model.modules(), *own]))
         self._kept: list[_Kept] = []
         self._groups: list[_Group] = []
         self.more: list[Tensor] = []

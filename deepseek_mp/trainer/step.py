@@ -145,7 +145,7 @@ class Stepper:
         self.window = Window()
         self._parameters = offloaded.without_masters(model, optimizer)
         self._frozen = [p for p in self._parameters if not p.requires_grad]
-        self._buffers = BufferGuard(model)
+        self._buffers = BufferGuard(model, loss_fn)
         self._weights = HeldWeights(model)
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled
@@ -455,7 +455,7 @@ class Stepper:
                     (loss * scale).backward()
             return loss
 
-        guard = BufferGuard(self.model)
+        guard = BufferGuard(self.model, self.loss_fn)
         guard.keep([*self._buffers.more, *(amax for scales in scales_of(self.model) for amax in scales.amax)])
         guard.snapshot()
         try:

@@ -215,3 +215,19 @@ def test_saved_values_are_taken_over_in_place_of_those_of_now(model):
     second.load_saved({name: value.clone() for name, value in first.saved().items()})
     second.restore()
     assert_are(model, before)
+
+
+@WAYS
+def test_a_loss_that_is_a_module_has_buffers_too(model, put_back):
+    loss = nn.BatchNorm1d(4)
+    guard, before = BufferGuard(model, loss), values(loss)
+    guard.snapshot()
+    loss(model(torch.randn(5, 3)))
+    put_back(guard)
+    assert_are(loss, before)
+
+
+def test_a_loss_that_is_a_function_has_none(model):
+    guard = BufferGuard(model, torch.nn.functional.mse_loss)
+    guard.snapshot()
+    guard.restore()

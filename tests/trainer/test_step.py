@@ -448,3 +448,25 @@ def test_the_loss_that_was_inferred_is_said_once(caplog):
     said = [record.getMessage() for record in caplog.records if "the loss is" in record.getMessage()]
     assert len(said) == 1
     assert "cross" in said[0]
+
+
+class RunningLoss(nn.Module):
+    """Divides by the running mean of its losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, output, target):
+        loss = F.cross_entropy(output, target)
+        self.mean.lerp_(loss.detach(), 0.1)
+        return loss / self.mean
+
+
+def test_a_skipped_step_leaves_the_buffers_of_the_loss():
+    trainer = make(loss_fn=RunningLoss())
+    assert trainer.step(batch()).status == "applied"
+    before = trainer.loss_fn.mean.clone()
+    assert trainer.step(spoiled()).status == "skipped"
+    assert torch.equal(trainer.loss_fn.mean, before)
+    assert trainer.step(batch()).status == "applied"
