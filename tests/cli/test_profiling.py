@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,14 @@ ASKED = Question(
     device="cpu",
     seed=0,
 )
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process started in the background ignores interrupts, and Python then leaves them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def profiled(question: Question) -> ProfileReport:
@@ -55,6 +65,7 @@ def test_what_the_device_lacks_is_chosen_only_where_asked_for(net: Path) -> None
         assert "row" not in {unit["recommended"] for unit in found.values()}
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("resume", "said"), [(Path("part.json"), "goes on from part.json"), (None, "nothing is kept")])
 def test_an_interrupt_says_what_is_kept(
     net: Path, resume: Path | None, said: str, capsys: pytest.CaptureFixture[str]
