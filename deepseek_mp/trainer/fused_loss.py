@@ -111,6 +111,8 @@ class FusedLoss:
         """The model's last layer, once it was found."""
         self.why = ""
         """Why the loss is not fused, once that is known."""
+        self._path: list[nn.Module] = []
+        """The modules that the layer is inside of, and itself: looked for once, since steps ask for their hooks."""
 
     def __call__(self, call: calls.Call) -> calls.Result:
         if self.why:
@@ -119,7 +121,7 @@ class FusedLoss:
             return self._look(call) if self.layer is None else self._step(call, self.layer)
 
     def _step(self, call: calls.Call, layer: nn.Linear) -> calls.Result:
-        with deferring(layer) if self._can_defer(layer) else nullcontext():
+        with deferring(layer) if _can_defer(layer, self._path) else nullcontext():
             output = calls.invoke(self._model, call)
         if isinstance(output, Deferred) and output.is_pending and self._how.fits(output, call.target):
             return self._fused(call, output.call)
@@ -134,18 +136,12 @@ class FusedLoss:
     def _ordinary(self, call: calls.Call, output: Any) -> calls.Result:
         return calls.result(call, calls.loss_of(output, call.target, self._loss_fn), self._loss_fn, output=output)
 
-    def _can_defer(self, layer: nn.Linear) -> bool:
-        """Whether the layer's product is a plain one, and no hook takes its output past PyTorch's functions."""
-        around = _path(self._model, layer)
-        hooked = any(getattr(module, hooks) for module in around for hooks in _BACKWARD_HOOKS)
-        return not hooked and not _own_precision(layer)
-
     # -- the first step -------------------------------------------------------------------------
 
     def _look(self, call: calls.Call) -> calls.Result:
         ran: list[_Ran] = []
         layers = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
-        likely = layers[-1:] if layers and self._can_defer(layers[-1]) else []
+        likely = layers[-1:] if layers and _can_defer(layers[-1], _path(self._model, layers[-1])) else []
         others = [layer for layer in layers if layer not in likely]
         with self._watched(others, ran), deferring(likely[0]) if likely else nullcontext():
             output = calls.invoke(self._model, call)
@@ -161,7 +157,7 @@ class FusedLoss:
         return self._ordinary(call, output)
 
     def _found(self, layer: nn.Linear, output: Tensor) -> None:
-        self.layer = layer
+        self.layer, self._path = layer, _path(self._model, layer)
         name = next(name for name, module in self._model.named_modules() if module is layer)
         size = f"{4 * output.numel() / 2**20:.3g} MiB in FP32 for the first batch"
         self._said(name, Reason.LOSS_FUSED, f"its output, {size}, is computed in chunks inside of the loss")
@@ -231,6 +227,12 @@ def _path(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
     """The modules that the layer is inside of, and itself."""
     parts = next(name for name, module in model.named_modules() if module is layer).split(".")
     return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
+
+
+def _can_defer(layer: nn.Linear, around: Sequence[nn.Module]) -> bool:
+    """Whether the layer's product is a plain one, and no hook takes its output past PyTorch's functions."""
+    hooked = any(getattr(module, hooks) for module in around for hooks in _BACKWARD_HOOKS)
+    return not hooked and not _own_precision(layer)
 
 
 def _mark(output: Tensor) -> tuple[Any, ...]:

@@ -177,17 +177,23 @@ def test_a_budget_out_of_reach_says_what_would_do_and_changes_nothing(gauge: Mad
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True))
 
 
+def model_with_room(monkeypatch: pytest.MonkeyPatch, *, as_it_is: int, setting: str) -> Model:
+    """A model that has room for so many rows, and for all once a setting is in force."""
+    model, plain = Model(room=as_it_is), memory_trials.put_in_force
+
+    def opened(run: Any, plan: Any, settings: Any) -> Any:
+        model.room = 1000 if getattr(settings, setting) else as_it_is
+        return plain(run, plan, settings)
+
+    monkeypatch.setattr(memory_trials, "put_in_force", opened)
+    return model
+
+
 def test_a_step_that_ran_out_of_memory_is_weighed_on_a_part_of_the_batch(
     gauge: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole batch goes through with moments in 8 bits only."""
-    model, plain = Model(room=40), memory_trials.put_in_force
-
-    def opened(run: Any, plan: Any, settings: Any) -> Any:
-        model.room = 1000 if settings.states else 40
-        return plain(run, plan, settings)
-
-    monkeypatch.setattr(memory_trials, "put_in_force", opened)
+    model = model_with_room(monkeypatch, as_it_is=40, setting="states")
     run = trainer(750, model)
     run.step(batch(100))
     assert run.memory.before_bytes is None
@@ -200,14 +206,7 @@ def test_a_step_that_ran_out_of_memory_is_weighed_on_a_part_of_the_batch(
 def test_where_no_step_goes_through_as_it_is_measures_are_taken_in_their_own_order(
     gauge: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, plain = Model(room=0), memory_trials.put_in_force
-
-    def opened(run: Any, plan: Any, settings: Any) -> Any:
-        model.room = 1000 if settings.storage else 0
-        return plain(run, plan, settings)
-
-    monkeypatch.setattr(memory_trials, "put_in_force", opened)
-    run = trainer(950, model)
+    run = trainer(950, model_with_room(monkeypatch, as_it_is=0, setting="storage"))
     run.step(batch(4))
     assert run.memory.taken == ("storage=bf16_sr",)
     assert run.memory.slowdown is None
