@@ -59,7 +59,7 @@ def visit(name: str, arm: str, device: torch.device, args: argparse.Namespace) -
     if device.type != "cpu":
         module = torch.get_device_module(device)
         total = module.get_device_properties(device).total_memory
-        module.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total))
+        module.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total), device.index)
     case = CASES[name](device, small=args.small)
     trainer = MixedPrecisionTrainer(
         case.model(), loss_fn=case.loss_fn, optimizer=list(case.optimizers.values())[-1], device=device,

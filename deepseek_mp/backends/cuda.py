@@ -52,7 +52,7 @@ class CudaBackend(Backend):
     def available_memory_bytes(self, device: torch.device) -> int | None:
         """What is free and what is ours, up to the share that PyTorch was told to keep to."""
         found = super().available_memory_bytes(device)
-        share = torch.cuda.get_per_process_memory_fraction(device)
+        share = torch.cuda.get_per_process_memory_fraction(device.index)  # which refuses "cuda" itself
         _, total = torch.cuda.mem_get_info(device)
         return found if found is None else min(found, round(share * total))
 

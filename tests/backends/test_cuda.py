@@ -98,16 +98,22 @@ class FakeNvml(ModuleType):
         return call
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 @pytest.mark.parametrize(("share", "expected"), [(1.0, 90), (0.5, 50)])
 def test_what_a_process_may_hold_is_what_is_free_and_its_own_within_its_share(
-    nvidia: Install, monkeypatch: pytest.MonkeyPatch, share: float, expected: int
+    nvidia: Install, monkeypatch: pytest.MonkeyPatch, share: float, expected: int, device: str
 ) -> None:
+    def share_of(asked: torch.device | int | None = None) -> float:
+        if isinstance(asked, torch.device) and asked.index is None:
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{asked}")
+        return share
+
     nvidia(9, 0, "NVIDIA H200")
     monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
     monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 30)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
-    assert available_memory_bytes("cuda:0") == expected
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", share_of)
+    assert available_memory_bytes(device) == expected
 
 
 def test_energy_is_nvmls_counter_in_joules(nvidia: Install, monkeypatch: pytest.MonkeyPatch) -> None:
