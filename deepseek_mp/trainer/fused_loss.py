@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.monitor.internals import is_compiled
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.chunked_loss import chunk_bytes
 from deepseek_mp.nn.deferred import Deferred, LinearCall, deferring
@@ -140,7 +141,7 @@ class FusedLoss:
 
     def _look(self, call: calls.Call) -> calls.Result:
         ran: list[_Ran] = []
-        layers = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
+        layers = _uncompiled_layers(self._model)
         likely = layers[-1:] if layers and _can_defer(layers[-1], _path(self._model, layers[-1])) else []
         others = [layer for layer in layers if layer not in likely]
         with self._watched(others, ran), deferring(likely[0]) if likely else nullcontext():
@@ -221,6 +222,13 @@ class FusedLoss:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _uncompiled_layers(model: nn.Module) -> list[nn.Linear]:
+    """Those outside of compiled blocks: a hook in one would break its code into pieces, which stay when it is gone."""
+    compiled = [module for module in model.modules() if is_compiled(module)]
+    inside = {inner for module in compiled for inner in module.modules()}
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
 
 
 def _path(model: nn.Module, layer: nn.Module) -> list[nn.Module]:

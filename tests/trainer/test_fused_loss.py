@@ -9,6 +9,7 @@ import pytest
 import torch
 from own_function import Twice
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -165,18 +166,22 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Compiled blocks run as they were captured."""
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: graph.forward)
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("eager")
-def test_beside_blocks_that_are_compiled(chunks: list[Any]) -> None:
+@pytest.mark.parametrize("budget", [None, 0.5], ids=["first step counted", "first step compiled"])
+def test_beside_blocks_that_are_compiled(chunks: list[Any], budget: float | None) -> None:
     deep = replace(SMALL, layers=2)
     losses = []
-    for options in ({"fused_loss": True, "compile": "regional"}, {}):
+    for options in ({"fused_loss": True, "compile": "regional", "activation_memory_budget": budget}, {}):
         torch.manual_seed(0)
         losses.append(train(trainer(byte_gpt(deep), loss_fn=next_byte_loss, **options), text()))
     assert len(chunks) == 3
+    assert counters["stats"]["unique_graphs"] == 1, "one of the two blocks, as without a fused loss"
+    assert not counters["graph_break"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
