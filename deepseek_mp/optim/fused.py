@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +39,23 @@ def step_fused(
         run = kernel_of(device)
         for parameter, step in zip(some, steps_of(some), strict=True):
             if run is not None and parameter.grad is not None:
-                run(parameter, parameter.grad, step)
+                _step_packed(run, parameter, parameter.grad, step)
     return left
+
+
+def _step_packed(run: Kernel, parameter: Tensor, grad: Tensor, step: Any) -> None:
+    """Step on copies in the order of `flatten()`, which kernels and moments in blocks have, where that is not memory's.
+
+    The weights of convolutions in channels_last are such.
+    """
+    compensation: Tensor | None = step.compensation
+    packed = parameter.contiguous()
+    rest = None if compensation is None else compensation.contiguous()
+    run(packed, grad.contiguous(), step if rest is compensation else replace(step, compensation=rest))
+    if packed is not parameter:
+        parameter.copy_(packed)
+    if rest is not None and compensation is not None and rest is not compensation:
+        compensation.copy_(rest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,10 +197,8 @@ class StoredOptimizer(Optimizer):
         return params
 
     def is_fusable(self, parameter: Tensor) -> bool:
-        """Whether a kernel can step it, as it and its gradient lie in memory, and nothing is measured."""
-        grad = parameter.grad
-        dense = grad is not None and parameter.is_contiguous() and grad.is_contiguous()
-        return dense and not self.is_watched(parameter)
+        """Whether a kernel can step it: it has a gradient, and nothing is measured."""
+        return parameter.grad is not None and not self.is_watched(parameter)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         """Advance the states and the values of a batch in place."""

@@ -1,5 +1,7 @@
 """Parameters that kernels step: which are taken, and that what they share is right for each."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -15,17 +17,44 @@ def optimizer_of(count=3):
     return AdamW(params, states="8bit", seed=7), params
 
 
+@dataclass(frozen=True)
+class Step:
+    compensation: torch.Tensor | None = None
+
+
 def test_what_a_kernel_cannot_take_is_given_back():
-    optimizer, (plain, strided, watched) = optimizer_of()
-    strided.grad = torch.ones(64, 64).t()[:, torch.arange(64)].t()
-    assert not strided.grad.is_contiguous()
+    optimizer, (plain, without, watched) = optimizer_of()
+    without.grad = None
     optimizer.watch([watched])
     seen = []
     left = step_fused(
-        optimizer, [plain, strided, watched], lambda _: lambda *args: seen.append(args), lambda some: range(len(some))
+        optimizer, [plain, without, watched], lambda _: lambda *args: seen.append(args), lambda some: [Step()]
     )
-    assert [id(p) for p in left] == [id(strided), id(watched)]
-    assert [(id(p), id(g), step) for p, g, step in seen] == [(id(plain), id(plain.grad), 0)]
+    assert [id(p) for p in left] == [id(without), id(watched)]
+    assert [(id(p), id(g), step) for p, g, step in seen] == [(id(plain), id(plain.grad), Step())]
+
+
+@pytest.mark.parametrize("which", ["parameter", "gradient", "compensation"])
+def test_a_kernel_sees_the_order_of_flatten_whatever_memory_has(which):
+    """As of weights in channels_last: a kernel runs over memory from the first value to the last."""
+    weight, grad, rest = (torch.randn(4, 3, 2, 2) for _ in range(3))
+    given = {"parameter": weight.clone(), "gradient": grad.clone(), "compensation": rest.clone()}
+    given[which] = given[which].contiguous(memory_format=torch.channels_last)
+    parameter, compensation = nn.Parameter(given["parameter"]), given["compensation"]
+    parameter.grad = given["gradient"]
+
+    def kernel(value, gradient, step):
+        flat, by, left = (t.as_strided((t.numel(),), (1,)) for t in (value, gradient, step.compensation))
+        flat -= by * torch.arange(len(flat))
+        left += by
+
+    with torch.no_grad():
+        steps = [Step(compensation=compensation)]
+        step_fused(AdamW([parameter], states="8bit"), [parameter], lambda _: kernel, lambda some: steps)
+    number = torch.arange(weight.numel()).view_as(weight)
+    torch.testing.assert_close(parameter.data, weight - grad * number)
+    torch.testing.assert_close(compensation, rest + grad)
+    assert parameter.stride() == given["parameter"].stride()
 
 
 def test_without_a_kernel_all_are_given_back():

@@ -20,18 +20,18 @@ SHAPES = [(64, 64), (33, 129), (4, 8, 16, 16)] + [(3000, 1111)] * (not INTERPRET
 RULES = [{}, {"dampening": 0.3}, {"nesterov": True}]
 
 
-def run(monkeypatch, shape, storage, rule, *, fused, steps=4, rate=1e-2, skipped=None):
+def run(monkeypatch, shape, storage, rule, *, fused, steps=4, rate=1e-2, skipped=None, order=torch.contiguous_format):
     """Weight, compensation and momentum after some steps on the same gradients."""
     from deepseek_mp.ops.triton.sgd import sgd_in_blocks
 
     monkeypatch.setattr(sgd, "fused_sgd", lambda _: sgd_in_blocks if fused else None)
     generator = torch.Generator().manual_seed(0)
-    weight = nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE))
+    weight = nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, memory_format=order))
     rate = copy.deepcopy(rate)
     optimizer = SGD([weight], lr=rate, momentum=0.9, states="8bit", weight_decay=0.1, seed=(1 << 40) + 3, **rule)
     set_storage(optimizer, weight, storage)
     for step in range(steps):
-        weight.grad = torch.randn(shape, generator=generator).to(DEVICE)
+        weight.grad = torch.randn(shape, generator=generator).to(DEVICE, memory_format=order)
         if skipped is not None:
             optimizer.grad_scale = torch.tensor(4.0, device=DEVICE)
             optimizer.found_inf = torch.tensor(float(step in skipped), device=DEVICE)
@@ -67,3 +67,14 @@ def test_a_rate_on_the_device_and_steps_that_it_skips(monkeypatch, storage):
             for fused in (True, False)
         )
         assert_same(one, two)
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16_kahan", "bf16_sr"])
+def test_weights_in_channels_last_are_stepped_to_the_same_values(monkeypatch, storage):
+    one, two = (
+        run(monkeypatch, (32, 16, 3, 3), storage, {}, fused=True, order=order)
+        for order in (torch.channels_last, torch.contiguous_format)
+    )
+    assert not one[0].is_contiguous()
+    torch.testing.assert_close(one[0].contiguous(), two[0], rtol=0, atol=0)
+    torch.testing.assert_close(one[1]["momentum_buffer_codes"], two[1]["momentum_buffer_codes"], rtol=0, atol=0)
