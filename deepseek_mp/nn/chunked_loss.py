@@ -38,7 +38,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 REDUCTIONS = ("mean", "sum", "none")
 CHUNK_BYTES = 64 << 20
-"""What the logits of a chunk take in FP32 on a CPU, and a part of the weight's gradient on its way to the sum."""
+"""What the logits of a chunk take in FP32 on a CPU, and on any device a part of the weight's gradient on its way to the
+sum, which is there while all activations are.
+"""
 DEVICE_CHUNK_BYTES = 256 << 20
 """The same on other devices: a chunk reads and writes the whole gradient of the weight, so there are fewer."""
 ROWS_MULTIPLE = 64
@@ -260,7 +262,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
         return
     wide = left.is_cuda and torch.version.cuda is not None
-    size = max(1, chunk_bytes(total.device) // (4 * total.shape[1]))
+    size = max(1, CHUNK_BYTES // (4 * total.shape[1]))
     for sum_part, part in zip(total.split(size), left.split(size), strict=True):
         sum_part += torch.mm(part, right, out_dtype=torch.float32) if wide else part @ right
 

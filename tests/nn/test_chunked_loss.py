@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp.errors import ConfigError, ShapeError
-from deepseek_mp.nn import linear_cross_entropy
+from deepseek_mp.nn import chunked_loss, linear_cross_entropy
 from deepseek_mp.nn.chunked_loss import CHUNK_BYTES, rows_of
 
 CLOSE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -265,6 +265,16 @@ def test_rows_of_a_chunk_fit_the_budget() -> None:
         assert 4 * classes * rows <= CHUNK_BYTES < 4 * classes * (rows + 64)
         assert rows % 64 == 0
     assert rows_of(10**9, CHUNK_BYTES) == 1
+
+
+def test_the_gradient_of_a_large_weight_is_added_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is on its way to the sum in no more memory than that of a chunk."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 4 * WIDTH)
+    sizes = []
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: sizes.append(len(a)) or product(a, b))
+    assert_same(operands(2, 7, dtype=torch.bfloat16), close=CLOSE[torch.bfloat16], chunk=14)
+    assert sizes == [5] * 7 + [2]
 
 
 def test_compiled_code_takes_the_ordinary_form() -> None:

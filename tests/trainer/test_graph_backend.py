@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends import debugging
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from deepseek_mp.nn import convert
 from deepseek_mp.trainer.graph_backend import backend, contiguous_mask, inductor
 
 B, H, Q, K, D = 2, 3, 8, 16, 4
@@ -159,6 +161,40 @@ def test_under_a_budget_less_is_kept_and_the_rest_computed_again(partitioned):
     (whole, plain), (half, again) = kept_and_gradient(model, x, None), kept_and_gradient(model, x, 0.5)
     assert half <= 0.65 * whole  # the budget leaves the input out of account
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+@pytest.fixture
+def backward(monkeypatch):
+    """What the backward of compiled code calls, by name."""
+    called = []
+
+    def parted(*args, **settings):
+        forward, backward = part(*args, **settings)
+        called.extend(str(node.target) for node in backward.graph.nodes if node.op == "call_function")
+        return forward, backward
+
+    part = debugging.min_cut_rematerialization_partition
+    monkeypatch.setattr(debugging, "min_cut_rematerialization_partition", parted)
+    return called
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        query, key, value = x.unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("mode", "most"), [("block", 2), ("bf16", 1)])
+def test_products_are_not_taken_for_free(partitioned, backward, mode, most):
+    """Each of five layers has two in its backward; what is computed again is mostly the elementwise work in between."""
+    layers = [part for _ in range(4) for part in (nn.Linear(128, 128), nn.GELU())]
+    model = nn.Sequential(nn.Linear(128, 384), Attention(), nn.GELU(), *layers)
+    convert(model, mode, emulate=True)
+    x = torch.randn(16, 64, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(model, backend=backend(0.8))(x).sum().backward()
+    assert sum("product" in name or "aten.mm" in name for name in backward) <= 2 * 5 + most
+    assert any("erf" in name for name in backward)
 
 
 def test_a_budget_has_one_backend_and_ends_with_the_compilation():
