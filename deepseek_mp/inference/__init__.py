@@ -1,0 +1,28 @@
+"""Models for serving: which form is fastest within a budget on the outputs, measured, and what it costs."""
+
+from deepseek_mp.inference.card import Card, ServingPlan
+from deepseek_mp.inference.choice import Trial, choose
+from deepseek_mp.inference.fidelity import kl, relative
+from deepseek_mp.inference.form import Form, baselines, candidates
+from deepseek_mp.inference.measure import Energy, Latency, energy, latencies
+from deepseek_mp.inference.optimize import Optimised, optimize_for_inference
+from deepseek_mp.inference.serve import Served
+
+__all__ = [
+    "Card",
+    "Energy",
+    "Form",
+    "Latency",
+    "Optimised",
+    "Served",
+    "ServingPlan",
+    "Trial",
+    "baselines",
+    "candidates",
+    "choose",
+    "energy",
+    "kl",
+    "latencies",
+    "optimize_for_inference",
+    "relative",
+]

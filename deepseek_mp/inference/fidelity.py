@@ -1,0 +1,83 @@
+"""How far a model's outputs are from those of the FP32 reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn.nested import map_leaves
+
+Metric = Callable[[Any, Any], float]
+"""From outputs and the reference's to a number, 0 for equal ones and larger for worse."""
+
+
+def kl(outputs: Any, reference: Any) -> float:
+    """Mean over positions of sum p log(p / q), in nats; p and q are the softmax of the last dimension.
+
+    Args:
+        outputs: [..., V] logits, or a mapping or an object with `logits`.
+        reference: the same of the reference.
+    """
+    logits, expected = (_logits(value) for value in (outputs, reference))
+    p = torch.log_softmax(expected.double(), dim=-1)
+    q = torch.log_softmax(logits.double(), dim=-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def relative(outputs: Any, reference: Any) -> float:
+    """The norm of the difference over that of the reference, the largest over the floating tensors."""
+    found = [
+        float((one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-300))
+        for one, two in zip(_tensors(outputs), _tensors(reference), strict=True)
+    ]
+    return max(found, key=lambda value: math.inf if math.isnan(value) else value)
+
+
+METRICS: Mapping[str, Metric] = {"kl": kl, "relative": relative}
+
+
+def find_metric(metric: str | Metric) -> Metric:
+    """The metric of that name, or the function itself; `ConfigError` for another name."""
+    if callable(metric):
+        return metric
+    if metric not in METRICS:
+        allowed = f"{', '.join(map(repr, METRICS))}, or a function of outputs and the reference's"
+        raise ConfigError(explain(f"metric={metric!r}", allowed, "Use one of these"))
+    return METRICS[metric]
+
+
+def is_finite(outputs: Any) -> bool:
+    """Whether all floating tensors of the outputs are."""
+    return all(bool(tensor.isfinite().all()) for tensor in _tensors(outputs))
+
+
+def _logits(outputs: Any) -> Tensor:
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits", outputs)
+    outputs = getattr(outputs, "logits", outputs)
+    if not (isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() and outputs.shape[-1] > 1):
+        passed = f"metric='kl' for outputs of type {type(outputs).__name__}"
+        allowed = "logits [..., V] of two classes or more, or an output that has `logits`"
+        raise ConfigError(explain(passed, allowed, "Use metric='relative', or a function of your own"))
+    return outputs
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The floating tensors, in order; `ConfigError` if there is none."""
+    found: list[Tensor] = []
+
+    def see(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found.append(leaf)
+        return leaf
+
+    map_leaves(outputs, see)
+    if not found:
+        passed = f"outputs without a floating tensor, of type {type(outputs).__name__}"
+        raise ConfigError(explain(passed, "tensors, in tuples, lists or mappings", "Pass a metric of your own"))
+    return found

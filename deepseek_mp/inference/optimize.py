@@ -1,0 +1,178 @@
+"""`optimize_for_inference`: tries the forms that a model and a device have, and takes the fastest within a budget."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.backends import capabilities, synchronize
+from deepseek_mp.costs.memory import distinct_bytes, peak_during
+from deepseek_mp.costs.restore import random_states, set_random_states
+from deepseek_mp.costs.timing import is_out_of_memory
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.card import Card, ServingPlan
+from deepseek_mp.inference.choice import Trial, choose
+from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
+from deepseek_mp.inference.form import Form, candidates
+from deepseek_mp.inference.measure import energy, latencies
+from deepseek_mp.inference.serve import Served, has_images, has_norms
+from deepseek_mp.nn.nested import first_tensor
+
+WARM = 3
+"""Calls before anything is measured: compilers and libraries choose in the first ones."""
+
+
+class Optimised(NamedTuple):
+    """`model, plan, card = optimize_for_inference(...)`."""
+
+    model: Served
+    plan: ServingPlan
+    card: Card
+
+
+def optimize_for_inference(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    budget: float = 1e-3,
+    metric: str | Metric = "kl",
+    compile: bool = True,
+    seconds: float = 1.0,
+    energy_seconds: float = 0.0,
+    formats: tuple[str, ...] | None = None,
+) -> Optimised:
+    """A copy of the model in the fastest form whose outputs stay within the budget, on the model's own device.
+
+    Each form (format, memory layout, folded BatchNorm, eager or compiled) is built from a copy, checked against the
+    FP32 outputs and timed in turn with the others. FP32, TF32 and BF16, eager and compiled, are always among them. The
+    model itself, its mode and the state of PyTorch's generators are as before, also after an exception.
+
+    Args:
+        model: in evaluation or training mode; it is run as in evaluation.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on the model's device, of the
+            sizes that will be served.
+        budget: the largest metric allowed.
+        metric: 'kl' (nats, of logits), 'relative' (norm of the difference), or a function of outputs and reference.
+        compile: try `torch.compile` too, which takes some ten seconds for each format.
+        seconds: of timing for each form.
+        energy_seconds: window of the energy counter for each form; 0 leaves energy out, 30 can be trusted.
+        formats: only these, of 'fp32', 'tf32', 'hf32', 'bf16', 'fp16'; FP32 is always among them.
+
+    Raises:
+        ConfigError: an argument that is not allowed, a model that cannot be copied, or outputs that are not finite.
+    """
+    _check(budget, seconds, energy_seconds)
+    measured = find_metric(metric)
+    tensor = first_tensor(example_inputs)
+    device = _device_of(model, tensor)
+    batch = 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
+    randomness = random_states(device)
+    try:
+        trials, served = _tried(
+            model, example_inputs, device, measured, _forms(model, device, formats, compile), seconds, energy_seconds
+        )
+        form, explained = choose(trials, budget)
+    finally:
+        set_random_states(randomness, device)
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+    plan = ServingPlan(form=form, budget=budget, metric=name, trials=tuple(explained))
+    card = Card(model=type(model).__name__, device=_name_of(device), batch_size=batch, plan=plan)
+    return Optimised(served[form], plan, card)
+
+
+def _forms(model: nn.Module, device: torch.device, formats: tuple[str, ...] | None, compile: bool) -> list[Form]:
+    has = capabilities(device).matmul_formats
+    if formats is not None:
+        if unknown := sorted(set(formats) - has):
+            allowed = ", ".join(sorted(has))
+            raise ConfigError(explain(f"formats with {', '.join(unknown)} on {device}", allowed, "Leave it out"))
+        has = has & {"fp32", *formats}
+    return candidates(has | {"fp32"}, images=has_images(model), norms=has_norms(model), compiled=compile)
+
+
+def _tried(
+    model: nn.Module,
+    inputs: Any,
+    device: torch.device,
+    metric: Metric,
+    forms: list[Form],
+    seconds: float,
+    energy_seconds: float,
+) -> tuple[list[Trial], dict[Form, Served]]:
+    """What was found of each form, and those that run."""
+    reference, trials, served = None, [], {}
+    for form in forms:
+        trial, one, outputs = _built(model, form, inputs, device)
+        if reference is None:  # FP32 as it is comes first
+            if trial.problem or not is_finite(outputs):
+                passed = trial.problem or "a model whose FP32 outputs are not finite"
+                raise ConfigError(explain(passed, "example inputs that it runs on", "Pass other inputs"))
+            reference = outputs
+        if one is not None and not trial.problem:
+            error = metric(outputs, reference)
+            trial = replace(trial, error=error, problem="" if math.isfinite(error) else "its outputs are not finite")
+        trials.append(trial)
+        if one is not None and not trial.problem:
+            served[form] = one
+        gc.collect()
+    runs = {form.name: _caller(one, inputs) for form, one in served.items()}
+    times = latencies(runs, device, seconds=seconds)
+    shown = {form for form in served if energy_seconds > 0}
+    joules = {form: energy(runs[form.name], device, seconds=energy_seconds) for form in shown}
+    return [
+        replace(trial, latency=times.get(trial.form.name), energy=joules.get(trial.form)) for trial in trials
+    ], served
+
+
+def _built(model: nn.Module, form: Form, inputs: Any, device: torch.device) -> tuple[Trial, Served | None, Any]:
+    """The form, warm, with its outputs; a trial that says why, where it does not run."""
+    trial = Trial(form=form)
+    try:
+        served = Served(model, form, device)
+        call = _caller(served, inputs)
+        for _ in range(WARM):
+            outputs = call()
+        synchronize(device)
+        weights = [*served.parameters(), *served.buffers()]
+        peak = peak_during(call, device, resident=[tensor for tensor in weights if tensor.device == device])
+    except ConfigError as error:
+        return replace(trial, problem=str(error)), None, None
+    except Exception as error:  # noqa: BLE001 - a form that the model does not bear is an answer, whatever it raises
+        kind = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+        return replace(trial, problem=kind.splitlines()[0][:200]), None, None
+    return replace(trial, weight_bytes=distinct_bytes(weights), peak_bytes=peak), served, outputs
+
+
+def _caller(served: Served, inputs: Any) -> Callable[[], Any]:
+    if isinstance(inputs, Mapping):
+        return lambda: served(**inputs)
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    return lambda: served(*args)
+
+
+def _check(budget: float, seconds: float, energy_seconds: float) -> None:
+    if not budget >= 0:
+        raise ConfigError(explain(f"budget={budget!r}", "a number from 0", "Pass the largest metric that you allow"))
+    for name, value in (("seconds", seconds), ("energy_seconds", energy_seconds)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a time in seconds"))
+
+
+def _device_of(model: nn.Module, tensor: Tensor | None) -> torch.device:
+    """That of the weights, or of the inputs; `ConfigError` if they are apart, or if there is neither."""
+    places = {weight.device for weight in (*model.parameters(), *model.buffers())}
+    places |= set() if tensor is None else {tensor.device}
+    if len(places) != 1:
+        passed = f"a model and inputs on {', '.join(sorted(map(str, places))) or 'no device'}"
+        raise ConfigError(explain(passed, "all on one device", "Move the model and the example inputs to one"))
+    return places.pop()
+
+
+def _name_of(device: torch.device) -> str:
+    return capabilities(device).device_name or str(device)

@@ -1,0 +1,37 @@
+"""The card shows the chosen form first, with all others beside it."""
+
+import json
+
+from deepseek_mp.inference import Card, Energy, Form, Latency, ServingPlan, Trial
+
+
+def card():
+    def trial(form, ms, **others):
+        return Trial(form=form, latency=Latency(median_ms=ms, p95_ms=2 * ms, runs=5), error=0.0, why="so", **others)
+
+    energy = Energy(joules=3.0, idle_watts=100.0, window_s=10.0, calls=1000)
+    trials = (
+        trial(Form(), 4.0, weight_bytes=2 << 20),
+        trial(Form(format="bf16"), 2.0, weight_bytes=1 << 20, peak_bytes=3 << 20, energy=energy),
+        Trial(form=Form(format="fp16"), problem="out of memory", why="out of memory"),
+    )
+    plan = ServingPlan(form=Form(format="bf16"), budget=1e-3, metric="kl", trials=trials)
+    return Card(model="Net", device="a device", batch_size=8, plan=plan)
+
+
+def test_a_table_of_all_forms():
+    head, columns, *rows = str(card()).splitlines()
+    assert head == "Net on a device, batches of 8; error by kl"
+    assert columns.replace(" ", "") == "formmsp95persecondweightsMiBpeakMiBJerrorwhy"
+    assert [row.split()[0] for row in rows] == ["bf16", "fp32", "fp16"]
+    assert rows[0].split() == ["bf16", "2", "4", "4000", "1", "3", "3", "(2)", "0", "so"]
+    assert rows[2].split()[1:4] == ["-", "-", "-"]
+
+
+def test_the_chosen_trial_and_json():
+    found = card()
+    assert found.chosen.form.format == "bf16"
+    read = json.loads(json.dumps(found.to_json()))
+    assert read["form"]["format"] == "bf16"
+    assert len(read["trials"]) == 3
+    assert (read["model"], read["batch_size"], read["budget"], read["metric"]) == ("Net", 8, 1e-3, "kl")

@@ -1,0 +1,53 @@
+"""Distances to the reference: formulas, what they are of, and what cannot be compared."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.inference import kl, relative
+from deepseek_mp.inference.fidelity import find_metric, is_finite
+
+
+def test_kl_is_the_formula_over_the_last_dimension():
+    reference, logits = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    p, q = reference.softmax(-1).double(), logits.softmax(-1).double()
+    assert kl(logits, reference) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    assert kl(reference, reference) == 0
+    assert kl(reference + 3, reference) == pytest.approx(0, abs=1e-6), "a shift changes no probability"
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"logits": x}, lambda x: SimpleNamespace(logits=x)])
+def test_kl_finds_logits(wrap):
+    reference, logits = torch.randn(3, 5), torch.randn(3, 5)
+    assert kl(wrap(logits), wrap(reference)) == kl(logits, reference)
+
+
+@pytest.mark.parametrize("outputs", [(torch.ones(2, 2),), torch.ones(2, 1), torch.ones(2, 2).long(), torch.tensor(1.0)])
+def test_kl_of_what_has_no_classes_is_refused(outputs):
+    with pytest.raises(ConfigError, match="metric='kl' for outputs of type"):
+        kl(outputs, outputs)
+
+
+def test_relative_is_the_largest_over_the_tensors():
+    reference = {"a": torch.tensor([3.0, 4.0]), "b": (torch.ones(4), torch.tensor([1, 2]))}
+    outputs = {"a": torch.tensor([3.0, 4.5]), "b": (torch.ones(4) * 1.2, torch.tensor([1, 2]))}
+    assert relative(outputs, reference) == pytest.approx(0.2)
+    outputs["b"] = (torch.full((4,), torch.nan), torch.tensor([1, 2]))
+    assert relative(outputs, reference) != relative(outputs, reference), "NaN stays NaN"
+
+
+def test_finite_is_asked_of_floating_tensors():
+    assert is_finite([torch.ones(2), torch.tensor([1])])
+    assert not is_finite({"x": torch.tensor([1.0, torch.inf])})
+    with pytest.raises(ConfigError, match="outputs without a floating tensor"):
+        is_finite("text")
+
+
+def test_metrics_by_name_or_as_they_are():
+    assert find_metric("relative") is relative
+    own = lambda outputs, reference: 0.0  # noqa: E731
+    assert find_metric(own) is own
+    with pytest.raises(ConfigError, match=r"metric='accuracy'.*Allowed: 'kl', 'relative'"):
+        find_metric("accuracy")

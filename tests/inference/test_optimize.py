@@ -1,0 +1,144 @@
+"""`optimize_for_inference` end to end on a CPU, with latencies of the test's own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.inference import Form, Latency, optimize, optimize_for_inference
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Milliseconds by the name of a form, 10 for others; what is in force when they are asked for."""
+    given = {}
+
+    def latencies(calls, device, *, seconds):
+        found = {name: given.get(name, 10.0) for name in calls}
+        return {name: Latency(median_ms=ms, p95_ms=ms, runs=3) for name, ms in found.items()}
+
+    monkeypatch.setattr(optimize, "latencies", latencies)
+    return given
+
+
+def run(model, inputs, **options):
+    return optimize_for_inference(model, inputs, compile=False, **options)
+
+
+def test_the_fastest_form_within_the_budget_is_served(classifier, times):
+    times["bf16+channels_last+folded"] = 2.0
+    x = torch.randn(4, 3, 8, 8)
+    served, plan, card = run(classifier, x)
+    assert plan.form == Form(format="bf16", channels_last=True, folded=True)
+    assert served.form == plan.form
+    torch.testing.assert_close(served(x), classifier.eval()(x), rtol=5e-2, atol=5e-2)
+    assert card.batch_size == 4
+    assert card.chosen.weight_bytes < plan.trials[0].weight_bytes
+    assert plan.trials[0].form == Form()
+    assert plan.trials[0].error == 0
+
+
+def test_a_budget_of_nothing_leaves_fp32(classifier, times):
+    times["bf16"] = 1.0
+    _, plan, _ = run(classifier, torch.randn(4, 3, 8, 8), budget=0.0)
+    assert plan.form.format == "fp32"
+    assert "beyond the budget of 0" in next(t.why for t in plan.trials if t.form.name == "bf16")
+
+
+def test_a_metric_of_ones_own_decides(times):
+    times["bf16"] = 1.0
+    model, seen = nn.Linear(4, 2), []
+
+    def metric(outputs, reference):
+        seen.append((outputs.dtype, reference.dtype))
+        return 0.5
+
+    _, plan, _ = run(model, torch.randn(3, 4), metric=metric, budget=0.6)
+    assert plan.form.name == "bf16"
+    assert plan.metric == "metric"
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_the_model_and_the_generators_stay_as_they_were(classifier, times):
+    before, mode = copy.deepcopy(classifier.state_dict()), classifier.training
+    state = torch.get_rng_state()
+    run(classifier, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert classifier.training is mode
+    for key, value in classifier.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_a_form_that_the_model_does_not_bear_is_left_out_with_the_reason(times):
+    class OnlyWide(nn.Linear):
+        def forward(self, x):
+            if x.dtype is not torch.float32:
+                raise RuntimeError("only in FP32")
+            return super().forward(x)
+
+    _, plan, _ = run(OnlyWide(4, 2), torch.randn(3, 4))
+    assert plan.form.name == "fp32"
+    assert next(t.why for t in plan.trials if t.form.name == "bf16") == "RuntimeError: only in FP32"
+
+
+def test_outputs_that_overflow_are_no_choice(times, monkeypatch):
+    times["bf16"] = 1.0
+
+    class Overflows(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + (torch.inf if x.dtype is torch.bfloat16 else 0)
+
+    _, plan, _ = run(Overflows(4, 2), torch.randn(3, 4), budget=1e9)
+    assert plan.form.name == "fp32"
+    assert next(t.why for t in plan.trials if t.form.name == "bf16") == "its outputs are not finite"
+
+
+def test_keyword_arguments_and_structures(times):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+        def forward(self, tokens, mask=None):
+            return {"logits": self.head(self.words(tokens)) * (1 if mask is None else mask)}
+
+    given = {"tokens": torch.tensor([[1, 2], [3, 4]]), "mask": torch.ones(2, 2, 1)}
+    served, _, card = run(Tokens(), given)
+    assert served(**given)["logits"].shape == (2, 2, 9)
+    assert card.batch_size == 2
+    assert run(Tokens(), (given["tokens"],)).card.batch_size == 2
+
+
+def test_what_is_refused(classifier, times):
+    x = torch.randn(2, 3, 8, 8)
+    for options, message in (
+        ({"budget": -1.0}, "budget=-1.0"),
+        ({"budget": float("nan")}, "budget=nan"),
+        ({"seconds": -1.0}, "seconds=-1.0"),
+        ({"energy_seconds": float("inf")}, "energy_seconds=inf"),
+        ({"metric": "psnr"}, "metric='psnr'"),
+        ({"formats": ("fp32", "int3")}, "formats with int3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(classifier, x, **options)
+    with pytest.raises(ConfigError, match="FP32 outputs are not finite"):
+        run(classifier, x * torch.nan)
+    with pytest.raises(ConfigError, match="expected input"):
+        run(classifier, torch.randn(2, 5, 8, 8))
+    with pytest.raises(ConfigError, match="a model and inputs on no device"):
+        run(nn.ReLU(), "text")
+    with pytest.raises(ConfigError, match="metric='kl' for outputs"):
+        run(nn.Linear(4, 1), torch.randn(2, 4))
+
+
+@pytest.mark.stress
+def test_compiled_forms_run():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    x = torch.randn(4, 64)
+    served, plan, _ = optimize_for_inference(model, x, formats=("bf16",), seconds=0.1)
+    assert {"fp32", "bf16", "fp32+compiled", "bf16+compiled"} <= {trial.form.name for trial in plan.trials}
+    assert not any(trial.problem for trial in plan.trials)
+    torch.testing.assert_close(served(x), model(x), rtol=5e-2, atol=5e-2)

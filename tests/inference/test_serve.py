@@ -1,0 +1,104 @@
+"""A served copy computes what the model computes in evaluation, and the model stays as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.inference import Form, Served
+from deepseek_mp.inference.serve import has_images, has_norms
+
+CPU = torch.device("cpu")
+CLOSE = {"fp32": 1e-5, "bf16": 3e-2}
+
+
+@pytest.mark.parametrize("format", CLOSE)
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_outputs_are_those_of_the_model_in_evaluation(classifier, format, folded, channels_last):
+    before = copy.deepcopy(classifier.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    served = Served(classifier, Form(format=format, folded=folded, channels_last=channels_last), CPU)
+    found = served(x)
+    assert classifier.training
+    for key, value in classifier.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert found.dtype is torch.float32
+    assert not found.requires_grad
+    torch.testing.assert_close(found, classifier.eval()(x), rtol=CLOSE[format], atol=CLOSE[format])
+
+
+def test_folded_norms_are_gone(classifier):
+    served = Served(classifier, Form(folded=True), CPU)
+    assert not has_norms(served.model)
+    assert has_norms(classifier)
+
+
+def test_weights_are_kept_in_the_format_and_layout(classifier):
+    served = Served(classifier, Form(format="bf16", channels_last=True), CPU)
+    weight = served.model[0].weight
+    assert weight.dtype is torch.bfloat16
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Pair(nn.Module):
+    """A mapping in, a mapping and whole numbers out."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, *, tokens, scale):
+        scores = self.head(self.words(tokens)) * scale
+        return {"logits": scores, "best": scores.argmax(-1)}
+
+
+def test_structures_and_whole_numbers_pass_through():
+    model = Pair()
+    given = {"tokens": torch.tensor([[1, 2]]), "scale": torch.tensor(2.0)}
+    found, expected = Served(model, Form(format="bf16"), CPU)(**given), model(**given)
+    assert found["best"].dtype is torch.int64
+    assert found["logits"].dtype is torch.float32
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=3e-2, atol=3e-2)
+
+
+def test_fp64_stays_fp64_in_fp32_form():
+    model = nn.Linear(4, 2).double()
+    assert Served(model, Form(), CPU)(torch.ones(1, 4, dtype=torch.float64)).dtype is torch.float64
+
+
+def test_what_cannot_be_traced_is_not_folded():
+    class Decides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) if x.sum() > 0 else x
+
+    with pytest.raises(ConfigError, match="cannot be traced to fold its BatchNorms"):
+        Served(Decides(), Form(folded=True), CPU)
+
+
+def test_what_cannot_be_copied_is_refused():
+    model = nn.Linear(2, 2)
+    model.extra = torch.ones(2, requires_grad=True) * 2
+    with pytest.raises(ConfigError, match="a Linear that cannot be copied"):
+        Served(model, Form(), CPU)
+
+
+def test_training_a_served_model_is_refused():
+    served = Served(nn.Linear(2, 2), Form(), CPU)
+    assert served.eval() is served
+    with pytest.raises(ConfigError, match=r"train\(\) of a model served in fp32"):
+        served.train()
+
+
+def test_images_and_norms_are_seen(classifier):
+    assert has_images(classifier)
+    assert has_norms(classifier)
+    plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
+    assert not has_images(plain)
+    assert not has_norms(plain)
