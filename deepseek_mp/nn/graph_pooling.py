@@ -4,8 +4,8 @@ This is done in the graph that is captured of the model, before the compiler has
 of it differs from release to release, and ends in atomic additions. The op brings its own backward.
 
 Which pools: of four dimensions, whose gradient is wanted, whose channels are innermost in memory (channels_last) and
-enough for a kernel to move many bytes at once; of a type and size that the kernels know, dilation 1. All others stay, and
-so do pools that only evaluate.
+enough for a kernel to move many bytes at once; of a type and size that the kernels know, dilation 1. All others stay,
+and so do pools that only evaluate.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from deepseek_mp.ops.pool_window import MOST_CELLS
 FEWEST_CHANNELS = 8
 """Of 16 bits, what a thread moves at once. Not measured."""
 _POOLS = (F.max_pool2d, torch.max_pool2d, torch.ops.aten.max_pool2d.default)
-_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_DEFAULTS = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+_DEFAULTS = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
 
 Choice = Callable[[torch.device, torch.dtype], str | None]
 """The implementation for a device and a type; None: such pools stay."""
@@ -58,18 +58,17 @@ def replace_pools(graph: fx.GraphModule, choose: Choice = fastest) -> int:
 
 def _window(given: dict[str, Any]) -> tuple[list[int], list[int], list[int]] | None:
     """Kernel, stride and padding as pairs; None where our op has no such pool."""
-    sizes = [_pair(given[name]) for name in ("kernel_size", "stride", "padding", "dilation")]
-    kernel, stride, padding, dilation = sizes
-    stride = stride or kernel
+    kernel, padding, dilation = (_pair(given[name]) for name in ("kernel_size", "padding", "dilation"))
+    stride = kernel if given["stride"] in (None, (), []) else _pair(given["stride"])
     if kernel is None or stride is None or padding is None or dilation != [1, 1]:
         return None
-    if kernel[0] * kernel[1] > MOST_CELLS or given["return_indices"] is not False:
+    if kernel[0] * kernel[1] > MOST_CELLS:
         return None
     return (kernel, stride, padding) if isinstance(given["ceil_mode"], bool) else None
 
 
 def _pair(size: Any) -> list[int] | None:
-    """None for what is no number known now: nothing, or one that is computed in the graph."""
+    """None for what is not known now but computed in the graph."""
     numbers = list(size) if isinstance(size, (list, tuple)) else [size]
     if len(numbers) not in (1, 2) or not all(type(number) is int for number in numbers):
         return None
@@ -79,7 +78,7 @@ def _pair(size: Any) -> list[int] | None:
 def _suits(node: fx.Node, x: Any) -> bool:
     if not isinstance(x, fx.Node):
         return False
-    value, pooled = x.meta.get("example_value"), node.meta.get("example_value")
+    value, pooled = x.meta.get("example_value"), node.meta.get("example_value")  # a tuple if asked for indices
     if not isinstance(value, Tensor) or not isinstance(pooled, Tensor) or value.dim() != 4:
         return False
     channels = value.shape[1]

@@ -1,4 +1,4 @@
-"""Pools in captured graphs: ours in their place gives PyTorch's numbers, and pools that do not suit stay as they are."""
+"""Pools in captured graphs: ours in their place give PyTorch's numbers, and pools that do not suit stay."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 class Compiled:
     """`torch.compile` with the pools replaced, and the graph parted as Inductor parts it; counts the pools."""
 
-    def __init__(self, function, *, dynamic=None):
+    def __init__(self, function, *, dynamic=None, backend="aot_eager_decomp_partition"):
         torch._dynamo.reset()
         self.replaced, self.graphs = 0, []
-        self.parting = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+        self.parting = torch._dynamo.lookup_backend(backend)
         self.call = torch.compile(function, backend=self._backend, dynamic=dynamic, fullgraph=True)
 
     def _backend(self, graph, example_inputs):
@@ -178,3 +178,17 @@ def test_pools_of_checkpointed_regions():
     for found, expected in zip(result(compiled.call, x), result(function, x), strict=True):
         torch.testing.assert_close(found, expected)
     assert compiled.replaced == 1
+
+
+def test_inductor_takes_the_op_as_it_is():
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(16, 8, 1)
+    )
+    model, x = model.to(memory_format=torch.channels_last), channels_last(2, 8, 20, 20)
+    expected = result(model, x)
+    with partitioner.patch(activation_memory_budget=0.4):
+        compiled = Compiled(model, backend="inductor")
+        found = result(compiled.call, x)
+    assert compiled.replaced == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

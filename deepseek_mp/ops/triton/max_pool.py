@@ -1,4 +1,7 @@
-"""Max pooling of channels_last tensors by Triton: one launch forward, one backward. Times have not been measured yet."""
+"""Max pooling of channels_last tensors by Triton: one launch forward, one backward.
+
+Times have not been measured yet.
+"""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _larger(best, cell, x, place, c, row, column, inside, number):
-    """The larger of what was found so far and cell `number`; of NaN the last."""
-    value = tl.load(x + (place + row + column)[:, None] + c, mask=inside, other=float("-inf")).to(tl.float32)
+def _larger(best, cell, place, inside, number):
+    """The larger of what was found so far and cell `number`, at `place`; of NaN the last."""
+    value = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
     wins = (value > best) | (value != value)
     return tl.where(wins, value, best), tl.where(wins, number, cell)
 
@@ -46,14 +46,16 @@ def max_pool_kernel(
             for column in tl.static_range(KW):
                 inside = (top + row >= 0) & (top + row < H) & (left + column >= 0) & (left + column < W)
                 best, cell = _larger(
-                    best, cell, x, place, c, row * by_row, column * by_column, there & inside[:, None], row * KW + column
+                    best, cell, x + (place + row * by_row + column * by_column)[:, None] + c,
+                    there & inside[:, None], row * KW + column,
                 )  # fmt: skip
     else:
         for row in range(KH):
             for column in range(KW):
                 inside = (top + row >= 0) & (top + row < H) & (left + column >= 0) & (left + column < W)
                 best, cell = _larger(
-                    best, cell, x, place, c, row * by_row, column * by_column, there & inside[:, None], row * KW + column
+                    best, cell, x + (place + row * by_row + column * by_column)[:, None] + c,
+                    there & inside[:, None], row * KW + column,
                 )  # fmt: skip
     out = position.to(tl.int64)[:, None] * C + c
     tl.store(values + out, best.to(values.dtype.element_ty), mask=there)
