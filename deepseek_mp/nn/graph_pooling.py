@@ -1,7 +1,8 @@
 """Max pooling in a captured graph becomes `ops.max_pool` where a device has kernels for it.
 
 This is done in the graph that is captured of the model, before the compiler has made the pool's gradient: what it makes
-of it differs from release to release, and ends in atomic additions. The op brings its own backward.
+of it differs from release to release, down to several operations that no longer name a pool (torch 2.13). The op
+brings its own backward.
 
 Which pools: of four dimensions, whose gradient is wanted, whose channels are innermost in memory (channels_last) and
 enough for a kernel to move many bytes at once; of a type and size that the kernels know, dilation 1. All others stay,

@@ -1,8 +1,8 @@
 """Max pooling in two dimensions as ops of ours, `max_pool2d` and its backward, for compiled code.
 
-What the compiler makes of a pool is slow on GPUs: it adds gradients up atomically, at indices of 64 bits. Here the
-forward notes in one byte which cell of its window each output came from. The backward goes the other way: each input
-looks at the windows that hold it and sums, in their order, the gradients of those that named it; in fp32 (fp64 of
+What the compiler makes of a pool is slow on GPUs; in torch 2.13 it adds gradients up atomically, at indices of 64 bits.
+Here the forward notes in one byte which cell of its window each output came from. The backward goes the other way: each
+input looks at the windows that hold it and sums, in their order, the gradients of those that named it; in fp32 (fp64 of
 fp64), rounded once. Nothing is added atomically, so the same inputs give the same bits, and the input itself is not
 kept. Numbers are PyTorch's: ties go to the first cell, a NaN wins over all before it, beyond the edges is -inf.
 
