@@ -17,10 +17,11 @@ from typing import Any
 
 import fp8_floor
 import torch
-from harness import Contender, Report, Spread, interleave
+from harness import Report, Spread
+from replayed import only_failed, problem, times
 from torch import Tensor
 
-from deepseek_mp.backends import math_mode, synchronize
+from deepseek_mp.backends import math_mode
 from deepseek_mp.ops.schema import product
 
 FORMAT = "fp8_e4m3"
@@ -37,7 +38,6 @@ CASTS = {
 """Shape, dtype and granularities of what is cast."""
 LARGEST_ERROR = 0.08
 """Of a product of normal random values in E4M3, relative to bf16's in the L2 norm; rounding alone gives 0.04."""
-STEPS = 20
 ROUNDS, ROUNDS_SMALL = 8, 2
 CAST_BYTES = "rows * columns * (bytes per value read + 1 + 1 written), scales left out"
 PRODUCT_FLOPS = "2 * outer left * contraction * outer right"
@@ -73,13 +73,13 @@ def casts(kind: str, device: torch.device, implementation: str, rounds: int, *, 
     for granularity in granularities:
         calls[granularity] = partial(quantise, x, granularity, implementation)
     moved = {name: x.numel() * (2 * x.itemsize if name == "copy" else x.itemsize + 2) for name in calls}
-    times, failed = _times(calls, device, rounds)
+    taken, failed = times(calls, device, rounds)
     return {
         "shape": shape,
         "dtype": str(dtype),
         "implementation": implementation,
         "bytes": CAST_BYTES,
-        "gb_per_s": {name: Spread.of([moved[name] / ms / 1e6 for ms in values]) for name, values in times.items()},
+        "gb_per_s": {name: Spread.of([moved[name] / ms / 1e6 for ms in values]) for name, values in taken.items()},
         "failed": failed,
         "check": "; ".join(f"{name}: {why}" for name, why in failed.items()) or "passed",
     }
@@ -113,14 +113,14 @@ def products(
             errors[name], failed[name] = _compare(call, exact)
             if not failed[name]:
                 calls[name] = call
-    times, more = _times(calls, device, rounds)
+    taken, more = times(calls, device, rounds)
     flops = 2 * outer * contraction * inner
-    failed = _only_failed(failed | more)
+    failed = only_failed(failed | more)
     void = [f"{name}: {why}" for name, why in failed.items() if why.startswith("void")]
     return {
         "sizes": sizes,
         "flops": PRODUCT_FLOPS,
-        "tflops": {name: Spread.of([flops / ms / 1e9 for ms in values]) for name, values in times.items()},
+        "tflops": {name: Spread.of([flops / ms / 1e9 for ms in values]) for name, values in taken.items()},
         "relative_error": {name: round(error, 5) for name, error in errors.items() if math.isfinite(error)},
         "failed": failed,
         "check": "; ".join(void) or "passed",
@@ -137,67 +137,12 @@ def _product(operands: Sequence[Tensor], pair: tuple[str, str], out: torch.dtype
 def _compare(call: Callable[[], Tensor], exact: Tensor) -> tuple[float, str]:
     """The result's distance from `exact` in the L2 norm, relative, and why it does not count; empty if it does."""
     found: list[Tensor] = []
-    problem = _problem(lambda: found.append(call()))
-    if problem:
-        return math.nan, problem
+    why = problem(lambda: found.append(call()))
+    if why:
+        return math.nan, why
     apart = torch.linalg.vector_norm(found[0][: exact.shape[0], : exact.shape[1]].float() - exact.float())
     error = float(apart / torch.linalg.vector_norm(exact.float()))
     return error, "" if error <= LARGEST_ERROR else f"void: {error:.3f} from the bf16 product"
-
-
-def _times(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds per call of those that run, in turn, and why the others do not."""
-    steps = 1 if device.type == "cpu" else STEPS
-    ready: dict[str, Contender] = {}
-    failed: dict[str, str] = {}
-    for name, call in calls.items():
-        block = _Block(call, device, steps)
-        failed[name] = _problem(block.prepare)
-        if not failed[name]:
-            ready[name] = Contender(call=block)
-    times = interleave(ready, device, rounds=rounds, steps=1)
-    return {name: [ms / steps for ms in values] for name, values in times.items()}, _only_failed(failed)
-
-
-class _Block:
-    """Several calls in a row, recorded once and replayed, so that the host's time to launch does not count."""
-
-    def __init__(self, call: Callable[[], object], device: torch.device, steps: int) -> None:
-        self.call, self.device, self.steps = call, device, steps
-        self.replay: Callable[[], object] = call
-
-    def prepare(self) -> None:
-        """Compile and tune what is called, then record it; on a CPU there is nothing to record."""
-        for _ in range(3):
-            self.call()
-        synchronize(self.device)
-        if self.device.type == "cpu":
-            return
-        module: Any = torch.get_device_module(self.device)
-        graph = module.CUDAGraph()
-        with module.graph(graph):
-            for _ in range(self.steps):
-                self.call()
-        self.replay = graph.replay
-        self.replay()
-
-    def __call__(self) -> object:
-        return self.replay()
-
-
-def _problem(call: Callable[[], object]) -> str:
-    """Why the call fails, in one line; empty if it does not. An implementation that a device lacks is an answer."""
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001 - compilers of kernels raise classes of their own
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    return ""
-
-
-def _only_failed(problems: Mapping[str, str]) -> dict[str, str]:
-    return {name: why for name, why in problems.items() if why}
 
 
 def _shrunk(sizes: tuple[int, ...]) -> tuple[int, ...]:

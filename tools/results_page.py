@@ -151,6 +151,16 @@ def _kernels_tables(report: Json) -> Iterator[list[Row]]:
     yield floors
 
 
+def _max_pool_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each direction of each pool by each implementation."""
+    rows: list[Row] = [("pool", "by, direction", "ms", "GB/s", "check")]
+    for name, case in report["cases"].items():
+        for what, spread in case.get("ms", {}).items():
+            rows.append((name, what, _spread(spread), _number(case["gb_per_s"][what], 0), case["check"]))
+        rows += [(name, what, "-", "-", why) for what, why in case.get("failed", {}).items()]
+    yield rows
+
+
 def _stress_tables(report: Json) -> Iterator[list[Row]]:
     """One table: a row for each scenario, what each policy lost against FP32 in percent, broken ones in bold."""
     policies = list(dict.fromkeys(name for case in report["cases"].values() for name in case.get("policies", ())))
@@ -279,6 +289,7 @@ _TABLES = {
     "offload": _offload_tables,
     "fp8-fusions": _fusions_tables,
     "fp8-kernels": _kernels_tables,
+    "max-pool": _max_pool_tables,
     "memory": _memory_tables,
     "memory-quality": _memory_quality_tables,
     "stress": _stress_tables,

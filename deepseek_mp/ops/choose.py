@@ -32,6 +32,7 @@ IMPLEMENTATIONS = {
     "row_sums": ("triton", "reference"),
     "cross_entropy": ("triton", "reference"),
     "packing": ("triton", "reference"),
+    "max_pool": ("triton", "reference"),
 }
 """By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
@@ -178,6 +179,12 @@ def kernel_runs(device: torch.device, what: str, once: Callable[[], object]) -> 
 def packing_of(op: str, name: str) -> Callable[..., Tensor]:
     """The function behind an implementation's name, for a function of `ops.packing`; its arguments differ by op."""
     run: Callable[..., Tensor] = getattr(_module("packing", name), op)
+    return run
+
+
+def max_pool_of(op: str, name: str) -> Callable[..., Any]:
+    """The function behind an implementation's name, for an op of `ops.max_pool`; its arguments differ by op."""
+    run: Callable[..., Any] = getattr(_module("max_pool", name), op)
     return run
 
 

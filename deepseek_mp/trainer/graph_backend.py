@@ -1,10 +1,12 @@
-"""Inductor, called after a repair of the captured graph, and with a pass of ours (`nn.joint_graph`).
+"""Inductor, called after repairs of the captured graph, and with a pass of ours (`nn.joint_graph`).
 
 **Attention masks.** PyTorch's fused attention kernels refuse a mask whose last dimension is not contiguous in
 memory. Code that is traced builds such masks where the eager code would build none: a model of transformers
 without padding expands one column to [batch, 1, query, key]. Attention then falls back to products of FP32
 operands that keep the whole score matrix for backward: on an H200 a third more time for BERT-base, and
 twice the memory. The mask is made contiguous, without the copies that stand for its broadcast dimensions.
+
+**Max pooling.** What Inductor makes of it is slow on GPUs; kernels of ours take its place (`nn.graph_pooling`).
 
 **Activation memory.** Under a budget the compiler's partitioner (torch._functorch.partitioners) computes again in the
 backward what costs least by byte that it frees: elementwise work first, then products by their operations. It tells
@@ -28,6 +30,7 @@ from torch._functorch import partitioners
 from torch._inductor import config
 from torch.nn.functional import scaled_dot_product_attention
 
+from deepseek_mp.nn.graph_pooling import replace_pools
 from deepseek_mp.nn.joint_graph import FuseProducers
 
 _FUSE = FuseProducers()
@@ -47,6 +50,7 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
     for part in graph.modules():  # checkpointed regions are graphs of their own inside it
         if isinstance(part, fx.GraphModule):
             _repair_masks(part)
+            replace_pools(part)
     compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
     if config.joint_custom_pre_pass is not None:  # the caller's own pass keeps its place
         return compiler(graph, inputs)

@@ -156,6 +156,13 @@ def test_rates_and_floors_have_tables() -> None:
     assert "| decoder | block | 296.0 | 178.9 | 15.2 | 101.9 |" in page
 
 
+def test_pools_have_a_table() -> None:
+    case = {"ms": {"ours forward": SPREAD}, "gb_per_s": {"ours forward": 3456.7}, "failed": {"aten both": "no"}}
+    page = results_page.render([("max-pool.json", report("max-pool", stem={**case, "check": "aten both: no"}))])
+    assert "| stem | ours forward | 20 (19-21) | 3457 | aten both: no |" in page
+    assert "| stem | aten both | - | - | no |" in page
+
+
 def test_losses_are_paired_with_those_of_bf16_at_the_same_seed() -> None:
     def arm(loss: float, ms: float, *lowered: str) -> dict[str, Any]:
         return {

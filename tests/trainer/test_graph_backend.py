@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp.nn import convert
+from deepseek_mp.nn.graph_pooling import replace_pools
+from deepseek_mp.trainer import graph_backend
 from deepseek_mp.trainer.graph_backend import backend, contiguous_mask, inductor
 
 B, H, Q, K, D = 2, 3, 8, 16, 4
@@ -133,6 +135,24 @@ def test_the_pass_of_the_caller_is_not_replaced_by_ours(graphs):
         torch.compile(torch.cos, backend=inductor)(x)
     assert len(graphs) == 2
     assert graphs.patches is None
+
+
+class Pooled(nn.Module):
+    def forward(self, x):
+        y = F.max_pool2d(x, 2)
+        return checkpoint(lambda y: F.max_pool2d(y * y, 3, 2, 1), y, use_reentrant=False)
+
+
+def test_pools_become_ours_where_there_is_an_implementation(graphs, monkeypatch):
+    x = torch.randn(2, 8, 12, 12).to(memory_format=torch.channels_last).requires_grad_()
+    torch.compile(Pooled(), backend=inductor)(x)
+    assert "max_pool2d.default" not in str(graphs[0])  # a CPU has no kernels
+    torch._dynamo.reset()
+    monkeypatch.setattr(graph_backend, "replace_pools", lambda part: replace_pools(part, lambda *_: "reference"))
+    found = torch.compile(Pooled(), backend=inductor)(x)
+    pools = [n for part in graphs[1].modules() for n in part.graph.nodes if str(n.target).startswith("deepseek_mp")]
+    assert len(pools) == 2
+    torch.testing.assert_close(found, Pooled()(x), rtol=0, atol=0)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def unpack_groups(values: Tensor, scale: Tensor, rest: Tensor | None, count: int
     out = values.new_empty(count, dtype=dtype)
     group = values.shape[1]
     block = VALUES // group
-    with _on(values.device):
+    with on_device(values.device):
         unpack_groups_kernel[(-(-count // VALUES),)](
             values, scale, out if rest is None else rest, out, count - (0 if rest is None else rest.numel()), count,
             GROUP=group, BLOCK=block, num_warps=WARPS,
@@ -32,7 +32,7 @@ def pack_bits(x: Tensor, rule: str) -> Tensor:
     count = x.numel()
     packed = x.new_empty(-(-count // 8), dtype=torch.uint8)
     flat = x.view(torch.uint8) if x.dtype == torch.bool else x
-    with _on(x.device):
+    with on_device(x.device):
         pack_bits_kernel[(-(-count // VALUES),)](flat, packed, count, RULE=rule, BLOCK=VALUES // 8, num_warps=WARPS)
     return packed
 
@@ -41,7 +41,7 @@ def unpack_bits(packed: Tensor, count: int, dtype: torch.dtype, one: Tensor | No
     """See `ops.packing.unpack_bits`."""
     out = packed.new_empty(count, dtype=dtype)
     bytes_ = out.view(torch.uint8) if dtype == torch.bool else out
-    with _on(packed.device):
+    with on_device(packed.device):
         unpack_bits_kernel[(-(-count // VALUES),)](
             packed, packed if one is None else one, bytes_, count,
             HAS_ONE=one is not None, BLOCK=VALUES // 8, num_warps=WARPS,
@@ -49,7 +49,7 @@ def unpack_bits(packed: Tensor, count: int, dtype: torch.dtype, one: Tensor | No
     return out
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes the device the current one: of a model on several, a tensor may be on another."""
     here = device.type == "cpu" or device.index == torch.cuda.current_device()  # a CPU interprets the kernels
     return nullcontext() if here else torch.cuda.device(device)
