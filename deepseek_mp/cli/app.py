@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from deepseek_mp.cli.bench import bench
 from deepseek_mp.cli.demo import demo
 from deepseek_mp.cli.doctor import doctor
 from deepseek_mp.cli.profile import profile
@@ -33,6 +34,7 @@ app.command()(doctor)
 app.command()(profile)
 app.command()(train)
 app.command()(report)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(asked: bool) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deepseek_mp.inference.choice import Trial
 from deepseek_mp.inference.form import Form
+from deepseek_mp.report.table import listing, paragraph, tables
 
-_HEAD = ("form", "ms", "p95", "per second", "weights MiB", "peak MiB", "J", "error", "why")
+WIDTH = 120
+"""Characters a line, where nobody says how many there are."""
+_HEAD = ("form", "ms", "p95 ms", "per second", "weights MiB", "peak MiB", "J", "J above idle", "error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +46,26 @@ class Card:
         return {**about, **self.plan.to_json()}
 
     def __str__(self) -> str:
-        """A table: the chosen form first, the others as they were tried."""
+        return self.text(WIDTH)
+
+    def text(self, width: int) -> str:
+        """Numbers in a table of that many characters or less, and below it the reason of each form.
+
+        The chosen form is first, the others follow as they were tried.
+        """
         trials = [self.chosen, *(trial for trial in self.plan.trials if trial is not self.chosen)]
-        rows = [_HEAD, *(self._row(trial) for trial in trials)]
-        widths = [max(len(row[place]) for row in rows) for place in range(len(_HEAD) - 1)]
-        head = f"{self.model} on {self.device}, batches of {self.batch_size}; error by {self.plan.metric}"
-        return "\n".join([head, *(_line(row, widths) for row in rows)])
+        about = f"{self.model} on {self.device}, batches of {self.batch_size}; error by {self.plan.metric}"
+        numbers = tables(_HEAD, map(self._row, trials), width, repeated=1)
+        reasons = listing(((trial.form.name, trial.why) for trial in trials), width)
+        return "\n".join([*paragraph(about, width), *numbers, "", *reasons])
 
     def _row(self, trial: Trial) -> tuple[str, ...]:
-        latency = trial.latency
-        ms = ("-", "-", "-")
-        if latency is not None:
-            rate = 1e3 * self.batch_size / latency.median_ms
-            ms = (f"{latency.median_ms:.4g}", f"{latency.p95_ms:.4g}", f"{rate:.4g}")
-        peak = "-" if trial.peak_bytes is None else f"{trial.peak_bytes / 2**20:.4g}"
-        joules = "-" if trial.energy is None else f"{trial.energy.joules:.3g} ({trial.energy.above_idle_joules:.3g})"
-        error = "-" if trial.error is None else f"{trial.error:.2g}"
-        return (trial.form.name, *ms, f"{trial.weight_bytes / 2**20:.4g}", peak, joules, error, trial.why)
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        ms = ("", "", "")
+        if trial.latency is not None:
+            rate = 1e3 * self.batch_size / trial.latency.median_ms
+            ms = (f"{trial.latency.median_ms:.4g}", f"{trial.latency.p95_ms:.4g}", f"{rate:.4g}")
+        joules = ("", "")
+        if trial.energy is not None:
+            joules = (f"{trial.energy.joules:.3g}", f"{trial.energy.above_idle_joules:.3g}")
+        weights, peak = (f"{count / 2**20:.4g}" if count else "" for count in (trial.weight_bytes, trial.peak_bytes))
+        return (trial.form.name, *ms, weights, peak, *joules, "" if trial.error is None else f"{trial.error:.2g}")

@@ -19,13 +19,18 @@ def card():
     return Card(model="Net", device="a device", batch_size=8, plan=plan)
 
 
-def test_a_table_of_all_forms():
-    head, columns, *rows = str(card()).splitlines()
+def test_a_table_of_all_forms_and_their_reasons():
+    head, columns, _, bf16, fp32, fp16, _, *reasons = str(card()).splitlines()
     assert head == "Net on a device, batches of 8; error by kl"
-    assert columns.replace(" ", "") == "formmsp95persecondweightsMiBpeakMiBJerrorwhy"
-    assert [row.split()[0] for row in rows] == ["bf16", "fp32", "fp16"]
-    assert rows[0].split() == ["bf16", "2", "4", "4000", "1", "3", "3", "(2)", "0", "so"]
-    assert rows[2].split()[1:4] == ["-", "-", "-"]
+    assert columns.replace(" ", "") == "formmsp95mspersecondweightsMiBpeakMiBJJaboveidleerror"
+    assert bf16.split() == ["bf16", "2", "4", "4000", "1", "3", "3", "2", "0"]
+    assert fp32.split() == ["fp32", "4", "8", "2000", "2", "0"]
+    assert fp16.split() == ["fp16"]
+    assert [line.split(maxsplit=1) for line in reasons] == [["bf16", "so"], ["fp32", "so"], ["fp16", "out of memory"]]
+
+
+def test_it_fits_the_terminal():
+    assert max(map(len, card().text(40).splitlines())) <= 40
 
 
 def test_the_chosen_trial_and_json():

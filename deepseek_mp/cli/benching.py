@@ -1,0 +1,82 @@
+"""What `deepseek-mp bench inference` was asked, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.cli.target import load_target
+from deepseek_mp.errors import ConfigError, LoaderError, explain
+from deepseek_mp.inference import Card, optimize_for_inference
+from deepseek_mp.nn import call as calls
+from deepseek_mp.nn.nested import map_leaves
+from deepseek_mp.trainer.setup import choose_device, seed_everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The options of the command."""
+
+    sizes: tuple[int, ...]
+    budget: float
+    metric: str
+    formats: tuple[str, ...] | None
+    compiled: bool
+    seconds: float
+    energy_seconds: float
+    device: str | None
+    seed: int
+
+
+def sizes_of(text: str) -> tuple[int, ...]:
+    """Batch sizes as the user writes them, each once."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(explain(f"--batch {text!r}", "whole numbers from 1, as in 1,8,64", "Pass some of these"))
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def cards(target: str, question: Question) -> Iterator[Card]:
+    """Call the user's function and measure the model that it returns, at one batch size after the other."""
+    seed_everything(question.seed)
+    found = load_target(target)
+    device = choose_device(found.model, question.device)
+    found.model.to(device)
+    first = next(iter(found.needed("loader", "bench inference")), None)
+    if first is None:
+        raise LoaderError(explain(f"a loader of {target} without batches", "one batch", "Let it give one"))
+    call = calls.move(calls.parse_batch(first), device)
+    for size in question.sizes:
+        yield optimize_for_inference(
+            found.model,
+            _inputs(found.model, call, size),
+            budget=question.budget,
+            metric=question.metric,
+            compile=question.compiled,
+            formats=question.formats,
+            seconds=question.seconds,
+            energy_seconds=question.energy_seconds,
+        ).card
+
+
+def _inputs(model: nn.Module, call: calls.Call, size: int) -> Any:
+    """What the model is called with for so many samples: those of the batch, repeated where it has fewer."""
+    has = calls.batch_size(call)
+    if has == 0:
+        raise LoaderError(explain("a first batch without samples", "one sample or more", "Let the loader give some"))
+
+    def leaf(value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.dim() and value.shape[0] == has):
+            return value
+        return value[torch.arange(size, device=value.device) % has]
+
+    named = calls.keywords(model, call)  # before labels are another tensor than the target
+    args, kwargs = map_leaves((call.args, named), leaf)
+    if args and kwargs:
+        passed = "a batch of positional and keyword arguments"
+        raise ConfigError(explain(passed, "one of the two", "Pass all by their names, as a mapping"))
+    return kwargs or args
