@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from deepseek_mp.cli.target import load_target
 from deepseek_mp.errors import ConfigError, LoaderError, explain
 from deepseek_mp.inference import Card, optimize_for_inference
+from deepseek_mp.inference.samples import inputs_of
 from deepseek_mp.nn import call as calls
-from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.trainer.setup import choose_device, seed_everything
 
 
@@ -53,7 +49,7 @@ def cards(target: str, question: Question) -> Iterator[Card]:
     for size in question.sizes:
         yield optimize_for_inference(
             found.model,
-            _inputs(found.model, call, size),
+            inputs_of(found.model, call, size),
             budget=question.budget,
             metric=question.metric,
             compile=question.compiled,
@@ -61,22 +57,3 @@ def cards(target: str, question: Question) -> Iterator[Card]:
             seconds=question.seconds,
             energy_seconds=question.energy_seconds,
         ).card
-
-
-def _inputs(model: nn.Module, call: calls.Call, size: int) -> Any:
-    """What the model is called with for so many samples: those of the batch, repeated where it has fewer."""
-    has = calls.batch_size(call)
-    if has == 0:
-        raise LoaderError(explain("a first batch without samples", "one sample or more", "Let the loader give some"))
-
-    def leaf(value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.dim() and value.shape[0] == has):
-            return value
-        return value[torch.arange(size, device=value.device) % has]
-
-    named = calls.keywords(model, call)  # before labels are another tensor than the target
-    args, kwargs = map_leaves((call.args, named), leaf)
-    if args and kwargs:
-        passed = "a batch of positional and keyword arguments"
-        raise ConfigError(explain(passed, "one of the two", "Pass all by their names, as a mapping"))
-    return kwargs or args

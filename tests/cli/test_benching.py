@@ -1,8 +1,9 @@
-"""What a model is measured on: the samples of the loader's first batch, as many as asked for."""
+"""What `bench inference` measures: the model of the target, on its loader's first batch, at each size."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,60 +20,33 @@ QUESTION = Question(
 )  # fmt: skip
 
 
-class Named(nn.Module):
-    """Keyword arguments, of which one is no sample's own; labels are the target's alone."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, *, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) * scale
+def test_the_model_of_a_target_is_measured_at_each_size(net: Path) -> None:
+    found = list(cards("net.py:job", QUESTION))
+    assert [card.batch_size for card in found] == [2, 5]
+    assert [trial.form.name for trial in found[0].plan.trials] == ["fp32"]
 
 
-def seen_for(batch: Any, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `optimize_for_inference` was given."""
-    seen: list[Any] = []
+def test_a_loader_that_gives_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(text: str) -> Any:
+        return SimpleNamespace(model=nn.Linear(3, 2), needed=lambda name, what_for: iter([]))
 
-    def optimise(model: nn.Module, inputs: Any, **options: Any) -> Any:
-        seen.append(inputs)
-        return Made()
-
-    class Made:
-        card = None
-
-    class Found:
-        def __init__(self) -> None:
-            self.model = model
-
-        def needed(self, name: str, what_for: str) -> Any:
-            return [] if batch is None else [batch]
-
-    monkeypatch.setattr(benching, "optimize_for_inference", optimise)
-    monkeypatch.setattr(benching, "load_target", lambda text: Found())
-    list(cards("net.py:job", QUESTION))
-    return seen
-
-
-def test_samples_are_cut_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.arange(9.0).view(3, 3)
-    two, five = seen_for((x, torch.zeros(3)), nn.Linear(3, 2), monkeypatch)
-    torch.testing.assert_close(two, (x[:2],))
-    torch.testing.assert_close(five, (x[[0, 1, 2, 0, 1]],))
-
-
-def test_names_are_kept_and_what_is_no_sample_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = {"x": torch.randn(3, 3), "scale": torch.tensor(2.0), "labels": torch.zeros(3)}
-    two, five = seen_for(batch, Named(), monkeypatch)
-    assert set(two) == {"x", "scale"}
-    assert (len(two["x"]), len(five["x"]), two["scale"].dim()) == (2, 5, 0)
-
-
-def test_loaders_that_give_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benching, "load_target", empty)
     with pytest.raises(LoaderError, match=r"a loader of net\.py:job without batches"):
-        seen_for(None, nn.Linear(3, 2), monkeypatch)
-    with pytest.raises(LoaderError, match="a first batch without samples"):
-        seen_for((torch.zeros(0, 3), torch.zeros(0)), nn.Linear(3, 2), monkeypatch)
+        list(cards("net.py:job", QUESTION))
+
+
+def test_the_seed_is_set_before_the_target_is_called(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+
+    def target(text: str) -> Any:
+        drawn.append(float(torch.rand(())))
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(benching, "load_target", target)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="seen"):
+            list(cards("net.py:job", QUESTION))
+    assert drawn[0] == drawn[1]
 
 
 def test_sizes() -> None:
@@ -80,8 +54,3 @@ def test_sizes() -> None:
     for text in ("", "0", "1.5", "-1", "a"):
         with pytest.raises(ConfigError, match="whole numbers from 1"):
             sizes_of(text)
-
-
-def test_the_model_of_a_target_is_measured(net: Path) -> None:
-    found = list(cards("net.py:job", QUESTION))
-    assert [card.batch_size for card in found] == [2, 5]
