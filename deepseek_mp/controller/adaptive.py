@@ -12,7 +12,7 @@ doubles. Where the base itself harms a layer it goes above the base (`controller
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -227,13 +227,15 @@ class AdaptiveController:
 
     def promised(self) -> float:
         """Seconds that what is lowered saves in a forward and backward, by the layers' timings."""
-        saved = 0.0
-        for name, state in self.states.items():
-            seconds = self.units[name].seconds
-            own, roles = parts_of(state.recipe)
-            if {own, self.base.name} <= seconds.keys():
-                saved += len(roles) / len(Role) * (seconds[self.base.name] - seconds[own])
-        return saved
+        return math.fsum(self._saved(name, state.recipe) for name, state in self.states.items())
+
+    def _saved(self, name: str, recipe: str) -> float:
+        """Seconds that a layer saves in this recipe, by its timings; 0 where that is not known."""
+        seconds = self.units[name].seconds
+        own, roles = parts_of(recipe)
+        if not {own, self.base.name} <= seconds.keys():
+            return 0.0
+        return len(roles) / len(Role) * (seconds[self.base.name] - seconds[own])
 
     def due(self, step: int) -> bool:
         """Whether `decide` is to be called: there is something to decide by, and it is time."""
@@ -242,7 +244,6 @@ class AdaptiveController:
     def decide(self, step: int) -> list[Decision]:
         """The layers whose recipe changes, each with its evidence."""
         self.next_decision = step + self.settings.interval(self.total_steps)
-        late = self._is_too_late(step) or self.spikes.rate.steps > 0
         judged = self._judged(step)
         costs = [found.costs for found in judged.values()]
         recipes = [RECIPES[name] for name in dict.fromkeys(r for name in judged for r in self.units[name].recipes)]
@@ -253,6 +254,7 @@ class AdaptiveController:
             return []
         self._wanted = wanted = {decision.layer: decision for decision in plan.decisions}
         self.refusals = {name: each.refused for name, each in judged.items() if each.refused}
+        late = self._is_too_late(wanted.values(), step) or self.spikes.rate.steps > 0
         over = self._exceeds(judged, recipes, budget)
         stay = late and self.kept > 0
         changes = (self._raised(wanted[name], judged[name], over=over, stay=stay, step=step) for name in judged)
@@ -261,14 +263,19 @@ class AdaptiveController:
         self.allocated = self.allocated or bool(made)
         return made
 
-    def _is_too_late(self, step: int) -> bool:
-        """Whether what is left of the run is too short for any allocation to save what a change costs."""
+    def _is_too_late(self, wanted: Iterable[Decision], step: int) -> bool:
+        """Whether what is left of the run is too short for these changes to save the time that changing takes.
+
+        In compiled code each new combination of recipes in a block is compiled. What a layer is raised for that does
+        not pay is about what it saves.
+        """
         if not (self.switch_passes and self.pass_seconds and self.total_steps):
             return False
-        most = math.fsum(
-            unit.seconds[self.base.name] - min(unit.seconds.values()) for unit in self.units.values() if unit.seconds
+        gain = math.fsum(
+            abs(self._saved(each.layer, each.new) - self._saved(each.layer, self.states[each.layer].recipe))
+            for each in wanted
         )
-        return (self.total_steps - step) * most < self.switch_passes * self.pass_seconds
+        return (self.total_steps - step) * gain < self.switch_passes * self.pass_seconds
 
     def explained(self, step: int) -> list[Decision]:
         """Once, when there was a first decision: why the layers that it left as they are were not lowered."""

@@ -83,4 +83,4 @@ def _of_update(parts: Parts, unit: int, limits: Limits, step: int, *, is_kept: b
     # Of a weight in 32 bits BF16 would lose it, but nothing does. One that is rounded by chance stays where it is in
     # most steps, and moves further in the others.
     if limits.edq is not None and isnan(found["edq"]) and not is_kept:
-        yield tensor, "edq", found["lost"], 1 - limits.edq, limits.in_a_row
+        yield tensor, "lost", found["lost"], 1 - limits.edq, limits.in_a_row

@@ -9,8 +9,7 @@ afterwards as they were. When layers change, the trainer changes its plan betwee
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +37,11 @@ from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs
 from deepseek_mp.trainer.budget import run_within_budget
 from deepseek_mp.trainer.callbacks import Callback
-from deepseek_mp.trainer.config import TrainerConfig
 from deepseek_mp.trainer.gradient_watch import GradientWatch
 from deepseek_mp.trainer.input_look import GROWTH, InputLook
 from deepseek_mp.trainer.probe_clock import ProbeClock
 from deepseek_mp.trainer.result import StepFacts
+from deepseek_mp.trainer.storage import change_precision
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -70,6 +69,8 @@ class AdaptivePrecision(Callback):
     """
 
     def __init__(self, settings: AdaptiveSettings | None = None) -> None:
+        if not isinstance(settings, AdaptiveSettings | None):
+            raise ConfigError(explain(f"settings={settings!r}", "an AdaptiveSettings or None", "Pass one of these"))
         self.settings = settings or AdaptiveSettings()
         self.decisions: list[Decision] = []
         self.controller: AdaptiveController | None = None
@@ -333,7 +334,7 @@ class AdaptivePrecision(Callback):
             trainer.settle()  # the last step's outcome may add to what is pending
             made, self._pending = self._pending, []
             self._note(trainer, made)
-            trainer.change_plan(self._plan(trainer, made))
+            change_precision(trainer, self._plan(trainer, made))
             self._in_force = trainer.plan
 
     def _plan(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> PrecisionPlan:
@@ -431,37 +432,7 @@ class AdaptivePrecision(Callback):
         before = {name: state.recipe for name, state in self.controller.states.items()}
         self.controller.load_state_dict(saved["controller"])
         if before != {name: state.recipe for name, state in self.controller.states.items()}:
-            trainer.change_plan(self._plan(trainer, []))
-
-
-def adaptive_of(callbacks: Sequence[Callback]) -> AdaptivePrecision | None:
-    """The live precision among the callbacks."""
-    return next((callback for callback in callbacks if isinstance(callback, AdaptivePrecision)), None)
-
-
-def with_adaptive(callbacks: tuple[Callback, ...], config: TrainerConfig) -> tuple[Callback, ...]:
-    """The callbacks, and live precision after them where the settings of a run ask for it and none is among them.
-
-    Raises:
-        ConfigError: two of them, or one although `adapt` says something else.
-    """
-    given, adapt = [callback for callback in callbacks if isinstance(callback, AdaptivePrecision)], config.adapt
-    if len(given) > 1 or (given and adapt is not None and adapt is not True):
-        passed = f"adapt={adapt!r} and {len(given)} AdaptivePrecision among the callbacks"
-        raise ConfigError(explain(passed, "one of them that says what is wanted", "Leave one out"))
-    if given or adapt is False or config.precision_mode != "auto":
-        return callbacks
-    return (*callbacks, AdaptivePrecision(adapt if isinstance(adapt, AdaptiveSettings) else None))
-
-
-@contextmanager
-def looks_ended(trainer: MixedPrecisionTrainer) -> Iterator[None]:
-    """However training ends inside, live precision leaves nothing on the model and the optimizer."""
-    try:
-        yield
-    finally:
-        if trainer.adaptive is not None:
-            trainer.adaptive.stop_watching(trainer)
+            change_precision(trainer, self._plan(trainer, []))
 
 
 def _several_processes() -> bool:

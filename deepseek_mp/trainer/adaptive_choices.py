@@ -187,10 +187,18 @@ def _takers(trainer: MixedPrecisionTrainer, free: Mapping[str, nn.Module], recip
     last = output_layer(trainer.model, survey(trainer.model))
     taken = {}
     for name, module in free.items():
-        possible = [r.name for r in recipes if r.is_plain or why_not(r, module, is_output=name == last) is None]
+        possible = [r for r in recipes if r.is_plain or why_not(r, module, is_output=name == last) is None]
+        if _is_frozen_narrow(module):
+            possible = [recipe for recipe in possible if recipe.region == "bf16"]
         if possible:
-            taken[name] = module, tuple(possible)
+            taken[name] = module, tuple(recipe.name for recipe in possible)
     return taken
+
+
+def _is_frozen_narrow(module: nn.Module) -> bool:
+    """Whether weights that are not trained lie there in BF16: no other region reads them."""
+    own = (p for p in module._parameters.values() if p is not None)  # noqa: SLF001
+    return any(p.dtype == torch.bfloat16 and not p.requires_grad for p in own)
 
 
 def _is_timed(trainer: MixedPrecisionTrainer, recipes: Sequence[Recipe]) -> bool:

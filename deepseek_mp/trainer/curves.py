@@ -26,7 +26,8 @@ class Limits:
     tolerance: float = 0.05
     """Relative: smoothed losses may exceed the baseline's by this share of them."""
     gradient_factor: float = 2.0
-    """The median ratio of gradient norms lies between 1 / factor and factor, and grows by less than the factor."""
+    """The median ratio of gradient norms lies between 1 / factor and factor; from the first to the last quarter it
+    grows by less than the factor, and falls by less than its square."""
     floor: float = 0.01
     """Losses are compared relative to at least this share of the first, so that a run which has learned all there is
     to learn is not judged by the last digits of nothing."""
@@ -206,8 +207,9 @@ def _gradients(points: Sequence[Point], baseline: Sequence[Point], limits: Limit
     if not 1 / factor <= middle <= factor:
         broken = f"gradient norms are {middle:.3g} times the baseline's (median), not within a factor of {factor:g}"
         return _Finding(numbers=numbers, broken=broken)
-    if growth is not None and growth > factor:
-        broken = f"gradient norms grew {growth:.3g} times against the baseline's from the first to the last quarter"
+    if growth is not None and not 1 / factor**2 <= growth <= factor:
+        moved = f"grew {growth:.3g} times" if growth > factor else f"fell to {growth:.3g} of what they were"
+        broken = f"gradient norms {moved} against the baseline's from the first to the last quarter"
         return _Finding(numbers=numbers, broken=broken)
     return _Finding(numbers=numbers, text=f"gradient norms {middle:.3g} times the baseline's")
 

@@ -31,7 +31,8 @@ from deepseek_mp.nn import apply
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.loss import LossFn
 from deepseek_mp.precision import PrecisionPlan, Recipe
-from deepseek_mp.trainer.adaptive import AdaptivePrecision, adaptive_of, looks_ended, with_adaptive
+from deepseek_mp.trainer.adaptive import AdaptivePrecision
+from deepseek_mp.trainer.adaptive_callback import adaptive_of, looks_ended, with_adaptive
 from deepseek_mp.trainer.assembly import assemble_stepper, computation
 from deepseek_mp.trainer.budget import blocks_of, check_budget
 from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides

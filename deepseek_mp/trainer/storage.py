@@ -14,6 +14,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn.parameter_kinds import ParameterKind, parameter_kinds
 from deepseek_mp.ops.updates import FATE_FIELDS
 from deepseek_mp.optim import StoredOptimizer, set_storage
+from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.precision.checks import find
 from deepseek_mp.precision.storage import (
     STORAGE_POLICIES,
@@ -60,9 +61,12 @@ class WeightStorage(Callback):
         noise_fraction: float = 1.0,
     ) -> None:
         find("policy", STORAGE_POLICIES, policy, ConfigError)
-        if every < 1 or not 0 < noise_fraction <= 1:
+        if not isinstance(limits, StorageLimits):
+            raise ConfigError(explain(f"limits={limits!r}", "a StorageLimits", "Pass StorageLimits(...)"))
+        whole = isinstance(every, int) and not isinstance(every, bool)
+        if not (whole and every >= 1 and isinstance(noise_fraction, int | float) and 0 < noise_fraction <= 1):
             passed = f"every={every!r}, noise_fraction={noise_fraction!r}"
-            allowed = "every from 1, noise_fraction above 0 and at most 1"
+            allowed = "every a whole number from 1, noise_fraction above 0 and at most 1"
             raise ConfigError(explain(passed, allowed, "Leave them out for the defaults"))
         self.every, self.policy, self.limits, self.noise_fraction = every, policy, limits, noise_fraction
         self.decisions: list[StorageDecision] = []
@@ -134,6 +138,19 @@ class WeightStorage(Callback):
         self.latest = {line["layer"]: StorageDecision.from_json(line) for line in state["latest"]}
         self.decisions = [StorageDecision.from_json(line) for line in state["decisions"]]
         self._states = {name: decision.state for name, decision in self.latest.items()}
+
+
+def change_precision(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> None:
+    """`trainer.change_plan`, which weights in BF16 do not stand in the way of.
+
+    Those that a layer will no longer read in BF16 go to FP32, where nothing is lost.
+    """
+    optimizer = trainer.optimizer
+    if isinstance(optimizer, StoredOptimizer):
+        for parameter, about in parameter_kinds(trainer.model, plan).items():
+            if about.read_as != "bf16" and parameter.dtype == torch.bfloat16 and parameter.requires_grad:
+                set_storage(optimizer, parameter, StorageFormat.FP32)
+    trainer.change_plan(plan)
 
 
 def _fate(line: list[float], about: ParameterKind) -> UpdateFate:

@@ -95,7 +95,7 @@ def test_c01_lost_updates_are_measured_and_raise_an_alarm_where_nobody_keeps_the
             optimizer.step()
         alarms = [(alarm.layer, alarm.tensor, alarm.kind, alarm.value) for alarm in monitor.alarms]
     assert (model[0].weight == 1).all()
-    assert alarms == ([("0", "update", "edq", 1.0)] if kind is torch.optim.AdamW else [])
+    assert alarms == ([("0", "update", "lost", 1.0)] if kind is torch.optim.AdamW else [])
 
 
 def second_moment(optimizer, weight, steps):

@@ -198,7 +198,7 @@ def test_updates_are_lost_only_where_weights_are_rounded_to_the_nearest(storage:
             optimizer.step()
         assert monitor.statistics()["3"].update["lost"].last > 0.5
     found = {(alarm.layer, alarm.kind) for alarm in monitor.alarms}
-    assert (("3", "edq") in found) is (storage is None)
+    assert (("3", "lost") in found) is (storage is None)
 
 
 def test_gradients_too_small_for_fp16_raise_alarms_and_a_loss_scale_ends_them() -> None:

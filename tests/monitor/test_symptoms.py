@@ -125,7 +125,7 @@ def test_spikes_and_second_moments() -> None:
 
 def test_lost_updates_count_where_weights_are_stored_in_16_bits() -> None:
     assert Sample().update(lost=0.9, edq=0.1).beyond() == set()
-    assert Sample().update(lost=0.9, edq=math.nan).beyond() == {("update", "edq", 3)}
+    assert Sample().update(lost=0.9, edq=math.nan).beyond() == {("update", "lost", 3)}
     assert Sample().update(lost=0.04, edq=math.nan).beyond() == set()
     assert Sample().update(lost=0.9, edq=math.nan).beyond(is_kept=True) == set()
 

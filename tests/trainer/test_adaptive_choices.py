@@ -69,6 +69,13 @@ def test_layers_that_take_no_fp8_can_still_go_up():
     assert why == ""
 
 
+def test_frozen_weights_in_bf16_are_read_in_a_bf16_region_alone():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    model[0].requires_grad_(False).bfloat16()
+    found, _ = control(trainer(model=model), recipes=("fp32", "row"))
+    assert found == {"0": ("row",), "2": ("fp32",)}
+
+
 def test_only_raising_is_something_to_decide_if_it_was_asked_for():
     assert control(trainer(), recipes=("fp32",))[0] == {"0": ("fp32",), "2": ("fp32",), "4": ("fp32",)}
 

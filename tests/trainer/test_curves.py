@@ -115,6 +115,13 @@ def test_gradient_norms_that_grow_away_are_seen():
     assert judge(curve(norm=lambda step: 1.5 * 0.25 ** (step / STEPS)), curve(), LIMITS).good
 
 
+def test_gradient_norms_that_die_are_seen():
+    verdict = judge(curve(norm=lambda step: 1.0 if step <= 0.55 * STEPS else 1e-6), curve(), LIMITS)
+    assert not verdict.good
+    assert verdict.gradient_ratio == 1.0, "the median over all steps does not tell"
+    assert "fell to 1e-06 of what they were" in verdict.reason
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 7])
 def test_short_runs_are_judged_too(steps):
     assert judge(curve(steps=steps), curve(steps=steps), LIMITS).good

@@ -9,10 +9,11 @@ from torch import nn
 
 from deepseek_mp.errors import ConfigError, PlanError
 from deepseek_mp.optim import AdamW, set_storage
+from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.precision.storage import StorageFormat, StorageLimits, StorageReason
 from deepseek_mp.records import read_run
 from deepseek_mp.report.layers import read_layers
-from deepseek_mp.trainer.storage import WeightStorage
+from deepseek_mp.trainer.storage import WeightStorage, change_precision
 
 INPUTS = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
 TARGETS = INPUTS[:, :16] * 0.5
@@ -52,6 +53,22 @@ def test_every_recipe_in_a_bf16_region_reads_bf16_weights(mode, storage):
     assert all(weight.dtype is torch.bfloat16 for weight in weights(run))
     assert found[-1] < 0.5 * found[0]
     assert found[-1] == pytest.approx(losses(exact, 21)[-1], rel=0.2)
+
+
+@pytest.mark.parametrize("storage", ["bf16_sr", "bf16_kahan"])
+def test_live_precision_takes_weights_along_out_of_bf16(storage):
+    run = trainer("bf16")
+    losses(run, 2)
+    first, last = weights(run)
+    for weight in (first, last):
+        set_storage(run.optimizer, weight, storage)
+    held = first.float() + run.optimizer.state[first].get("compensation", 0)
+    change_precision(run, PrecisionPlan.of("bf16", pin={"0": "fp32"}))
+    assert run.plan.recipe_for("0").name == "fp32"
+    assert (first.dtype, last.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(first.data, held, rtol=0, atol=0)
+    found = losses(run, 20)
+    assert found[-1] < found[0]
 
 
 @pytest.mark.parametrize("mode", ["fp32", "fp16"])
@@ -204,3 +221,14 @@ def test_gradients_of_several_batches_add_up_in_fp32():
         set_storage(single.optimizer, weight, "bf16_sr")
     single.step((INPUTS, TARGETS), close=False)
     assert {weight.grad.dtype for weight in weights(single)} == {torch.float32}
+
+
+@pytest.mark.parametrize("wrong", [{"every": "5"}, {"every": 2.5}, {"every": True}, {"noise_fraction": "1"}])
+def test_numbers_of_another_type_are_refused(wrong):
+    with pytest.raises(ConfigError, match="every a whole number from 1"):
+        WeightStorage(**wrong)
+
+
+def test_limits_of_another_type_are_refused():
+    with pytest.raises(ConfigError, match="a StorageLimits"):
+        WeightStorage(limits={"in_a_row": 1})
