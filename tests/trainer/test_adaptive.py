@@ -16,7 +16,10 @@ from deepseek_mp.errors import ConfigError
 from deepseek_mp.monitor.alarms import Alarm
 from deepseek_mp.precision import Reason
 from deepseek_mp.profiler.layer_times import LayerCosts
+from deepseek_mp.records import read_run
+from deepseek_mp.records.lines import to_plain
 from deepseek_mp.trainer.adaptive import AdaptivePrecision
+from deepseek_mp.trainer.recording import describe
 
 SETTINGS = AdaptiveSettings(
     warm_up=4, probe_every=2, decide_every=4, recipes=("row",), loss_budget=1.0, noise_budget=9.0
@@ -73,6 +76,14 @@ def test_layers_are_lowered_while_training_and_every_decision_is_on_disk(tmp_pat
     assert {line["layer"] for line in taken} >= {"up", "down"}
     assert all(line["evidence"].get("loss") is not None for line in taken)
     assert {d.layer for d in adaptive.decisions} == {"up", "down"}
+
+
+def test_its_settings_are_in_the_record_once_however_it_came_about(tmp_path):
+    trainer(AdaptivePrecision(SETTINGS), run_dir=tmp_path / "given").fit(batches(2))
+    assert read_run(tmp_path / "given").info["callbacks"] == {"AdaptivePrecision": to_plain(SETTINGS, "settings")}
+    asked = describe(MixedPrecisionTrainer(Plain(), "auto", adapt=SETTINGS, device="cpu"))
+    assert asked["callbacks"] == {"AdaptivePrecision": SETTINGS.to_json()}
+    assert asked["config"]["adapt"] is True
 
 
 def test_probes_change_nothing_of_a_run_without_decisions():
