@@ -24,7 +24,8 @@ def report(
 ) -> None:
     """Say what a run did: its loss, time, memory, skipped steps, and the precision of every layer with the reason.
 
-    With --diff and two run directories: in which settings, precision, decisions and numbers they part.
+    With --diff and two run directories: in which settings, precision, storage, decisions, alarms, statistics of layers
+    and numbers they part.
     """
     if len(runs) != (2 if diff else 1):
         passed = f"{len(runs)} run directories {'with' if diff else 'without'} --diff"

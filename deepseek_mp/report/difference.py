@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.report.alarms import AlarmDifference, compare_alarms
 from deepseek_mp.report.history import Step
 from deepseek_mp.report.layers import Choice, LayerHistory
 from deepseek_mp.report.load import open_run
 from deepseek_mp.report.parting import Parting, part
 from deepseek_mp.report.products import LayerDifference, compare_layers
 from deepseek_mp.report.settings import differing, recipes_of
+from deepseek_mp.report.statistics import StatisticDifference, compare_statistics, read_spreads
+from deepseek_mp.report.storage import StorageDifference, compare_storage
 from deepseek_mp.report.summary import RunReport, report_of
 
 TOLERANCE = 0.05
@@ -44,6 +47,12 @@ class RunDifference:
     """Those that only A has: no choice of B is of this layer and role, with this recipe and reason."""
     decisions_b: tuple[Choice, ...]
     moved: tuple[MovedDecision, ...]
+    storage: tuple[StorageDifference, ...]
+    alarms: tuple[AlarmDifference, ...]
+    statistics: tuple[StatisticDifference, ...]
+    """Medians by layer, of all statistics that both runs have."""
+    without_statistics: str
+    """'A' or 'B', if only the other run has statistics by layer; else empty."""
     series: Mapping[str, Parting]
     """`SERIES` by step."""
     skipped_a: tuple[Step, ...]
@@ -63,6 +72,9 @@ class RunDifference:
                 "only_b": [choice.to_json() for choice in self.decisions_b],
                 "other_step": [{**moved.choice.to_json(), "step_b": moved.step_b} for moved in self.moved],
             },
+            "storage": [found.to_json() for found in self.storage],
+            "alarms": [found.to_json() for found in self.alarms],
+            "statistics": [found.to_json() for found in self.statistics],
             **{name: parting.to_json() for name, parting in self.series.items()},
             "skipped": {
                 "only_a": [step.step for step in self.skipped_a],
@@ -91,6 +103,7 @@ def compare_runs(
     run_a, run_b = open_run(a), open_run(b)
     one, other = report_of(run_a), report_of(run_b)
     only_a, only_b, moved = compare_choices(one.layers, other.layers)
+    in_a, in_b = read_spreads(run_a), read_spreads(run_b)
     skipped_a = {step.step: step for step in one.history.skipped}
     skipped_b = {step.step: step for step in other.history.skipped}
     return RunDifference(
@@ -102,6 +115,10 @@ def compare_runs(
         decisions_a=only_a,
         decisions_b=only_b,
         moved=moved,
+        storage=compare_storage(one.layers.storage, other.layers.storage),
+        alarms=compare_alarms(one.alarms, other.alarms),
+        statistics=compare_statistics(in_a, in_b, tolerance),
+        without_statistics="" if bool(in_a) == bool(in_b) else "B" if in_a else "A",
         series={name: _part(one, other, name, tolerance) for name in SERIES},
         skipped_a=tuple(step for number, step in skipped_a.items() if number not in skipped_b),
         skipped_b=tuple(step for number, step in skipped_b.items() if number not in skipped_a),
@@ -140,6 +157,8 @@ def numbers_of(a: RunReport, b: RunReport) -> list[tuple[str, float | None, floa
             "flop_utilisation": None if run.flop_utilisation is None else run.flop_utilisation.median,
             "peak_memory_bytes": run.peak_memory_bytes,
             "joules_per_step": run.joules_per_step,
+            "alarms": sum(alarms.times for alarms in run.alarms),
+            "budget_scale": run.layers.budget_scale,
             **run.history.validation,
         }
 
@@ -150,7 +169,7 @@ def numbers_of(a: RunReport, b: RunReport) -> list[tuple[str, float | None, floa
 def _by_content(layers: LayerHistory) -> dict[tuple[str, str | None, str, str], Choice]:
     """Each choice by what it says, where it was made first."""
     found: dict[tuple[str, str | None, str, str], Choice] = {}
-    for choice in (*layers.in_force, *layers.changes, *layers.saturated):
+    for choice in (*layers.in_force, *layers.changes, *layers.saturated, *layers.compared):
         key = (choice.layer, choice.role, choice.new, choice.reason)
         if key not in found or choice.step < found[key].step:
             found[key] = choice

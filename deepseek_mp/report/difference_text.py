@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 from deepseek_mp.report import amounts
+from deepseek_mp.report.alarm_tables import DIFFERENCE_HEADING, alarm_difference_rows
 from deepseek_mp.report.amounts import counted, percent, value
 from deepseek_mp.report.curve import spaced
 from deepseek_mp.report.difference import MovedDecision, RunDifference, numbers_of
-from deepseek_mp.report.group import Key, grouped, merged
+from deepseek_mp.report.group import WHOLE, Key, grouped, merged
 from deepseek_mp.report.layers import ROLES
 from deepseek_mp.report.parting import LAST, Parting, Point, relative
 from deepseek_mp.report.products import LayerDifference
 from deepseek_mp.report.reasons import CHOICE_HEADING, choice_rows
 from deepseek_mp.report.settings import as_text
+from deepseek_mp.report.statistics import StatisticDifference
+from deepseek_mp.report.storage import StorageDifference
 from deepseek_mp.report.table import listing, paragraph, table
-from deepseek_mp.report.text import INDENT, POINTS, SKIPPED_HEADING, assemble, skipped_rows
+from deepseek_mp.report.text import INDENT, POINTS, SKIPPED_HEADING, assemble, shortened, skipped_rows
 
 SHOWN: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "steps": ("steps", value),
@@ -30,26 +35,37 @@ SHOWN: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "flop_utilisation": ("share of the device's peak", value),
     "peak_memory_bytes": ("peak memory", amounts.size),
     "joules_per_step": ("energy per step", amounts.energy),
+    "alarms": ("alarms", value),
+    "budget_scale": ("share of live precision's budgets", value),
 }
 """How the numbers of a whole run are called and written."""
 SERIES_NAMES = {"loss": "loss", "grad_norm": "gradient norm", "scale": "loss scale"}
 LONGEST_SETTING = 200
+SHOWN_LAYERS = 3
+"""Layers of one statistic."""
+STATISTIC_ROWS = 24
+"""Rows for all statistics together."""
 
 
 def render_difference(difference: RunDifference, width: int = 100) -> str:
     """The comparison in lines of at most `width` characters, where words and numbers allow it."""
     inner = width - len(INDENT)
+    storage = ("parameter", "parameters", "A", "B")
+    alarms = alarm_difference_rows(difference.alarms)
     precision = ("layer", "layers", "role", "A", "B", "operands in A", "operands in B")
     sections = [
         ("", listing([("A", difference.a.path), ("B", difference.b.path)], inner)),
         ("settings that differ", table(("", "A", "B"), _settings(difference), inner)),
         ("precision that differs, at the end", table(precision, precision_rows(difference.layers), inner)),
+        ("storage of weights that differs, at the end", table(storage, storage_rows(difference.storage), inner)),
         ("decisions that only A has", _choices(difference, "a", inner)),
         ("decisions that only B has", _choices(difference, "b", inner)),
         ("decisions of both, at different steps", _moved(difference.moved, inner)),
         ("where they part", listing(_partings(difference), inner)),
         ("loss by step", _losses(difference, inner)),
         ("the whole runs", table(("", "A", "B", "B to A"), _numbers(difference), inner)),
+        ("alarms that differ", shortened(DIFFERENCE_HEADING, alarms, inner, "alarm")),
+        ("medians of statistics that differ most", _statistics(difference, inner)),
         ("steps that only A did not apply", table(SKIPPED_HEADING, skipped_rows(difference.skipped_a), inner)),
         ("steps that only B did not apply", table(SKIPPED_HEADING, skipped_rows(difference.skipped_b), inner)),
         ("notes", [line for note in _notes(difference) for line in paragraph(f"- {note}", inner)]),
@@ -69,6 +85,22 @@ def precision_rows(layers: Iterable[LayerDifference]) -> list[Key]:
         else:
             keyed += [(layer, (found.role, found.a, found.b, found.product_a, found.product_b)) for found in some]
     return [(group.pattern, str(len(group.layers)), *group.key) for group in merged(grouped(keyed))]
+
+
+def storage_rows(differences: Iterable[StorageDifference]) -> list[Key]:
+    """Rows of parameters, their number, and both storages."""
+    groups = merged(grouped((found.parameter, found.formats) for found in differences))
+    return [(group.pattern, str(len(group.layers)), *group.key) for group in groups]
+
+
+def _statistic_rows(found: StatisticDifference, tolerance: float) -> list[Key]:
+    """A row for each of the layers that differ most; the statistic is named in the first."""
+    shown = [pair for pair in found.most[:SHOWN_LAYERS] if pair.apart > tolerance]
+    names = [(found.statistic, f"{found.beyond} of {found.compared}"), *[("", "")] * (len(shown) - 1)]
+    return [
+        (*name, pair.layer or WHOLE, value(pair.a, 4), value(pair.b, 4), percent(relative(pair.a, pair.b)))
+        for name, pair in zip(names, shown, strict=True)
+    ]
 
 
 def _settings(difference: RunDifference) -> list[Key]:
@@ -97,7 +129,27 @@ def _moved(moved: Sequence[MovedDecision], width: int) -> list[str]:
 
 def _partings(difference: RunDifference) -> list[tuple[str, str]]:
     found = [(SERIES_NAMES[name], parting) for name, parting in difference.series.items()]
-    return [(name, _parting(parting, difference.tolerance)) for name, parting in found]
+    series = [(name, _parting(parting, difference.tolerance)) for name, parting in found]
+    return [*series, ("statistics", _shares(difference))]
+
+
+def _shares(difference: RunDifference) -> str:
+    """How many statistics of how many layers are apart."""
+    if not difference.statistics:
+        return ""
+    layers = max(found.compared for found in difference.statistics)
+    beyond = sum(found.beyond > 0 for found in difference.statistics)
+    of_both = f"{counted(len(difference.statistics), 'statistic')} of up to {counted(layers, 'layer')}"
+    return f"{of_both} compared; medians are more than {100 * difference.tolerance:.3g} % apart in {beyond}"
+
+
+def _statistics(difference: RunDifference, width: int) -> list[str]:
+    """Of each statistic that differs the layers that differ most, as long as there are rows."""
+    blocks = [_statistic_rows(found, difference.tolerance) for found in difference.statistics if found.beyond]
+    told = bisect_right(list(accumulate(map(len, blocks))), STATISTIC_ROWS)
+    rows = [row for block in blocks[:told] for row in block]
+    lines, more = table(("statistic", "layers", "most in", "A", "B", "B to A"), rows, width), len(blocks) - told
+    return [*lines, f"... and {counted(more, 'more statistic')}"] if more > 0 else lines
 
 
 def _parting(parting: Parting, tolerance: float) -> str:
@@ -150,4 +202,5 @@ def _notes(difference: RunDifference) -> list[str]:
     lengths = [f"{name} has {counted(more, 'step')} with a loss that the other lacks" for name, more in
                (("A", loss.only_a), ("B", loss.only_b)) if more]  # fmt: skip
     of_runs = [f"{name}: {note}" for name, run in (("A", difference.a), ("B", difference.b)) for note in run.notes]
-    return [*lengths, *of_runs]
+    lacks = difference.without_statistics
+    return [*lengths, *([f"{lacks} has no statistics by layer"] if lacks else []), *of_runs]

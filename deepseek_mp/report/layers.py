@@ -9,6 +9,7 @@ from typing import Any
 from deepseek_mp.precision import Reason, Role
 from deepseek_mp.precision.storage import STORAGE_KIND
 from deepseek_mp.records import Run
+from deepseek_mp.report.history import number
 
 ROLES = tuple(role.value for role in Role)
 EVENTS = (
@@ -48,8 +49,17 @@ class LayerHistory:
     """Those that replaced another recipe while the run went on."""
     saturated: tuple[Choice, ...]
     """Tensors that outgrew their delayed scales."""
+    compared: tuple[Choice, ...] = ()
+    """Comparisons of the loss with that in FP32 after which live precision changed its budgets."""
+    storage: tuple[Choice, ...] = ()
+    """How weights are stored at the end, the last decision on each: `layer` names the parameter, `new` a format."""
     adapt_off: tuple[str, ...] = ()
     """Why live precision decided nothing, where it was to."""
+
+    @property
+    def budget_scale(self) -> float | None:
+        """The share of its budgets that live precision spends at the end, where comparisons changed it."""
+        return number(self.compared[-1].evidence.get("budget_scale")) if self.compared else None
 
     def recipes(self) -> dict[str, dict[str, str]]:
         """Layer -> role -> recipe, at the end."""
@@ -61,11 +71,12 @@ class LayerHistory:
 
 
 def read_layers(run: Run) -> LayerHistory:
-    """The choices in the decisions in force of a run; how weights are stored is none.
+    """The choices in the decisions in force of a run; those about how weights are stored are apart.
 
     A decision of layers that the plan in force no longer has is not at its end, if the plan names its decisions.
     """
     choices = [_choice(line) for line in run.decisions if line.get("kind") != STORAGE_KIND]
+    stored = [_choice(line) for line in run.decisions if line.get("kind") == STORAGE_KIND]
     lasting = [choice for choice in choices if choice.reason not in EVENTS]
     state: dict[str, dict[str, Choice]] = {}
     changes = []
@@ -83,6 +94,8 @@ def read_layers(run: Run) -> LayerHistory:
         ),
         changes=tuple(changes),
         saturated=tuple(choice for choice in choices if choice.reason == Reason.SATURATED),
+        compared=tuple(choice for choice in choices if choice.reason == Reason.COMPARED),
+        storage=tuple({choice.layer: choice for choice in stored}.values()),
         adapt_off=tuple(dict.fromkeys(choice.detail for choice in choices if choice.reason == Reason.ADAPT_OFF)),
     )
 

@@ -11,6 +11,8 @@ from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe
 from deepseek_mp.records import Run
 
 NOT_THERE = "(not recorded)"
+CALLBACKS = "callbacks"
+"""Where the settings of callbacks are, by the names of their classes."""
 TOLD_ELSEWHERE = ("device.notes", "device.peak_tflops", "device.recommended", "device.confidence")
 """What the capability table says of a device: it follows from the device's id and the release."""
 
@@ -24,10 +26,33 @@ def settings_of(run: Run, info: Mapping[str, Any] | None = None) -> dict[str, An
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, value here, value there) where two runs' settings differ."""
+    """(name, value here, value there) where two runs' settings differ.
+
+    The settings of a callback that only one of them has are one value, a mapping.
+    """
+    one, other = _folded(one, other), _folded(other, one)
     names = dict.fromkeys([*one, *other])
     pairs = [(name, one.get(name, NOT_THERE), other.get(name, NOT_THERE)) for name in names]
     return [(name, a, b) for name, a, b in pairs if as_text(a) != as_text(b)]
+
+
+def _folded(settings: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with each callback that `other` lacks as one."""
+    there = {_callback(name) for name in other}
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        callback = _callback(name)
+        if callback and callback not in there:
+            found.setdefault(callback, {})[name.removeprefix(f"{callback}.")] = value
+        else:
+            found[name] = value
+    return found
+
+
+def _callback(name: str) -> str:
+    """Which callback a setting is one of: the first two parts of its name; empty for all else."""
+    parts = name.split(".", 2)
+    return ".".join(parts[:2]) if parts[0] == CALLBACKS and len(parts) == 3 else ""
 
 
 def as_text(value: Any) -> str:

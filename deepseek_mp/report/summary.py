@@ -12,6 +12,7 @@ from typing import Any
 
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.records import Attempt, Run
+from deepseek_mp.report.alarms import Alarms, read_alarms
 from deepseek_mp.report.amounts import counted
 from deepseek_mp.report.history import Fallbacks, History, Step, read_history
 from deepseek_mp.report.layers import LayerHistory, read_layers
@@ -48,6 +49,7 @@ class RunReport:
     """Attempt -> settings that differ from the attempt before: name, value before, value now."""
     history: History
     layers: LayerHistory
+    alarms: tuple[Alarms, ...]
     scale: ScaleSummary | None
     seconds_per_step: Spread | None
     """Without the first step of each attempt, in which code is compiled and `auto` measures."""
@@ -124,6 +126,9 @@ class RunReport:
             "decisions": [choice.to_json() for choice in self.layers.in_force],
             "changes": [choice.to_json() for choice in self.layers.changes],
             "adapt_off": list(self.layers.adapt_off),
+            "compared": [choice.to_json() for choice in self.layers.compared],
+            "storage": [choice.to_json() for choice in self.layers.storage],
+            "alarms": [alarms.to_json() for alarms in self.alarms],
             "saturated": [choice.to_json() for choice in self.layers.saturated],
             "fallbacks": [
                 {"op": op, "format": format, "reason": reason, "count": count}
@@ -156,6 +161,7 @@ def report_of(run: Run) -> RunReport:
         attempt_changes=_changed_settings(run),
         history=history,
         layers=layers,
+        alarms=read_alarms(run),
         scale=_scale(history.steps),
         seconds_per_step=spread(step.seconds for step in steady),
         samples_per_second=spread(step.samples_per_second for step in steady),

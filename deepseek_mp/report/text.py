@@ -7,17 +7,19 @@ from datetime import datetime
 
 from deepseek_mp.records import Attempt
 from deepseek_mp.report import amounts
+from deepseek_mp.report.alarm_tables import ALARM_HEADING, alarm_rows
 from deepseek_mp.report.amounts import counted, value
 from deepseek_mp.report.curve import BLOCKS, spaced, sparkline
 from deepseek_mp.report.history import Step
 from deepseek_mp.report.reasons import CHOICE_HEADING, SATURATED_HEADING, choice_rows, saturated_rows
-from deepseek_mp.report.settings import as_text
+from deepseek_mp.report.settings import CALLBACKS, as_text
 from deepseek_mp.report.summary import LAST, RunReport
 from deepseek_mp.report.table import listing, paragraph, table
 
 POINTS = 9
 """Rows of the table of losses."""
-SKIPPED_ROWS = 12
+SHOWN_ROWS = 12
+"""Of tables that can be long: reasons of skipped steps, alarms."""
 SHOWN_RUNS = 12
 """Runs of steps in a row that are listed for one reason."""
 INDENT = "  "
@@ -34,6 +36,8 @@ def render_report(report: RunReport, width: int = 100, blocks: str = BLOCKS) -> 
         ("skipped steps", _skipped(report.history.skipped, inner)),
         ("precision, at the end", table(CHOICE_HEADING, choice_rows(report.layers.in_force), inner)),
         ("precision that changed on the way", _changes(report, inner)),
+        ("storage of weights, at the end", table(STORAGE_HEADING, choice_rows(report.layers.storage), inner)),
+        ("alarms", shortened(ALARM_HEADING, alarm_rows(report.alarms), inner, "alarm")),
         ("tensors that outgrew their scale", table(SATURATED_HEADING, saturated_rows(report.layers.saturated), inner)),
         ("operations that ran in a wider format", _fallbacks(report, inner)),
         ("notes", [line for note in report.notes for line in paragraph(f"- {note}", inner)]),
@@ -66,6 +70,12 @@ def named(settings: Mapping[str, object], names: Iterable[str]) -> str:
     return ", ".join(f"{name.partition('.')[2] or name} {as_text(settings[name])}" for name in names)
 
 
+def shortened(heading: Sequence[str], rows: Sequence[Sequence[str]], width: int, noun: str) -> list[str]:
+    """A table of the first `SHOWN_ROWS` rows, and how many more there are."""
+    lines, more = table(heading, rows[:SHOWN_ROWS], width), len(rows) - SHOWN_ROWS
+    return [*lines, f"... and {counted(more, f'more {noun}')}"] if more > 0 else lines
+
+
 def is_off(item: object) -> bool:
     """Whether a setting's value says that it is not used; 0 is a value."""
     return item is None or item is False or item in ([], "")
@@ -80,6 +90,7 @@ def skipped_rows(steps: Sequence[Step]) -> list[tuple[str, ...]]:
     return [(*key, str(len(at)), amounts.ranges(at, limit=SHOWN_RUNS)) for key, at in ordered]
 
 
+STORAGE_HEADING = ("step", "parameter", "parameters", "role", "old", "new", "reason", "evidence")
 SKIPPED_HEADING = ("status", "reason", "first bad module", "times", "steps")
 
 
@@ -92,7 +103,8 @@ def _identity(report: RunReport) -> list[tuple[str, str]]:
         as_text(known["optimizer"]) if "optimizer" in known else "",
     ]
     device = [as_text(known[name]) for name in ("device.torch", "device.device_name", "device.id") if name in known]
-    told = ("versions.", "device.", "plan.", "model", "parameters", "optimizer", "config.precision_mode")
+    told = ("versions.", "device.", "plan.", "model", "parameters", "optimizer", "config.precision_mode",
+            f"{CALLBACKS}.")  # fmt: skip
     others = [name for name, item in known.items() if not name.startswith(told) and not is_off(item)]
     return [
         ("model", ", ".join(filter(None, model))),
@@ -101,7 +113,19 @@ def _identity(report: RunReport) -> list[tuple[str, str]]:
         ("asked for", named(known, [name for name in known if name.startswith("config.precision_mode")])),
         ("plan", named(known, [name for name in known if name.startswith("plan.") and not is_off(known[name])])),
         ("settings", named(known, others)),
+        ("callbacks", _callbacks(known)),
     ]
+
+
+def _callbacks(settings: Mapping[str, object]) -> str:
+    """Each callback with its settings, those that are off left out."""
+    shown: dict[str, list[str]] = {}
+    for name, item in settings.items():
+        group, _, rest = name.partition(".")
+        if group == CALLBACKS and rest:
+            callback, _, setting = rest.partition(".")
+            shown.setdefault(callback, []).extend([f"{setting} {as_text(item)}"] if not is_off(item) else [])
+    return "; ".join(f"{callback}: {', '.join(found)}" if found else callback for callback, found in shown.items())
 
 
 def _attempts(report: RunReport, width: int) -> list[str]:
@@ -150,7 +174,7 @@ def _numbers(report: RunReport) -> list[tuple[str, str]]:
         ("time per step", "" if report.seconds_per_step is None else amounts.times(report.seconds_per_step)),
         ("throughput", _throughput(report)),
         ("peak memory", "" if report.peak_memory_bytes is None else amounts.size(report.peak_memory_bytes)),
-        ("live precision", "; ".join(f"off: {why}" for why in report.layers.adapt_off)),
+        ("live precision", _live(report)),
         ("energy", "" if joules is None else f"{amounts.energy(report.joules)}, {amounts.energy(joules)} per step"),
     ]
 
@@ -201,10 +225,17 @@ def _curve(report: RunReport, width: int, blocks: str) -> list[str]:
 
 
 def _skipped(steps: Sequence[Step], width: int) -> list[str]:
-    rows = skipped_rows(steps)
-    lines = table(SKIPPED_HEADING, rows[:SKIPPED_ROWS], width)
-    more = len(rows) - SKIPPED_ROWS
-    return [*lines, f"... and {counted(more, 'more reason')}"] if more > 0 else lines
+    return shortened(SKIPPED_HEADING, skipped_rows(steps), width, "reason")
+
+
+def _live(report: RunReport) -> str:
+    """What live precision has to say of itself: why it decides nothing, and what comparisons made of its budgets."""
+    layers = report.layers
+    parts = [f"off: {why}" for why in layers.adapt_off]
+    if layers.budget_scale is not None:
+        often = counted(len(layers.compared), "comparison")
+        parts.append(f"{often} with FP32 changed its budgets, to {value(layers.budget_scale)} of what was set")
+    return "; ".join(parts)
 
 
 def _changes(report: RunReport, width: int) -> list[str]:

@@ -14,8 +14,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import distributed, nn
 
 from deepseek_mp.controller.adaptive import AdaptiveController
 from deepseek_mp.controller.adaptive_units import Comparison
@@ -23,9 +22,8 @@ from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import SpeedCheck
 from deepseek_mp.costs.restore import Snapshot
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.nn.call import Call, batch_size, move, parse_batch, run
+from deepseek_mp.nn.call import batch_size, move, parse_batch, run
 from deepseek_mp.nn.delayed import maxima_kept
-from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import Unit
 from deepseek_mp.ops.host_copy import HostCopy
@@ -35,6 +33,7 @@ from deepseek_mp.profiler.layer_times import LayerCosts
 from deepseek_mp.sensitivity import Arrived, Measured, Probe, Sent
 from deepseek_mp.sensitivity.truth import outputs_in
 from deepseek_mp.trainer.adaptive_choices import layers_to_control, measured_costs
+from deepseek_mp.trainer.batch_part import part_of
 from deepseek_mp.trainer.budget import run_within_budget
 from deepseek_mp.trainer.callbacks import Callback
 from deepseek_mp.trainer.gradient_watch import GradientWatch
@@ -53,8 +52,6 @@ EXACT = ("fp32", "tf32")
 smaller than BF16's and its range."""
 FAILURES = 2
 """Probes in a row that fail: memory may be short once, a model that bears none never does."""
-LEAST_ITEMS = 8
-"""Norms of the batch are another function for very few items, with other gradients."""
 
 
 class AdaptivePrecision(Callback):
@@ -96,6 +93,9 @@ class AdaptivePrecision(Callback):
         """The plan, as far as is known here, once there is a controller."""
         self._pending: list[Decision] = []
         self._saved: Mapping[str, Any] | None = None
+
+    def recorded_settings(self) -> dict[str, Any]:
+        return self.settings.to_json()
 
     # -- hooks ------------------------------------------------------------------------------------
 
@@ -437,32 +437,6 @@ class AdaptivePrecision(Callback):
 
 def _several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def part_of(call: Call, share: float) -> Call:
-    """The first items of the batch, at least `LEAST_ITEMS`.
-
-    Only where every tensor begins with the batch's extent: a graph's edges or flattened targets mean something else.
-    The whole batch otherwise.
-    """
-    items = batch_size(call)
-    wanted = max(LEAST_ITEMS, round(share * items))
-    leaves: list[Any] = []
-    map_leaves((call.args, call.kwargs, call.target), leaves.append)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    packed = any(isinstance(leaf, PackedSequence) for leaf in leaves)
-    if wanted >= items or packed or any(tensor.shape[0] != items for tensor in tensors):
-        return call
-
-    parts: dict[int, Tensor] = {}
-
-    def cut(leaf: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and leaf.dim()):
-            return leaf
-        return parts.setdefault(id(leaf), leaf[:wanted])  # labels that are the target stay the same object
-
-    args, kwargs, target = map_leaves((call.args, call.kwargs, call.target), cut)
-    return replace(call, args=args, kwargs=kwargs, target=target)
 
 
 def _named(decision: Decision, base: Recipe) -> list[tuple[str, Recipe]]:

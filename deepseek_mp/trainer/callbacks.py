@@ -1,12 +1,13 @@
 """Hooks into a fit: override what you need, every method does nothing by default.
 
 A callback may also define `state_dict()` (JSON values) and `load_state_dict(state)`; they are then
-part of the checkpoint.
+part of the checkpoint. What `recorded_settings()` gives is part of the record of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from deepseek_mp.errors import ConfigError, explain
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 class Callback:
     """Base of callbacks."""
+
+    def recorded_settings(self) -> Mapping[str, Any]:
+        """What the callback was told to do, by name, for `run.json`: values that JSON has, or mappings of such.
+
+        `deepseek-mp report --diff` lists those that two runs do not share. Asked once an attempt, before its first
+        line is written. A callback that gives none is not in the record.
+        """
+        return {}
 
     def on_fit_start(self, trainer: MixedPrecisionTrainer) -> None:
         """Before the first batch, after a resume."""
@@ -48,6 +57,25 @@ class Callback:
 def overrides(callback: Callback, method: str) -> bool:
     """Whether the callback's class defines `method` itself."""
     return getattr(type(callback), method) is not getattr(Callback, method)
+
+
+def settings_of(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
+    """Name of a callback's class -> its settings, of those that give any; a second one of a class is 'Name 2'.
+
+    `ConfigError` if one gives something else than a mapping.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    of_class: Counter[str] = Counter()
+    for callback in callbacks:
+        name = type(callback).__name__
+        of_class[name] += 1
+        given = callback.recorded_settings()
+        if not isinstance(given, Mapping):
+            allowed, change = "a mapping of names to values that JSON has", "Return {} if there is nothing to record"
+            raise ConfigError(explain(f"recorded_settings() of {name} gave {given!r}", allowed, change))
+        if given:
+            found[name if of_class[name] == 1 else f"{name} {of_class[name]}"] = dict(given)
+    return found
 
 
 def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:

@@ -24,6 +24,7 @@ from deepseek_mp.precision import OPERANDS, Decision, PrecisionPlan, Reason
 from deepseek_mp.precision.storage import STORAGE_KIND, StorageDecision
 from deepseek_mp.records import RunWriter
 from deepseek_mp.records.runfile import CHECKPOINTS, RUN_FILE, load_attempts
+from deepseek_mp.trainer.callbacks import settings_of
 from deepseek_mp.trainer.offloaded import described
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.window import Window
@@ -276,12 +277,13 @@ def describe(trainer: MixedPrecisionTrainer) -> dict[str, Any]:
         for name, value in vars(trainer.config).items()
     }
     if isinstance(trainer.config.adapt, AdaptiveSettings):
-        config["adapt"] = trainer.config.adapt.to_json()
+        config["adapt"] = True  # they are among those of the callback
     config["pin"] = {name: str(recipe) for name, recipe in (trainer.config.pin or {}).items()}
     return {
         "versions": {"deepseek_mp": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": {"torch": str(trainer.device), **trainer.capabilities.to_json()},
         "config": config,
+        **({"callbacks": settings} if (settings := settings_of(trainer.callbacks)) else {}),
         "optimizer": type(trainer.optimizer).__name__,
         **described(trainer.optimizer),
         "model": type(trainer.model).__name__,

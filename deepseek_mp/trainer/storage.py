@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +75,10 @@ class WeightStorage(Callback):
         """The last decision of each parameter, by name."""
         self._states: dict[str, StorageState] = {}
         self._is_waiting = False
+
+    def recorded_settings(self) -> dict[str, Any]:
+        limits = asdict(self.limits)
+        return {"every": self.every, "policy": self.policy, "noise_fraction": self.noise_fraction, "limits": limits}
 
     def on_fit_start(self, trainer: MixedPrecisionTrainer) -> None:
         _stored_optimizer(trainer)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import batches, net, sgd
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.optim import AdamW
 from deepseek_mp.precision import Decision, Reason
+from deepseek_mp.precision.storage import StorageLimits
 from deepseek_mp.records.lines import to_plain
 from deepseek_mp.report.difference import compare_runs, numbers_of
+from deepseek_mp.trainer.storage import WeightStorage
 
 Record = Callable[..., Path]
 
@@ -54,6 +59,40 @@ def test_each_kind_of_difference(record: Record) -> None:
     assert found.series["scale"].first_unequal is not None
     assert [step.step for step in found.skipped_b] == [2]
     assert found.skipped_a == ()
+
+
+def alarm(layer: str) -> dict[str, Any]:
+    return {"layer": layer, "tensor": "input", "kind": "mass", "value": 0.02, "limit": 0.005}
+
+
+def rms(last: float) -> dict[str, Any]:
+    return {"a": {"tensors": {"input": {"samples": 1, "spread": {"rms": {"last": last}}}}}}
+
+
+def test_what_became_of_layers_is_compared_too(record: Record) -> None:
+    stored = {**decision("w", "bf16_sr").to_json(), "kind": "storage"}
+    compared = replace(decision("", "bf16", Reason.COMPARED), evidence={"budget_scale": 0.5})
+    a = record("a", decisions=[(1, stored), (2, compared)], lines={2: {"alarms": [alarm("x")], "statistics": rms(1.0)}})
+    b = record("b", lines={2: {"alarms": [alarm("x")]}, 3: {"alarms": [alarm("x")], "statistics": rms(3.0)}})
+    found = compare_runs(a, b)
+    assert [(d.parameter, *d.formats) for d in found.storage] == [("w", "bf16_sr", "(no decision)")]
+    assert [(d.what, d.a and d.a.times, d.b and d.b.times) for d in found.alarms] == [(("x", "input", "mass"), 1, 2)]
+    assert [(d.statistic, d.most[0].a, d.most[0].b) for d in found.statistics] == [("input rms", 1.0, 3.0)]
+    assert found.without_statistics == ""
+    assert [(c.reason, c.step) for c in found.decisions_a] == [("compared", 2)]
+    plain = json.loads(json.dumps(found.to_json()))
+    assert plain["storage"][0]["a"]["new"] == "bf16_sr"
+    assert plain["alarms"][0]["b"]["times"] == 2
+    assert plain["statistics"][0]["most"][0]["layer"] == "a"
+    assert plain["numbers"]["alarms"] == {"a": 1, "b": 2}
+    assert plain["numbers"]["budget_scale"] == {"a": 0.5, "b": None}
+
+
+@pytest.mark.parametrize(("lacks", "order"), [("B", ("with", "without")), ("A", ("without", "with"))])
+def test_a_run_without_statistics_is_named(record: Record, lacks: str, order: tuple[str, str]) -> None:
+    paths = {"with": record("with", lines={1: {"statistics": rms(1.0)}}), "without": record("without")}
+    found = compare_runs(*(paths[name] for name in order))
+    assert (found.without_statistics, found.statistics) == (lacks, ())
 
 
 def test_numbers_stand_beside_each_other(record: Record) -> None:
@@ -96,3 +135,17 @@ def test_two_runs_of_the_trainer_that_differ_in_precision(tmp_path: Path) -> Non
     assert found.series["loss"].compared == 5
     assert found.series["loss"].first_unequal is not None
     assert found.series["loss"].first_beyond is None
+
+
+def test_two_runs_of_the_trainer_that_differ_in_a_callback_and_in_what_it_did(tmp_path: Path) -> None:
+    limits = StorageLimits(in_a_row=1)
+    for name, callbacks in (("stored", [WeightStorage(every=1, limits=limits)]), ("plain", [])):
+        options = {"optimizer": AdamW, "device": "cpu", "emulate": True, "seed": 0, "run_dir": tmp_path / name}
+        MixedPrecisionTrainer(net(), "bf16", callbacks=callbacks, statistics_every=1, **options).fit(batches(8))
+    found = compare_runs(tmp_path / "stored", tmp_path / "plain")
+    assert {name for name, _, _ in found.settings} == {"callbacks.WeightStorage"}
+    assert {d.parameter for d in found.storage} >= {"4.weight"}
+    assert {d.formats[1] for d in found.storage} == {"(no decision)"}
+    names = {d.statistic for d in found.statistics}
+    assert {"input rms", "weight amax", "grad_output mass in_use", "update ratio", "input bad_values"} <= names
+    assert any(d.beyond for d in found.statistics)

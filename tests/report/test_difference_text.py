@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepseek_mp.precision import Decision, Reason
 from deepseek_mp.report import compare_runs, render_difference
-from deepseek_mp.report.difference_text import precision_rows
+from deepseek_mp.report.difference_text import STATISTIC_ROWS, precision_rows
 from deepseek_mp.report.products import LayerDifference
 
 Record = Callable[..., Path]
@@ -91,3 +92,57 @@ def test_where_one_role_differs_its_operands_are_told(roles: tuple[str, ...]) ->
         assert precision_rows(found) == [("h.*", "2", "wgrad", "row", "mine", "wgrad one", "other")]
     else:
         assert precision_rows(found) == [("h.*", "2", "", "row", "mine", "", "")]
+
+
+def with_statistics(record: Record, name: str, medians: dict[str, dict[str, float]], **more: Any) -> Path:
+    """A run with one sample: field -> layer -> value, all of inputs."""
+    layers: dict[str, Any] = {}
+    for field, by_layer in medians.items():
+        for layer, value in by_layer.items():
+            tensor = layers.setdefault(layer, {"tensors": {"input": {"samples": 1, "spread": {}}}})
+            tensor["tensors"]["input"]["spread"][field] = {"last": value}
+    return record(name, lines={3: {"statistics": layers, **more}})
+
+
+def test_layers_whose_statistics_differ_most(record: Record) -> None:
+    names = [f"h.{i}" for i in range(8)]
+    a = with_statistics(record, "a", {"rms": dict.fromkeys(names, 1.0), "amax": {"h.0": 5.0, "": 4.0}})
+    b = {"rms": {name: 1.0 + i for i, name in enumerate(names)}, "amax": {"h.0": 5.1, "": 6.0}}
+    text = render_difference(compare_runs(a, with_statistics(record, "b", b)), 100)
+    rows = [line.split() for line in text.splitlines()]
+    start = rows.index(["input", "rms", "7", "of", "8", "h.7", "1", "8", "+700", "%"])
+    assert rows[start + 1 : start + 4] == [
+        ["h.6", "1", "7", "+600", "%"],
+        ["h.5", "1", "6", "+500", "%"],
+        ["input", "amax", "1", "of", "2", "(model)", "4", "6", "+50", "%"],
+    ]
+    assert "2 statistics of up to 8 layers compared; medians are more than 5 % apart in 2" in words(text)
+
+
+def test_the_table_of_statistics_is_short(record: Record) -> None:
+    fields = [f"field{i:02}" for i in range(40)]
+    a = with_statistics(record, "a", {field: dict.fromkeys("xyz", 1.0) for field in fields})
+    b = with_statistics(record, "b", {field: dict.fromkeys("xyz", 2.0) for field in fields})
+    text = render_difference(compare_runs(a, b), 100)
+    shown = STATISTIC_ROWS // 3
+    assert sum("input field" in line for line in text.splitlines()) == shown
+    assert f"... and {40 - shown} more statistics" in text
+
+
+def test_alarms_storage_and_callbacks_that_differ(record: Record) -> None:
+    alarm = {"layer": "h.3", "tensor": "input", "kind": "mass", "value": 0.02, "limit": 0.005}
+    stored = {"layer": "h.0.weight", "kind": "storage", "old": "fp32", "new": "bf16_sr", "reason": "noise_small"}
+    info = {"callbacks": {"Stored": {"every": 3}}}
+    a = record("a", info=info, decisions=[(1, stored), (1, {**stored, "layer": "h.1.weight"})])
+    b = record("b", info={}, lines={2: {"alarms": [alarm, alarm], "statistics": {"x": {"updates": 1}}}})
+    text = render_difference(compare_runs(a, b), 100)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["h.*.weight", "2", "bf16_sr", "(no", "decision)"] in rows
+    assert ["h.3", "1", "input", "mass", "0", "2", "-", "2"] in rows
+    assert ["callbacks.Stored", '{"every":', "3}", "(not", "recorded)"] in rows
+    assert ["alarms", "0", "2", "no", "ratio"] in rows
+
+
+def test_a_run_without_statistics_is_a_note(record: Record) -> None:
+    a = with_statistics(record, "a", {"rms": {"x": 1.0}})
+    assert "- B has no statistics by layer" in render_difference(compare_runs(a, record("b")), 100)

@@ -65,12 +65,18 @@ def test_saturation_is_an_event_and_no_choice(record: Record) -> None:
 
 def test_what_live_precision_says_of_the_model_is_no_choice(record: Record) -> None:
     off = Decision(layer="", old="bf16", new="bf16", reason=Reason.ADAPT_OFF, detail="no FP8 here")
-    compared = decision("", "bf16", old="bf16", reason="compared")
+    compared, again = (
+        replace(decision("", "bf16", old="bf16", reason="compared"), evidence={"budget_scale": scale})
+        for scale in (0.5, 0.625)
+    )
     layers = layers_of(
-        record(decisions=[(0, decision("", "bf16", reason="measured_fastest")), (0, off), (9, compared)])
+        record(decisions=[(0, decision("", "bf16", reason="measured_fastest")), (0, off), (9, compared), (18, again)])
     )
     assert [c.reason for c in layers.in_force] == ["measured_fastest"]
     assert layers.adapt_off == ("no FP8 here",)
+    assert [c.step for c in layers.compared] == [9, 18]
+    assert layers.budget_scale == 0.625
+    assert layers_of(record("other")).budget_scale is None
 
 
 def test_how_weights_are_stored_is_no_choice(record: Record) -> None:
@@ -78,6 +84,7 @@ def test_how_weights_are_stored_is_no_choice(record: Record) -> None:
     layers = layers_of(record(decisions=[(0, decision("a", "bf16")), (4, stored), (8, {**stored, "new": "fp32"})]))
     assert [c.layer for c in layers.in_force] == ["a"]
     assert layers.changes == ()
+    assert [(c.layer, c.new, c.step) for c in layers.storage] == [("a.weight", "fp32", 8)]
 
 
 def test_layers_that_the_plan_in_force_does_not_have_are_gone(record: Record) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +63,16 @@ def test_recipes_of_a_plan_are_known_beside_those_with_a_name(record: Record) ->
     assert known["mine"] == mine
     assert known["block"] == find_recipe("block")
     assert "mine" not in recipes_of(read_run(record("other")))
+
+
+def test_a_callback_that_one_run_lacks_is_one_setting(record: Record) -> None:
+    def settings(name: str, **callbacks: object) -> dict[str, Any]:
+        return settings_of(read_run(record(name, info={"callbacks": callbacks})))
+
+    here = settings("here", Live={"budget": 1.0, "share": 0.5}, Stored={"every": 3, "limits": {"psi": 20.0}})
+    there = settings("there", Live={"budget": 2.0, "share": 0.5})
+    only = {"every": 3, "limits.psi": 20.0}
+    assert differing(here, there) == [
+        ("callbacks.Live.budget", 1.0, 2.0), ("callbacks.Stored", only, "(not recorded)")
+    ]  # fmt: skip
+    assert differing(there, here)[1] == ("callbacks.Stored", "(not recorded)", only)

@@ -107,6 +107,17 @@ def test_another_record_version_is_refused(record: Record) -> None:
             report_run(path)
 
 
+def test_alarms_and_storage_are_in_the_json(record: Record) -> None:
+    alarm = {"layer": "a", "tensor": "input", "kind": "mass", "value": 0.5, "limit": 0.1}
+    stored = {"layer": "a.weight", "kind": "storage", "old": "fp32", "new": "bf16_sr", "reason": "noise_small"}
+    plain = report_run(record(decisions=[(2, stored)], lines={3: {"alarms": [alarm]}})).to_json()
+    assert plain["alarms"] == [
+        {"layer": "a", "tensor": "input", "kind": "mass", "times": 1, "first_step": 3, "largest": 0.5, "limit": 0.1}
+    ]
+    assert [(line["layer"], line["new"]) for line in plain["storage"]] == [("a.weight", "bf16_sr")]
+    assert plain["compared"] == []
+
+
 def test_a_run_of_the_trainer(tmp_path: Path) -> None:
     trainer = MixedPrecisionTrainer(
         net(), "bf16", loss_scale_policy=64.0, optimizer=sgd, device="cpu", emulate=True, run_dir=tmp_path, seed=5

@@ -14,10 +14,12 @@ from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.speed import SETTLING, WINDOW
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.monitor.alarms import Alarm
-from deepseek_mp.nn.call import parse_batch
 from deepseek_mp.precision import Reason
 from deepseek_mp.profiler.layer_times import LayerCosts
-from deepseek_mp.trainer.adaptive import AdaptivePrecision, part_of
+from deepseek_mp.records import read_run
+from deepseek_mp.records.lines import to_plain
+from deepseek_mp.trainer.adaptive import AdaptivePrecision
+from deepseek_mp.trainer.recording import describe
 
 SETTINGS = AdaptiveSettings(
     warm_up=4, probe_every=2, decide_every=4, recipes=("row",), loss_budget=1.0, noise_budget=9.0
@@ -74,6 +76,14 @@ def test_layers_are_lowered_while_training_and_every_decision_is_on_disk(tmp_pat
     assert {line["layer"] for line in taken} >= {"up", "down"}
     assert all(line["evidence"].get("loss") is not None for line in taken)
     assert {d.layer for d in adaptive.decisions} == {"up", "down"}
+
+
+def test_its_settings_are_in_the_record_once_however_it_came_about(tmp_path):
+    trainer(AdaptivePrecision(SETTINGS), run_dir=tmp_path / "given").fit(batches(2))
+    assert read_run(tmp_path / "given").info["callbacks"] == {"AdaptivePrecision": to_plain(SETTINGS, "settings")}
+    asked = describe(MixedPrecisionTrainer(Plain(), "auto", adapt=SETTINGS, device="cpu"))
+    assert asked["callbacks"] == {"AdaptivePrecision": SETTINGS.to_json()}
+    assert asked["config"]["adapt"] is True
 
 
 def test_probes_change_nothing_of_a_run_without_decisions():
@@ -187,18 +197,6 @@ def test_a_device_without_fp8_says_so():
     assert "multiplies in none of tensor, row, block" in adaptive.disabled
 
 
-def test_a_part_of_a_batch_keeps_its_form():
-    labels = torch.arange(40)
-    call = part_of(parse_batch({"input_ids": torch.arange(80).view(40, 2), "labels": labels, "flag": 3}), 0.25)
-    assert call.kwargs["input_ids"].shape == (10, 2)
-    assert call.kwargs["labels"] is call.target
-    assert call.target.tolist() == list(range(10))
-    assert call.kwargs["flag"] == 3
-    assert part_of(parse_batch(torch.zeros(40, 3)), 0.1).args[0].shape == (8, 3)
-    few = parse_batch(torch.zeros(5, 3))
-    assert part_of(few, 0.1) is few
-
-
 def test_a_guard_that_fires_while_the_last_step_settles_is_not_lost():
     adaptive = AdaptivePrecision(SETTINGS)
     made = trainer(adaptive)
@@ -252,12 +250,6 @@ def test_a_batch_that_is_not_finite_says_nothing():
     made = fitted(Plain(), data, adaptive)
     assert {recipes(made)[name] for name in ("up", "down")} == {"row"}
     assert all(effect.second < 1 for r in adaptive.controller.readings.values() for effect in r.effects.values())
-
-
-def test_targets_that_are_no_items_keep_the_whole_batch():
-    x, target = torch.randn(16, 4, 32), torch.randint(0, 8, (64,))
-    whole = parse_batch((x, target))
-    assert part_of(whole, 0.1) is whole
 
 
 def test_a_model_that_bears_no_probe_goes_on_without():

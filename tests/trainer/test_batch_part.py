@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
-from deepseek_mp.trainer.batch_part import first_samples
+from deepseek_mp.nn.call import parse_batch
+from deepseek_mp.trainer.batch_part import first_samples, part_of
 
 
 def test_every_form_of_a_batch_is_cut() -> None:
@@ -41,3 +42,21 @@ def test_containers_of_another_class_are_cut_and_packed_sequences_are_not() -> N
     assert isinstance(cut, Pair)
     assert cut.inputs[1] is packed
     assert (cut.inputs[0].shape, cut.target.shape) == ((2, 2), (2,))
+
+
+def test_a_part_of_a_batch_keeps_its_form() -> None:
+    labels = torch.arange(40)
+    call = part_of(parse_batch({"input_ids": torch.arange(80).view(40, 2), "labels": labels, "flag": 3}), 0.25)
+    assert call.kwargs["input_ids"].shape == (10, 2)
+    assert call.kwargs["labels"] is call.target
+    assert call.target.tolist() == list(range(10))
+    assert call.kwargs["flag"] == 3
+    assert part_of(parse_batch(torch.zeros(40, 3)), 0.1).args[0].shape == (8, 3)
+    few = parse_batch(torch.zeros(5, 3))
+    assert part_of(few, 0.1) is few
+
+
+def test_targets_that_are_no_items_keep_the_whole_batch() -> None:
+    x, target = torch.randn(16, 4, 32), torch.randint(0, 8, (64,))
+    whole = parse_batch((x, target))
+    assert part_of(whole, 0.1) is whole

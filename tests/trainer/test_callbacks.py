@@ -10,7 +10,8 @@ from torch import nn
 
 from deepseek_mp import Callback, MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.trainer.callbacks import check_callbacks, overrides
+from deepseek_mp.records import read_run
+from deepseek_mp.trainer.callbacks import check_callbacks, overrides, settings_of
 
 
 class Diary(Callback):
@@ -145,3 +146,39 @@ def test_any_iterable_of_callbacks_becomes_a_tuple():
     one, two = Callback(), Callback()
     assert check_callbacks(iter([one, two])) == (one, two)
     assert check_callbacks(()) == ()
+
+
+class Told(Callback):
+    """Says what it was told."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def recorded_settings(self):
+        return self.given
+
+
+def test_settings_are_those_of_callbacks_that_give_any():
+    callbacks = [Told({"rate": 3}), Diary([]), Told({}), Told({"rate": 4})]
+    assert settings_of(callbacks) == {"Told": {"rate": 3}, "Told 3": {"rate": 4}}
+    assert Callback().recorded_settings() == {}
+
+
+def test_settings_are_in_the_record_of_a_run(tmp_path):
+    trainer_with([Diary([]), Told({"rate": 3})], run_dir=tmp_path / "told").fit(batches(1))
+    assert read_run(tmp_path / "told").info["callbacks"] == {"Told": {"rate": 3}}
+    trainer_with([Diary([])], run_dir=tmp_path / "none").fit(batches(1))
+    assert "callbacks" not in read_run(tmp_path / "none").info
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, r"recorded_settings\(\) of Told gave None. Allowed: a mapping"),
+        ({"rate": object()}, r"callbacks\.Told\.rate is a object.*run record cannot hold"),
+    ],
+)
+def test_settings_that_no_record_can_hold_are_refused(tmp_path, given, message):
+    trainer = trainer_with([Told(given)], run_dir=tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        trainer.fit(batches(1))

@@ -1,5 +1,6 @@
 """Weights stored in BF16 in whole runs: every recipe that reads them, decisions while training, and what is refused."""
 
+import json
 import logging
 
 import pytest
@@ -125,6 +126,22 @@ def test_decisions_are_in_the_records_of_the_run_with_their_evidence(tmp_path):
     assert lines[0]["evidence"] == dict(storage.decisions[0].evidence)
     assert lines[0]["evidence"]["psi"] < 20
     assert {choice.layer for choice in read_layers(found).in_force} == {"0", "1", "3"}
+    assert [(choice.layer, choice.new) for choice in read_layers(found).storage] == [
+        ("0.weight", "bf16_sr"), ("3.weight", "bf16_sr")
+    ]  # fmt: skip
+    assert found.info["callbacks"] == {"WeightStorage": json.loads(json.dumps(storage.recorded_settings()))}
+    assert found.info["callbacks"]["WeightStorage"] == {
+        "every": 1,
+        "policy": "auto",
+        "noise_fraction": 1.0,
+        "limits": {
+            "psi": 20.0,
+            "edq_error": 0.05,
+            "small_ratio": 1e-3,
+            "in_a_row": 1,
+            "kept_kinds": ["norm", "bias", "embedding"],
+        },
+    }
 
 
 def test_a_smaller_format_waits_for_three_measurements():
