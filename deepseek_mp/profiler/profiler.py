@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deepseek_mp.backends import Capabilities, capabilities, math_mode
 from deepseek_mp.backends.low_precision import formats_of
 from deepseek_mp.costs.fingerprint import model_digest
-from deepseek_mp.costs.restore import preserved
+from deepseek_mp.costs.restore import Snapshot, preserved
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import unconverted
 from deepseek_mp.nn.call import Call, LossFn, move, parse_batch, run
@@ -270,8 +270,14 @@ class PrecisionProfiler:
         called = [move(parse_batch(batch), self._device) for batch in batches] or [self._last_call]
         report("verifying", 0.0)
 
+        snapshot = Snapshot(self.model, self._device)
+
         def loss_of(call: Call) -> Callable[[], Tensor]:
-            return lambda: run(self.model, call, self._loss_fn).loss.detach()
+            def loss() -> Tensor:
+                snapshot.restore()  # dropout draws the same with and without the recipe
+                return run(self.model, call, self._loss_fn).loss.detach()
+
+            return loss
 
         changes = true_changes(
             [loss_of(call) for call in called],

@@ -173,6 +173,14 @@ def test_verification_stands_beside_the_predictions(model, batches):
     assert not last.verification.held_out
 
 
+def test_true_changes_are_not_those_of_other_dropout_draws(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(32, 64), nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 32))
+    report = PrecisionProfiler(model, recipes=["bf16"]).analyze(batches, max_batches=2, verify=3, time_layers=False)
+    changes = [unit["true_change"]["bf16"] for unit in report.values()]
+    assert all(0 < abs(change) < 1e-3 for change in changes)  # other draws: 1e-2
+
+
 def test_weights_alone_say_how_far_outputs_would_be(model):
     report = PrecisionProfiler(model).analyze()
     assert report.basis == "weights"
