@@ -116,7 +116,8 @@ class PrecisionProfiler:
             max_batches: as many are looked at. The loss becomes sure with few, its first-order part with many.
             verify: for that many units, the riskiest first, measure the true change of the loss too, on more batches.
             time_layers: time the units in the formats that the device multiplies, a few seconds.
-            resume: a file that keeps what was measured; if it is there, its batches are passed over.
+            resume: a file that keeps what was measured; if it is there, its batches are passed over, and count also
+                where they are more than `max_batches`.
             progress: called with what is being done and the share of it that is done.
             metric: instead of batches; runs the model, the same every time, and returns a number. The result is the
                 lowest precision of each part, emulated, with which all together hold the metric.
@@ -203,8 +204,9 @@ class PrecisionProfiler:
             "seed": self._seed,
         }
         known = Partial() if resume is None else Partial.load(resume, asked)
-        for _ in islice(iterator, known.seen):
-            pass
+        for batch in islice(iterator, known.seen):
+            self._last_call = parse_batch(batch)
+        self._last_call = move(self._last_call, self._device)
         while known.seen < max_batches:
             probe = Probe(self._found.units, self._recipes, seed=self._seed + known.seen)
             skipped, seen = [], 0

@@ -164,6 +164,16 @@ def test_a_profile_is_resumed_where_it_stood(model, batches, tmp_path):
         PrecisionProfiler(model, seed=5).analyze(batches, resume=file)
 
 
+@pytest.mark.parametrize("max_batches", [6, 2])
+def test_a_profile_that_was_complete_is_verified_from_its_file(model, batches, tmp_path, max_batches):
+    file = tmp_path / "profile.json"
+    whole = PrecisionProfiler(model, recipes=["bf16"]).analyze(batches, max_batches=6, verify=1, resume=file)
+    again = PrecisionProfiler(model, recipes=["bf16"]).analyze(batches, max_batches=max_batches, verify=1, resume=file)
+    assert again.batches == 6
+    assert again.verification.pairs == whole.verification.pairs
+    assert again["down"]["milliseconds"].keys() == whole["down"]["milliseconds"].keys()
+
+
 def test_verification_stands_beside_the_predictions(model, batches):
     report = PrecisionProfiler(model).analyze(batches, max_batches=3, verify=2, time_layers=False)
     assert report.verification.pairs == 10
