@@ -26,7 +26,7 @@ from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
 from deepseek_mp.profiler.partial import Partial
 from deepseek_mp.profiler.report import ProfileReport
 from deepseek_mp.profiler.search import MetricReport, lowest_precision
-from deepseek_mp.profiler.unit_profile import riskiest
+from deepseek_mp.profiler.unit_profile import family_of, riskiest
 from deepseek_mp.profiler.verification import true_changes
 from deepseek_mp.sensitivity import Probe
 from deepseek_mp.sensitivity.truth import outputs_in
@@ -47,8 +47,8 @@ class PrecisionProfiler:
     Args:
         model: in FP32; plans in force are set aside for the time of an analysis.
         loss_fn: (output, target) -> scalar; None: the model's own loss, or inferred, as `MixedPrecisionTrainer` does.
-        recipes: names of recipes, or recipes with names, to profile; None: bf16, fp16 and the FP8 recipes, emulated
-            where the device lacks them. 'nvfp4' can be asked for.
+        recipes: names of recipes, or recipes with names, to profile besides the base; None: bf16, fp16 and the FP8
+            recipes, emulated where the device lacks them. 'nvfp4' can be asked for.
         base: what a unit runs in for which nothing else is better; None: bf16 where the device has it, else fp32.
         seed: of the rows and items that are drawn.
     """
@@ -71,6 +71,8 @@ class PrecisionProfiler:
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._capabilities: Capabilities = capabilities(self._device)
         self._base = find_recipe(base or ("bf16" if "bf16" in self._capabilities.matmul_formats else "fp32"))
+        if family_of(self._base.name) is not None and self._base not in self._recipes:
+            self._recipes.insert(0, self._base)  # what runs in the base is not free either
 
     @overload
     def analyze(

@@ -174,6 +174,15 @@ def test_a_profile_that_was_complete_is_verified_from_its_file(model, batches, t
     assert again["down"]["milliseconds"].keys() == whole["down"]["milliseconds"].keys()
 
 
+@pytest.mark.parametrize("base", ["bf16", "tf32"])
+def test_the_base_is_measured_and_counted_although_it_was_not_named(model, batches, base):
+    report = PrecisionProfiler(model, recipes=["row"], base=base).analyze(batches, max_batches=2, time_layers=False)
+    assert report.recipes == (base, "row")
+    assert report["down"][f"{base}_loss"] > 0
+    tight = report.plan(budget=report["down"][f"{base}_loss"] / 100, recipes=["row"])
+    assert "fp32" in {decision.new for decision in tight.decisions}
+
+
 def test_verification_stands_beside_the_predictions(model, batches):
     report = PrecisionProfiler(model).analyze(batches, max_batches=3, verify=2, time_layers=False)
     assert report.verification.pairs == 10
