@@ -20,6 +20,7 @@ from deepseek_mp.nn import unconverted
 from deepseek_mp.nn.call import Call, LossFn, move, parse_batch, run
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import multiplies, original_class
+from deepseek_mp.ops.dtypes import format_of
 from deepseek_mp.precision import RECIPES, Recipe, find_recipe
 from deepseek_mp.profiler.assemble import assemble, with_recommendations, with_verification, without_data
 from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
@@ -124,7 +125,8 @@ class PrecisionProfiler:
             metric: instead of batches; runs the model, the same every time, and returns a number. The result is the
                 lowest precision of each part, emulated, with which all together hold the metric.
             tolerance: largest relative error of the metric.
-            formats: recipes to try for the metric, from the highest to the lowest.
+            formats: recipes to try for the metric, from the highest to the lowest; the highest is emulated, too,
+                unless it is that of the parameters.
             parts: names of modules for the metric, each with all that is in it; None: each unit that multiplies.
 
         Raises:
@@ -165,8 +167,13 @@ class PrecisionProfiler:
                 explain("a metric without tolerance", "tolerance=1e-3 or the like", "Say what is allowed")
             )
 
+        named = [module for modules in members.values() for module in modules]
+        highest = [module for module in named if not _is_stored_in(module, formats[0])]
+
         def measure(assignment: Mapping[str, str]) -> float:
-            lowered = {module: RECIPES[name] for part, name in assignment.items() for module in members[part]}
+            lowered = dict.fromkeys(highest, RECIPES[formats[0]])
+            for part, name in assignment.items():
+                lowered |= dict.fromkeys(members[part], RECIPES[name])
             with outputs_in(lowered), torch.no_grad():
                 return float(metric(self.model))
 
@@ -289,3 +296,9 @@ class PrecisionProfiler:
             {name: list(made[name]["recipes"]) for name in names},
         )
         return with_verification(made, changes, held_out=bool(batches))
+
+
+def _is_stored_in(module: nn.Module, format: str) -> bool:
+    """Whether the module as it is computes in the format."""
+    stored = next(module.parameters(), None)
+    return stored is not None and format_of(stored.dtype) == format

@@ -9,6 +9,8 @@ from torch import nn
 from deepseek_mp import PrecisionPlan, PrecisionProfiler, convert
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import current_plan
+from deepseek_mp.precision import RECIPES
+from deepseek_mp.sensitivity.truth import outputs_in
 
 
 def state_of(model):
@@ -217,6 +219,20 @@ def test_parts_hold_a_metric_together(model, batches):
     assert report.error <= 1e-5
     assert set(report.formats) == {"up", "down", "head"}
     assert "fp32" in report.formats.values() or "fp16" in report.formats.values()
+
+
+def test_the_metric_is_compared_with_all_parts_in_the_highest_format(model, batches):
+    def metric(m):
+        return float(m(batches[0][0]).square().mean())
+
+    report = PrecisionProfiler(model).analyze(metric=metric, tolerance=1e-9, formats=("bf16", "nvfp4"))
+    parts = dict.fromkeys((model.up, model.down, model.head, model.unused), RECIPES["bf16"])
+    with outputs_in(parts), torch.no_grad():
+        assert report.reference == metric(model)
+    assert report.reference != metric(model)
+    used = ("up", "down", "head")
+    assert {report.formats[part] for part in used} == {"bf16"}
+    assert all(report.alone[part]["nvfp4"] > 1e-9 for part in used)
 
 
 def test_a_metric_asks_for_a_tolerance_and_parts_that_exist(model):
