@@ -45,6 +45,8 @@ Metric = Callable[[nn.Module], float]
 class PrecisionProfiler:
     """Analyses a model; afterwards it is exactly as before, with its gradients, buffers and random numbers.
 
+    A `loss_fn` that is a module is, too.
+
     Args:
         model: in FP32; plans in force are set aside for the time of an analysis.
         loss_fn: (output, target) -> scalar; None: the model's own loss, or inferred, as `MixedPrecisionTrainer` does.
@@ -65,6 +67,7 @@ class PrecisionProfiler:
     ) -> None:
         self.model = model
         self._loss_fn = loss_fn
+        self._preserved = nn.ModuleList([model, loss_fn]) if isinstance(loss_fn, nn.Module) else model
         self._recipes = [find_recipe(recipe) for recipe in (RECIPES_ASKED if recipes is None else recipes)]
         self._seed = seed
         self._last_call: Call = Call(args=(), kwargs={}, target=None)
@@ -197,7 +200,7 @@ class PrecisionProfiler:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         with (
-            preserved(self.model, self._device),
+            preserved(self._preserved, self._device),
             unconverted(self.model),
             math_mode(self._device, fp32="ieee", search=False),
         ):
@@ -254,7 +257,7 @@ class PrecisionProfiler:
             found.loss.backward()
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-            self.model.zero_grad(set_to_none=True)
+            self._preserved.zero_grad(set_to_none=True)
             self._last_call = call
             if not finite:
                 probe.discard()
@@ -281,7 +284,7 @@ class PrecisionProfiler:
         called = [move(parse_batch(batch), self._device) for batch in batches] or [self._last_call]
         report("verifying", 0.0)
 
-        snapshot = Snapshot(self.model, self._device)
+        snapshot = Snapshot(self._preserved, self._device)
 
         def loss_of(call: Call) -> Callable[[], Tensor]:
             def loss() -> Tensor:

@@ -72,6 +72,25 @@ def test_the_model_is_as_before_after_an_exception(model, batches):
     assert_same(model, before)
 
 
+def test_a_loss_that_is_a_module_is_as_before(model, batches):
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heat, self.calls = nn.Parameter(torch.ones(())), 0
+
+        def forward(self, output, target):
+            self.calls += 1
+            return nn.functional.cross_entropy((output * self.heat).flatten(0, -2), target.flatten())
+
+    loss_fn = Loss()
+    loss_fn.heat.grad = torch.ones(())
+    before = state_of(loss_fn)
+    PrecisionProfiler(model, loss_fn=loss_fn).analyze(batches, max_batches=2, verify=1, time_layers=False)
+    assert_same(loss_fn, before)
+    assert loss_fn.calls == 0
+    assert loss_fn.heat.grad == 1
+
+
 def test_running_statistics_are_as_before():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
     batch = torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8,))
