@@ -21,7 +21,15 @@ from deepseek_mp.nn.call import Call, LossFn, move, parse_batch, run
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import multiplies, original_class
 from deepseek_mp.ops.dtypes import format_of
-from deepseek_mp.precision import RECIPES, Recipe, find_recipe
+from deepseek_mp.precision import Recipe, find_recipe
+from deepseek_mp.profiler.arguments import (
+    check_batches,
+    check_count,
+    check_masters,
+    check_model,
+    check_unused,
+    ordered_recipes,
+)
 from deepseek_mp.profiler.assemble import assemble, with_recommendations, with_verification, without_data
 from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
 from deepseek_mp.profiler.partial import Partial
@@ -65,6 +73,7 @@ class PrecisionProfiler:
         base: str | None = None,
         seed: int = 0,
     ) -> None:
+        check_model(model)
         self.model = model
         self._loss_fn = loss_fn
         self._preserved = nn.ModuleList([model, loss_fn]) if isinstance(loss_fn, nn.Module) else model
@@ -133,16 +142,26 @@ class PrecisionProfiler:
             parts: names of modules for the metric, each with all that is in it; None: each unit that multiplies.
 
         Raises:
-            ConfigError: a model without units, no batch with a finite loss, or a file of another profile; a metric
-                that is not finite, a tolerance that is not positive, or a part without units.
+            ConfigError: a model without units, no batch with a finite loss, a file of another profile, or trained
+                parameters in 16 bits; a metric that is not a finite number, a tolerance that is not positive, formats
+                out of order, or a part without units; arguments of the one question beside the other.
         """
-        if metric is not None:
-            return self._on_metric(metric, tolerance, formats, parts, progress)
         if not self._found.units:
             allowed = "a model with Linear, convolution, norm or embedding layers, or others taught by register_unit"
             raise ConfigError(explain("a model without units", allowed, "Profile a model that has some"))
+        if metric is not None:
+            of_loss = {"batches": batches is not None, "max_batches": max_batches != BATCHES, "verify": verify != 0}
+            of_loss |= {"time_layers": not time_layers, "resume": resume is not None}
+            check_unused(of_loss, "beside a metric")
+            return self._on_metric(metric, tolerance, formats, parts, progress)
+        of_metric = {"tolerance": tolerance is not None, "parts": parts is not None}
+        check_unused(of_metric | {"formats": tuple(formats) != FORMATS_TRIED}, "without a metric")
+        check_count("max_batches", max_batches, 1)
+        check_count("verify", verify, 0)
+        check_masters(self.model)
         if batches is None:
             return without_data(self._found, self._recipes, self._base)
+        check_batches(batches)
         report = progress or (lambda text, share: None)
         iterator = iter(batches)
         with self._undisturbed():
@@ -164,7 +183,7 @@ class PrecisionProfiler:
         parts: Sequence[str] | None,
         progress: Progress | None,
     ) -> MetricReport:
-        members = self._parts(parts)
+        recipes, members = ordered_recipes(formats), self._parts(parts)
         if tolerance is None:
             raise ConfigError(
                 explain("a metric without tolerance", "tolerance=1e-3 or the like", "Say what is allowed")
@@ -174,17 +193,22 @@ class PrecisionProfiler:
         highest = [module for module in named if not _is_stored_in(module, formats[0])]
 
         def measure(assignment: Mapping[str, str]) -> float:
-            lowered = dict.fromkeys(highest, RECIPES[formats[0]])
+            lowered = dict.fromkeys(highest, recipes[formats[0]])
             for part, name in assignment.items():
-                lowered |= dict.fromkeys(members[part], RECIPES[name])
+                lowered |= dict.fromkeys(members[part], recipes[name])
             with outputs_in(lowered), torch.no_grad():
-                return float(metric(self.model))
+                return metric(self.model)
 
         with self._undisturbed():
             return lowest_precision(measure, list(members), tolerance=tolerance, formats=formats, progress=progress)
 
     def _parts(self, parts: Sequence[str] | None) -> dict[str, list[nn.Module]]:
         multiplying = {n: m for n, m in self._found.units.items() if multiplies(original_class(m))}
+        if not multiplying:
+            allowed = "a model with Linear or convolution layers, or others that multiply"
+            raise ConfigError(explain("a model without units that multiply", allowed, "Profile another model"))
+        if isinstance(parts, str):
+            raise ConfigError(explain(f"parts={parts!r}", "a list of names of modules", f"Pass [{parts!r}]"))
         if parts is None:
             parts = list(multiplying)
         members = {

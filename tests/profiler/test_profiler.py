@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deepseek_mp import PrecisionPlan, PrecisionProfiler, convert
-from deepseek_mp.errors import ConfigError
+from deepseek_mp.errors import BatchError, ConfigError, PlanError
 from deepseek_mp.nn import current_plan
 from deepseek_mp.precision import RECIPES
 from deepseek_mp.sensitivity.truth import outputs_in
@@ -242,7 +242,7 @@ def test_parts_hold_a_metric_together(model, batches):
 
 def test_the_metric_is_compared_with_all_parts_in_the_highest_format(model, batches):
     def metric(m):
-        return float(m(batches[0][0]).square().mean())
+        return float(m(batches[0][0]).detach().square().mean())
 
     report = PrecisionProfiler(model).analyze(metric=metric, tolerance=1e-9, formats=("bf16", "nvfp4"))
     parts = dict.fromkeys((model.up, model.down, model.head, model.unused), RECIPES["bf16"])
@@ -262,3 +262,38 @@ def test_a_metric_asks_for_a_tolerance_and_parts_that_exist(model):
         profiler.analyze(metric=lambda m: 1.0, tolerance=1e-3, parts=["nothing"])
     with pytest.raises(ConfigError, match="a metric of nan"):
         profiler.analyze(metric=lambda m: float("nan"), tolerance=1e-3)
+    with pytest.raises(ConfigError, match=r"parts='down'.*Pass \['down'\]"):
+        profiler.analyze(metric=lambda m: 1.0, tolerance=1e-3, parts="down")
+    with pytest.raises(ConfigError, match=r"formats \['bf16', 'fp32'\].*from the highest to the lowest"):
+        profiler.analyze(metric=lambda m: 1.0, tolerance=1e-3, formats=("bf16", "fp32"))
+    for norm, message in ((nn.LayerNorm(4), "without units that multiply"), (nn.ReLU(), "a model without units")):
+        with pytest.raises(ConfigError, match=message):
+            PrecisionProfiler(norm).analyze(metric=lambda m: 1.0, tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"tolerance": 1e-3}, "tolerance without a metric"),
+        ({"parts": ["up"], "formats": ("fp32", "bf16")}, "parts, formats without a metric"),
+        ({"metric": float, "tolerance": 1.0, "batches": []}, "batches beside a metric"),
+        ({"metric": float, "tolerance": 1.0, "verify": 1, "resume": "file"}, "verify, resume beside a metric"),
+        ({"verify": -1}, "verify=-1"),
+        ({"max_batches": 2.5}, r"max_batches=2\.5"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(model, asked, message):
+    with pytest.raises(ConfigError, match=message):
+        PrecisionProfiler(model).analyze(**asked)
+
+
+def test_a_model_that_no_plan_could_train_is_refused(model, batches):
+    with pytest.raises(PlanError, match=r"'embedding\.weight', which is trained and stored in"):
+        PrecisionProfiler(model.bfloat16()).analyze(batches)
+    with pytest.raises(ConfigError, match="the class LayerNorm as model"):
+        PrecisionProfiler(nn.LayerNorm)
+
+
+def test_one_batch_is_no_loader(model, batches):
+    with pytest.raises(BatchError, match="batches that are one batch, a tuple"):
+        PrecisionProfiler(model).analyze(batches[0])
