@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -31,6 +32,7 @@ from deepseek_mp.profiler.arguments import (
     ordered_recipes,
 )
 from deepseek_mp.profiler.assemble import assemble, with_recommendations, with_verification, without_data
+from deepseek_mp.profiler.first_batch import digest_of, seeded_loss
 from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
 from deepseek_mp.profiler.partial import Partial
 from deepseek_mp.profiler.report import ProfileReport
@@ -132,7 +134,8 @@ class PrecisionProfiler:
             verify: for that many units, the riskiest first, measure the true change of the loss too, on more batches.
             time_layers: time the units in the formats that the device multiplies, a few seconds.
             resume: a file that keeps what was measured; if it is there, its batches are passed over, and count also
-                where they are more than `max_batches`.
+                where they are more than `max_batches`. It is refused if it is of another model, other weights, recipes,
+                loss or seed, or began with another batch.
             progress: called with what is being done and the share of it that is done.
             metric: instead of batches; runs the model, the same every time, and returns a number. The result is the
                 lowest precision of each part, emulated, with which all together hold the metric.
@@ -234,12 +237,12 @@ class PrecisionProfiler:
         self, iterator: Iterator[Any], max_batches: int, resume: str | Path | None, report: Progress
     ) -> Partial:
         """What the batches say, with what a file already held."""
-        asked = {
-            "model": model_digest(self.model),
-            "recipes": [recipe.to_json() for recipe in self._recipes],
-            "seed": self._seed,
-        }
+        first = next(iterator, None)
+        if first is None:
+            return Partial()
+        asked = {} if resume is None else self._asked(parse_batch(first))
         known = Partial() if resume is None else Partial.load(resume, asked)
+        iterator = chain([first], iterator)
         for batch in islice(iterator, known.seen):
             self._last_call = parse_batch(batch)
         self._last_call = move(self._last_call, self._device)
@@ -269,6 +272,18 @@ class PrecisionProfiler:
             if resume is not None:
                 known.save(resume, asked)
         return known
+
+    def _asked(self, first: Call) -> dict[str, Any]:
+        """What a file that is resumed has to be of, before the first batch is looked at."""
+        call = move(first, self._device)
+        loss = seeded_loss(self._preserved, lambda: run(self.model, call, self._loss_fn).loss, self._device, self._seed)
+        return {
+            "model": model_digest(self.model),
+            "recipes": [recipe.to_json() for recipe in self._recipes],
+            "seed": self._seed,
+            "first_batch": digest_of(first),
+            "first_loss": loss if math.isfinite(loss) else str(loss),
+        }
 
     def _look(self, probe: Probe, batch: Any) -> str | None:
         """Measure one batch; why it does not count, or None."""

@@ -204,6 +204,38 @@ def test_the_base_is_measured_and_counted_although_it_was_not_named(model, batch
     assert "fp32" in {decision.new for decision in tight.decisions}
 
 
+def test_a_file_of_other_data_weights_or_another_loss_is_not_joined(model, batches, tmp_path):
+    def cross_entropy(output, target):
+        return nn.functional.cross_entropy(output.flatten(0, -2), target.flatten())
+
+    def resumed(batches, loss_fn=cross_entropy):
+        profiler = PrecisionProfiler(model, loss_fn=loss_fn, recipes=["bf16"])
+        return profiler.analyze(batches, max_batches=2, time_layers=False, resume=tmp_path / "profile.json")
+
+    before = state_of(model)
+    assert resumed(batches).batches == resumed(batches).batches == 2
+    assert_same(model, before)
+    with pytest.raises(ConfigError, match="of another profile"):
+        resumed(batches[1:])
+    with pytest.raises(ConfigError, match="of another profile"):
+        resumed(batches, lambda output, target: 2 * cross_entropy(output, target))
+    with torch.no_grad():
+        model.down.weight *= 2
+    with pytest.raises(ConfigError, match="of another profile"):
+        resumed(batches)
+    with pytest.raises(ConfigError, match="no batch to profile"):
+        resumed([])
+
+
+def test_a_file_of_a_model_with_dropout_is_joined_whatever_was_drawn_before(batches, tmp_path):
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Dropout(0.5), nn.Linear(16, 32))
+    for seen in (1, 2):
+        torch.rand(5)
+        profiler = PrecisionProfiler(model, recipes=["bf16"])
+        report = profiler.analyze(batches, max_batches=seen, time_layers=False, resume=tmp_path / "profile.json")
+        assert report.batches == seen
+
+
 def test_verification_stands_beside_the_predictions(model, batches):
     report = PrecisionProfiler(model).analyze(batches, max_batches=3, verify=2, time_layers=False)
     assert report.verification.pairs == 10
