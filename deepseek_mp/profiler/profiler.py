@@ -247,7 +247,7 @@ class PrecisionProfiler:
             self._last_call = parse_batch(batch)
         self._last_call = move(self._last_call, self._device)
         while known.seen < max_batches:
-            probe = Probe(self._found.units, self._recipes, seed=self._seed + known.seen)
+            probe = Probe(self._found.units, self._recipes, seed=self._seed + known.seen, frozen=True)
             skipped, seen = [], 0
             for batch in islice(iterator, min(SAVE_EVERY, max_batches - known.seen)):
                 report("measuring what each precision does", (known.seen + seen) / max_batches)

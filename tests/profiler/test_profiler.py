@@ -145,6 +145,20 @@ def test_a_layer_the_loss_does_not_depend_on_is_named(batches):
     assert report["side"]["recommended"] == report.base
 
 
+def test_frozen_layers_are_measured_and_not_trained(model, batches):
+    model.requires_grad_(False)
+    model.down.requires_grad_(True)
+    before = state_of(model)
+    report = PrecisionProfiler(model).analyze(batches, max_batches=2, verify=1, time_layers=False)
+    assert_same(model, before)
+    assert report["up"]["not_analysed"] is None
+    assert 0 < report["up"]["bf16_loss"] < report["up"]["fp8_loss"]
+    noise = {name: report[name]["recipes"]["tensor"]["noise"] for name in ("up", "down", "head")}
+    assert noise["up"]["wgrad"] == noise["up"]["dgrad"] == noise["head"]["wgrad"] == 0
+    assert noise["down"]["wgrad"] > 0
+    assert noise["head"]["dgrad"] > 0
+
+
 def test_a_model_without_units_is_refused():
     with pytest.raises(ConfigError, match="a model without units"):
         PrecisionProfiler(nn.Sequential(nn.ReLU())).analyze()
