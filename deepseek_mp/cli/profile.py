@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from deepseek_mp.cli.output import check_writable
-from deepseek_mp.cli.profiling import Question, answer
+from deepseek_mp.cli.profile_question import Question
+from deepseek_mp.cli.profiling import answer
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS, check_budget
 from deepseek_mp.profiler.profiler import BATCHES

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import typer
 
 from deepseek_mp.cli.interrupt import INTERRUPTED
 from deepseek_mp.cli.profile_answer import Answer
+from deepseek_mp.cli.profile_question import Question
 from deepseek_mp.cli.target import Target, load_target
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.profiler import PrecisionProfiler
 from deepseek_mp.profiler.profiler import FORMATS_TRIED
 from deepseek_mp.trainer.progress import Progress
 from deepseek_mp.trainer.setup import choose_device, seed_everything
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """The options of the command."""
-
-    recipes: tuple[str, ...] | None
-    budget: float
-    noise_budget: float
-    batches: int
-    verify: int
-    by_role: bool
-    emulate: bool
-    timed: bool
-    data: bool
-    resume: Path | None
-    device: str | None
-    seed: int
 
 
 def answer(target: str, question: Question) -> Answer:
@@ -53,6 +34,7 @@ def answer(target: str, question: Question) -> Answer:
 
 
 def _metric(found: Target, question: Question, shown: Progress) -> Answer:
+    question.check_for_metric()
     formats = question.recipes or FORMATS_TRIED
     report = PrecisionProfiler(found.model, seed=question.seed).analyze(
         metric=found.metric,

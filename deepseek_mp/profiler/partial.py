@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.records.durable import replace_text
 from deepseek_mp.sensitivity import UnitReading
+
+CLOSE = 1e-4
+"""Relative difference of the first loss that another number of threads may make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,8 @@ class Partial:
         if not Path(path).exists():
             return cls()
         data = _read(Path(path))
-        if data["asked"] != json.loads(json.dumps(asked)):
-            allowed = "the file of a profile of the same model, recipes and seed"
+        if not _is_same(data["asked"], json.loads(json.dumps(asked))):
+            allowed = "the file of a profile of the same model and weights, recipes, loss, seed and first batch"
             raise ConfigError(
                 explain(f"resume={str(path)!r}, which is of another profile", allowed, "Name another file")
             )
@@ -78,6 +82,16 @@ class Partial:
             unmeasured=data["unmeasured"],
             skipped=tuple(data["skipped"]),
         )
+
+
+def _is_same(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether all values are equal, and numbers as close as the same computation comes."""
+    return kept.keys() == asked.keys() and all(
+        math.isclose(kept[key], value, rel_tol=CLOSE)
+        if isinstance(value, float) and isinstance(kept[key], float)
+        else kept[key] == value
+        for key, value in asked.items()
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,19 +15,29 @@ from torch import Tensor, nn
 from deepseek_mp.backends import Capabilities, capabilities, math_mode
 from deepseek_mp.backends.low_precision import formats_of
 from deepseek_mp.costs.fingerprint import model_digest
-from deepseek_mp.costs.restore import preserved
+from deepseek_mp.costs.restore import Snapshot, preserved
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import unconverted
 from deepseek_mp.nn.call import Call, LossFn, move, parse_batch, run
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import multiplies, original_class
-from deepseek_mp.precision import RECIPES, Recipe, find_recipe
+from deepseek_mp.ops.dtypes import format_of
+from deepseek_mp.precision import Recipe, find_recipe
+from deepseek_mp.profiler.arguments import (
+    check_batches,
+    check_count,
+    check_masters,
+    check_model,
+    check_unused,
+    ordered_recipes,
+)
 from deepseek_mp.profiler.assemble import assemble, with_recommendations, with_verification, without_data
+from deepseek_mp.profiler.first_batch import digest_of, seeded_loss
 from deepseek_mp.profiler.layer_times import LayerCosts, layer_costs
 from deepseek_mp.profiler.partial import Partial
 from deepseek_mp.profiler.report import ProfileReport
 from deepseek_mp.profiler.search import MetricReport, lowest_precision
-from deepseek_mp.profiler.unit_profile import riskiest
+from deepseek_mp.profiler.unit_profile import family_of, riskiest
 from deepseek_mp.profiler.verification import true_changes
 from deepseek_mp.sensitivity import Probe
 from deepseek_mp.sensitivity.truth import outputs_in
@@ -44,11 +55,13 @@ Metric = Callable[[nn.Module], float]
 class PrecisionProfiler:
     """Analyses a model; afterwards it is exactly as before, with its gradients, buffers and random numbers.
 
+    A `loss_fn` that is a module is, too.
+
     Args:
         model: in FP32; plans in force are set aside for the time of an analysis.
         loss_fn: (output, target) -> scalar; None: the model's own loss, or inferred, as `MixedPrecisionTrainer` does.
-        recipes: names of recipes, or recipes with names, to profile; None: bf16, fp16 and the FP8 recipes, emulated
-            where the device lacks them. 'nvfp4' can be asked for.
+        recipes: names of recipes, or recipes with names, to profile besides the base; None: bf16, fp16 and the FP8
+            recipes, emulated where the device lacks them. 'nvfp4' can be asked for.
         base: what a unit runs in for which nothing else is better; None: bf16 where the device has it, else fp32.
         seed: of the rows and items that are drawn.
     """
@@ -62,8 +75,10 @@ class PrecisionProfiler:
         base: str | None = None,
         seed: int = 0,
     ) -> None:
+        check_model(model)
         self.model = model
         self._loss_fn = loss_fn
+        self._preserved = nn.ModuleList([model, loss_fn]) if isinstance(loss_fn, nn.Module) else model
         self._recipes = [find_recipe(recipe) for recipe in (RECIPES_ASKED if recipes is None else recipes)]
         self._seed = seed
         self._last_call: Call = Call(args=(), kwargs={}, target=None)
@@ -71,6 +86,8 @@ class PrecisionProfiler:
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._capabilities: Capabilities = capabilities(self._device)
         self._base = find_recipe(base or ("bf16" if "bf16" in self._capabilities.matmul_formats else "fp32"))
+        if family_of(self._base.name) is not None and self._base not in self._recipes:
+            self._recipes.insert(0, self._base)  # what runs in the base is not free either
 
     @overload
     def analyze(
@@ -116,25 +133,38 @@ class PrecisionProfiler:
             max_batches: as many are looked at. The loss becomes sure with few, its first-order part with many.
             verify: for that many units, the riskiest first, measure the true change of the loss too, on more batches.
             time_layers: time the units in the formats that the device multiplies, a few seconds.
-            resume: a file that keeps what was measured; if it is there, its batches are passed over.
+            resume: a file that keeps what was measured; if it is there, its batches are passed over, and count also
+                where they are more than `max_batches`. It is refused if it is of another model, other weights, recipes,
+                loss or seed, or began with another batch.
             progress: called with what is being done and the share of it that is done.
             metric: instead of batches; runs the model, the same every time, and returns a number. The result is the
                 lowest precision of each part, emulated, with which all together hold the metric.
             tolerance: largest relative error of the metric.
-            formats: recipes to try for the metric, from the highest to the lowest.
+            formats: recipes to try for the metric, from the highest to the lowest; the highest is emulated, too,
+                unless it is that of the parameters.
             parts: names of modules for the metric, each with all that is in it; None: each unit that multiplies.
 
         Raises:
-            ConfigError: a model without units, no batch with a finite loss, or a file of another profile; a metric
-                that is not finite, a tolerance that is not positive, or a part without units.
+            ConfigError: a model without units, no batch with a finite loss, a file of another profile, or trained
+                parameters in 16 bits; a metric that is not a finite number, a tolerance that is not positive, formats
+                out of order, or a part without units; arguments of the one question beside the other.
         """
-        if metric is not None:
-            return self._on_metric(metric, tolerance, formats, parts, progress)
         if not self._found.units:
             allowed = "a model with Linear, convolution, norm or embedding layers, or others taught by register_unit"
             raise ConfigError(explain("a model without units", allowed, "Profile a model that has some"))
+        if metric is not None:
+            of_loss = {"batches": batches is not None, "max_batches": max_batches != BATCHES, "verify": verify != 0}
+            of_loss |= {"time_layers": not time_layers, "resume": resume is not None}
+            check_unused(of_loss, "beside a metric")
+            return self._on_metric(metric, tolerance, formats, parts, progress)
+        of_metric = {"tolerance": tolerance is not None, "parts": parts is not None}
+        check_unused(of_metric | {"formats": tuple(formats) != FORMATS_TRIED}, "without a metric")
+        check_count("max_batches", max_batches, 1)
+        check_count("verify", verify, 0)
+        check_masters(self.model)
         if batches is None:
             return without_data(self._found, self._recipes, self._base)
+        check_batches(batches)
         report = progress or (lambda text, share: None)
         iterator = iter(batches)
         with self._undisturbed():
@@ -156,22 +186,32 @@ class PrecisionProfiler:
         parts: Sequence[str] | None,
         progress: Progress | None,
     ) -> MetricReport:
-        members = self._parts(parts)
+        recipes, members = ordered_recipes(formats), self._parts(parts)
         if tolerance is None:
             raise ConfigError(
                 explain("a metric without tolerance", "tolerance=1e-3 or the like", "Say what is allowed")
             )
 
+        named = [module for modules in members.values() for module in modules]
+        highest = [module for module in named if not _is_stored_in(module, formats[0])]
+
         def measure(assignment: Mapping[str, str]) -> float:
-            lowered = {module: RECIPES[name] for part, name in assignment.items() for module in members[part]}
+            lowered = dict.fromkeys(highest, recipes[formats[0]])
+            for part, name in assignment.items():
+                lowered |= dict.fromkeys(members[part], recipes[name])
             with outputs_in(lowered), torch.no_grad():
-                return float(metric(self.model))
+                return metric(self.model)
 
         with self._undisturbed():
             return lowest_precision(measure, list(members), tolerance=tolerance, formats=formats, progress=progress)
 
     def _parts(self, parts: Sequence[str] | None) -> dict[str, list[nn.Module]]:
         multiplying = {n: m for n, m in self._found.units.items() if multiplies(original_class(m))}
+        if not multiplying:
+            allowed = "a model with Linear or convolution layers, or others that multiply"
+            raise ConfigError(explain("a model without units that multiply", allowed, "Profile another model"))
+        if isinstance(parts, str):
+            raise ConfigError(explain(f"parts={parts!r}", "a list of names of modules", f"Pass [{parts!r}]"))
         if parts is None:
             parts = list(multiplying)
         members = {
@@ -187,7 +227,7 @@ class PrecisionProfiler:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         with (
-            preserved(self.model, self._device),
+            preserved(self._preserved, self._device),
             unconverted(self.model),
             math_mode(self._device, fp32="ieee", search=False),
         ):
@@ -197,16 +237,17 @@ class PrecisionProfiler:
         self, iterator: Iterator[Any], max_batches: int, resume: str | Path | None, report: Progress
     ) -> Partial:
         """What the batches say, with what a file already held."""
-        asked = {
-            "model": model_digest(self.model),
-            "recipes": [recipe.to_json() for recipe in self._recipes],
-            "seed": self._seed,
-        }
+        first = next(iterator, None)
+        if first is None:
+            return Partial()
+        asked = {} if resume is None else self._asked(parse_batch(first))
         known = Partial() if resume is None else Partial.load(resume, asked)
-        for _ in islice(iterator, known.seen):
-            pass
+        iterator = chain([first], iterator)
+        for batch in islice(iterator, known.seen):
+            self._last_call = parse_batch(batch)
+        self._last_call = move(self._last_call, self._device)
         while known.seen < max_batches:
-            probe = Probe(self._found.units, self._recipes, seed=self._seed + known.seen)
+            probe = Probe(self._found.units, self._recipes, seed=self._seed + known.seen, frozen=True)
             skipped, seen = [], 0
             for batch in islice(iterator, min(SAVE_EVERY, max_batches - known.seen)):
                 report("measuring what each precision does", (known.seen + seen) / max_batches)
@@ -232,6 +273,18 @@ class PrecisionProfiler:
                 known.save(resume, asked)
         return known
 
+    def _asked(self, first: Call) -> dict[str, Any]:
+        """What a file that is resumed has to be of, before the first batch is looked at."""
+        call = move(first, self._device)
+        loss = seeded_loss(self._preserved, lambda: run(self.model, call, self._loss_fn).loss, self._device, self._seed)
+        return {
+            "model": model_digest(self.model),
+            "recipes": [recipe.to_json() for recipe in self._recipes],
+            "seed": self._seed,
+            "first_batch": digest_of(first),
+            "first_loss": loss if math.isfinite(loss) else str(loss),
+        }
+
     def _look(self, probe: Probe, batch: Any) -> str | None:
         """Measure one batch; why it does not count, or None."""
         call = move(parse_batch(batch), self._device)
@@ -243,7 +296,7 @@ class PrecisionProfiler:
             found.loss.backward()
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-            self.model.zero_grad(set_to_none=True)
+            self._preserved.zero_grad(set_to_none=True)
             self._last_call = call
             if not finite:
                 probe.discard()
@@ -270,8 +323,14 @@ class PrecisionProfiler:
         called = [move(parse_batch(batch), self._device) for batch in batches] or [self._last_call]
         report("verifying", 0.0)
 
+        snapshot = Snapshot(self._preserved, self._device)
+
         def loss_of(call: Call) -> Callable[[], Tensor]:
-            return lambda: run(self.model, call, self._loss_fn).loss.detach()
+            def loss() -> Tensor:
+                snapshot.restore()  # dropout draws the same with and without the recipe
+                return run(self.model, call, self._loss_fn).loss.detach()
+
+            return loss
 
         changes = true_changes(
             [loss_of(call) for call in called],
@@ -279,3 +338,9 @@ class PrecisionProfiler:
             {name: list(made[name]["recipes"]) for name in names},
         )
         return with_verification(made, changes, held_out=bool(batches))
+
+
+def _is_stored_in(module: nn.Module, format: str) -> bool:
+    """Whether the module as it is computes in the format."""
+    stored = next(module.parameters(), None)
+    return stored is not None and format_of(stored.dtype) == format

@@ -70,11 +70,12 @@ def lowest_precision(
         progress: told what is being tried, and the share of the parts that is done.
 
     Raises:
-        ConfigError: no parts or formats, a tolerance that is not positive, or a reference that is not finite.
+        ConfigError: no parts or formats, a tolerance that is not positive, a metric that is no number, or a reference
+            that is not finite.
     """
     _check(parts, formats, tolerance)
     report = progress or (lambda text, share: None)
-    reference = float(run({}))
+    reference = _number(run({}))
     if not math.isfinite(reference):
         allowed = "a metric that is finite in the highest format"
         raise ConfigError(
@@ -84,7 +85,7 @@ def lowest_precision(
 
     def error_of(assignment: Mapping[str, str]) -> float:
         counted[0] += 1
-        value = float(run({part: f for part, f in assignment.items() if f != formats[0]}))
+        value = _number(run({part: f for part, f in assignment.items() if f != formats[0]}))
         return abs(value - reference) / (abs(reference) or 1.0) if math.isfinite(value) else math.inf
 
     alone: dict[str, dict[str, float]] = {part: {} for part in parts}
@@ -120,8 +121,18 @@ def _check(parts: Sequence[str], formats: Sequence[str], tolerance: float) -> No
     if len(formats) < 2 or len(set(formats)) < len(formats):
         allowed = "two or more formats that differ, the highest first"
         raise ConfigError(explain(f"formats {list(formats)}", allowed, "Pass for example ('fp32', 'bf16')"))
-    if not (isinstance(tolerance, int | float) and 0 < tolerance < math.inf):
+    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if not (is_number and 0 < tolerance < math.inf):
         raise ConfigError(explain(f"tolerance={tolerance!r}", "a number above zero", "Pass for example 1e-3"))
+
+
+def _number(metric: Any) -> float:
+    """What a run returned as a number; `ConfigError` if it is none."""
+    try:
+        return float(metric)
+    except (TypeError, ValueError, RuntimeError) as error:
+        passed = f"a metric that is a {type(metric).__name__}"
+        raise ConfigError(explain(passed, "a number, or a tensor of one", "Return one number")) from error
 
 
 def _plain(value: float) -> float | str:

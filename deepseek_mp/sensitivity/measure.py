@@ -220,8 +220,11 @@ def _output(module: nn.Module, recipe: Recipe, seen: Seen, operands: Operands) -
 
 @torch.no_grad()
 def energies(module: nn.Module, seen: Seen) -> Tensor:
-    """`ENERGY_FIELDS` [2]; zeros for a unit without products of its own."""
+    """`ENERGY_FIELDS` [2]; zeros for a unit without products of its own, or whose weight is not trained."""
     kind, x, g, sample = original_class(module), seen.x, seen.g, seen.sample
+    weight = module._parameters.get("weight")  # noqa: SLF001
+    if weight is not None and not weight.requires_grad:
+        return x.new_zeros(len(ENERGY_FIELDS), dtype=torch.float32)
     scale = sample.groups / max(x.shape[0], 1)
     if kind is nn.Linear:
         by_row = (g.square().sum(-1) * x.square().sum(-1)).sum()

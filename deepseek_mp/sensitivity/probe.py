@@ -44,6 +44,8 @@ ROWS = 1024
 ITEMS = 16
 NEVER_CALLED = "the model's forward never called it"
 NO_GRADIENT = "the loss does not depend on its output"
+NOT_FOLLOWED = "no gradient is computed for its output: nothing in it or before it is trained, or gradients are off"
+NOT_ONE_TENSOR = "its input or its output is not one tensor with values"
 
 
 @dataclass
@@ -89,6 +91,7 @@ class Probe:
         items: items of the batch that are looked at, where it takes whole ones.
         seed: of the draws. The model's random numbers are not touched.
         both_ways: round input and weight along the sums of all products, not of fprop only; twice the work.
+        frozen: look also at units that nothing is trained in or before: a gradient of their outputs is computed.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Probe:
         items: int = ITEMS,
         seed: int = 0,
         both_ways: bool = True,
+        frozen: bool = False,
     ) -> None:
         self.unmeasured: dict[str, str] = {}
         self._units: dict[str, nn.Module] = {}
@@ -114,12 +118,13 @@ class Probe:
             name: [recipe for recipe in asked[name] if can_estimate(module, recipe)]
             for name, module in self._units.items()
         }
-        self._both_ways = both_ways
+        self._both_ways, self._frozen = both_ways, frozen
         self._rows, self._items, self._seed = rows, items, seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self._sums: dict[str, _Sums] = {}
         self._pending: dict[str, _Sums] = {}
         self._order: dict[str, int] = {}
+        self._unseen: dict[str, str] = {}
         self._losses: list[Tensor] = []
         self._curvatures: list[Tensor] = []
         self._layout: BatchLayout | None = None
@@ -197,7 +202,7 @@ class Probe:
         """
         for name in self._units:
             if name not in self._sums:
-                self.unmeasured[name] = NO_GRADIENT if name in self._order else NEVER_CALLED
+                self.unmeasured[name] = self._unseen.get(name, NO_GRADIENT) if name in self._order else NEVER_CALLED
             else:
                 self.unmeasured.pop(name, None)
         return self.send().read().readings
@@ -206,19 +211,26 @@ class Probe:
         """What was measured so far, on its way to the host; further batches are not part of it."""
         return Sent(self._sums, self._losses, self._curvatures)
 
-    def _forward_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if is_computed_again():
-                return
-            self._order.setdefault(name, len(self._order))
-            if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
-                return
-            given = args[0] if args else next(iter(kwargs.values()), None)
-            if isinstance(given, Tensor) and given.numel() and output.numel():
-                self._outputs.append(output)
-                self._sample(name, module, given, output)
+    def _forward_hook(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self._frozen and torch.is_grad_enabled():
+                output = _followed(output)  # also where it is computed again: the same has to be saved
+            if not is_computed_again():
+                self._look(name, module, args[0] if args else next(iter(kwargs.values()), None), output)
+            return output
 
         return hook
+
+    def _look(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
+        """Sample a call of the unit, or note why not."""
+        self._order.setdefault(name, len(self._order))
+        if not all(isinstance(tensor, Tensor) and tensor.numel() for tensor in (given, output)):
+            self._unseen[name] = NOT_ONE_TENSOR
+        elif not (torch.is_grad_enabled() and output.requires_grad):
+            self._unseen[name] = NOT_FOLLOWED
+        else:
+            self._outputs.append(output)
+            self._sample(name, module, given, output)
 
     def _sample(self, name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
         assert self._layout is not None
@@ -266,6 +278,13 @@ class Probe:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
+
+
+def _followed(output: Any) -> Any:
+    """The output, with a gradient where it had none; a copy then, so that it may be overwritten in place."""
+    if not isinstance(output, Tensor) or output.requires_grad or not output.is_floating_point():
+        return output
+    return output.detach().requires_grad_().clone()
 
 
 def _some_items(given: Tensor, index: Tensor | None) -> Tensor:

@@ -11,7 +11,9 @@ import pytest
 from typer import Exit
 
 from deepseek_mp import ProfileReport
-from deepseek_mp.cli.profiling import Question, answer
+from deepseek_mp.cli.profile_question import Question
+from deepseek_mp.cli.profiling import answer
+from deepseek_mp.errors import ConfigError
 from deepseek_mp.profiler import MetricReport
 
 ASKED = Question(
@@ -88,6 +90,12 @@ def test_a_metric_finds_the_model_where_its_function_left_it(net: Path, monkeypa
         raise AssertionError("moved")
 
     monkeypatch.setattr("torch.nn.Module.to", refuse)
-    report = answer("net.py:metric", replace(ASKED, recipes=("fp32", "bf16"), device=None)).report
+    report = answer("net.py:metric", Question(recipes=("fp32", "bf16"))).report
     assert isinstance(report, MetricReport)
     assert report.error <= 1e-5
+
+
+def test_options_that_a_metric_would_ignore_are_refused(net: Path) -> None:
+    question = Question(verify=1, budget=0.5, resume=Path("part.json"), by_role=True, data=False)
+    with pytest.raises(ConfigError, match="--budget, --verify, --by-role, --no-data, --resume for a target"):
+        answer("net.py:metric", question)

@@ -38,6 +38,14 @@ def test_it_survives_the_disk_and_answers_one_question_only(tmp_path):
         Partial.load(tmp_path / "p.json", {"seed": 2})
 
 
+def test_numbers_need_only_be_close(tmp_path):
+    partial(1.5, 2.5).save(tmp_path / "p.json", {"first_loss": 2.0})
+    Partial.load(tmp_path / "p.json", {"first_loss": 2.0 + 1e-5})
+    for other in ({"first_loss": 2.01}, {"first_loss": "nan"}, {}):
+        with pytest.raises(ConfigError, match="of another profile"):
+            Partial.load(tmp_path / "p.json", other)
+
+
 @pytest.mark.parametrize("text", ["", "x", "[]", "{}"])
 def test_what_is_no_measurement_is_refused(tmp_path, text):
     (tmp_path / "p.json").write_text(text)

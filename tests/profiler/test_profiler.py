@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from deepseek_mp import PrecisionPlan, PrecisionProfiler, convert
-from deepseek_mp.errors import ConfigError
+from deepseek_mp.errors import BatchError, ConfigError, PlanError
 from deepseek_mp.nn import current_plan
+from deepseek_mp.precision import RECIPES
+from deepseek_mp.sensitivity.truth import outputs_in
 
 
 def state_of(model):
@@ -70,6 +72,25 @@ def test_the_model_is_as_before_after_an_exception(model, batches):
     assert_same(model, before)
 
 
+def test_a_loss_that_is_a_module_is_as_before(model, batches):
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heat, self.calls = nn.Parameter(torch.ones(())), 0
+
+        def forward(self, output, target):
+            self.calls += 1
+            return nn.functional.cross_entropy((output * self.heat).flatten(0, -2), target.flatten())
+
+    loss_fn = Loss()
+    loss_fn.heat.grad = torch.ones(())
+    before = state_of(loss_fn)
+    PrecisionProfiler(model, loss_fn=loss_fn).analyze(batches, max_batches=2, verify=1, time_layers=False)
+    assert_same(loss_fn, before)
+    assert loss_fn.calls == 0
+    assert loss_fn.heat.grad == 1
+
+
 def test_running_statistics_are_as_before():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
     batch = torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8,))
@@ -124,6 +145,20 @@ def test_a_layer_the_loss_does_not_depend_on_is_named(batches):
     assert report["side"]["recommended"] == report.base
 
 
+def test_frozen_layers_are_measured_and_not_trained(model, batches):
+    model.requires_grad_(False)
+    model.down.requires_grad_(True)
+    before = state_of(model)
+    report = PrecisionProfiler(model).analyze(batches, max_batches=2, verify=1, time_layers=False)
+    assert_same(model, before)
+    assert report["up"]["not_analysed"] is None
+    assert 0 < report["up"]["bf16_loss"] < report["up"]["fp8_loss"]
+    noise = {name: report[name]["recipes"]["tensor"]["noise"] for name in ("up", "down", "head")}
+    assert noise["up"]["wgrad"] == noise["up"]["dgrad"] == noise["head"]["wgrad"] == 0
+    assert noise["down"]["wgrad"] > 0
+    assert noise["head"]["dgrad"] > 0
+
+
 def test_a_model_without_units_is_refused():
     with pytest.raises(ConfigError, match="a model without units"):
         PrecisionProfiler(nn.Sequential(nn.ReLU())).analyze()
@@ -164,6 +199,57 @@ def test_a_profile_is_resumed_where_it_stood(model, batches, tmp_path):
         PrecisionProfiler(model, seed=5).analyze(batches, resume=file)
 
 
+@pytest.mark.parametrize("max_batches", [6, 2])
+def test_a_profile_that_was_complete_is_verified_from_its_file(model, batches, tmp_path, max_batches):
+    file = tmp_path / "profile.json"
+    whole = PrecisionProfiler(model, recipes=["bf16"]).analyze(batches, max_batches=6, verify=1, resume=file)
+    again = PrecisionProfiler(model, recipes=["bf16"]).analyze(batches, max_batches=max_batches, verify=1, resume=file)
+    assert again.batches == 6
+    assert again.verification.pairs == whole.verification.pairs
+    assert again["down"]["milliseconds"].keys() == whole["down"]["milliseconds"].keys()
+
+
+@pytest.mark.parametrize("base", ["bf16", "tf32"])
+def test_the_base_is_measured_and_counted_although_it_was_not_named(model, batches, base):
+    report = PrecisionProfiler(model, recipes=["row"], base=base).analyze(batches, max_batches=2, time_layers=False)
+    assert report.recipes == (base, "row")
+    assert report["down"][f"{base}_loss"] > 0
+    tight = report.plan(budget=report["down"][f"{base}_loss"] / 100, recipes=["row"])
+    assert "fp32" in {decision.new for decision in tight.decisions}
+
+
+def test_a_file_of_other_data_weights_or_another_loss_is_not_joined(model, batches, tmp_path):
+    def cross_entropy(output, target):
+        return nn.functional.cross_entropy(output.flatten(0, -2), target.flatten())
+
+    def resumed(batches, loss_fn=cross_entropy):
+        profiler = PrecisionProfiler(model, loss_fn=loss_fn, recipes=["bf16"])
+        return profiler.analyze(batches, max_batches=2, time_layers=False, resume=tmp_path / "profile.json")
+
+    before = state_of(model)
+    assert resumed(batches).batches == resumed(batches).batches == 2
+    assert_same(model, before)
+    with pytest.raises(ConfigError, match="of another profile"):
+        resumed(batches[1:])
+    with pytest.raises(ConfigError, match="of another profile"):
+        resumed(batches, lambda output, target: 2 * cross_entropy(output, target))
+    with torch.no_grad():
+        model.down.weight *= 2
+    with pytest.raises(ConfigError, match="of another profile"):
+        resumed(batches)
+    with pytest.raises(ConfigError, match="no batch to profile"):
+        resumed([])
+
+
+def test_a_file_of_a_model_with_dropout_is_joined_whatever_was_drawn_before(batches, tmp_path):
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Dropout(0.5), nn.Linear(16, 32))
+    for seen in (1, 2):
+        torch.rand(5)
+        profiler = PrecisionProfiler(model, recipes=["bf16"])
+        report = profiler.analyze(batches, max_batches=seen, time_layers=False, resume=tmp_path / "profile.json")
+        assert report.batches == seen
+
+
 def test_verification_stands_beside_the_predictions(model, batches):
     report = PrecisionProfiler(model).analyze(batches, max_batches=3, verify=2, time_layers=False)
     assert report.verification.pairs == 10
@@ -171,6 +257,14 @@ def test_verification_stands_beside_the_predictions(model, batches):
     assert sum("true_change" in unit for unit in report.values()) == 2
     last = PrecisionProfiler(model).analyze(batches, max_batches=6, verify=1, time_layers=False)
     assert not last.verification.held_out
+
+
+def test_true_changes_are_not_those_of_other_dropout_draws(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(32, 64), nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 32))
+    report = PrecisionProfiler(model, recipes=["bf16"]).analyze(batches, max_batches=2, verify=3, time_layers=False)
+    changes = [unit["true_change"]["bf16"] for unit in report.values()]
+    assert all(0 < abs(change) < 1e-3 for change in changes)  # other draws: 1e-2
 
 
 def test_weights_alone_say_how_far_outputs_would_be(model):
@@ -192,6 +286,20 @@ def test_parts_hold_a_metric_together(model, batches):
     assert "fp32" in report.formats.values() or "fp16" in report.formats.values()
 
 
+def test_the_metric_is_compared_with_all_parts_in_the_highest_format(model, batches):
+    def metric(m):
+        return float(m(batches[0][0]).detach().square().mean())
+
+    report = PrecisionProfiler(model).analyze(metric=metric, tolerance=1e-9, formats=("bf16", "nvfp4"))
+    parts = dict.fromkeys((model.up, model.down, model.head, model.unused), RECIPES["bf16"])
+    with outputs_in(parts), torch.no_grad():
+        assert report.reference == metric(model)
+    assert report.reference != metric(model)
+    used = ("up", "down", "head")
+    assert {report.formats[part] for part in used} == {"bf16"}
+    assert all(report.alone[part]["nvfp4"] > 1e-9 for part in used)
+
+
 def test_a_metric_asks_for_a_tolerance_and_parts_that_exist(model):
     profiler = PrecisionProfiler(model)
     with pytest.raises(ConfigError, match="a metric without tolerance"):
@@ -200,3 +308,38 @@ def test_a_metric_asks_for_a_tolerance_and_parts_that_exist(model):
         profiler.analyze(metric=lambda m: 1.0, tolerance=1e-3, parts=["nothing"])
     with pytest.raises(ConfigError, match="a metric of nan"):
         profiler.analyze(metric=lambda m: float("nan"), tolerance=1e-3)
+    with pytest.raises(ConfigError, match=r"parts='down'.*Pass \['down'\]"):
+        profiler.analyze(metric=lambda m: 1.0, tolerance=1e-3, parts="down")
+    with pytest.raises(ConfigError, match=r"formats \['bf16', 'fp32'\].*from the highest to the lowest"):
+        profiler.analyze(metric=lambda m: 1.0, tolerance=1e-3, formats=("bf16", "fp32"))
+    for norm, message in ((nn.LayerNorm(4), "without units that multiply"), (nn.ReLU(), "a model without units")):
+        with pytest.raises(ConfigError, match=message):
+            PrecisionProfiler(norm).analyze(metric=lambda m: 1.0, tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"tolerance": 1e-3}, "tolerance without a metric"),
+        ({"parts": ["up"], "formats": ("fp32", "bf16")}, "parts, formats without a metric"),
+        ({"metric": float, "tolerance": 1.0, "batches": []}, "batches beside a metric"),
+        ({"metric": float, "tolerance": 1.0, "verify": 1, "resume": "file"}, "verify, resume beside a metric"),
+        ({"verify": -1}, "verify=-1"),
+        ({"max_batches": 2.5}, r"max_batches=2\.5"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(model, asked, message):
+    with pytest.raises(ConfigError, match=message):
+        PrecisionProfiler(model).analyze(**asked)
+
+
+def test_a_model_that_no_plan_could_train_is_refused(model, batches):
+    with pytest.raises(PlanError, match=r"'embedding\.weight', which is trained and stored in"):
+        PrecisionProfiler(model.bfloat16()).analyze(batches)
+    with pytest.raises(ConfigError, match="the class LayerNorm as model"):
+        PrecisionProfiler(nn.LayerNorm)
+
+
+def test_one_batch_is_no_loader(model, batches):
+    with pytest.raises(BatchError, match="batches that are one batch, a tuple"):
+        PrecisionProfiler(model).analyze(batches[0])

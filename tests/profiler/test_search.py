@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.profiler import lowest_precision
@@ -68,6 +69,7 @@ def test_a_metric_of_chance_is_named():
         ({"parts": ["a", "a"]}, "parts"),
         ({"formats": ["fp32"]}, "formats"),
         ({"tolerance": 0}, "tolerance=0"),
+        ({"tolerance": True}, "tolerance=True"),
         ({"tolerance": math.nan}, "tolerance=nan"),
     ],
 )
@@ -75,6 +77,12 @@ def test_bad_questions_are_refused(change, message):
     asked = {"parts": ["a"], "formats": ("fp32", "bf16"), "tolerance": 1e-3, **change}
     with pytest.raises(ConfigError, match=message):
         lowest_precision(lambda formats: 1.0, **asked)
+
+
+@pytest.mark.parametrize("metric", [None, "high", torch.ones(2)])
+def test_a_metric_that_is_no_number_is_refused(metric):
+    with pytest.raises(ConfigError, match=f"a metric that is a {type(metric).__name__}"):
+        lowest_precision(lambda formats: metric, ["a"], tolerance=1e-3)
 
 
 def test_progress_is_told():

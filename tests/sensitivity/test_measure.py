@@ -120,6 +120,12 @@ def test_units_without_products_have_no_energy_and_no_weight_may_be_missing():
     assert spreads(norm, seen_of(x, x))[1].tolist() == [0.0] * 6
 
 
+def test_a_frozen_weight_has_no_gradient_that_scatters():
+    x = torch.ones(4, 8)
+    assert energies(nn.Linear(8, 8), seen_of(x, x)).all()
+    assert not energies(nn.Linear(8, 8).requires_grad_(False), seen_of(x, x)).any()
+
+
 @pytest.mark.parametrize("both_ways", [True, False])
 def test_channels_that_a_large_weight_makes_up_for_are_not_lost_without_notice(both_ways):
     """Gains of the outputs are undone behind: where the gradient is large the weight is small, and the other way."""

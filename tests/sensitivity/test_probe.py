@@ -107,19 +107,22 @@ def fail(*_):
     raise RuntimeError("on purpose")
 
 
-def test_a_block_that_is_computed_again_draws_no_other_samples():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_block_that_is_computed_again_draws_no_other_samples(frozen):
     data = [batch(64) for _ in range(3)]
     readings = []
     for again in (False, True):
         torch.manual_seed(1)
         model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
+        model[0].requires_grad_(not frozen)
         units = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        probe = Probe(units, [RECIPES["tensor"]], rows=8)
+        probe = Probe(units, [RECIPES["tensor"]], rows=8, frozen=frozen)
         for each in data:
             with recomputed_blocks(model if again else [], torch.device("cpu"), Writes()):
                 step(probe, model, each)
         readings.append(probe.read())
     assert readings[0] == readings[1]
+    assert len(readings[0]) == 2
 
 
 def test_hooks_and_random_numbers_are_as_before_also_after_an_exception():
@@ -158,6 +161,55 @@ def test_an_embedding_is_measured_by_its_weight_and_output():
     probe = Probe(dict(model.named_children()), [RECIPES["bf16"]], rows=8)
     step(probe, model, (torch.randint(0, 10, (4, 16)), torch.randint(0, 10, (4, 16))))
     assert probe.read()["0"].effects["bf16"].second > 0
+
+
+def test_frozen_units_are_measured_where_asked_for_but_have_no_gradient_of_weights_to_disturb():
+    model, data = Model(), [batch(), batch()]
+    trained = watched(model, data).read()
+    for unit in (model.first, model.norm):
+        unit.requires_grad_(False)
+    probe = watched(model, data, frozen=True)
+    found = probe.read()
+    assert found["first"].effects == trained["first"].effects
+    assert found["norm"].spreads == trained["norm"].spreads
+    assert (found["first"].energy, found["first"].row_energy) == (0, 0)
+    assert found["second"] == trained["second"]
+    assert "does not depend" in probe.unmeasured["side"]
+    unasked = watched(model, data)
+    assert list(unasked.read()) == ["second"]
+    assert "nothing in it or before it is trained" in unasked.unmeasured["first"]
+
+
+def test_a_frozen_unit_may_be_computed_again_and_overwritten_in_place():
+    model = Model()
+    model.first.requires_grad_(False)
+    block = lambda x: torch.relu_(model.first(x)).exp()  # noqa: E731
+    model.forward = lambda x: model.second(checkpoint(block, x, use_reentrant=False))
+    data = batch()
+    before = model(data[0])
+    found = watched(model, [data], frozen=True).read()["first"]
+    assert found.calls == 1
+    assert found.effects["tensor"].second > 0
+    assert torch.equal(model(data[0]), before)
+
+
+def test_a_unit_without_gradients_or_one_tensor_is_told_apart():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    def forward(x):
+        model.side(x)
+        with torch.no_grad():
+            x = model.first(x)
+        return model.second(x)
+
+    model = Model()
+    model.side, model.forward = Pair(8, 4), forward
+    probe = watched(model, [batch()], frozen=True)
+    assert "first" not in probe.read()
+    assert "gradients are off" in probe.unmeasured["first"]
+    assert probe.unmeasured["side"] == "its input or its output is not one tensor with values"
 
 
 def test_the_same_batches_give_the_same_numbers():
