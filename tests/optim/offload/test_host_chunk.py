@@ -6,6 +6,7 @@ from fake_device import FakeLanes
 from torch import nn
 
 from deepseek_mp.optim.offload import host_chunk, rule
+from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
 
@@ -216,10 +217,54 @@ def test_gradients_larger_than_a_block_add_up(monkeypatch):
     assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 256.5)) for slot in chunk.slots)
 
 
-@pytest.mark.parametrize(("threads", "values"), [(1, 32), (8, 32), (16, 64)])
-def test_many_threads_work_on_larger_blocks(monkeypatch, threads, values):
-    monkeypatch.setattr(host_chunk, "BLOCK", 32)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = list(host_chunk._blocks(100))
-    assert found[0] == slice(0, values)
-    assert found[-1].stop == 100
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_threads_give_the_numbers_of_one(monkeypatch, threads):
+    """And what somebody else has put into states and gradients counts."""
+    found = []
+    for crew in (Crew(1), Crew(threads)):
+        monkeypatch.setattr(host_chunk, "BLOCK", 16)
+        chunk, lanes, states = chunk_of(*many(torch.bfloat16), crew=crew), FakeLanes(), {}
+        with torch.no_grad():
+            for value in (0.3, 0.7, 0.1):
+                send_gradient(chunk, lanes, value)
+                chunk.land(lanes)
+                send_gradient(chunk, lanes, 0.01)
+                chunk.slots[1].master.grad = chunk.slots[1].master.grad.t().contiguous().t()
+                chunk.land(lanes)
+                assert torch.allclose(chunk.slots[1].master.grad, torch.tensor(value + 0.01), rtol=1e-2)
+                chunk.freed(lanes)
+                chunk.step([GROUP], states, chunk.gradients(), Scaling(divisor=3.0))
+                chunk.send(lanes)
+                state = states[chunk.slots[0].master]
+                state["exp_avg"] = state["exp_avg"] * 0.5
+                for slot in chunk.slots:
+                    slot.master.grad = None
+        assert all(state["step"] == 3 for state in states.values())
+        numbers = [value for slot in chunk.slots for value in states[slot.master].values()]
+        found.append([*numbers, *(slot.master.detach() for slot in chunk.slots)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_failure_of_one_thread_is_put_back_with_what_others_did(monkeypatch):
+    monkeypatch.setattr(host_chunk, "BLOCK", 16)
+    chunk, lanes, states = chunk_of(*many(torch.float32), crew=Crew(3)), FakeLanes(), {}
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    with torch.no_grad():
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        before = [slot.master.detach().clone() for slot in chunk.slots]
+        kept = [value.clone() for state in states.values() for value in state.values()]
+        real, calls = rule.step, iter(range(100))
+
+        def step(group, weights, grads, found):
+            real(group, weights, grads, found)
+            if next(calls) == 6:
+                raise RuntimeError("failed")
+
+        monkeypatch.setattr(rule, "step", step)
+        with pytest.raises(RuntimeError, match="failed"):
+            chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        assert not torch.equal(before[0], chunk.slots[0].master)
+        chunk.restore(states)
+    assert all(torch.equal(value, slot.master) for value, slot in zip(before, chunk.slots, strict=True))
+    assert all(map(torch.equal, kept, [value for state in states.values() for value in state.values()]))
