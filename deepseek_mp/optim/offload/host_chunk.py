@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -124,6 +124,23 @@ class Block:
     pieces: list[Piece]
 
 
+@dataclass(frozen=True)
+class Stepping:
+    """A step of a chunk that is under way."""
+
+    job: Job
+    _done: Callable[[], None]
+
+    def end(self) -> None:
+        """Wait until it is made; raises what it has raised."""
+        self.job.end()
+        self._done()
+
+    def cancel(self) -> None:
+        """Wait until nobody is at work on it; it may be made in part then."""
+        self.job.cancel()
+
+
 class HostChunk:
     """One chunk of offloaded parameters.
 
@@ -143,6 +160,11 @@ class HostChunk:
         """Of those that the last step changes; None: there was no state."""
         self._changed: list[Piece] = []
         """By the last step, all or in part."""
+        self._ahead: Job | None = None
+        """Copies what a step will change before it is known to come."""
+        self._ahead_of: tuple[int, ...] = ()
+        """Versions of what that copies."""
+        self._has_copy: set[Piece] = set()
         self._rounded = False
         self.kept = False
         """Whether what a step changes has been copied, and the step is not known to be applied."""
@@ -234,7 +256,6 @@ class HostChunk:
         Memory that weights are sent from must be free, which `freed` makes sure of.
         """
         self.begin(groups, states, gradients, scaling).end()
-        self.stepped(states)
 
     def begin(
         self,
@@ -242,10 +263,11 @@ class HostChunk:
         states: dict[Any, dict[str, Any]],
         gradients: Mapping[Slot, Tensor],
         scaling: Scaling,
-    ) -> Job:
-        """The work of `step`, on the crew; it is done when the job has ended and `stepped` was called."""
-        self.kept, self._rounded, self._changed = True, False, []
+    ) -> Stepping:
+        """Begin what `step` does."""
         self._steps_before = {slot: self._state(slot, states) for slot in self.slots if slot in gradients}
+        self.rest()
+        self.kept, self._rounded, self._changed = True, False, []
 
         def step(block: Block) -> None:
             pieces = [piece for piece in block.pieces if piece.slot in gradients]
@@ -254,14 +276,41 @@ class HostChunk:
             for piece in block.pieces:
                 piece.round()
 
-        return self._crew.begin([partial(step, block) for block in self._blocks])
+        job = self._crew.begin([partial(step, block) for block in self._blocks])
+        return Stepping(job, partial(self._stepped, states))
 
-    def stepped(self, states: Mapping[Any, Mapping[str, Tensor]]) -> None:
-        """The job of `begin` has ended: count the step of parameters that it has stepped in parts."""
+    def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]]) -> None:
+        """Count the step of parameters that were stepped in parts."""
         for piece in self._changed:
             if piece.part.start == 0 and not piece.whole:
                 states[piece.slot.master]["step"].add_(1)
-        self._rounded = True
+        self._rounded, self._has_copy = True, set()
+
+    def keep_ahead(self) -> None:
+        """Copy what the next step will change, while the crew has nothing else to do.
+
+        Writes that PyTorch counts are found, and the step copies again what they may have changed.
+        """
+        self.rest()
+        self._has_copy, self._ahead_of = set(), self._versions()
+
+        def keep(block: Block) -> None:
+            for piece in block.pieces:
+                piece.keep()
+                self._has_copy.add(piece)
+
+        self._ahead = self._crew.begin([partial(keep, block) for block in self._blocks], beside=True)
+
+    def rest(self) -> None:
+        """Nothing of this chunk is copied ahead from now on; what was copied counts if it is still the same."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            self._ahead = None
+        if self._ahead_of != self._versions():
+            self._has_copy = set()
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(tensor._version for slot in self.slots for tensor in (slot.master, *slot.moments))
 
     def _step(
         self,
@@ -271,7 +320,8 @@ class HostChunk:
         scaling: Scaling,
     ) -> None:
         for piece, _ in pieces:
-            piece.keep()
+            if piece not in self._has_copy:
+                piece.keep()
             self._changed.append(piece)
         grads = [piece.of(gradient) for piece, gradient in pieces]
         if not scaling.is_one:
@@ -304,6 +354,7 @@ class HostChunk:
                 states.pop(slot.master, None)
             elif slot.master in states:
                 states[slot.master]["step"].fill_(steps)
+        self._has_copy, self._ahead_of = set(self._changed), self._versions()  # the copies are those of the next step
         self._steps_before, self._changed = {}, []
         self.kept = self._rounded = False
 

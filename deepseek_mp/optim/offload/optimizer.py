@@ -23,6 +23,7 @@ from deepseek_mp.ops.storage_marks import mark_master, unmark
 from deepseek_mp.optim.adamw import check_options
 from deepseek_mp.optim.offload import rule, schedule
 from deepseek_mp.optim.offload.arena import HostMemory
+from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.delayed_step import DelayedStep
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
@@ -97,7 +98,7 @@ class OffloadedOptimizer(Optimizer):
         device = check_parameters(parameters)
         if model is not None:
             check_model(model, parameters)
-        self._lanes, self._memory = lanes(device), memory
+        self._lanes, self._memory, self._crew = lanes(device), memory, Crew()
         self._waits = ForwardWaits(self._lanes)
         self._chunks: list[HostChunk] = []
         self._pairs: dict[int, Pair] = {}
@@ -257,6 +258,7 @@ class OffloadedOptimizer(Optimizer):
         self.synchronize()
         for chunk in self._chunks:
             chunk.freed(self._lanes)
+            chunk.rest()
         self._waits.detach()
         for handle in self._handles:
             handle.remove()
@@ -358,6 +360,7 @@ class OffloadedOptimizer(Optimizer):
         if settings.cast == "auto":
             on_host = settings.rates is None or schedule.cast_on_host(settings.rates, keep=settings.undo)
         memory = Memory(
+            crew=self._crew,
             wire=_WIRES[settings.wire],
             pin=device.type != "cpu",
             undo=settings.undo,
@@ -400,6 +403,7 @@ class OffloadedOptimizer(Optimizer):
             waits=self._waits,
             worker=worker,
             undo=self.settings.undo,
+            crew=self._crew,
         )
         if self.settings.mode == "delayed":
             return DelayedStep(parts, self.settings.delay_from)

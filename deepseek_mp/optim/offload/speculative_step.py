@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.optim.offload import rule
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot, Stepping
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling, Verdict
 
@@ -109,16 +109,16 @@ class SpeculativeStep(SyncStep):
         self.redone, self._put_back = self.redone + self._put_back, 0
         super().prepare()
 
-    def step_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> None:
+    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> Stepping | None:
         guess = self._guesses.get(chunk.number)
         if guess is not None:
             guess.stepped.result()
             del self._guesses[chunk.number]
             if self._holds(chunk, guess, scaling, groups):
-                return
+                return None
             self.redone += 1
             chunk.restore(self.parts.owner().state)
-        super().step_chunk(chunk, scaling, groups)
+        return super().begin_chunk(chunk, scaling, groups)
 
     def _take(self, chunk: HostChunk, guess: Guess) -> None:
         chunk.land(self.parts.lanes)
@@ -127,7 +127,9 @@ class SpeculativeStep(SyncStep):
     def _speculate(self, chunk: HostChunk, guess: Guess) -> None:
         guess.landed.result()
         guess.versions = _versions(chunk)
-        super().step_chunk(chunk, guess.scaling, guess.options)
+        stepping = super().begin_chunk(chunk, guess.scaling, guess.options)
+        if stepping is not None:
+            stepping.end()
 
     def _holds(self, chunk: HostChunk, guess: Guess, scaling: Scaling, options: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the chunk was stepped with what it should have been stepped with."""

@@ -1,4 +1,4 @@
-"""`Crew`: every task is done once, on one core each; a failure ends the rest, and nobody is at work when it is raised."""
+"""`Crew`: every task is done once, on one core each; after a failure or an interrupt nobody is at work."""
 
 import threading
 import time
@@ -6,8 +6,7 @@ import time
 import pytest
 import torch
 
-from deepseek_mp.optim.offload import crew as crew_module
-from deepseek_mp.optim.offload.crew import Crew
+from deepseek_mp.optim.offload.crew import Board, Crew
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -70,25 +69,53 @@ def test_after_a_failure_no_task_is_begun(threads, error):
 
 
 def test_who_is_interrupted_finds_nobody_at_work(monkeypatch):
-    at_work, waits, real = [], [], crew_module.wait
+    at_work, waits, real = [], [], Board.wait
 
     def task():
         at_work.append(1)
         time.sleep(0.02)
         at_work.pop()
 
-    def wait(hands):
+    def wait(board, job):
         waits.append(1)
         if len(waits) == 1:
             time.sleep(0.03)
             raise KeyboardInterrupt("pressed")
-        return real(hands)
+        real(board, job)
 
-    monkeypatch.setattr(crew_module, "wait", wait)
+    monkeypatch.setattr(Board, "wait", wait)
     with pytest.raises(KeyboardInterrupt, match="pressed"):
         Crew(2).run([task] * 500)
-    assert at_work == []
-    assert len(waits) == 2
+    assert (at_work, len(waits)) == ([], 2)
+
+
+def test_what_is_done_beside_makes_room_for_jobs_and_can_be_given_up():
+    crew, done, go = Crew(2), [], threading.Event()
+    beside = crew.begin([go.wait, go.wait, *[lambda: done.append("beside")] * 50], beside=True)
+    job = crew.begin([lambda: done.append("job")] * 3)
+    go.set()
+    job.end()
+    beside.end()
+    assert "beside" not in done[:2]
+    assert done.count("beside") == 50
+    stopped = threading.Event()
+    beside = crew.begin([stopped.wait, stopped.wait, lambda: done.append("late")], beside=True)
+    threading.Timer(0.05, stopped.set).start()
+    beside.cancel()
+    crew.run([lambda: None] * 4)
+    assert "late" not in done
+    assert beside.is_over
+
+
+def test_threads_end_with_the_crew():
+    before, crew = set(threading.enumerate()), Crew(2)
+    crew.run([lambda: None] * 2)
+    own = set(threading.enumerate()) - before
+    assert len(own) == 2
+    del crew
+    for thread in own:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
 
 
 def test_jobs_are_worked_on_in_their_order():

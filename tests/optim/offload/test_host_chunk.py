@@ -1,5 +1,7 @@
 """`HostChunk`: gradients that arrive, a step that can be put back, weights that are sent."""
 
+from collections import Counter
+
 import pytest
 import torch
 from fake_device import FakeLanes
@@ -268,3 +270,72 @@ def test_a_failure_of_one_thread_is_put_back_with_what_others_did(monkeypatch):
         chunk.restore(states)
     assert all(torch.equal(value, slot.master) for value, slot in zip(before, chunk.slots, strict=True))
     assert all(map(torch.equal, kept, [value for state in states.values() for value in state.values()]))
+
+
+def kept_ahead(monkeypatch, **options):
+    """A chunk after one step, whose state before the next step is copied while nothing else is to be done."""
+    monkeypatch.setattr(host_chunk, "BLOCK", 16)
+    chunk, lanes, states = chunk_of(*many(torch.float32), crew=Crew(2), **options), FakeLanes(), {}
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    with torch.no_grad():
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+    chunk.keep_ahead()
+    chunk._ahead.end()
+    keep = Counter()
+    monkeypatch.setattr(
+        host_chunk.Piece, "keep", lambda piece, real=host_chunk.Piece.keep: (keep.update([1]), real(piece))
+    )
+    return chunk, states, keep
+
+
+def everything(chunk, states):
+    numbers = [value.clone() for state in states.values() for value in state.values()]
+    return [*numbers, *(slot.master.detach().clone() for slot in chunk.slots)]
+
+
+@pytest.mark.parametrize("write", ["nothing", "a weight", "a moment", "another moment"])
+def test_what_was_kept_ahead_is_not_kept_again_unless_it_was_written(monkeypatch, write):
+    chunk, states, keep = kept_ahead(monkeypatch)
+    master = chunk.slots[1].master
+    with torch.no_grad():
+        if write == "a weight":
+            master[0, 0] = 7.0
+        elif write == "a moment":
+            states[master]["exp_avg"].mul_(0.5)
+        elif write == "another moment":
+            states[master]["exp_avg"] = states[master]["exp_avg"] * 0.5
+        before = everything(chunk, states)
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        assert (sum(keep.values()) == 0) == (write == "nothing")
+        assert not torch.equal(before[-1], chunk.slots[-1].master)
+        chunk.restore(states)
+    assert all(map(torch.equal, before, everything(chunk, states)))
+
+
+def test_a_step_that_is_made_again_needs_no_new_copy(monkeypatch):
+    chunk, states, keep = kept_ahead(monkeypatch)
+    before = everything(chunk, states)
+    for clip in (1.0, 0.5, 0.25):
+        chunk.step([GROUP], states, chunk.gradients(), Scaling(clip=clip))
+        chunk.restore(states)
+        assert all(map(torch.equal, before, everything(chunk, states)))
+    assert sum(keep.values()) == 0
+    chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+    second = everything(chunk, states)
+    chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+    assert sum(keep.values()) > 0  # of another state
+    chunk.restore(states)
+    assert all(map(torch.equal, second, everything(chunk, states)))
+
+
+def test_a_step_that_comes_while_the_state_is_copied_ahead(monkeypatch):
+    """Each block is kept once, by whoever comes to it first."""
+    chunk, states, _ = kept_ahead(monkeypatch)
+    for _ in range(20):
+        before = everything(chunk, states)
+        chunk.keep_ahead()
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        chunk.restore(states)
+        assert all(map(torch.equal, before, everything(chunk, states)))
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
