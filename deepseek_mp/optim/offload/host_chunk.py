@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.arena import Arena, HostMemory, Scratch
 from deepseek_mp.optim.offload.crew import Crew, Job
+from deepseek_mp.optim.offload.grad_norm import Landed
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.verdict import Scaling
@@ -100,6 +101,11 @@ class Piece:
         else:  # widened first: PyTorch adds mixed formats on a CPU much more slowly
             total.add_(scratch.of(wire.numel()).copy_(wire))
 
+    def norm(self, gradient: Tensor) -> Tensor:
+        """[]: L2 norm of these values of the slot's gradient."""
+        norm: Tensor = torch.linalg.vector_norm(self.of(gradient))
+        return norm
+
     def keep(self) -> None:
         """Copy what a step will change."""
         if self.before:
@@ -165,6 +171,7 @@ class HostChunk:
         self._ahead_of: tuple[int, ...] = ()
         """Versions of what that copies."""
         self._has_copy: set[Piece] = set()
+        self._landed: dict[Slot, Landed] = {}
         self._rounded = False
         self.kept = False
         """Whether what a step changes has been copied, and the step is not known to be applied."""
@@ -199,27 +206,56 @@ class HostChunk:
             for i, member in enumerate(members)
         ]
         self._blocks = list(_blocks(self.slots))
+        self._pieces: dict[Slot, list[Piece]] = {slot: [] for slot in self.slots}
+        for block in self._blocks:
+            for piece in block.pieces:
+                self._pieces[piece.slot].append(piece)
 
-    def land(self, lanes: Lanes) -> None:
-        """Wait for the gradients on their way and add them."""
+    def land(self, lanes: Lanes, *, measure: bool = False) -> None:
+        """Wait for the gradients on their way and add them.
+
+        Args:
+            lanes: that they come by.
+            measure: take their norms, too, while they are in a cache.
+        """
         arrived = [slot for slot in self.slots if slot.pending]
         for slot in arrived:
             lanes.land(slot.mark)
-        first = {slot for slot in arrived if slot.master.grad is None}
-        for slot in arrived:
             if slot.master.grad is not None and not slot.master.grad.is_contiguous():  # another one was put there
                 slot.master.grad = slot.master.grad.contiguous()
+        first = {slot for slot in arrived if slot.master.grad is None}
+        norms: dict[Piece, Tensor] = {}
 
         def add(block: Block) -> None:
             for piece in block.pieces:
                 if piece.slot.pending:
                     piece.add(self._scratch, first=piece.slot in first)
+                    if measure:
+                        norms[piece] = piece.norm(piece.slot.total)
 
         self._crew.run([partial(add, block) for block in self._blocks] if arrived else [])
         for slot in arrived:
             slot.pending, slot.mark = False, None
             if slot in first:
                 slot.master.grad = slot.total
+            if measure:
+                self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
+
+    def norms(self) -> list[Tensor]:
+        """L2 norms, [] each, of parts that are all of the gradients; those that were taken when they landed."""
+        gradients = self.gradients()
+        known = {slot: self._landed[slot] for slot, own in gradients.items() if self._is_as_landed(slot, own)}
+        others = [piece for slot in gradients if slot not in known for piece in self._pieces[slot]]
+        found: dict[Piece, Tensor] = {}
+
+        def take(piece: Piece) -> None:
+            found[piece] = piece.norm(gradients[piece.slot])
+
+        self._crew.run([partial(take, piece) for piece in others])
+        return [norm for landed in known.values() for norm in landed.norms] + [found[piece] for piece in others]
+
+    def _is_as_landed(self, slot: Slot, gradient: Tensor) -> bool:
+        return slot in self._landed and self._landed[slot].still(gradient)
 
     def discard(self, lanes: Lanes) -> None:
         """Wait for the gradients on their way and forget them."""

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.optim.offload import rule
+from deepseek_mp.optim.offload.grad_norm import sample
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot, Stepping
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling, Verdict
-
-SAMPLES = 64
-"""Values of a gradient that are looked at again: some write without PyTorch counting it, as `GradScaler.unscale_`."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -121,8 +119,8 @@ class SpeculativeStep(SyncStep):
         return super().begin_chunk(chunk, scaling, groups)
 
     def _take(self, chunk: HostChunk, guess: Guess) -> None:
-        chunk.land(self.parts.lanes)
-        guess.samples = {slot: _sample(gradient) for slot, gradient in chunk.gradients().items()}
+        chunk.land(self.parts.lanes, measure=self.parts.measure)
+        guess.samples = {slot: sample(gradient) for slot, gradient in chunk.gradients().items()}
 
     def _speculate(self, chunk: HostChunk, guess: Guess) -> None:
         guess.landed.result()
@@ -156,14 +154,9 @@ def _versions(chunk: HostChunk) -> dict[Slot, int]:
     }
 
 
-def _sample(gradient: Tensor) -> Tensor:
-    flat = gradient.reshape(-1)
-    return flat[:: -(-flat.numel() // SAMPLES) or 1].clone()
-
-
 def _differs(guess: Guess) -> bool:
     """Whether gradients have other values than they landed with, though nobody may have counted the write."""
     return any(
-        slot.master.grad is not None and not torch.equal(sample, _sample(slot.master.grad))
-        for slot, sample in guess.samples.items()
+        slot.master.grad is not None and not torch.equal(landed, sample(slot.master.grad))
+        for slot, landed in guess.samples.items()
     )

@@ -35,6 +35,8 @@ class Parts:
     worker: Callable[[], Worker]
     """Makes one, for the modes that need it."""
     undo: bool
+    measure: bool
+    """Whether the norm of the gradients may be wanted, of any bits."""
     crew: Crew
 
 
@@ -78,7 +80,7 @@ class SyncStep:
 
     def _land(self, chunk: HostChunk) -> None:
         SyncStep.reopened(self, chunk)
-        chunk.land(self.parts.lanes)
+        chunk.land(self.parts.lanes, measure=self.parts.measure)
 
     def forget(self) -> None:
         """The gradients of the window are not wanted."""

@@ -339,3 +339,32 @@ def test_a_step_that_comes_while_the_state_is_copied_ahead(monkeypatch):
         chunk.restore(states)
         assert all(map(torch.equal, before, everything(chunk, states)))
         chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("write", ["nothing", "counted", "data", "another one", "landed again"])
+def test_norms_are_those_of_the_gradients_as_they_are(monkeypatch, threads, write):
+    """Taken as they land; again of those that were written since."""
+    monkeypatch.setattr(host_chunk, "BLOCK", 16)
+    chunk, lanes = chunk_of(*many(torch.bfloat16), crew=Crew(threads)), FakeLanes()
+    for slot, source in zip(chunk.slots, many(torch.bfloat16), strict=True):
+        slot.mark, slot.pending = lanes.down(slot.wire, source.detach()), True
+    taken, real = [], host_chunk.Piece.norm
+    monkeypatch.setattr(host_chunk.Piece, "norm", lambda *args: (taken.append(1), real(*args))[1])
+    chunk.land(lanes, measure=True)
+    assert len(taken) == sum(-(-slot.total.numel() // 16) for slot in chunk.slots)
+    taken.clear()
+    grad = chunk.slots[1].master.grad
+    if write == "counted":
+        grad[0, 0] = 50.0
+    elif write == "data":
+        grad.data.mul_(3.0)
+    elif write == "another one":
+        chunk.slots[1].master.grad = grad * 2.0
+    elif write == "landed again":
+        send_gradient(chunk, lanes, 1.0)
+        chunk.land(lanes)
+    norm = torch.stack(chunk.norms()).square().sum().sqrt()
+    expected = torch.cat([slot.master.grad.flatten() for slot in chunk.slots]).double().norm().float()
+    assert torch.allclose(norm, expected, rtol=1e-5)
+    assert (not taken) == (write == "nothing")
