@@ -30,7 +30,7 @@ from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
 from deepseek_mp.optim.offload.grad_norm import total_norm
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Slot
-from deepseek_mp.optim.offload.lanes import Lanes, lanes_for
+from deepseek_mp.optim.offload.lanes import DirectLanes, Lanes, lanes_for
 from deepseek_mp.optim.offload.loaded_state import MASTER, check_entries, check_loaded, check_rule
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
@@ -360,7 +360,7 @@ class OffloadedOptimizer(Optimizer):
         self._split = schedule.split(parts, free_bytes=settings.free_bytes, bytes_per_value=per_value)
         on_host = settings.cast == "host"
         if settings.cast == "auto":
-            on_host = settings.rates is None or schedule.cast_on_host(settings.rates, keep=settings.undo)
+            on_host = settings.rates is None or schedule.cast_on_host(settings.rates)
         memory = Memory(
             crew=self._crew,
             wire=_WIRES[settings.wire],
@@ -407,6 +407,7 @@ class OffloadedOptimizer(Optimizer):
             undo=self.settings.undo,
             measure=self.settings.check_finite and self.settings.max_grad_norm is None,
             crew=self._crew,
+            is_beside=not isinstance(self._lanes, DirectLanes),
         )
         if self.settings.mode == "delayed":
             return DelayedStep(parts, self.settings.delay_from)

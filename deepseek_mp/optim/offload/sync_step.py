@@ -38,6 +38,8 @@ class Parts:
     measure: bool
     """Whether the norm of the gradients may be wanted, of any bits."""
     crew: Crew
+    is_beside: bool
+    """Whether the device works beside the host."""
 
 
 class SyncStep:
@@ -104,7 +106,7 @@ class SyncStep:
 
     def keep_ahead(self) -> None:
         """Copy the state that the next step will change, beside the device's forward and backward."""
-        if self.parts.undo and self.parts.crew.threads > 1:
+        if self.parts.undo and self.parts.is_beside and self.parts.crew.threads > 1:
             for chunk in self.parts.chunks:
                 chunk.keep_ahead()
 
