@@ -7,6 +7,7 @@ that each take the next block when they are done with theirs meet once.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from collections import deque
@@ -54,11 +55,12 @@ class Board:
     """Where the threads of a crew find their next task."""
 
     def __init__(self) -> None:
-        lock = threading.Lock()
+        lock = threading.RLock()  # a crew may be collected, and closed, by whoever is in here
         self._new, self._over = threading.Condition(lock), threading.Condition(lock)
         self._jobs: deque[Job] = deque()
         self._beside: deque[Job] = deque()
         self._is_closed = False
+        self.threads: list[threading.Thread] = []
 
     def add(self, job: Job, *, beside: bool) -> None:
         with self._new:
@@ -117,6 +119,18 @@ class Board:
                 self._over.notify_all()
 
 
+_BOARDS: weakref.WeakSet[Board] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that comes back from an operation when Python has ended aborts the process."""
+    for board in list(_BOARDS):
+        board.close()
+        for thread in board.threads:
+            thread.join()
+
+
 class Crew:
     """Threads that start with the first job and end with the crew.
 
@@ -158,7 +172,8 @@ class Crew:
         with self._starting:
             if not self._is_started:
                 _start(self._board, self.threads)
-                weakref.finalize(self, self._board.close)
+                weakref.finalize(self, self._board.close).atexit = False
+                _BOARDS.add(self._board)
                 self._is_started = True
 
 
@@ -170,7 +185,8 @@ def _start(board: Board, threads: int) -> None:
     mine, all_are_there = torch.get_num_threads(), threading.Barrier(threads + 1)
     for number in range(threads):
         name = f"offload-crew-{number}"
-        threading.Thread(target=_work, args=(board, all_are_there), name=name, daemon=True).start()
+        board.threads.append(threading.Thread(target=_work, args=(board, all_are_there), name=name, daemon=True))
+        board.threads[-1].start()
     all_are_there.wait()
     torch.set_num_threads(mine)
 

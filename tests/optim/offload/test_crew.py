@@ -1,5 +1,7 @@
 """`Crew`: every task is done once, on one core each; after a failure or an interrupt nobody is at work."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -127,3 +129,16 @@ def test_jobs_are_worked_on_in_their_order():
     assert sorted(done) == [0] * 20 + [1] * 20 + [2] * 20
     assert done[0] == 0
     assert done[-1] == 2
+
+
+AT_WORK = """
+import torch
+from deepseek_mp.optim.offload.crew import Crew
+a, b, crew = torch.ones(1 << 23), torch.ones(1 << 23), Crew(4)
+job = crew.begin([lambda: b.copy_(a)] * 40)
+"""
+
+
+def test_python_ends_well_while_threads_are_at_work():
+    ended = subprocess.run([sys.executable, "-c", AT_WORK], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
