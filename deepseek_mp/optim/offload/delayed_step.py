@@ -53,6 +53,9 @@ class DelayedStep(SyncStep):
         self.settle()
         super().step(verdict)
 
+    def keep_ahead(self) -> None:
+        """Nothing: the next step begins at once, and until it has ended the copies are those of the last one."""
+
     def apply(self, scaling: Scaling) -> None:
         if self._applied() < self._delay_from:
             super().apply(scaling)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.arena import Arena, HostMemory, Scratch
+from deepseek_mp.optim.offload.crew import Crew, Job
+from deepseek_mp.optim.offload.grad_norm import Landed
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.verdict import Scaling
 
-BLOCK = 1 << 20
-"""Values that are worked on before the next ones: what is read twice, or written and read, is still in a cache then.
-For up to 8 threads; more have more cache, and less to do for each call."""
+BLOCK = 1 << 18
+"""Values that one thread works on before it takes the next ones: many for each call, and still shared out evenly. A
+multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class Memory:
     two_gradients: bool
     """Whether the gradients of a step and those of the next exist at the same time."""
     scratch: Scratch = field(default_factory=Scratch)
+    crew: Crew = field(default_factory=Crew)
+    """Does the work of all chunks."""
     source: HostMemory = field(default_factory=HostMemory)
 
 
@@ -65,42 +70,81 @@ class Slot(Pair):
     pending: bool = False
     """Whether a gradient is on its way."""
 
-    def accumulate(self, scratch: Scratch) -> None:
-        """Add the gradient that has arrived to those before."""
-        self.pending, self.mark = False, None
-        if self.master.grad is None:
-            self.total.copy_(self.wire)
-            self.master.grad = self.total
-        elif self.wire.dtype is self.master.grad.dtype:
-            self.master.grad.add_(self.wire)
-        else:  # widened first: PyTorch adds mixed formats on a CPU much more slowly
-            total, wire = self.master.grad.view(-1), self.wire.view(-1)
-            for part in _blocks(total.numel()):
-                total[part].add_(scratch.of(wire[part].numel()).copy_(wire[part]))
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Piece:
-    """Neighbouring values of one parameter."""
+    """Neighbouring values of one parameter, flat; all but the slot's gradient stays where it is."""
 
     slot: Slot
     part: slice
     whole: bool
     """Whether these are all of its values."""
+    master: Tensor
+    moments: tuple[Tensor, ...]
+    before: tuple[Tensor, ...]
+    """Memory of what a step changes; empty where that is not kept."""
+    sending: Tensor | None
+    """Where the master is rounded to; None where it is sent itself."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These values of a tensor in the shape of the parameter: as it is if they are all, else flat."""
-        return tensor if self.whole else tensor.view(-1)[self.part]
+        """These values of a tensor in the shape of the parameter."""
+        return tensor.reshape(-1)[self.part]
+
+    def add(self, scratch: Scratch, *, first: bool) -> None:
+        """Take over the gradient that has arrived, or add it to those before."""
+        slot = self.slot
+        total, wire = self.of(slot.total if first else _gradient(slot)), self.of(slot.wire)
+        if first:
+            total.copy_(wire)
+        elif wire.dtype is total.dtype:
+            total.add_(wire)
+        else:  # widened first: PyTorch adds mixed formats on a CPU much more slowly
+            total.add_(scratch.of(wire.numel()).copy_(wire))
+
+    def norm(self, gradient: Tensor) -> Tensor:
+        """[]: L2 norm of these values of the slot's gradient."""
+        norm: Tensor = torch.linalg.vector_norm(self.of(gradient))
+        return norm
+
+    def keep(self) -> None:
+        """Copy what a step will change."""
+        if self.before:
+            torch._foreach_copy_(list(self.before), [self.master, *self.moments])
+
+    def restore(self) -> None:
+        """Put back what `keep` has copied."""
+        if self.before:
+            torch._foreach_copy_([self.master, *self.moments], list(self.before))
+
+    def round(self) -> None:
+        """Round the weights into the memory that they are sent from."""
+        if self.sending is not None:
+            self.sending.copy_(self.master)
 
 
-@dataclass
-class Kept:
-    """What was copied of a parameter before its step."""
+@dataclass(frozen=True)
+class Block:
+    """What one thread steps by one call: a part of a large parameter, or small parameters of a group in a row."""
 
-    steps: float | None
-    """None: it had no state."""
-    values: int = 0
-    """So many, from its start."""
+    group: int
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """A step of a chunk that is under way."""
+
+    job: Job
+    _done: Callable[[], None]
+
+    def end(self) -> None:
+        """Wait until it is made; raises what it has raised."""
+        self.job.end()
+        self._done()
+
+    def cancel(self) -> None:
+        """Wait until nobody is at work on it; it may be made in part then."""
+        self.job.cancel()
 
 
 class HostChunk:
@@ -117,8 +161,17 @@ class HostChunk:
         self.values = sum(member.parameter.numel() for member in members)
         self.arenas: list[Arena] = []
         self._uploads: list[Any] = []
-        self._scratch, self._source = memory.scratch, memory.source
-        self._kept: dict[Slot, Kept] = {}
+        self._scratch, self._source, self._crew = memory.scratch, memory.source, memory.crew
+        self._steps_before: dict[Slot, float | None] = {}
+        """Of those that the last step changes; None: there was no state."""
+        self._changed: list[Piece] = []
+        """By the last step, all or in part."""
+        self._ahead: Job | None = None
+        """Copies what a step will change before it is known to come."""
+        self._ahead_of: tuple[int, ...] = ()
+        """Versions of what that copies."""
+        self._has_copy: set[Piece] = set()
+        self._landed: dict[Slot, Landed] = {}
         self._rounded = False
         self.kept = False
         """Whether what a step changes has been copied, and the step is not known to be applied."""
@@ -152,13 +205,57 @@ class HostChunk:
             )
             for i, member in enumerate(members)
         ]
+        self._blocks = list(_blocks(self.slots))
+        self._pieces: dict[Slot, list[Piece]] = {slot: [] for slot in self.slots}
+        for block in self._blocks:
+            for piece in block.pieces:
+                self._pieces[piece.slot].append(piece)
 
-    def land(self, lanes: Lanes) -> None:
-        """Wait for the gradients on their way and add them."""
-        for slot in self.slots:
-            if slot.pending:
-                lanes.land(slot.mark)
-                slot.accumulate(self._scratch)
+    def land(self, lanes: Lanes, *, measure: bool = False) -> None:
+        """Wait for the gradients on their way and add them.
+
+        Args:
+            lanes: that they come by.
+            measure: take their norms, too, while they are in a cache.
+        """
+        arrived = [slot for slot in self.slots if slot.pending]
+        for slot in arrived:
+            lanes.land(slot.mark)
+            if slot.master.grad is not None and not slot.master.grad.is_contiguous():  # another one was put there
+                slot.master.grad = slot.master.grad.contiguous()
+        first = {slot for slot in arrived if slot.master.grad is None}
+        norms: dict[Piece, Tensor] = {}
+
+        def add(block: Block) -> None:
+            for piece in block.pieces:
+                if piece.slot.pending:
+                    piece.add(self._scratch, first=piece.slot in first)
+                    if measure:
+                        norms[piece] = piece.norm(piece.slot.total)
+
+        self._crew.run([partial(add, block) for block in self._blocks] if arrived else [])
+        for slot in arrived:
+            slot.pending, slot.mark = False, None
+            if slot in first:
+                slot.master.grad = slot.total
+            if measure:
+                self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
+
+    def norms(self) -> list[Tensor]:
+        """L2 norms, [] each, of parts that are all of the gradients; those that were taken when they landed."""
+        gradients = self.gradients()
+        known = {slot: self._landed[slot] for slot, own in gradients.items() if self._is_as_landed(slot, own)}
+        others = [piece for slot in gradients if slot not in known for piece in self._pieces[slot]]
+        found: dict[Piece, Tensor] = {}
+
+        def take(piece: Piece) -> None:
+            found[piece] = piece.norm(gradients[piece.slot])
+
+        self._crew.run([partial(take, piece) for piece in others])
+        return [norm for landed in known.values() for norm in landed.norms] + [found[piece] for piece in others]
+
+    def _is_as_landed(self, slot: Slot, gradient: Tensor) -> bool:
+        return slot in self._landed and self._landed[slot].still(gradient)
 
     def discard(self, lanes: Lanes) -> None:
         """Wait for the gradients on their way and forget them."""
@@ -194,13 +291,62 @@ class HostChunk:
         What a step changes is copied first, where the chunk has memory for that. All of this is done block by block.
         Memory that weights are sent from must be free, which `freed` makes sure of.
         """
-        self.kept, self._rounded, self._kept = True, False, {}
-        for group, pieces in _portions([slot for slot in self.slots if slot in gradients]):
-            self._step(groups[group], states, [(piece, gradients[piece.slot]) for piece in pieces], scaling)
-        for slot in self.slots:
-            if slot not in gradients:
-                _round(slot.sending, slot.master)
-        self._rounded = True
+        self.begin(groups, states, gradients, scaling).end()
+
+    def begin(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        states: dict[Any, dict[str, Any]],
+        gradients: Mapping[Slot, Tensor],
+        scaling: Scaling,
+    ) -> Stepping:
+        """Begin what `step` does."""
+        self._steps_before = {slot: self._state(slot, states) for slot in self.slots if slot in gradients}
+        self.rest()
+        self.kept, self._rounded, self._changed = True, False, []
+
+        def step(block: Block) -> None:
+            pieces = [piece for piece in block.pieces if piece.slot in gradients]
+            if pieces:
+                self._step(groups[block.group], states, [(piece, gradients[piece.slot]) for piece in pieces], scaling)
+            for piece in block.pieces:
+                piece.round()
+
+        job = self._crew.begin([partial(step, block) for block in self._blocks])
+        return Stepping(job, partial(self._stepped, states))
+
+    def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]]) -> None:
+        """Count the step of parameters that were stepped in parts."""
+        for piece in self._changed:
+            if piece.part.start == 0 and not piece.whole:
+                states[piece.slot.master]["step"].add_(1)
+        self._rounded, self._has_copy = True, set()
+
+    def keep_ahead(self) -> None:
+        """Copy what the next step will change, while the crew has nothing else to do.
+
+        Writes that PyTorch counts are found, and the step copies again what they may have changed.
+        """
+        self.rest()
+        self._has_copy, self._ahead_of = set(), self._versions()
+
+        def keep(block: Block) -> None:
+            for piece in block.pieces:
+                piece.keep()
+                self._has_copy.add(piece)
+
+        self._ahead = self._crew.begin([partial(keep, block) for block in self._blocks], beside=True)
+
+    def rest(self) -> None:
+        """Nothing of this chunk is copied ahead from now on; what was copied counts if it is still the same."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            self._ahead = None
+        if self._ahead_of != self._versions():
+            self._has_copy = set()
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(tensor._version for slot in self.slots for tensor in (slot.master, *slot.moments))
 
     def _step(
         self,
@@ -210,57 +356,47 @@ class HostChunk:
         scaling: Scaling,
     ) -> None:
         for piece, _ in pieces:
-            self._keep(piece, states)
+            if piece not in self._has_copy:
+                piece.keep()
+            self._changed.append(piece)
         grads = [piece.of(gradient) for piece, gradient in pieces]
         if not scaling.is_one:
             room = self._scratch.of(sum(grad.numel() for grad in grads)).split([grad.numel() for grad in grads])
-            grads = [scaling.into(to.view(grad.shape), grad) for to, grad in zip(room, grads, strict=True)]
-        found = [_state_of(piece, states) for piece, _ in pieces]
-        rule.step(group, [piece.of(piece.slot.master) for piece, _ in pieces], grads, found)
-        for piece, _ in pieces:
-            slot = piece.slot
-            if not piece.whole and piece.part.stop == slot.master.numel():
-                states[slot.master]["step"].add_(1)
-            _round(piece.of(slot.sending), piece.of(slot.master))
+            grads = [scaling.into(to, grad) for to, grad in zip(room, grads, strict=True)]
+        rule.step(
+            group, [piece.master for piece, _ in pieces], grads, [_state_of(piece, states) for piece, _ in pieces]
+        )
 
-    def _keep(self, piece: Piece, states: dict[Any, dict[str, Any]]) -> None:
-        """Copy what the step of a piece will change."""
-        slot = piece.slot
-        if slot not in self._kept:
-            self._kept[slot] = Kept(steps=float(states[slot.master]["step"]) if states.get(slot.master) else None)
-            if not states.get(slot.master):
-                states[slot.master] = rule.new_state(slot.moments)
-        if slot.before is not None:
-            for before, now in zip(
-                (slot.before, *slot.moments_before), (slot.master.detach(), *slot.moments), strict=True
-            ):
-                piece.of(before).copy_(piece.of(now))
-            self._kept[slot].values = piece.part.stop
+    def _state(self, slot: Slot, states: dict[Any, dict[str, Any]]) -> float | None:
+        """Its steps so far; makes the state of a parameter that has none."""
+        state = states.get(slot.master)
+        if state:
+            for name, moment in zip(rule.MOMENTS, slot.moments, strict=True):
+                if state[name].data_ptr() != moment.data_ptr():  # somebody has put another one there
+                    state[name] = moment.copy_(state[name])
+            return float(state["step"])
+        states[slot.master] = rule.new_state(slot.moments)
+        return None
 
     def base_of(self, slot: Slot) -> Tensor | None:
         """The master before the last step, if the chunk has kept it."""
-        return slot.before if slot in self._kept else None
+        return slot.before if slot in self._steps_before else None
 
     def restore(self, states: dict[Any, dict[str, Any]]) -> None:
-        """Put back what the last step has changed."""
-        for slot, kept in self._kept.items():
-            if slot.before is not None:
-                part = slice(kept.values)
-                for before, now in zip(
-                    (slot.before, *slot.moments_before), (slot.master.detach(), *slot.moments), strict=True
-                ):
-                    now.view(-1)[part].copy_(before.view(-1)[part])
-            if kept.steps is None:
+        """Put back what the last step has changed; its job has ended."""
+        self._crew.run([piece.restore for piece in self._changed])
+        for slot, steps in self._steps_before.items():
+            if steps is None:
                 states.pop(slot.master, None)
             elif slot.master in states:
-                states[slot.master]["step"].fill_(kept.steps)
-        self._kept = {}
+                states[slot.master]["step"].fill_(steps)
+        self._has_copy, self._ahead_of = set(self._changed), self._versions()  # the copies are those of the next step
+        self._steps_before, self._changed = {}, []
         self.kept = self._rounded = False
 
     def round(self) -> None:
         """Round the weights into the memory that they are sent from, which `freed` has made sure of."""
-        for slot in self.slots:
-            _round(slot.sending, slot.master)
+        self._crew.run([piece.round for block in self._blocks for piece in block.pieces])
         self._rounded = True
 
     def send(self, lanes: Lanes) -> None:
@@ -312,42 +448,47 @@ def _wire(parameter: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     return torch.bfloat16 if parameter.dtype is torch.bfloat16 else torch.float32
 
 
-def _block() -> int:
-    return max(BLOCK, BLOCK // 8 * torch.get_num_threads())
+def _gradient(slot: Slot) -> Tensor:
+    assert slot.master.grad is not None
+    return slot.master.grad
 
 
-def _blocks(values: int) -> Iterator[slice]:
-    block = _block()
-    return (slice(start, min(start + block, values)) for start in range(0, values, block))
-
-
-def _portions(slots: Sequence[Slot]) -> Iterator[tuple[int, list[Piece]]]:
-    """What is stepped by one call, with its group: a block of a large parameter, or small ones in a row."""
+def _blocks(slots: Sequence[Slot]) -> Iterator[Block]:
+    """All values of a chunk."""
     small: list[Piece] = []
-    filled, block = 0, _block()
+    filled = 0
     for slot in slots:
         values = slot.master.numel()
-        if small and (small[0].slot.group != slot.group or filled + values > block):
-            yield small[0].slot.group, small
+        if small and (small[0].slot.group != slot.group or filled + values > BLOCK):
+            yield Block(small[0].slot.group, small)
             small, filled = [], 0
-        if values > block:
-            for part in _blocks(values):
-                yield slot.group, [Piece(slot=slot, part=part, whole=False)]
+        if values > BLOCK:
+            for start in range(0, values, BLOCK):
+                yield Block(slot.group, [_piece(slot, slice(start, min(start + BLOCK, values)))])
             continue
-        small.append(Piece(slot=slot, part=slice(0, values), whole=True))
+        small.append(_piece(slot, slice(0, values)))
         filled += values
     if small:
-        yield small[0].slot.group, small
+        yield Block(small[0].slot.group, small)
+
+
+def _piece(slot: Slot, part: slice) -> Piece:
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.detach().view(-1)[part]
+
+    kept = () if slot.before is None else (slot.before, *slot.moments_before)
+    return Piece(
+        slot=slot,
+        part=part,
+        whole=part == slice(0, slot.master.numel()),
+        master=flat(slot.master),
+        moments=tuple(flat(moment) for moment in slot.moments),
+        before=tuple(flat(tensor) for tensor in kept),
+        sending=None if slot.sending is slot.master else flat(slot.sending),
+    )
 
 
 def _state_of(piece: Piece, states: Mapping[Any, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
     """The state that a step of these values reads and writes; the counter of a part is its own, and no state's."""
-    state = states[piece.slot.master]
-    if piece.whole:
-        return state
-    return {"step": state["step"].clone(), **{name: piece.of(state[name]) for name in rule.MOMENTS}}
-
-
-def _round(sending: Tensor, master: Tensor) -> None:
-    if sending.data_ptr() != master.data_ptr():
-        sending.copy_(master)
+    step = states[piece.slot.master]["step"]
+    return {"step": step if piece.whole else step.clone(), **dict(zip(rule.MOMENTS, piece.moments, strict=True))}

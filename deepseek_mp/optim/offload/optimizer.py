@@ -19,15 +19,18 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.gradients import l2_norm, l2_norm_of
 from deepseek_mp.ops.storage_marks import mark_master, unmark
 from deepseek_mp.optim.adamw import check_options
 from deepseek_mp.optim.offload import rule, schedule
 from deepseek_mp.optim.offload.arena import HostMemory
+from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.delayed_step import DelayedStep
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
+from deepseek_mp.optim.offload.grad_norm import total_norm
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Slot
-from deepseek_mp.optim.offload.lanes import Lanes, lanes_for
+from deepseek_mp.optim.offload.lanes import DirectLanes, Lanes, lanes_for
 from deepseek_mp.optim.offload.loaded_state import MASTER, check_entries, check_loaded, check_rule
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
@@ -97,7 +100,7 @@ class OffloadedOptimizer(Optimizer):
         device = check_parameters(parameters)
         if model is not None:
             check_model(model, parameters)
-        self._lanes, self._memory = lanes(device), memory
+        self._lanes, self._memory, self._crew = lanes(device), memory, Crew()
         self._waits = ForwardWaits(self._lanes)
         self._chunks: list[HostChunk] = []
         self._pairs: dict[int, Pair] = {}
@@ -183,7 +186,7 @@ class OffloadedOptimizer(Optimizer):
                 loss = closure()
         self._land()
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        verdict = judge(self._gradients(), self.settings, scale=scale, found_inf=found)
+        verdict = judge(self._gradients(), self.settings, scale=scale, found_inf=found, norm=self._norm)
         self._mode.step(verdict)
         self.report = replace(verdict.report, redone=self._mode.redone)
         self._passes = 0
@@ -257,6 +260,7 @@ class OffloadedOptimizer(Optimizer):
         self.synchronize()
         for chunk in self._chunks:
             chunk.freed(self._lanes)
+            chunk.rest()
         self._waits.detach()
         for handle in self._handles:
             handle.remove()
@@ -356,8 +360,9 @@ class OffloadedOptimizer(Optimizer):
         self._split = schedule.split(parts, free_bytes=settings.free_bytes, bytes_per_value=per_value)
         on_host = settings.cast == "host"
         if settings.cast == "auto":
-            on_host = settings.rates is None or schedule.cast_on_host(settings.rates, keep=settings.undo)
+            on_host = settings.rates is None or schedule.cast_on_host(settings.rates)
         memory = Memory(
+            crew=self._crew,
             wire=_WIRES[settings.wire],
             pin=device.type != "cpu",
             undo=settings.undo,
@@ -400,6 +405,9 @@ class OffloadedOptimizer(Optimizer):
             waits=self._waits,
             worker=worker,
             undo=self.settings.undo,
+            measure=self.settings.check_finite and self.settings.max_grad_norm is None,
+            crew=self._crew,
+            is_beside=not isinstance(self._lanes, DirectLanes),
         )
         if self.settings.mode == "delayed":
             return DelayedStep(parts, self.settings.delay_from)
@@ -448,6 +456,14 @@ class OffloadedOptimizer(Optimizer):
     @torch.no_grad()
     def _land(self) -> None:
         self._mode.land()
+
+    def _norm(self) -> Tensor:
+        """Of all gradients, as they stand in the masters."""
+        if self.settings.max_grad_norm is not None:
+            return total_norm(self._gradients(), self._crew)
+        on_device = [pair.master.grad for pair in self._device_part.pairs if pair.master.grad is not None]
+        found = [norm for chunk in self._chunks for norm in chunk.norms()]
+        return l2_norm_of(torch.stack([*found, *([l2_norm(on_device).to("cpu")] if on_device else [])]))
 
     def _gradients(self) -> list[Tensor]:
         found = [parameter.grad for group in self.param_groups for parameter in group["params"]]

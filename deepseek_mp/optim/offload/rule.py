@@ -38,21 +38,13 @@ def step(
     group: Mapping[str, Any], weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
 ) -> None:
     """One step in place, fp32; on a CPU the fused kernel, which reads and writes every number once."""
-    fused = weights[0].device.type == "cpu"
-    adamw(
-        list(weights),
-        list(grads),
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [state["step"] for state in states],
-        fused=fused,
-        foreach=not fused,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=float(group["lr"]),
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
+    firsts, seconds = ([state[name] for state in states] for name in MOMENTS)
+    counters = [state["step"] for state in states]
+    beta1, beta2 = group["betas"]
+    options = {"beta1": beta1, "beta2": beta2, "lr": float(group["lr"]), "eps": group["eps"]}
+    options |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
+    if weights[0].device.type == "cpu":  # as `adamw` calls it, which takes longer to do so than to step a small block
+        torch._foreach_add_(counters, 1)
+        torch._fused_adamw_(list(weights), list(grads), firsts, seconds, [], counters, **options)
+    else:
+        adamw(list(weights), list(grads), firsts, seconds, [], counters, foreach=True, **options)

@@ -17,11 +17,11 @@ CHUNK_BYTES = 64 << 20
 STEP_BYTES = 28
 """Bytes that AdamW moves per value: weight, gradient and two moments read, all but the gradient written, in FP32."""
 KEEP_BYTES = 24
-"""Bytes that keeping the state before a step moves per value: weight and two moments read and written."""
+"""Bytes that keeping the state before a step moves per value: weight and two moments read and written. Done ahead."""
 CAST_BYTES = 6
 """Bytes that rounding an FP32 weight to BF16 moves: 4 read, 2 written."""
 NORM_BYTES = 4
-"""Bytes that the norm of the gradients reads per value."""
+"""Bytes that the norm of the gradients reads per value, where it is not taken as they land."""
 BACKWARD = 2 / 3
 """Share of forward and backward that is backward: it makes two products where forward makes one."""
 MODES = ("sync", "speculative", "delayed")
@@ -97,6 +97,8 @@ class Work:
     """Whether the state before the step is kept, so that it can be taken back."""
     cast: bool = True
     """Whether the host rounds weights to BF16 before it sends them."""
+    clip: bool = False
+    """Whether gradients are clipped by their norm, which is taken when all are there then."""
 
     def __post_init__(self) -> None:
         check_member("mode", self.mode, MODES)
@@ -111,7 +113,7 @@ class Prediction:
     """Forward, backward and the step of what stays on the device."""
     down: float
     host: float
-    """All that the host does: gradients added up, their norm, the step."""
+    """All that the host does: gradients added up, their norm, the state kept, the step."""
     tail: float
     """What nothing hides."""
     total: float
@@ -177,20 +179,20 @@ def split(parts: Sequence[Chunk], *, free_bytes: int | None, bytes_per_value: in
     return Split(host=tuple(parts[:taken]), device=tuple(parts[taken:]), freed_bytes=freed)
 
 
-def cast_on_host(rates: Rates, *, keep: bool = True) -> bool:
+def cast_on_host(rates: Rates) -> bool:
     """Whether the host should round BF16 weights before it sends them; else it sends FP32 and the device rounds.
 
     The host's step and the copies up overlap, so the slower of the two counts: rounding loads the host with
     `CAST_BYTES` a value and saves the wire half.
     """
-    step = STEP_BYTES / rates.cpu + KEEP_BYTES * keep / (rates.keep or rates.cpu)
-    host = max(step + CAST_BYTES / rates.cpu, WIRES["bf16"] / rates.up)
-    return host <= max(step, FP32_BYTES / rates.up)
+    host = max((STEP_BYTES + CAST_BYTES) / rates.cpu, WIRES["bf16"] / rates.up)
+    return host <= max(STEP_BYTES / rates.cpu, FP32_BYTES / rates.up)
 
 
 def host_bytes(work: Work) -> float:
     """Bytes per value that the host moves in its memory for one step, without adding up earlier micro-batches."""
-    return arrival_bytes(work, first=True) + NORM_BYTES + STEP_BYTES + KEEP_BYTES * work.keep + CAST_BYTES * work.cast
+    step = NORM_BYTES * work.clip + STEP_BYTES + KEEP_BYTES * work.keep + CAST_BYTES * work.cast
+    return arrival_bytes(work, first=True) + step
 
 
 def arrival_bytes(work: Work, *, first: bool) -> float:
@@ -201,10 +203,11 @@ def arrival_bytes(work: Work, *, first: bool) -> float:
 def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     """The time of a step: what is longest in each part of the window, and then the tail that nothing hides.
 
-    Gradients go down and are added up beside backward; those of earlier micro-batches also beside the next forward. In
-    'sync' the host's step begins when the gradients' norm is known, after backward, so it is in the tail. In
-    'speculative' it runs beside the last backward, in 'delayed' beside the whole next window. What the chunk that
-    arrives last needs after backward is in the tail, and so is the first chunk's way up, with the others behind it.
+    Gradients go down and are added up beside backward; those of earlier micro-batches also beside the next forward. The
+    state before the step is kept beside both, as far as there is time. In 'sync' the host's step begins when the
+    gradients' norm is known, after backward, so it is in the tail. In 'speculative' it runs beside the last backward, in
+    'delayed' beside the whole next window. What the chunk that arrives last needs after backward is in the tail, and so
+    is the first chunk's way up, with the others behind it.
 
     The host's work is taken as bytes moved at the rate of `Rates.cpu`, as the host's AdamW is bound by memory.
     """
@@ -213,8 +216,9 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     wire = WIRES[work.wire]
     first, added = (arrival_bytes(work, first=first) / rates.cpu for first in (True, False))
     landing = first if work.micro_steps == 1 else added
-    norm = NORM_BYTES / rates.cpu
-    stepping = (STEP_BYTES + CAST_BYTES * work.cast) / rates.cpu + KEEP_BYTES * work.keep / (rates.keep or rates.cpu)
+    norm = NORM_BYTES * work.clip / rates.cpu
+    stepping = (STEP_BYTES + CAST_BYTES * work.cast) / rates.cpu
+    keeping = KEEP_BYTES * work.keep / (rates.keep or rates.cpu)
     down = values * wire / rates.down
     micro = work.forward_backward / work.micro_steps
     on_device = (1 - placed.fraction) * work.device_step
@@ -228,14 +232,13 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     elif work.mode == "speculative":
         beside += values * stepping
         tail += last * stepping
-    hidden = begun + max(BACKWARD * micro, down, beside)
     adding = values * (first + (work.micro_steps - 1) * added)
-    if work.mode == "delayed":
-        hidden = max(hidden, adding + values * stepping)
+    busy = adding + values * (keeping + (0.0 if work.mode == "sync" else stepping))
+    hidden = max(begun + max(BACKWARD * micro, down, beside), busy)
     return Prediction(
         device=work.forward_backward + on_device,
         down=work.micro_steps * down,
-        host=adding + values * (norm + stepping),
+        host=adding + values * (norm + keeping + stepping),
         tail=tail,
         total=hidden + on_device + tail,
     )

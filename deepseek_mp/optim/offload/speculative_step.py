@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.optim.offload import rule
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot
+from deepseek_mp.optim.offload.grad_norm import sample
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot, Stepping
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling, Verdict
-
-SAMPLES = 64
-"""Values of a gradient that are looked at again: some write without PyTorch counting it, as `GradScaler.unscale_`."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -109,25 +107,27 @@ class SpeculativeStep(SyncStep):
         self.redone, self._put_back = self.redone + self._put_back, 0
         super().prepare()
 
-    def step_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> None:
+    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> Stepping | None:
         guess = self._guesses.get(chunk.number)
         if guess is not None:
             guess.stepped.result()
             del self._guesses[chunk.number]
             if self._holds(chunk, guess, scaling, groups):
-                return
+                return None
             self.redone += 1
             chunk.restore(self.parts.owner().state)
-        super().step_chunk(chunk, scaling, groups)
+        return super().begin_chunk(chunk, scaling, groups)
 
     def _take(self, chunk: HostChunk, guess: Guess) -> None:
-        chunk.land(self.parts.lanes)
-        guess.samples = {slot: _sample(gradient) for slot, gradient in chunk.gradients().items()}
+        chunk.land(self.parts.lanes, measure=self.parts.measure)
+        guess.samples = {slot: sample(gradient) for slot, gradient in chunk.gradients().items()}
 
     def _speculate(self, chunk: HostChunk, guess: Guess) -> None:
         guess.landed.result()
         guess.versions = _versions(chunk)
-        super().step_chunk(chunk, guess.scaling, guess.options)
+        stepping = super().begin_chunk(chunk, guess.scaling, guess.options)
+        if stepping is not None:
+            stepping.end()
 
     def _holds(self, chunk: HostChunk, guess: Guess, scaling: Scaling, options: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the chunk was stepped with what it should have been stepped with."""
@@ -154,14 +154,9 @@ def _versions(chunk: HostChunk) -> dict[Slot, int]:
     }
 
 
-def _sample(gradient: Tensor) -> Tensor:
-    flat = gradient.reshape(-1)
-    return flat[:: -(-flat.numel() // SAMPLES) or 1].clone()
-
-
 def _differs(guess: Guess) -> bool:
     """Whether gradients have other values than they landed with, though nobody may have counted the write."""
     return any(
-        slot.master.grad is not None and not torch.equal(sample, _sample(slot.master.grad))
-        for slot, sample in guess.samples.items()
+        slot.master.grad is not None and not torch.equal(landed, sample(slot.master.grad))
+        for slot, landed in guess.samples.items()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from torch.optim import Optimizer
 
 from deepseek_mp.errors import MixedPrecisionError, explain
 from deepseek_mp.optim.offload import rule
+from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
-from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Stepping
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.verdict import Scaling, Verdict
 from deepseek_mp.optim.offload.worker import Worker
@@ -33,6 +35,11 @@ class Parts:
     worker: Callable[[], Worker]
     """Makes one, for the modes that need it."""
     undo: bool
+    measure: bool
+    """Whether the norm of the gradients may be wanted, of any bits."""
+    crew: Crew
+    is_beside: bool
+    """Whether the device works beside the host."""
 
 
 class SyncStep:
@@ -75,7 +82,7 @@ class SyncStep:
 
     def _land(self, chunk: HostChunk) -> None:
         SyncStep.reopened(self, chunk)
-        chunk.land(self.parts.lanes)
+        chunk.land(self.parts.lanes, measure=self.parts.measure)
 
     def forget(self) -> None:
         """The gradients of the window are not wanted."""
@@ -95,6 +102,13 @@ class SyncStep:
         self.check_whole()
         if verdict.reason is None:
             self.apply(verdict.scaling)
+            self.keep_ahead()
+
+    def keep_ahead(self) -> None:
+        """Copy the state that the next step will change, beside the device's forward and backward."""
+        if self.parts.undo and self.parts.is_beside and self.parts.crew.threads > 1:
+            for chunk in self.parts.chunks:
+                chunk.keep_ahead()
 
     def check_whole(self) -> None:
         if self.broken is not None:
@@ -108,16 +122,43 @@ class SyncStep:
         groups = rule.options(self.parts.owner().param_groups)
         begun: list[HostChunk] = []
         try:
-            for chunk in reversed(self.parts.chunks):
-                if chunk.has_gradients:
-                    begun.append(chunk)
-                    self.step_chunk(chunk, scaling, groups)
-                    self.send(chunk)
+            self._step_all(
+                [chunk for chunk in reversed(self.parts.chunks) if chunk.has_gradients], scaling, groups, begun
+            )
             self.step_device_part(scaling)
         except BaseException as error:
             self.take_back(begun, error)
             raise
         self.commit()
+
+    def _step_all(
+        self,
+        chunks: Sequence[HostChunk],
+        scaling: Scaling,
+        groups: Sequence[Mapping[str, Any]],
+        begun: list[HostChunk],
+    ) -> None:
+        """One chunk is begun before the one in front of it is waited for, so that no thread of the crew waits."""
+        ahead = 1 if self.parts.crew.threads > 1 else 0
+        under_way: deque[tuple[HostChunk, Stepping | None]] = deque()
+        try:
+            for chunk in chunks:
+                begun.append(chunk)
+                under_way.append((chunk, self.begin_chunk(chunk, scaling, groups)))
+                if len(under_way) > ahead:
+                    self._finish(*under_way.popleft())
+            while under_way:
+                self._finish(*under_way.popleft())
+        except BaseException:
+            for _, stepping in under_way:
+                if stepping is not None:
+                    stepping.cancel()
+            raise
+
+    def _finish(self, chunk: HostChunk, stepping: Stepping | None) -> None:
+        if stepping is not None:
+            stepping.end()
+        self.send(chunk)
 
     def prepare(self) -> None:
         """What can fail before anything is changed; and take over what others wrote into the weights."""
@@ -127,10 +168,10 @@ class SyncStep:
         for pair in pairs:
             pair.adopt()
 
-    def step_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Step a chunk on the gradients of its masters."""
+    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> Stepping | None:
+        """Begin to step a chunk on the gradients of its masters; None if that is done."""
         chunk.freed(self.parts.lanes)
-        chunk.step(groups, self.parts.owner().state, chunk.gradients(), scaling)
+        return chunk.begin(groups, self.parts.owner().state, chunk.gradients(), scaling)
 
     def send(self, chunk: HostChunk) -> None:
         """Send a chunk's weights up, and let forward wait for them."""

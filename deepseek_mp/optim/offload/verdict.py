@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from deepseek_mp.ops.gradients import l2_norm
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
 
 
@@ -70,7 +69,12 @@ class Verdict:
 
 
 def judge(
-    grads: Sequence[Tensor], settings: OffloadSettings, *, scale: Tensor | None, found_inf: Tensor | None
+    grads: Sequence[Tensor],
+    settings: OffloadSettings,
+    *,
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    norm: Callable[[], Tensor] | None = None,
 ) -> Verdict:
     """The verdict on a step.
 
@@ -79,20 +83,21 @@ def judge(
         settings: which norm is allowed, and whether finiteness is looked at.
         scale: [], what a loss scaler wants the gradients divided by.
         found_inf: [], 1 where a loss scaler has found numbers that are not finite.
+        norm: gives the L2 norm of the gradients, []. Where they are clipped it must be PyTorch's to the bit, as
+            `torch.nn.utils.get_total_norm` takes it; None takes that.
     """
     if not grads:
         return Verdict(reason="no_grads")
     if found_inf is not None and bool(found_inf):
         return Verdict(reason="scaler")
     divisor = 1.0 if scale is None else float(scale)
-    norm, clip = None, 1.0
+    taken, clip = None, 1.0
     limit = settings.max_grad_norm
     if limit is not None or (settings.check_finite and found_inf is None):
-        # As torch.nn.utils.clip_grad_norm_, so that clipped steps agree to the bit; else on all cores.
-        total = (l2_norm(grads) if limit is None else get_total_norm(grads)).to("cpu") / divisor
-        norm = float(total)
-        if settings.check_finite and not math.isfinite(norm):
-            return Verdict(reason="nonfinite", scaling=Scaling(divisor=divisor), grad_norm=norm)
+        total = (get_total_norm(grads) if norm is None else norm()).to("cpu") / divisor
+        taken = float(total)
+        if settings.check_finite and not math.isfinite(taken):
+            return Verdict(reason="nonfinite", scaling=Scaling(divisor=divisor), grad_norm=taken)
         if limit is not None:
             clip = float(torch.clamp(limit / (total + 1e-6), max=1.0))
-    return Verdict(reason=None, scaling=Scaling(divisor=divisor, clip=clip), grad_norm=norm)
+    return Verdict(reason=None, scaling=Scaling(divisor=divisor, clip=clip), grad_norm=taken)

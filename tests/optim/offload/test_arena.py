@@ -67,3 +67,13 @@ def test_scratch_is_of_one_thread():
     with ThreadPoolExecutor(max_workers=1) as pool:
         assert pool.submit(lambda: scratch.of(4).data_ptr()).result() != first.data_ptr()
     assert scratch.of(100).numel() == 100
+
+
+def test_large_blocks_are_equally_far_from_each_other():
+    """Values of one parameter at distances of a few pages would slow the host's step down."""
+    values = arena.HUGE_PAGE // 4 + 1
+    blocks = [arena.allocate(values, dtype, pin=False).flat for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+    assert [block.data_ptr() % arena.HUGE_PAGE for block in blocks[:2]] == [0, 0]
+    assert all(block.numel() == values and not block.any() for block in blocks)
+    blocks[0].fill_(1.0)
+    assert not blocks[1].any()

@@ -1,11 +1,14 @@
 """`HostChunk`: gradients that arrive, a step that can be put back, weights that are sent."""
 
+from collections import Counter
+
 import pytest
 import torch
 from fake_device import FakeLanes
 from torch import nn
 
 from deepseek_mp.optim.offload import host_chunk, rule
+from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
 
@@ -216,10 +219,152 @@ def test_gradients_larger_than_a_block_add_up(monkeypatch):
     assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 256.5)) for slot in chunk.slots)
 
 
-@pytest.mark.parametrize(("threads", "values"), [(1, 32), (8, 32), (16, 64)])
-def test_many_threads_work_on_larger_blocks(monkeypatch, threads, values):
-    monkeypatch.setattr(host_chunk, "BLOCK", 32)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = list(host_chunk._blocks(100))
-    assert found[0] == slice(0, values)
-    assert found[-1].stop == 100
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_threads_give_the_numbers_of_one(monkeypatch, threads):
+    """And what somebody else has put into states and gradients counts."""
+    found = []
+    for crew in (Crew(1), Crew(threads)):
+        monkeypatch.setattr(host_chunk, "BLOCK", 16)
+        chunk, lanes, states = chunk_of(*many(torch.bfloat16), crew=crew), FakeLanes(), {}
+        with torch.no_grad():
+            for value in (0.3, 0.7, 0.1):
+                send_gradient(chunk, lanes, value)
+                chunk.land(lanes)
+                send_gradient(chunk, lanes, 0.01)
+                chunk.slots[1].master.grad = chunk.slots[1].master.grad.t().contiguous().t()
+                chunk.land(lanes)
+                assert torch.allclose(chunk.slots[1].master.grad, torch.tensor(value + 0.01), rtol=1e-2)
+                chunk.freed(lanes)
+                chunk.step([GROUP], states, chunk.gradients(), Scaling(divisor=3.0))
+                chunk.send(lanes)
+                state = states[chunk.slots[0].master]
+                state["exp_avg"] = state["exp_avg"] * 0.5
+                for slot in chunk.slots:
+                    slot.master.grad = None
+        assert all(state["step"] == 3 for state in states.values())
+        numbers = [value for slot in chunk.slots for value in states[slot.master].values()]
+        found.append([*numbers, *(slot.master.detach() for slot in chunk.slots)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_failure_of_one_thread_is_put_back_with_what_others_did(monkeypatch):
+    monkeypatch.setattr(host_chunk, "BLOCK", 16)
+    chunk, lanes, states = chunk_of(*many(torch.float32), crew=Crew(3)), FakeLanes(), {}
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    with torch.no_grad():
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        before = [slot.master.detach().clone() for slot in chunk.slots]
+        kept = [value.clone() for state in states.values() for value in state.values()]
+        real, calls = rule.step, iter(range(100))
+
+        def step(group, weights, grads, found):
+            real(group, weights, grads, found)
+            if next(calls) == 6:
+                raise RuntimeError("failed")
+
+        monkeypatch.setattr(rule, "step", step)
+        with pytest.raises(RuntimeError, match="failed"):
+            chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        assert not torch.equal(before[0], chunk.slots[0].master)
+        chunk.restore(states)
+    assert all(torch.equal(value, slot.master) for value, slot in zip(before, chunk.slots, strict=True))
+    assert all(map(torch.equal, kept, [value for state in states.values() for value in state.values()]))
+
+
+def kept_ahead(monkeypatch, **options):
+    """A chunk after one step, whose state before the next step is copied while nothing else is to be done."""
+    monkeypatch.setattr(host_chunk, "BLOCK", 16)
+    chunk, lanes, states = chunk_of(*many(torch.float32), crew=Crew(2), **options), FakeLanes(), {}
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    with torch.no_grad():
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+    chunk.keep_ahead()
+    chunk._ahead.end()
+    keep = Counter()
+    monkeypatch.setattr(
+        host_chunk.Piece, "keep", lambda piece, real=host_chunk.Piece.keep: (keep.update([1]), real(piece))
+    )
+    return chunk, states, keep
+
+
+def everything(chunk, states):
+    numbers = [value.clone() for state in states.values() for value in state.values()]
+    return [*numbers, *(slot.master.detach().clone() for slot in chunk.slots)]
+
+
+@pytest.mark.parametrize("write", ["nothing", "a weight", "a moment", "another moment"])
+def test_what_was_kept_ahead_is_not_kept_again_unless_it_was_written(monkeypatch, write):
+    chunk, states, keep = kept_ahead(monkeypatch)
+    master = chunk.slots[1].master
+    with torch.no_grad():
+        if write == "a weight":
+            master[0, 0] = 7.0
+        elif write == "a moment":
+            states[master]["exp_avg"].mul_(0.5)
+        elif write == "another moment":
+            states[master]["exp_avg"] = states[master]["exp_avg"] * 0.5
+        before = everything(chunk, states)
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        assert (sum(keep.values()) == 0) == (write == "nothing")
+        assert not torch.equal(before[-1], chunk.slots[-1].master)
+        chunk.restore(states)
+    assert all(map(torch.equal, before, everything(chunk, states)))
+
+
+def test_a_step_that_is_made_again_needs_no_new_copy(monkeypatch):
+    chunk, states, keep = kept_ahead(monkeypatch)
+    before = everything(chunk, states)
+    for clip in (1.0, 0.5, 0.25):
+        chunk.step([GROUP], states, chunk.gradients(), Scaling(clip=clip))
+        chunk.restore(states)
+        assert all(map(torch.equal, before, everything(chunk, states)))
+    assert sum(keep.values()) == 0
+    chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+    second = everything(chunk, states)
+    chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+    assert sum(keep.values()) > 0  # of another state
+    chunk.restore(states)
+    assert all(map(torch.equal, second, everything(chunk, states)))
+
+
+def test_a_step_that_comes_while_the_state_is_copied_ahead(monkeypatch):
+    """Each block is kept once, by whoever comes to it first."""
+    chunk, states, _ = kept_ahead(monkeypatch)
+    for _ in range(20):
+        before = everything(chunk, states)
+        chunk.keep_ahead()
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        chunk.restore(states)
+        assert all(map(torch.equal, before, everything(chunk, states)))
+        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("write", ["nothing", "counted", "data", "another one", "landed again"])
+def test_norms_are_those_of_the_gradients_as_they_are(monkeypatch, threads, write):
+    """Taken as they land; again of those that were written since."""
+    monkeypatch.setattr(host_chunk, "BLOCK", 16)
+    chunk, lanes = chunk_of(*many(torch.bfloat16), crew=Crew(threads)), FakeLanes()
+    for slot, source in zip(chunk.slots, many(torch.bfloat16), strict=True):
+        slot.mark, slot.pending = lanes.down(slot.wire, source.detach()), True
+    taken, real = [], host_chunk.Piece.norm
+    monkeypatch.setattr(host_chunk.Piece, "norm", lambda *args: (taken.append(1), real(*args))[1])
+    chunk.land(lanes, measure=True)
+    assert len(taken) == sum(-(-slot.total.numel() // 16) for slot in chunk.slots)
+    taken.clear()
+    grad = chunk.slots[1].master.grad
+    if write == "counted":
+        grad[0, 0] = 50.0
+    elif write == "data":
+        grad.data.mul_(3.0)
+    elif write == "another one":
+        chunk.slots[1].master.grad = grad * 2.0
+    elif write == "landed again":
+        send_gradient(chunk, lanes, 1.0)
+        chunk.land(lanes)
+    norm = torch.stack(chunk.norms()).square().sum().sqrt()
+    expected = torch.cat([slot.master.grad.flatten() for slot in chunk.slots]).double().norm().float()
+    assert torch.allclose(norm, expected, rtol=1e-5)
+    assert (not taken) == (write == "nothing")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload.schedule import Rates, Work, cast_on_host, chunks, predict, split
+from deepseek_mp.optim.offload.schedule import MODES, Rates, Work, cast_on_host, chunks, host_bytes, predict, split
 
 RATES = Rates(down=50e9, up=40e9, cpu=100e9)
 WORK = Work(forward_backward=1.0, keep=False)
@@ -52,15 +52,15 @@ def parts_of(values):
     return split(chunks([values // 10] * 10, limit_bytes=values // 10 * 4), free_bytes=None, bytes_per_value=14)
 
 
-LAST = 0.1 * (2 / 40 + 2 / 50 + 6 / 100) + 4 / 100
-"""Up, down and added up: the last chunk's part of the tail; and the norm."""
+LAST = 0.1 * (2 / 40 + 2 / 50 + 6 / 100)
+"""Up, down and added up: the last chunk's part of the tail."""
 
 
 def test_each_mode_hides_what_it_can():
     placed = parts_of(1_000_000_000)
     sync = predict(placed, RATES, WORK)
     assert sync.down == pytest.approx(0.04)
-    assert sync.host == pytest.approx(0.44)  # 44 bytes a value: 6 arrive, 4 norm, 28 step, 6 rounded
+    assert sync.host == pytest.approx(0.40)  # 40 bytes a value: 6 arrive, 28 step, 6 rounded
     assert sync.total == pytest.approx(1.0 + 0.34 + LAST)
     late = predict(placed, RATES, replace(WORK, mode="delayed"))
     assert late.total == pytest.approx(1.0 + LAST)
@@ -74,7 +74,7 @@ def test_the_longest_part_counts():
     placed = parts_of(10_000_000_000)
     late = predict(placed, RATES, replace(WORK, mode="delayed"))
     assert late.bound == "host"
-    assert late.total == pytest.approx(4.0 + late.tail)  # all but the norm, for which the device waits
+    assert late.total == pytest.approx(4.0 + late.tail)
     speculative = predict(placed, RATES, replace(WORK, mode="speculative"))
     assert speculative.total == pytest.approx(1 / 3 + 4.0 + speculative.tail)  # not before backward
     slow = predict(placed, replace(RATES, down=1e9), replace(WORK, micro_steps=2, wire="fp32"))
@@ -85,10 +85,30 @@ def test_the_longest_part_counts():
 
 def test_keeping_the_state_costs_its_bytes():
     placed, kept = parts_of(1_000_000_000), replace(WORK, keep=True)
-    assert predict(placed, RATES, kept).host == pytest.approx(0.68)
+    assert predict(placed, RATES, kept).host == pytest.approx(0.64)
     slowly = replace(RATES, keep=24e9)
-    assert predict(placed, slowly, kept).host == pytest.approx(1.44)
-    assert predict(placed, slowly, WORK).host == pytest.approx(0.44)
+    assert predict(placed, slowly, kept).host == pytest.approx(1.40)
+    assert predict(placed, slowly, WORK).host == pytest.approx(0.40)
+
+
+def test_the_state_is_kept_beside_the_device_as_far_as_there_is_time():
+    placed, kept = parts_of(1_000_000_000), replace(WORK, keep=True)
+    free = predict(placed, RATES, WORK).total
+    assert predict(placed, RATES, kept).total == pytest.approx(free)
+    slowly = replace(RATES, keep=12e9)
+    late = predict(placed, slowly, kept)
+    assert late.total == pytest.approx(0.06 + 2.0 + late.tail)  # added up and kept, then the step
+    both = predict(placed, slowly, replace(kept, mode="speculative"))
+    assert both.total == pytest.approx(0.06 + 2.0 + 0.34 + both.tail)
+
+
+def test_a_norm_to_clip_by_is_waited_for():
+    placed = parts_of(1_000_000_000)
+    for mode in MODES:
+        plain, clipped = (predict(placed, RATES, replace(WORK, mode=mode, clip=clip)) for clip in (False, True))
+        assert clipped.total - plain.total == pytest.approx(0.04)
+        assert clipped.host - plain.host == pytest.approx(0.04)
+    assert host_bytes(replace(WORK, clip=True)) - host_bytes(WORK) == 4
 
 
 def test_micro_batches_are_added_beside_the_device_and_else_waited_for():
@@ -106,7 +126,7 @@ def test_weights_that_the_device_rounds_go_up_in_fp32():
     late = replace(WORK, mode="delayed")
     found, rounded = predict(placed, RATES, replace(late, cast=False)), predict(placed, RATES, late)
     assert found.tail - rounded.tail == pytest.approx(0.1 * 2 / 40)
-    assert found.host == pytest.approx(0.38)
+    assert found.host == pytest.approx(0.34)
 
 
 def test_what_stays_is_stepped_on_the_device():
