@@ -27,6 +27,7 @@ class QuantisedLinear(nn.Module):
 
     q: Tensor
     scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, q: Tensor, scale: Tensor, bias: nn.Parameter | None, format: str, dtype: torch.dtype) -> None:
         super().__init__()
