@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.inference import QuantisedLinear
 from deepseek_mp.inference import quantised_linear as module
-from deepseek_mp.inference.quantised_linear import QuantisedLinear, linear_layers, quantised, weight_formats
+from deepseek_mp.inference.quantised_linear import linear_layers, quantised, weight_formats
 from deepseek_mp.ops.weight_only import quantised_weight
 
 BF16 = torch.bfloat16
