@@ -161,6 +161,17 @@ def _max_pool_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
+def _weight_only_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each layer and number of rows by each implementation."""
+    rows: list[Row] = [("layer", "by", "ms", "TB/s", "error", "check")]
+    for name, case in report["cases"].items():
+        for who, spread in case.get("ms", {}).items():
+            rate, error = _number(case["tb_per_s"][who]), f"{case['error'][who]:.2g}"
+            rows.append((name, who, _spread(spread), rate, error, case["check"]))
+        rows += [(name, who, "-", "-", "-", why) for who, why in case.get("failed", {}).items()]
+    yield rows
+
+
 def _stress_tables(report: Json) -> Iterator[list[Row]]:
     """One table: a row for each scenario, what each policy lost against FP32 in percent, broken ones in bold."""
     policies = list(dict.fromkeys(name for case in report["cases"].values() for name in case.get("policies", ())))
@@ -293,6 +304,7 @@ _TABLES = {
     "memory": _memory_tables,
     "memory-quality": _memory_quality_tables,
     "stress": _stress_tables,
+    "weight-only": _weight_only_tables,
 }
 """By a report's name, or by its first word."""
 

@@ -6,6 +6,7 @@ from deepseek_mp.inference.fidelity import kl, relative
 from deepseek_mp.inference.form import Form, baselines, candidates
 from deepseek_mp.inference.measure import Energy, Latency, energy, latencies
 from deepseek_mp.inference.optimize import Optimised, optimize_for_inference
+from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.inference.serve import Served
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Form",
     "Latency",
     "Optimised",
+    "QuantisedLinear",
     "Served",
     "ServingPlan",
     "Trial",

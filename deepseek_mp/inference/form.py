@@ -6,27 +6,43 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deepseek_mp.errors import ConfigError, explain
+
 FORMATS = ("fp32", "tf32", "hf32", "bf16", "fp16")
 """Of weights and products; the more precise ones first."""
+WEIGHTS = ("int8", "fp8")
+"""In which the weights of linear layers may be kept, with activations and products in 16 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How weights are kept and multiplied, and how the code runs."""
+    """How weights are kept and multiplied, and how the code runs.
+
+    Raises:
+        ConfigError: weights in 8 bits beside activations that are not of 16.
+    """
 
     format: str = "fp32"
     """'fp32', 'tf32', 'hf32' (weights in FP32), 'bf16' or 'fp16' (weights and activations in that)."""
+    weights: str | None = None
+    """'int8' or 'fp8': those of large linear layers, with a scale for each output channel; None: as the format says."""
     channels_last: bool = False
     """Weights of convolutions and images have their channels innermost in memory."""
     folded: bool = False
     """BatchNorm is part of the convolution before it."""
     compiled: bool = False
 
+    def __post_init__(self) -> None:
+        if self.weights is not None and (self.weights not in WEIGHTS or self.format not in ("bf16", "fp16")):
+            passed = f"weights={self.weights!r} with format={self.format!r}"
+            allowed = f"{', '.join(map(repr, WEIGHTS))} or None, with 'bf16' or 'fp16'"
+            raise ConfigError(explain(passed, allowed, "Use format='bf16' for weights in 8 bits"))
+
     @property
     def name(self) -> str:
-        """Like 'bf16+channels_last+folded+compiled'."""
+        """Like 'bf16+channels_last+folded+compiled', or 'bf16+int8_weights'."""
         marks = [mark for mark in ("channels_last", "folded", "compiled") if getattr(self, mark)]
-        return "+".join([self.format, *marks])
+        return "+".join([self.format, *([f"{self.weights}_weights"] if self.weights else []), *marks])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -38,20 +54,33 @@ def baselines(formats: Collection[str], *, compiled: bool) -> list[Form]:
     return eager + [Form(format=name, compiled=True) for name in ("fp32", "bf16") if compiled and name in formats]
 
 
-def candidates(formats: Collection[str], *, images: bool, norms: bool, compiled: bool) -> list[Form]:
-    """All forms to be tried, the baselines first.
+def candidates(
+    formats: Collection[str], *, images: bool, norms: bool, compiled: bool, weights: Collection[str] = ()
+) -> list[Form]:
+    """All forms to be tried, the baselines first, those with weights in 8 bits last.
 
     Args:
         formats: names of what the device multiplies; those that are no format of inference here are passed over.
         images: the model has convolutions, whose layout matters.
         norms: it has BatchNorms that may be folded.
         compiled: the compiler may be tried.
+        weights: in which of 8 bits the weights of linear layers may be kept; beside `narrow` activations only.
     """
-    return list(dict.fromkeys([*baselines(formats, compiled=compiled), *_others(formats, images, norms, compiled)]))
+    first = baselines(formats, compiled=compiled)
+    return list(dict.fromkeys([*first, *_others(formats, weights, images, norms, compiled)]))
 
 
-def _others(formats: Collection[str], images: bool, norms: bool, compiled: bool) -> Iterator[Form]:
-    for name in FORMATS:
-        if name in formats:
-            for compile in (False, True) if compiled else (False,):
-                yield Form(format=name, channels_last=images, folded=norms, compiled=compile)
+def narrow(formats: Collection[str]) -> str | None:
+    """The format of activations beside weights in 8 bits: BF16, FP16 where there is no BF16, None without either."""
+    return next((name for name in ("bf16", "fp16") if name in formats), None)
+
+
+def _others(
+    formats: Collection[str], weights: Collection[str], images: bool, norms: bool, compiled: bool
+) -> Iterator[Form]:
+    kinds: list[tuple[str, str | None]] = [(name, None) for name in FORMATS if name in formats]
+    beside = narrow(formats)
+    kinds += [(beside, kept) for kept in WEIGHTS if beside is not None and kept in weights]
+    for name, kept in kinds:
+        for compile in (False, True) if compiled else (False,):
+            yield Form(format=name, weights=kept, channels_last=images, folded=norms, compiled=compile)

@@ -13,9 +13,11 @@ from torch.fx.experimental.optimization import fuse
 from deepseek_mp.backends import math_mode
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.quantised_linear import linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
 
-_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Formats in which all is kept and multiplied."""
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -26,13 +28,18 @@ class Served(nn.Module):
     Tensors of floating type go in as the form has them and come out in FP32, unless the original's are FP64.
 
     Raises:
-        ConfigError: the model cannot be copied, or its BatchNorms cannot be folded.
+        ConfigError: the model cannot be copied, its BatchNorms cannot be folded, or it has no linear layer for weights
+            in 8 bits.
     """
+
+    left_alone: dict[str, str]
+    """Linear layers that a form with weights in 8 bits leaves as they are, by name, with the reason."""
 
     def __init__(self, model: nn.Module, form: Form, device: torch.device) -> None:
         super().__init__()
         self.form, self.device = form, device
         self.model = _formed(copied(model).eval(), form)
+        self.left_alone = linear_layers(self.model)[1] if form.weights else {}
         self._call: Any = torch.compile(self._converted) if form.compiled else self._converted
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,11 +63,11 @@ class Served(nn.Module):
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
         layout = _LAYOUTS.get(leaf.dim()) if self.form.channels_last else None
-        return leaf.to(_NARROW.get(self.form.format), memory_format=layout or torch.preserve_format)
+        return leaf.to(NARROW.get(self.form.format), memory_format=layout or torch.preserve_format)
 
     @staticmethod
     def _result(leaf: Any) -> Any:
-        return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in _NARROW.values() else leaf
+        return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in NARROW.values() else leaf
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -86,8 +93,10 @@ def has_norms(model: nn.Module) -> bool:
 def _formed(model: nn.Module, form: Form) -> nn.Module:
     if form.folded:
         model = _folded(model)
-    if form.format in _NARROW:
-        model = model.to(_NARROW[form.format])
+    if form.weights is not None:
+        model = quantised(model, form.weights, NARROW[form.format])
+    elif form.format in NARROW:
+        model = model.to(NARROW[form.format])
     for module in model.modules() if form.channels_last else ():
         if isinstance(module, _CONVOLUTIONS):
             module.weight.data = module.weight.data.contiguous(memory_format=_LAYOUTS[module.weight.dim()])

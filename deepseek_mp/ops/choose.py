@@ -33,6 +33,7 @@ IMPLEMENTATIONS = {
     "cross_entropy": ("triton", "reference"),
     "packing": ("triton", "reference"),
     "max_pool": ("triton", "reference"),
+    "weight_only": ("native", "triton", "reference"),
 }
 """By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
@@ -50,6 +51,8 @@ QuantiseDelayed = Callable[[Tensor, Tensor, Tensor, Cast], Operands]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[str, str], Tensor | None, torch.dtype], Tensor]
 RowSums = Callable[[Tensor, Tensor], Tensor]
 """Of a matrix [M, K], and of it rounded in one way or several."""
+WeightOnly = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Of x [M, K], a weight [N, K] in 8 bits, its scales [N], and a bias [N]."""
 CrossEntropy = Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor | None]]
 """Of logits [R, V], labels [R], smoothing, and factors [R] for a gradient."""
 Granularities = Sequence[str] | Sequence[tuple[str, str]]
@@ -185,6 +188,12 @@ def packing_of(op: str, name: str) -> Callable[..., Tensor]:
 def max_pool_of(op: str, name: str) -> Callable[..., Any]:
     """The function behind an implementation's name, for an op of `ops.max_pool`; its arguments differ by op."""
     run: Callable[..., Any] = getattr(_module("max_pool", name), op)
+    return run
+
+
+def weight_only_of(name: str) -> WeightOnly:
+    """The function behind an implementation's name."""
+    run: WeightOnly = _module("weight_only", name).weight_only_linear
     return run
 
 

@@ -1,15 +1,22 @@
 """Which forms are tried: the baselines always, and no form that the device or the model does not have."""
 
+import pytest
+
+from deepseek_mp.errors import ConfigError
 from deepseek_mp.inference import Form, baselines, candidates
+from deepseek_mp.inference.form import narrow
 
 GPU = {"fp32", "tf32", "bf16", "fp16", "fp8_e4m3", "int8"}
 
 
 def test_a_name_says_the_whole_form():
     assert Form().name == "fp32"
-    whole = Form(format="bf16", channels_last=True, folded=True, compiled=True)
-    assert whole.name == "bf16+channels_last+folded+compiled"
-    assert whole.to_json() == {"format": "bf16", "channels_last": True, "folded": True, "compiled": True}
+    whole = Form(format="bf16", weights="int8", channels_last=True, folded=True, compiled=True)
+    assert whole.name == "bf16+int8_weights+channels_last+folded+compiled"
+    assert whole.to_json() == {
+        "format": "bf16", "weights": "int8", "channels_last": True, "folded": True, "compiled": True,
+    }  # fmt: skip
+    assert Form(format="fp16", weights="fp8").name == "fp16+fp8_weights"
 
 
 def test_no_result_stands_beside_a_weak_baseline_alone():
@@ -33,3 +40,24 @@ def test_layouts_and_folding_are_tried_where_there_is_something_to_gain():
     assert not any(form.channels_last or form.folded or form.compiled for form in plain)
     forms = candidates(GPU, images=True, norms=True, compiled=False)
     assert Form(format="fp16", channels_last=True, folded=True) in forms
+
+
+def test_weights_in_8_bits_are_beside_16():
+    for wrong in ({"weights": "int8"}, {"format": "tf32", "weights": "int8"}, {"format": "bf16", "weights": "int4"}):
+        with pytest.raises(ConfigError, match="with 'bf16' or 'fp16'"):
+            Form(**wrong)
+
+
+def test_weights_in_8_bits_are_tried_last_in_one_format_of_activations():
+    few = candidates(GPU, images=False, norms=False, compiled=True)
+    forms = candidates(GPU, images=False, norms=False, compiled=True, weights=("fp8", "int8"))
+    assert forms[: len(few)] == few
+    assert [form.name for form in forms[len(few) :]] == [
+        "bf16+int8_weights", "bf16+int8_weights+compiled", "bf16+fp8_weights", "bf16+fp8_weights+compiled",
+    ]  # fmt: skip
+    assert candidates(GPU - {"bf16"}, images=True, norms=True, compiled=False, weights=["int8"])[-1] == Form(
+        format="fp16", weights="int8", channels_last=True, folded=True
+    )
+    assert narrow({"fp32"}) is None
+    forms = candidates({"fp32"}, images=False, norms=False, compiled=True, weights=["int8"])
+    assert not any(form.weights for form in forms)

@@ -102,3 +102,24 @@ def test_images_and_norms_are_seen(classifier):
     plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
     assert not has_images(plain)
     assert not has_norms(plain)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_weights_of_large_linear_layers_are_in_8_bits(weights, folded):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 64, 256), nn.Linear(256, 5)
+    ).eval()
+    served = Served(model, Form(format="bf16", weights=weights, folded=folded), CPU)
+    kinds = [type(module).__name__ for module in served.modules() if "Linear" in type(module).__name__]
+    assert kinds == ["QuantisedLinear", "Linear"]
+    assert list(served.left_alone.values()) == ["it has 1280 weights, fewer than 65536"]
+    assert [type(module) for module in model if isinstance(module, nn.Linear)] == [nn.Linear] * 2
+    x = torch.randn(2, 3, 10, 10)
+    torch.testing.assert_close(served(x), model(x), rtol=5e-2, atol=5e-2)
+
+
+def test_a_model_without_large_linear_layers_has_no_such_form(classifier):
+    with pytest.raises(ConfigError, match=r"without a linear layer for weights in int8 \(8: it has 40 weights"):
+        Served(classifier, Form(format="bf16", weights="int8"), CPU)
+    assert Served(classifier, Form(format="bf16"), CPU).left_alone == {}

@@ -163,6 +163,14 @@ def test_pools_have_a_table() -> None:
     assert "| stem | aten both | - | - | no |" in page
 
 
+def test_weights_in_8_bits_have_a_table() -> None:
+    case = {"ms": {"ours int8": SPREAD}, "tb_per_s": {"ours int8": 3.21}, "error": {"ours int8": 0.00912}}
+    case |= {"failed": {"torchao int8": "no"}, "check": "passed"}
+    page = results_page.render([("weight-only.json", report("weight-only", up=case))])
+    assert "| up | ours int8 | 20 (19-21) | 3.2 | 0.0091 | passed |" in page
+    assert "| up | torchao int8 | - | - | - | no |" in page
+
+
 def test_losses_are_paired_with_those_of_bf16_at_the_same_seed() -> None:
     def arm(loss: float, ms: float, *lowered: str) -> dict[str, Any]:
         return {

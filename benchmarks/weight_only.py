@@ -1,0 +1,137 @@
+"""Linear layers with weights in 8 bits beside BF16: 1, 8 and 64 rows of x, on the layers of a decoder of 7B weights.
+
+    python benchmarks/weight_only.py
+    python benchmarks/weight_only.py --small --device cpu     # to try the script
+    python benchmarks/weight_only.py --compile                # what the compiler makes of it too; takes minutes
+
+Each time is also given as TB/s of the bytes that whoever runs has to move: weight, scales, x and output. A decoder's
+weights do not fit a GPU's cache, so calls go through copies of the weight that are larger than it. On a GPU calls are
+recorded and replayed: the host's time does not count. torchao's int8 layers are timed where it is installed.
+
+Nothing counts where ours is further than a rounding from the product with the rounded weight in FP64. `error` is the
+distance to the product with the weight before it was rounded, relative to it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from harness import Report, Spread, arguments
+from replayed import problem, times
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepseek_mp.ops.weight_only import FORMATS, fastest, quantised_weight, weight_only_linear
+
+SHAPES = {"attention": (4096, 4096), "q, k, v": (12288, 4096), "up": (11008, 4096), "down": (4096, 11008)}
+"""Channels and width of a layer."""
+ROWS = (1, 8, 64)
+ROUNDS_SMALL = 2
+SMALLER = 16
+COPIES_BYTES = 256 * 2**20
+"""Of all copies of a weight: several times the cache of an H200."""
+MOST_COPIES = 20
+ROUNDING = 4e-3
+"""Norm of what rounding to BF16, twice, does to a result, relative to it: 2e-3 at most where errors are uniform."""
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def main() -> int:
+    cases = {f"{name}, {rows} rows": (*shape, rows) for name, shape in SHAPES.items() for rows in ROWS}
+    args = arguments(__doc__ or "", list(cases), rounds=8)
+    report = Report("weight-only", args.device, vars(args))
+    rounds = ROUNDS_SMALL if args.small else args.rounds
+    for name in args.cases or cases:
+        channels, width, rows = cases[name]
+        shape = (channels // SMALLER, width // SMALLER) if args.small else (channels, width)
+        report.run(name, partial(measure, shape, rows, args.device, rounds, args.compile))
+    return report.finish(args.out, table(report))
+
+
+def measure(shape: tuple[int, int], rows: int, device: torch.device, rounds: int, compile: bool) -> dict[str, Any]:
+    """Times of everyone for one layer, and whether ours is right."""
+    weight = torch.randn(shape, device=device) * shape[1] ** -0.5
+    x = torch.randn(rows, shape[1], device=device).to(torch.bfloat16)
+    torch._dynamo.reset()  # noqa: SLF001 - each case is compiled for its own sizes
+    bf16 = weight.to(torch.bfloat16)
+    layers: dict[str, tuple[Layer, int]] = {"bf16": (_turns(F.linear, [bf16]), bf16.nbytes)}
+    checks: dict[str, float] = {}
+    for format in FORMATS:
+        q, scale = quantised_weight(weight, format)
+        name = fastest(device, x.dtype, format, shape[1]) or "reference"
+        ours = partial(weight_only_linear, bias=None, implementation=name)
+        layers[f"ours {format} ({name})"] = _turns(ours, [q, scale]), q.nbytes + scale.nbytes
+        checks[format] = _distance(ours(x, q, scale), F.linear(x.double(), q.double() * scale.double()[:, None]))
+        if compile:
+            layers[f"compiled {format}"] = _turns(_compiled(_widened), [q, scale]), q.nbytes + scale.nbytes
+    failed = {"torchao int8": why} if (why := problem(lambda: layers.update(_torchao(bf16, compile)))) else {}
+    found, broken = times({name: partial(layer, x) for name, (layer, _) in layers.items()}, device, rounds)
+    exact = F.linear(x.double(), weight.double())
+    ms = {name: Spread.of(values) for name, values in found.items()}
+    moved = x.nbytes + 2 * rows * shape[0]
+    wrong = [f"{format} is off by {error:.2g}" for format, error in checks.items() if not error <= ROUNDING]
+    ran = [f"{name}: {why}" for name, why in broken.items() if name.startswith(("ours", "bf16"))]
+    return {
+        "shape": shape,
+        "rows": rows,
+        "ms": ms,
+        "tb_per_s": {name: round((layers[name][1] + moved) / spread.median / 1e9, 3) for name, spread in ms.items()},
+        "error": {name: _distance(layers[name][0](x), exact) for name in ms},
+        "failed": {**failed, **broken},
+        "check": "; ".join([f"void: {why}" for why in wrong] + ran) or "passed",
+    }
+
+
+def _turns(run: Callable[..., Tensor], operands: Sequence[Tensor]) -> Layer:
+    """The layer, which takes another copy of its operands at each call: none is in a cache when it is read."""
+    bytes_each = sum(tensor.nbytes for tensor in operands)
+    count = min(MOST_COPIES, -(-COPIES_BYTES // bytes_each)) if operands[0].device.type != "cpu" else 1
+    copies = cycle([operands, *([tensor.clone() for tensor in operands] for _ in range(count - 1))])
+    return lambda x: run(x, *next(copies))
+
+
+def _widened(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)
+
+
+def _compiled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(run, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return compiled
+
+
+def _torchao(weight: Tensor, compile: bool) -> dict[str, tuple[Layer, int]]:
+    """torchao's int8 layer, which is meant to be compiled; it may be missing, or too young or old for this PyTorch."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    layer.weight.data = weight.clone()
+    quantize_(layer, Int8WeightOnlyConfig())
+    kept = layer.weight.detach()
+    run = _compiled(F.linear) if compile else F.linear
+    return {"torchao int8": (_turns(run, [kept]), weight.numel() + 4 * len(weight))}
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def table(report: Report) -> list[tuple[str, ...]]:
+    """A line for each time."""
+    lines: list[tuple[str, ...]] = [("layer", "who", "ms", "TB/s", "error")]
+    for case, result in report.cases.items():
+        for name, spread in result.get("ms", {}).items():
+            error = f"{result['error'][name]:.2g}"
+            lines.append((case, name, str(Spread(**spread)), str(result["tb_per_s"][name]), error))
+        for name, why in result.get("failed", {}).items():
+            lines.append((case, name, "-", "-", why))
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
