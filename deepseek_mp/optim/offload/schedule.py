@@ -205,9 +205,9 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
 
     Gradients go down and are added up beside backward; those of earlier micro-batches also beside the next forward. The
     state before the step is kept beside both, as far as there is time. In 'sync' the host's step begins when the
-    gradients' norm is known, after backward, so it is in the tail. In 'speculative' it runs beside the last backward, in
-    'delayed' beside the whole next window. What the chunk that arrives last needs after backward is in the tail, and so
-    is the first chunk's way up, with the others behind it.
+    gradients' norm is known, after backward, so it is in the tail. In 'speculative' it runs beside the last backward,
+    in 'delayed' beside the whole next window. What the chunk that arrives last needs after backward is in the tail, and
+    so is the first chunk's way up, with the others behind it.
 
     The host's work is taken as bytes moved at the rate of `Rates.cpu`, as the host's AdamW is bound by memory.
     """
