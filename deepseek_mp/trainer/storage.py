@@ -21,6 +21,7 @@ from deepseek_mp.precision.storage import (
     StorageDecision,
     StorageFormat,
     StorageLimits,
+    StorageReason,
     StorageState,
     UpdateFate,
     decide_storage,
@@ -149,12 +150,21 @@ def change_precision(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Non
 
     Those that a layer will no longer read in BF16 go to FP32, where nothing is lost.
     """
-    optimizer = trainer.optimizer
-    if isinstance(optimizer, StoredOptimizer):
-        for parameter, about in parameter_kinds(trainer.model, plan).items():
-            if about.read_as != "bf16" and parameter.dtype == torch.bfloat16 and parameter.requires_grad:
-                set_storage(optimizer, parameter, StorageFormat.FP32)
+    if isinstance(trainer.optimizer, StoredOptimizer):
+        trainer.recorder.decided(_widened(trainer.optimizer, parameter_kinds(trainer.model, plan)))
     trainer.change_plan(plan)
+
+
+def _widened(optimizer: StoredOptimizer, kinds: Mapping[Tensor, ParameterKind]) -> list[StorageDecision]:
+    """Store in FP32 what is in BF16 and not read so."""
+    made = []
+    for parameter, about in kinds.items():
+        if about.read_as != "bf16" and parameter.dtype == torch.bfloat16 and parameter.requires_grad:
+            old, new = optimizer.storage(parameter), StorageFormat.FP32
+            set_storage(optimizer, parameter, new)
+            state, why = StorageState(format=new), StorageReason.READ_IN_FP32
+            made.append(StorageDecision(layer=about.name, old=old, new=new, reason=why, state=state))
+    return made
 
 
 def _fate(line: list[float], about: ParameterKind) -> UpdateFate:

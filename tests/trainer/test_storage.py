@@ -11,7 +11,7 @@ from torch import nn
 from deepseek_mp.errors import ConfigError, PlanError
 from deepseek_mp.optim import AdamW, set_storage
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.precision.storage import StorageFormat, StorageLimits, StorageReason
+from deepseek_mp.precision.storage import StorageDecision, StorageFormat, StorageLimits, StorageReason
 from deepseek_mp.records import read_run
 from deepseek_mp.report.layers import read_layers
 from deepseek_mp.trainer.storage import WeightStorage, change_precision
@@ -57,8 +57,9 @@ def test_every_recipe_in_a_bf16_region_reads_bf16_weights(mode, storage):
 
 
 @pytest.mark.parametrize("storage", ["bf16_sr", "bf16_kahan"])
-def test_live_precision_takes_weights_along_out_of_bf16(storage):
-    run = trainer("bf16")
+def test_live_precision_takes_weights_along_out_of_bf16(storage, monkeypatch):
+    run, recorded = trainer("bf16"), []
+    monkeypatch.setattr(run.recorder, "decided", recorded.extend)
     losses(run, 2)
     first, last = weights(run)
     for weight in (first, last):
@@ -66,6 +67,8 @@ def test_live_precision_takes_weights_along_out_of_bf16(storage):
     held = first.float() + run.optimizer.state[first].get("compensation", 0)
     change_precision(run, PrecisionPlan.of("bf16", pin={"0": "fp32"}))
     assert run.plan.recipe_for("0").name == "fp32"
+    (made,) = [one for one in recorded if isinstance(one, StorageDecision)]
+    assert (made.layer, made.old.value, made.new.value) == ("0.weight", storage, "fp32")
     assert (first.dtype, last.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(first.data, held, rtol=0, atol=0)
     found = losses(run, 20)
