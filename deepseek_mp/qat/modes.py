@@ -1,4 +1,4 @@
-"""A graph that was exported in training mode, as other modes run it: BatchNorm and dropout as in evaluation.
+"""A graph that was exported in training mode, as other modes run it: BatchNorm, dropout and the like in evaluation.
 
 An exported graph has its mode written into the arguments of its operations. torchao's own switch replaces
 whole operations by patterns with the default `eps` and momentum; here only the arguments that say the mode
@@ -15,14 +15,8 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-DROPOUTS = {
-    dropout.default
-    for dropout in (
-        aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout,
-        aten.alpha_dropout_, aten.feature_alpha_dropout, aten.feature_alpha_dropout_,
-    )
-}  # fmt: skip
-"""Operations (input, p, train)."""
+OTHER_MODES = {"train": False, "training": False, "dropout_p": 0.0}
+"""Arguments of operations other than BatchNorm that say the mode (dropout, attention, LSTM, RReLU), in evaluation."""
 
 Forward = Callable[..., Any]
 
@@ -43,11 +37,18 @@ def evaluate_norms(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def evaluate_dropout(graph: fx.Graph) -> None:
-    """Let dropout pass everything."""
+def evaluate_others(graph: fx.Graph) -> None:
+    """Let dropout, and whatever else has a mode of its own, do as in evaluation."""
     for node in graph.nodes:
-        if node.target in DROPOUTS:
-            node.update_arg(2, False)
+        if not hasattr(node.target, "_schema") or node.target is aten.batch_norm.default:
+            continue
+        for index, argument in enumerate(node.target._schema.arguments):  # noqa: SLF001 - it has no public name
+            if argument.name not in OTHER_MODES:
+                continue
+            if index < len(node.args):
+                node.update_arg(index, OTHER_MODES[argument.name])
+            elif argument.name in node.kwargs:
+                node.update_kwarg(argument.name, OTHER_MODES[argument.name])
 
 
 def forward_with(module: fx.GraphModule, *changes: Callable[[fx.Graph], None]) -> Forward:

@@ -38,21 +38,24 @@ def put_back_settings(prepared: fx.GraphModule, own: Mapping[Any, Settings]) -> 
 
 
 def fold_norms(module: fx.GraphModule) -> None:
-    """In a prepared graph, in evaluation, let the convolutions whose weights are scaled do the whole BatchNorm."""
+    """In a prepared graph, in evaluation, let the convolutions whose weights are scaled do the whole BatchNorm.
+
+    Others become a product and a sum: where torchao sees a BatchNorm it looks for its patterns, for half a minute.
+    """
     for norm in norms_of(module.graph):
-        if _scaling(norm) is not None:
-            _fold(module.graph, norm)
+        if not (_scaling(norm) is not None and _fold(module.graph, norm)):
+            _spell_out(module.graph, norm)
     module.graph.eliminate_dead_code()
     module.recompile()
 
 
-def _fold(graph: fx.Graph, norm: fx.Node) -> None:
+def _fold(graph: fx.Graph, norm: fx.Node) -> bool:
     """conv(x, w * s) + (bias - mean) * s + beta, with s = gamma / sqrt(variance + eps), is all of it."""
     result: Any = norm.args[0]
     unscaled, bias = (result.args[0], result.args[1].args[0]) if result.target is aten.add.Tensor else (result, None)
     product, scale = unscaled.args[0], unscaled.args[1].args[0]
     if product.target not in CONVOLUTIONS:
-        return
+        return False
     beta, mean = norm.args[2], norm.args[3]
     with graph.inserting_before(product):
         centred = graph.call_function(aten.neg.default, (mean,)) if bias is None else _sub(graph, bias, mean)
@@ -60,6 +63,25 @@ def _fold(graph: fx.Graph, norm: fx.Node) -> None:
         total = graph.call_function(aten.add.Tensor, (shift, beta))
     product.args = (*product.args[:2], total, *product.args[3:])
     norm.replace_all_uses_with(product)
+    return True
+
+
+def _spell_out(graph: fx.Graph, norm: fx.Node) -> None:
+    """x * s + (beta - mean * s) by channel, the second dimension."""
+    x, gamma, beta, mean, variance = norm.args[:5]
+    shape = [1, -1] + [1] * (norm.meta["val"].dim() - 2)
+    with graph.inserting_before(norm):
+
+        def call(operation: Any, *args: Any) -> fx.Node:
+            return graph.call_function(operation, args)
+
+        scale = call(aten.rsqrt.default, call(aten.add.Tensor, variance, norm.args[7]))
+        scale = scale if gamma is None else call(aten.mul.Tensor, scale, gamma)
+        shift = call(aten.neg.default, call(aten.mul.Tensor, mean, scale))
+        shift = shift if beta is None else call(aten.add.Tensor, shift, beta)
+        scaled = call(aten.mul.Tensor, x, call(aten.reshape.default, scale, shape))
+        result = call(aten.add.Tensor, scaled, call(aten.reshape.default, shift, shape))
+    norm.replace_all_uses_with(result)
 
 
 def _sub(graph: fx.Graph, left: fx.Node, right: Any) -> fx.Node:

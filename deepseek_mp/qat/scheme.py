@@ -15,6 +15,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from deepseek_mp.qat.layers import PRODUCTS, is_kept, layer_of
+from deepseek_mp.qat.modes import norms_of
 from deepseek_mp.qat.observers import FiniteFakeQuantize, FiniteRange, FiniteRangePerChannel
 
 LEAST_SCALE = torch.finfo(torch.float32).eps
@@ -24,7 +25,11 @@ SHARE = 0.01
 
 
 class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
-    """Also marks what torchao passes over: Conv1d, and layers of classes derived from those that it looks for."""
+    """Also marks what torchao passes over: Conv1d, and layers of classes derived from those that it looks for.
+
+    What a BatchNorm gives is not rounded for itself, before the activation behind it: kernels round after both. Nor
+    are elementwise products, which are no layer's.
+    """
 
     def __init__(self, keep: Collection[str]) -> None:
         super().__init__()
@@ -35,6 +40,9 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         marked: fx.GraphModule = super().annotate(model)
+        for norm in norms_of(marked.graph):
+            if QUANT_ANNOTATION_KEY in norm.meta:
+                norm.meta[QUANT_ANNOTATION_KEY].output_qspec = None
         for node in marked.graph.nodes:
             if node.target not in PRODUCTS or QUANT_ANNOTATION_KEY in node.meta or is_kept(layer_of(node), self.keep):
                 continue
@@ -42,6 +50,9 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
             mark = self._annotate_linear_node_helper if linear else self._annotate_conv_node_helper
             mark(node, True, self.global_config)
         return marked
+
+    def _annotate_mul_tensor(self, *args: Any) -> None:
+        """Elementwise products stay as they are."""
 
 
 def configuration() -> Any:

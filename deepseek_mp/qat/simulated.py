@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from deepseek_mp.precision import Decision
-from deepseek_mp.qat.modes import evaluate_dropout, evaluate_norms, forward_with
+from deepseek_mp.qat.modes import evaluate_norms, evaluate_others, forward_with
 
 
 class SimulatedModel(nn.Module):
@@ -38,7 +38,7 @@ class SimulatedModel(nn.Module):
         self.norms_frozen = False
         """Whether BatchNorms use their running statistics, and keep them, while it trains too."""
         self._frozen = forward_with(graph, evaluate_norms)
-        self._evaluated = forward_with(graph, evaluate_norms, evaluate_dropout)
+        self._evaluated = forward_with(graph, evaluate_norms, evaluate_others)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "labels" not in self.example[1]:
@@ -81,6 +81,6 @@ class SimulatedModel(nn.Module):
         """A copy of the graph as it runs in evaluation."""
         copy = deepcopy(self.graph)
         evaluate_norms(copy.graph)
-        evaluate_dropout(copy.graph)
+        evaluate_others(copy.graph)
         copy.recompile()
         return copy

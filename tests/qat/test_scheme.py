@@ -33,3 +33,28 @@ def test_layers_of_derived_classes_are_quantised():
 
     simulated = prepare(nn.Sequential(Image(1, 2, 3), nn.Flatten(), Wide(32, 3)), torch.randn(4, 1, 6, 6))
     assert [decision.new for decision in simulated.decisions] == ["int8", "int8"]
+
+
+def rounded(simulated):
+    """The operations whose results are rounded."""
+    nodes = simulated.graph.graph.nodes
+    return {str(node.args[0].target) for node in nodes if node.op == "call_module"}
+
+
+def test_between_a_norm_and_its_activation_nothing_is_rounded(simulated):
+    assert "aten.batch_norm.default" not in rounded(simulated)
+    assert "aten.relu.default" in rounded(simulated)
+
+
+def test_elementwise_products_are_left_alone():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+    found = rounded(prepare(Gated(), torch.randn(4, 8)))
+    assert "aten.mul.Tensor" in found  # the input of `down`
+    assert not {"aten.sigmoid.default", "aten.linear.default"} & found
