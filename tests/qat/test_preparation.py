@@ -35,10 +35,14 @@ def test_the_model_is_as_it_was_and_shares_nothing():
 
 
 def test_a_model_that_was_trained_here_is_quantised_and_stays_converted():
-    model = linear()
-    MixedPrecisionTrainer(model, "fp32", device="cpu")
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(32, 32)
+    MixedPrecisionTrainer(model, "tensor", device="cpu", emulate=True)
     converted = type(model[0])
-    assert prepare(model, X).decisions[0].new == "int8"
+    simulated = prepare(model, x)
+    assert simulated.decisions[0].new == "int8"
+    with simulated.observing():  # nothing of the other format is left in the copy
+        hidden = torch.relu(x @ model[0].weight.T + model[0].bias)
+        torch.testing.assert_close(simulated(x), hidden @ model[2].weight.T + model[2].bias)
     assert type(model[0]) is converted
 
 
