@@ -41,7 +41,7 @@ OPTIONAL_HOMES = (
 )  # fmt: skip
 """Where optional packages may be imported; inside a function, so that they stay optional."""
 
-NEEDS_OPTIONAL = (f"{PACKAGE}.ops.triton.",)
+NEEDS_OPTIONAL = (f"{PACKAGE}.ops.triton.", f"{PACKAGE}.qat.observers", f"{PACKAGE}.qat.scheme")
 """Modules of ours that cannot be imported without an optional package."""
 
 IMPORT_HOMES = {"rich": ("cli/", "trainer/progress.py"), "typer": ("cli/",)}
@@ -152,7 +152,7 @@ def optional_problems(module: Module, node: ast.AST, root: str, *, late: bool) -
     """What is wrong with importing the optional package `root` here."""
     if not under(module.inner_path, OPTIONAL_HOMES):
         return [module.at(node, f"optional package {root} is imported outside {', '.join(OPTIONAL_HOMES)}")]
-    if not late and not under(module.inner_path, ("ops/triton/",)):
+    if not late and not module.name.startswith(NEEDS_OPTIONAL):
         return [module.at(node, f"optional package {root} is imported at module level; import it inside a function")]
     return []
 

@@ -7,6 +7,7 @@ from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.memory_report import MemoryReport
 from deepseek_mp.trainer.progressive import progressive
 from deepseek_mp.trainer.progressive_result import ProgressiveResult
+from deepseek_mp.trainer.qat import QuantizationAwareTrainer
 from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
 from deepseek_mp.trainer.storage import WeightStorage
 
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryReport",
     "MixedPrecisionTrainer",
     "ProgressiveResult",
+    "QuantizationAwareTrainer",
     "StepFacts",
     "StepResult",
     "WeightStorage",

@@ -1,0 +1,35 @@
+"""From a model with fake quantisation to one in INT8: a copy, converted by torchao."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.qat.int8 import Int8Model
+from deepseek_mp.qat.norms import fold_norms
+from deepseek_mp.qat.simulated import SimulatedModel
+
+
+def convert(simulated: SimulatedModel) -> Int8Model:
+    """The model in INT8, with the weights and ranges of now; the one passed may be trained on.
+
+    Raises:
+        ConfigError: PyTorch was built without oneDNN, whose kernels compute in INT8.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    if not torch.backends.mkldnn.is_available():
+        passed = "conversion to INT8 where PyTorch has no oneDNN"
+        raise ConfigError(explain(passed, "a CPU build of PyTorch with oneDNN", "Convert on an x86-64 machine"))
+    args, kwargs = simulated.example
+    graph = simulated.evaluated()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchao and the exporter about themselves
+        graph(*args, **kwargs)  # the ranges of the weights as the last step left them
+        fold_norms(graph)
+        converted = convert_pt2e(graph)
+        positional, named = simulated.dynamic
+        program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*positional, *named.values()))
+    return Int8Model(program, simulated.decisions)

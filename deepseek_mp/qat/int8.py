@@ -1,0 +1,75 @@
+"""`Int8Model`: a converted model whose products are computed by INT8 kernels of the CPU, and its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._inductor import config as inductor
+from torch.ao.quantization.fx import _decomposed as _registered  # noqa: F401 - the operations of a loaded graph
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.precision import Decision
+
+DECISIONS = "decisions.json"
+"""The file in an archive that says what each layer computes in."""
+
+
+class Int8Model(nn.Module):
+    """Is called as the original is, without gradients; the first call for a shape compiles, in seconds to a minute.
+
+    Compiled, linear layers and convolutions multiply integers of 8 bits in oneDNN's kernels. The graph itself, which
+    `reference` runs, says the same in FP32 operations on rounded values.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram, decisions: tuple[Decision, ...]) -> None:
+        super().__init__()
+        self._program = program
+        self.graph = program.module(check_guards=False)
+        self.decisions = decisions
+        """One for each layer with a product: INT8 or not, and why."""
+        self._compiled: Any = torch.compile(self.graph, dynamic=False)
+
+    @property
+    def not_converted(self) -> tuple[Decision, ...]:
+        """The layers that stay in FP32, with the reason of each."""
+        return tuple(decision for decision in self.decisions if decision.new != "int8")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs, in FP32, computed in INT8."""
+        with torch.no_grad(), inductor.patch(freezing=True):  # oneDNN packs only weights that cannot change
+            return self._compiled(*args, **kwargs)
+
+    def reference(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs as the graph says, without a compiler: slow, to compare with."""
+        with torch.no_grad():
+            return self.graph(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Int8Model:
+        """Refused: integers have no gradients."""
+        if mode:
+            passed = "train() of a model in INT8"
+            raise ConfigError(explain(passed, "inference", "Train on with the trainer, and convert again"))
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write weights in INT8, graph and decisions to one file, by `torch.export.save`."""
+        written = json.dumps([decision.to_json() for decision in self.decisions])
+        torch.export.save(self._program, path, extra_files={DECISIONS: written})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Int8Model:
+        """The model of a file that `save` wrote; needs no torchao.
+
+        Raises:
+            ConfigError: the file holds another program.
+        """
+        found = {DECISIONS: ""}
+        program = torch.export.load(path, extra_files=found)
+        if not found[DECISIONS]:
+            change = "Load it with torch.export.load"
+            raise ConfigError(explain(f"{path}, an exported program without decisions", "a file of save", change))
+        return cls(program, tuple(Decision.from_json(each) for each in json.loads(found[DECISIONS])))

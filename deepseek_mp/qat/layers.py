@@ -1,0 +1,74 @@
+"""Which layers of a model compute in INT8, read off its prepared graph, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from deepseek_mp.precision import Decision, Reason
+
+aten = torch.ops.aten
+PRODUCTS = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
+"""Operations (input, weight, ...) that INT8 kernels are there for."""
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+OTHERS = (
+    nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.Embedding,
+    nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
+)  # fmt: skip
+"""Layers with products, or tables, of their own that stay in FP32."""
+
+
+def layer_of(node: fx.Node) -> str:
+    """The name of the innermost module of the original model that the operation is of."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [name for name, _ in stack.values()]
+    return str(path[-1]).partition("@")[0] if path else ""  # a second call of a module is "name@1"
+
+
+def is_kept(name: str, keep: Collection[str]) -> bool:
+    """Whether the module of that name is one of those named, or in one."""
+    return any(name == kept or name.startswith(f"{kept}.") for kept in keep)
+
+
+def is_quantised(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a product's input and weight both come out of fake quantisation."""
+    return all(isinstance(arg, fx.Node) and _is_quantiser(arg, module) for arg in node.args[:2])
+
+
+def layer_decisions(model: nn.Module, prepared: fx.GraphModule, keep: Collection[str]) -> tuple[Decision, ...]:
+    """A decision for each layer of the original model with weights of a product, in the model's order."""
+    products: dict[str, list[fx.Node]] = {}
+    for node in prepared.graph.nodes:
+        if node.target in PRODUCTS:
+            products.setdefault(layer_of(node), []).append(node)
+    decisions = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, KINDS + OTHERS):
+            reason, detail = _why(layer, name, products.get(name, []), prepared, keep)
+            new = "int8" if reason is Reason.REQUESTED else "fp32"
+            decisions.append(Decision(layer=name, old="fp32", new=new, reason=reason, detail=detail))
+    return tuple(decisions)
+
+
+def _why(
+    layer: nn.Module, name: str, products: list[fx.Node], prepared: fx.GraphModule, keep: Collection[str]
+) -> tuple[Reason, str]:
+    if is_kept(name, keep):
+        return Reason.PINNED, "named in keep"
+    if not isinstance(layer, KINDS):
+        return Reason.NO_KERNEL, f"{type(layer).__name__} has no INT8 kernel here"
+    if not products:
+        return Reason.NOT_CONTROLLABLE, "its own forward was not called in the exported graph"
+    if not all(is_quantised(node, prepared) for node in products):
+        return Reason.NO_KERNEL, "its input or its weight is not quantised in the exported graph"
+    return Reason.REQUESTED, ""
+
+
+def _is_quantiser(node: fx.Node, module: nn.Module) -> bool:
+    if node.op != "call_module":
+        return False
+    called: Any = module.get_submodule(str(node.target))
+    return hasattr(called, "activation_post_process")

@@ -1,0 +1,60 @@
+"""A graph that was exported in training mode, as other modes run it: BatchNorm, dropout and the like in evaluation.
+
+An exported graph has its mode written into the arguments of its operations. torchao's own switch replaces
+whole operations by patterns with the default `eps` and momentum; here only the arguments that say the mode
+are changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+OTHER_MODES = {"train": False, "training": False, "dropout_p": 0.0}
+"""Arguments of operations other than BatchNorm that say the mode (dropout, attention, LSTM, RReLU), in evaluation."""
+
+Forward = Callable[..., Any]
+
+
+def norms_of(graph: fx.Graph) -> list[fx.Node]:
+    """BatchNorms with running statistics: (input, weight, bias, mean, variance, training, momentum, eps, cudnn)."""
+    nodes = graph.find_nodes(op="call_function", target=aten.batch_norm.default)
+    return [node for node in nodes if node.args[3] is not None]
+
+
+def evaluate_norms(graph: fx.Graph) -> None:
+    """Let BatchNorms use their running statistics, and leave those and their counters alone."""
+    for node in norms_of(graph):
+        node.update_arg(5, False)
+    for node in graph.find_nodes(op="call_function", target=aten.add_.Tensor):
+        counter = node.args[0]
+        if isinstance(counter, fx.Node) and str(counter.target).endswith("num_batches_tracked") and not node.users:
+            graph.erase_node(node)
+
+
+def evaluate_others(graph: fx.Graph) -> None:
+    """Let dropout, and whatever else has a mode of its own, do as in evaluation."""
+    for node in graph.nodes:
+        if not hasattr(node.target, "_schema") or node.target is aten.batch_norm.default:
+            continue
+        for index, argument in enumerate(node.target._schema.arguments):  # noqa: SLF001 - it has no public name
+            if argument.name not in OTHER_MODES:
+                continue
+            if index < len(node.args):
+                node.update_arg(index, OTHER_MODES[argument.name])
+            elif argument.name in node.kwargs:
+                node.update_kwarg(argument.name, OTHER_MODES[argument.name])
+
+
+def forward_with(module: fx.GraphModule, *changes: Callable[[fx.Graph], None]) -> Forward:
+    """The forward of a changed copy of the module's graph, a function of the module itself: it holds no tensor."""
+    graph = deepcopy(module.graph)
+    for change in changes:
+        change(graph)
+    forward: Forward = type(fx.GraphModule(module, graph)).forward
+    return forward

@@ -1,0 +1,98 @@
+"""BatchNorms behind convolutions: the rounding of weights scaled by them in training, their folding in conversion.
+
+torchao's patterns for training scale a convolution's weights by gamma / sqrt(variance + eps) before they are rounded
+(Krishnamoorthi, "Quantizing deep convolutional networks", 2018, section 3.2), and undo that before the BatchNorm. Here
+they get the mode, momentum and `eps` of the model, in place of those in torchao's patterns, and are folded exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from deepseek_mp.qat.modes import norms_of
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
+
+Settings = tuple[Any, ...]
+
+
+def norm_settings(graph: fx.Graph) -> dict[Any, Settings]:
+    """Training, momentum and eps of each BatchNorm, by the name of its mean."""
+    return {_name(norm.args[3]): norm.args[5:8] for norm in norms_of(graph)}
+
+
+def put_back_settings(prepared: fx.GraphModule, own: Mapping[Any, Settings]) -> None:
+    """Give the BatchNorms of a prepared graph the settings that they had before."""
+    for norm in norms_of(prepared.graph):
+        for index, value in enumerate(own[_name(norm.args[3])], start=5):
+            norm.update_arg(index, value)
+        summed = _scaling(norm)
+        if summed is not None:
+            summed.update_arg(1, norm.args[7])
+    prepared.recompile()
+
+
+def fold_norms(module: fx.GraphModule) -> None:
+    """In a prepared graph, in evaluation, let the convolutions whose weights are scaled do the whole BatchNorm.
+
+    Others become a product and a sum: where torchao sees a BatchNorm it looks for its patterns, for half a minute.
+    """
+    for norm in norms_of(module.graph):
+        if not (_scaling(norm) is not None and _fold(module.graph, norm)):
+            _spell_out(module.graph, norm)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _fold(graph: fx.Graph, norm: fx.Node) -> bool:
+    """conv(x, w * s) + (bias - mean) * s + beta, with s = gamma / sqrt(variance + eps), is all of it."""
+    result: Any = norm.args[0]
+    unscaled, bias = (result.args[0], result.args[1].args[0]) if result.target is aten.add.Tensor else (result, None)
+    product, scale = unscaled.args[0], unscaled.args[1].args[0]
+    if product.target not in CONVOLUTIONS:
+        return False
+    beta, mean = norm.args[2], norm.args[3]
+    with graph.inserting_before(product):
+        centred = graph.call_function(aten.neg.default, (mean,)) if bias is None else _sub(graph, bias, mean)
+        shift = graph.call_function(aten.mul.Tensor, (centred, scale))
+        total = graph.call_function(aten.add.Tensor, (shift, beta))
+    product.args = (*product.args[:2], total, *product.args[3:])
+    norm.replace_all_uses_with(product)
+    return True
+
+
+def _spell_out(graph: fx.Graph, norm: fx.Node) -> None:
+    """x * s + (beta - mean * s) by channel, the second dimension."""
+    x, gamma, beta, mean, variance = norm.args[:5]
+    shape = [1, -1] + [1] * (norm.meta["val"].dim() - 2)
+    with graph.inserting_before(norm):
+
+        def call(operation: Any, *args: Any) -> fx.Node:
+            return graph.call_function(operation, args)
+
+        scale = call(aten.rsqrt.default, call(aten.add.Tensor, variance, norm.args[7]))
+        scale = scale if gamma is None else call(aten.mul.Tensor, scale, gamma)
+        shift = call(aten.neg.default, call(aten.mul.Tensor, mean, scale))
+        shift = shift if beta is None else call(aten.add.Tensor, shift, beta)
+        scaled = call(aten.mul.Tensor, x, call(aten.reshape.default, scale, shape))
+        result = call(aten.add.Tensor, scaled, call(aten.reshape.default, shift, shape))
+    norm.replace_all_uses_with(result)
+
+
+def _sub(graph: fx.Graph, left: fx.Node, right: Any) -> fx.Node:
+    return graph.call_function(aten.sub.Tensor, (left, right))
+
+
+def _scaling(norm: fx.Node) -> fx.Node | None:
+    """Where `eps` is added to the variance to scale the weights; None for a BatchNorm that scales none."""
+    variance: Any = norm.args[4]
+    return next((user for user in variance.users if user.target is aten.add.Tensor), None)
+
+
+def _name(node: Any) -> str:
+    return str(node.target)

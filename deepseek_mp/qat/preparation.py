@@ -1,0 +1,143 @@
+"""From a model to one with fake quantisation: a copy, exported as a graph and prepared by torchao."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from deepseek_mp.errors import ConfigError, explain, suggest
+from deepseek_mp.nn import revert
+from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
+from deepseek_mp.precision import Decision
+from deepseek_mp.qat.layers import layer_decisions
+from deepseek_mp.qat.norms import norm_settings, put_back_settings
+from deepseek_mp.qat.simulated import SimulatedModel
+
+
+def prepare(model: nn.Module, example_inputs: Any, *, keep: Collection[str] = ()) -> SimulatedModel:
+    """A copy of the model whose linear layers and convolutions are rounded as INT8 will round them.
+
+    Weights are rounded by channel, symmetric, to -128...127; activations by tensor to 0...255 with a zero point. A
+    BatchNorm behind a convolution is folded into its weights before those are rounded.
+
+    Args:
+        model: FP32, on the CPU; it stays as it is.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, of two samples or more. All
+            first dimensions may change later, if the model lets them.
+        keep: names of modules that stay in FP32 with all that is in them.
+
+    Raises:
+        ConfigError: torchao is missing, an argument does not fit, the model cannot be exported or has nothing to
+            quantise, or the example inputs are not finite.
+    """
+    require_torchao()
+    _check_keep(model, keep)
+    copy = _copied(model)
+    revert(copy)  # of a trained model: a layer's class is what it is known by
+    args, kwargs = _arguments(copy, example_inputs)
+    dynamic = map_leaves((args, kwargs), _dynamic)
+    if not model.training:
+        copy.train()
+    graph = _exported(copy, args, kwargs, (*dynamic[0], *dynamic[1].values()))
+    prepared = _prepared(graph, keep)
+    decisions = layer_decisions(model, prepared, keep)
+    if not any(decision.new == "int8" for decision in decisions):
+        raise _nothing(decisions)
+    simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic)
+    simulated.train(model.training)
+    with simulated.observing():
+        simulated(*args, **kwargs)
+    return simulated
+
+
+def require_torchao() -> None:
+    """`ConfigError` that says what to install, unless torchao is there."""
+    if find_spec("torchao") is None:
+        passed = "quantisation without the package torchao"
+        raise ConfigError(explain(passed, "torchao 0.18 or newer", "Install it: pip install 'deepseek-mp[quant]'"))
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether every value of its floating-point tensors is a finite number."""
+    floating = (tensor for tensor in tensors(tree) if tensor.is_floating_point())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
+
+
+def _check_keep(model: nn.Module, keep: Collection[str]) -> None:
+    known = {name for name, _ in model.named_modules() if name}
+    if isinstance(keep, str) or not all(name in known for name in keep):
+        wrong = keep if isinstance(keep, str) else next(name for name in keep if name not in known)
+        hint = suggest(wrong, known) if isinstance(wrong, str) else ""
+        allowed = "a list of names of the model's modules"
+        raise ConfigError(explain(f"keep={keep!r}", allowed, f"Change {wrong!r}.{hint}"))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        passed = f"a {type(model).__name__} that cannot be copied ({error})"
+        raise ConfigError(explain(passed, "a model that copy.deepcopy copies", "Drop what hangs on it")) from error
+
+
+def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments, checked."""
+    first = first_tensor(example_inputs)
+    if first is None or first.dim() == 0 or first.shape[0] < 2:
+        passed = "example_inputs without a tensor of two samples or more"
+        change = "Pass a small batch: an exported graph of one sample takes one sample only"
+        raise ConfigError(explain(passed, "tensors whose first dimension is the batch, from 2", change))
+    if not all_finite(example_inputs):
+        passed = "example_inputs with NaN or infinite values"
+        raise ConfigError(explain(passed, "finite values, as in training", "Pass a batch of real data"))
+    places = {t.device.type for t in (*model.parameters(), *model.buffers(), *tensors(example_inputs))}
+    if places - {"cpu"}:
+        passed = f"a model or example_inputs on {', '.join(sorted(places - {'cpu'}))}"
+        raise ConfigError(explain(passed, "both on the CPU, where INT8 is computed", "Move them there with .cpu()"))
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def _dynamic(leaf: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
+
+
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: tuple[Any, ...]
+) -> fx.GraphModule:
+    """The model's graph in training mode, on the model's own tensors."""
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+    except Exception as error:  # the exporter raises whatever the model's code makes it raise
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        passed = f"a {type(model).__name__} that torch.export cannot export ({why})"
+        change = "Rewrite what it names, or quantise the part of the model that can be exported"
+        raise ConfigError(explain(passed, "a forward without decisions by values", change)) from error
+    return program.module(check_guards=False)
+
+
+def _prepared(graph: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
+    """With fake quantisation; BatchNorms keep their own mode, momentum and `eps`, which torchao's patterns replace."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    from deepseek_mp.qat.scheme import Quantizer
+
+    own = norm_settings(graph.graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchao about itself
+        prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep))
+    put_back_settings(prepared, own)
+    return prepared
+
+
+def _nothing(decisions: tuple[Decision, ...]) -> ConfigError:
+    reasons = "; ".join(f"{decision.layer}: {decision.detail}" for decision in decisions[:5]) or "it has no such layer"
+    passed = f"a model with nothing to quantise ({reasons})"
+    return ConfigError(explain(passed, "at least one Linear, Conv1d or Conv2d", "Shorten keep, or train it in BF16"))

@@ -1,0 +1,68 @@
+"""What is rounded, how and where: torchao's quantizer for x86 with our observers and more layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    QUANT_ANNOTATION_KEY,
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+from deepseek_mp.qat.layers import PRODUCTS, is_kept, layer_of
+from deepseek_mp.qat.modes import norms_of
+from deepseek_mp.qat.observers import FiniteFakeQuantize, FiniteRange, FiniteRangePerChannel
+
+LEAST_SCALE = torch.finfo(torch.float32).eps
+"""torchao's 2**-12 would leave a channel whose weights are below 0.03 with less than 8 bits."""
+SHARE = 0.01
+"""Of a batch in the moving averages of an activation's range: torchao's."""
+
+
+class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
+    """Also marks what torchao passes over: Conv1d, and layers of classes derived from those that it looks for.
+
+    What a BatchNorm gives is not rounded for itself, before the activation behind it: kernels round after both. Nor
+    are elementwise products, which are no layer's.
+    """
+
+    def __init__(self, keep: Collection[str]) -> None:
+        super().__init__()
+        self.keep = keep
+        for name in keep:
+            self.set_module_name_qconfig(name, None)
+        self.set_global(configuration())
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        marked: fx.GraphModule = super().annotate(model)
+        for norm in norms_of(marked.graph):
+            if QUANT_ANNOTATION_KEY in norm.meta:
+                norm.meta[QUANT_ANNOTATION_KEY].output_qspec = None
+        for node in marked.graph.nodes:
+            if node.target not in PRODUCTS or QUANT_ANNOTATION_KEY in node.meta or is_kept(layer_of(node), self.keep):
+                continue
+            linear = node.target is torch.ops.aten.linear.default
+            mark = self._annotate_linear_node_helper if linear else self._annotate_conv_node_helper
+            mark(node, True, self.global_config)
+        return marked
+
+    def _annotate_mul_tensor(self, *args: Any) -> None:
+        """Elementwise products stay as they are."""
+
+
+def configuration() -> Any:
+    """Activations by tensor, 0...255 with a zero point; weights by output channel, -128...127, symmetric.
+
+    Weights have the range of the moment: an average of earlier ones would lag behind the optimizer.
+    """
+    moving = FiniteFakeQuantize.with_args(observer=FiniteRange, eps=LEAST_SCALE, averaging_constant=SHARE)
+    current = FiniteFakeQuantize.with_args(observer=FiniteRangePerChannel, eps=LEAST_SCALE, averaging_constant=1.0)
+    config: Any = get_default_x86_inductor_quantization_config(is_qat=True)
+    activation = replace(config.input_activation, observer_or_fake_quant_ctr=moving)
+    weight = replace(config.weight, observer_or_fake_quant_ctr=current)
+    return replace(config, input_activation=activation, output_activation=activation, weight=weight)

@@ -1,0 +1,86 @@
+"""`SimulatedModel`: a model whose forward is rounded as INT8 will round it, to be trained and then converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from deepseek_mp.precision import Decision
+from deepseek_mp.qat.modes import evaluate_norms, evaluate_others, forward_with
+
+
+class SimulatedModel(nn.Module):
+    """Calls a graph with fake quantisation as the original model is called.
+
+    `train` and `eval` set BatchNorm, dropout and whether ranges of activations are observed, as in the original.
+
+    Args:
+        graph: exported in training mode and prepared.
+        decisions: of each layer, whether it is in INT8, and why not.
+        example: arguments and keyword arguments that it was exported with.
+        dynamic: their dimensions that may change.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        decisions: tuple[Decision, ...],
+        example: tuple[tuple[Any, ...], dict[str, Any]],
+        dynamic: Any,
+    ) -> None:
+        super().__init__()
+        self.graph, self.decisions, self.example, self.dynamic = graph, decisions, example, dynamic
+        self.norms_frozen = False
+        """Whether BatchNorms use their running statistics, and keep them, while it trains too."""
+        self._frozen = forward_with(graph, evaluate_norms)
+        self._evaluated = forward_with(graph, evaluate_norms, evaluate_others)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "labels" not in self.example[1]:
+            kwargs.pop("labels", None)  # a target that the original did not take
+        if not self.training:
+            return self._evaluated(self.graph, *args, **kwargs)
+        if self.norms_frozen:
+            return self._frozen(self.graph, *args, **kwargs)
+        return self.graph(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> SimulatedModel:
+        """Set the mode; exported graphs have no `train` of their own."""
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def quantisers(self) -> list[nn.Module]:
+        """The modules that fake quantisation is done by."""
+        return [module for module in self.modules() if hasattr(module, "activation_post_process")]
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Inside, the model runs as in evaluation and unrounded, and its ranges are observed; its mode comes back."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        quantisers: list[Any] = self.quantisers()
+        for quantiser in quantisers:
+            quantiser.training = True
+            quantiser.disable_fake_quant()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for quantiser in quantisers:
+                quantiser.enable_fake_quant()
+            for module, training in modes:
+                module.training = training
+
+    def evaluated(self) -> fx.GraphModule:
+        """A copy of the graph as it runs in evaluation."""
+        copy = deepcopy(self.graph)
+        evaluate_norms(copy.graph)
+        evaluate_others(copy.graph)
+        copy.recompile()
+        return copy

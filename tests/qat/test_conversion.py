@@ -1,0 +1,45 @@
+"""The converted graph computes what the simulated model does, with weights in 8 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.qat import convert
+
+
+def train_a_little(simulated, example):
+    optimizer = torch.optim.SGD(simulated.parameters(), lr=0.05)
+    simulated.train()
+    for _ in range(3):
+        simulated(example).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_outputs_are_those_of_the_simulation_after_training(simulated, example):
+    train_a_little(simulated, example)
+    int8 = convert(simulated)
+    expected = simulated.eval()(example)
+    # Sums in another order may round a value at the middle of two steps the other way.
+    torch.testing.assert_close(int8.reference(example), expected, atol=2e-2, rtol=1e-2)
+    scales = {name: value for name, value in int8.graph.state_dict().items() if "_scale_" in name}
+    now = [quantiser.scale for quantiser in simulated.quantisers() if quantiser.is_per_channel]
+    assert len(scales) == len(now)
+    assert all(any(torch.equal(value, scale) for scale in now) for value in scales.values())
+
+
+def test_weights_are_integers_and_the_simulation_can_be_trained_on(simulated, example):
+    int8 = convert(simulated)
+    stored = [t for t in int8.graph.state_dict().values() if t.dtype == torch.int8]
+    assert len(stored) == 4
+    train_a_little(simulated, example)
+    torch.testing.assert_close(convert(simulated).reference(example), simulated.eval()(example), atol=2e-2, rtol=1e-2)
+    assert not torch.allclose(int8.reference(example), simulated(example), atol=2e-2)
+
+
+def test_without_onednn_it_is_refused(simulated, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="has no oneDNN"):
+        convert(simulated)

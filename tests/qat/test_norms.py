@@ -1,0 +1,48 @@
+"""BatchNorms keep the settings of the model through torchao's patterns, and are folded exactly."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from deepseek_mp.qat import prepare
+from deepseek_mp.qat.modes import norms_of
+from deepseek_mp.qat.norms import fold_norms
+
+
+def test_mode_momentum_and_eps_are_those_of_the_model(simulated):
+    settings = {str(norm.args[3].target): norm.args[5:8] for norm in norms_of(simulated.graph.graph)}
+    assert settings == {
+        "stem.1.running_mean": (True, 0.3, 0.1),
+        "norm.running_mean": (True, 0.1, 1e-5),
+        "row_norm.running_mean": (True, 0.1, 1e-5),
+    }
+
+
+def test_a_norm_that_cannot_be_folded_becomes_a_product_and_a_sum():
+    model = nn.Sequential(
+        nn.Linear(3, 3), nn.BatchNorm1d(3, eps=0.2), nn.Unflatten(1, (3, 1)), nn.BatchNorm1d(3, affine=False)
+    )
+    with torch.no_grad():
+        for norm in (model[1], model[3]):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.1, 2)
+        model[1].weight.normal_()
+        model[1].bias.normal_()
+    simulated = prepare(model.eval(), torch.randn(4, 3))
+    expected, graph = simulated(torch.ones(2, 3)), simulated.evaluated()
+    fold_norms(graph)
+    assert norms_of(graph.graph) == []
+    torch.testing.assert_close(graph(torch.ones(2, 3)), expected)
+
+
+def test_folded_the_graph_has_no_batch_norm_and_the_same_outputs(simulated, example):
+    graph = simulated.evaluated()
+    for module in graph.modules():
+        if hasattr(module, "fake_quant_enabled"):
+            module.disable_fake_quant()
+    with torch.no_grad():
+        before = graph(example)
+        fold_norms(graph)
+        assert norms_of(graph.graph) == []
+        torch.testing.assert_close(graph(example), before)

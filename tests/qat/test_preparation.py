@@ -1,0 +1,112 @@
+"""Preparation leaves the model alone and refuses, with a reason, what it cannot do."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp import MixedPrecisionTrainer
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.qat import prepare
+
+X = torch.randn(4, 8)
+
+
+def linear():
+    return nn.Sequential(nn.Linear(8, 4))
+
+
+def test_the_model_is_as_it_was_and_shares_nothing():
+    model = linear()
+    before = model[0].weight.detach().clone()
+    simulated = prepare(model.eval(), X)
+    assert not model.training
+    assert not simulated.training
+    with torch.no_grad():
+        for param in simulated.parameters():
+            param.add_(1)
+    assert torch.equal(model[0].weight, before)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_model_that_was_trained_here_is_quantised_and_stays_converted():
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(32, 32)
+    MixedPrecisionTrainer(model, "tensor", device="cpu", emulate=True)
+    converted = type(model[0])
+    simulated = prepare(model, x)
+    assert simulated.decisions[0].new == "int8"
+    with simulated.observing():  # nothing of the other format is left in the copy
+        hidden = torch.relu(x @ model[0].weight.T + model[0].bias)
+        torch.testing.assert_close(simulated(x), hidden @ model[2].weight.T + model[2].bias)
+    assert type(model[0]) is converted
+
+
+def test_keyword_arguments_and_other_batch_sizes():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(8, 2)
+
+        def forward(self, a, b):
+            return self.one(a) + self.one(b)
+
+    simulated = prepare(Named(), {"a": X, "b": X})
+    assert simulated(a=X[:3], b=X[:3]).shape == (3, 2)
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("deepseek_mp.qat.preparation.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'deepseek-mp\[quant\]'"):
+        prepare(linear(), X)
+    assert importlib.util.find_spec("torchao")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_example_inputs_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ConfigError, match="example_inputs with NaN or infinite values"):
+        prepare(linear(), torch.where(X[0, 0] == X, bad, X))
+
+
+@pytest.mark.parametrize("inputs", [X[:1], X[:0], torch.tensor(1.0), (), {"a": 1}])
+def test_fewer_than_two_samples_are_refused(inputs):
+    with pytest.raises(ConfigError, match="two samples or more"):
+        prepare(linear(), inputs)
+
+
+def test_nothing_to_quantise_is_refused_with_the_reasons():
+    with pytest.raises(ConfigError, match=r"nothing to quantise \(it has no such layer\)"):
+        prepare(nn.Sequential(nn.LayerNorm(8)), X)
+    with pytest.raises(ConfigError, match=r"nothing to quantise \(0: named in keep\)"):
+        prepare(linear(), X, keep=["0"])
+
+
+@pytest.mark.parametrize("keep", [["last"], "0", [None]])
+def test_names_that_the_model_does_not_have_are_refused(keep):
+    with pytest.raises(ConfigError, match="a list of names of the model's modules"):
+        prepare(linear(), X, keep=keep)
+
+
+def test_a_model_that_cannot_be_exported_is_refused():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum().item() > 0 else x
+
+    with pytest.raises(ConfigError, match=r"a Branching that torch.export cannot export \(\w+: .+\)"):
+        prepare(Branching(8, 8), X)
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = linear()
+    model.lock = threading.Lock()
+    with pytest.raises(ConfigError, match="that cannot be copied"):
+        prepare(model, X)
+
+
+def test_a_model_elsewhere_is_refused():
+    with pytest.raises(ConfigError, match="a model or example_inputs on meta"):
+        prepare(linear().to("meta"), X)

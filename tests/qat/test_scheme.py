@@ -1,0 +1,60 @@
+"""The scheme: per-channel symmetric weights of the moment, per-tensor activations, layers of derived classes too."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from deepseek_mp.qat import prepare
+from deepseek_mp.qat.scheme import configuration
+
+
+def test_weights_are_by_channel_and_activations_by_tensor():
+    config = configuration()
+    weight, activation = config.weight, config.input_activation
+    assert (weight.dtype, weight.qscheme, weight.ch_axis) == (torch.int8, torch.per_channel_symmetric, 0)
+    assert (activation.dtype, activation.qscheme) == (torch.uint8, torch.per_tensor_affine)
+
+
+def test_small_weights_have_all_of_their_bits():
+    model = nn.Sequential(nn.Linear(8, 4))
+    nn.init.uniform_(model[0].weight, -1e-4, 1e-4)
+    simulated = prepare(model, torch.randn(4, 8))
+    scales = [q.scale for q in simulated.quantisers() if q.is_per_channel]
+    torch.testing.assert_close(scales[0], model[0].weight.detach().abs().amax(1) / 127.5)
+
+
+def test_layers_of_derived_classes_are_quantised():
+    class Wide(nn.Linear):
+        pass
+
+    class Image(nn.Conv2d):
+        pass
+
+    simulated = prepare(nn.Sequential(Image(1, 2, 3), nn.Flatten(), Wide(32, 3)), torch.randn(4, 1, 6, 6))
+    assert [decision.new for decision in simulated.decisions] == ["int8", "int8"]
+
+
+def rounded(simulated):
+    """The operations whose results are rounded."""
+    nodes = simulated.graph.graph.nodes
+    return {str(node.args[0].target) for node in nodes if node.op == "call_module"}
+
+
+def test_between_a_norm_and_its_activation_nothing_is_rounded(simulated):
+    assert "aten.batch_norm.default" not in rounded(simulated)
+    assert "aten.relu.default" in rounded(simulated)
+
+
+def test_elementwise_products_are_left_alone():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+    found = rounded(prepare(Gated(), torch.randn(4, 8)))
+    assert "aten.mul.Tensor" in found  # the input of `down`
+    assert not {"aten.sigmoid.default", "aten.linear.default"} & found
