@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
 
 from deepseek_mp.backends import math_mode
 from deepseek_mp.errors import ConfigError, explain
@@ -108,7 +108,9 @@ def _folded(model: nn.Module) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return fuse(model, inplace=True)
+            # Imported when it is needed, since that compiles TorchScript and warns.
+            folded: nn.Module = import_module("torch.fx.experimental.optimization").fuse(model, inplace=True)
+            return folded
     except (fx.proxy.TraceError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
         passed = f"a {type(model).__name__} that cannot be traced to fold its BatchNorms ({error})"
         raise ConfigError(explain(passed, "a forward without decisions by values", "Leave them unfolded")) from error

@@ -93,20 +93,28 @@ def test_a_kernel_gets_what_a_step_needs(monkeypatch, rule, storage, options):
             assert (apart > 0).float().mean() < 2e-3
 
 
-def test_strided_gradients_and_watched_updates_do_without(monkeypatch):
+def test_watched_updates_do_without(monkeypatch):
     def fail(*_):
-        raise AssertionError("a kernel takes neither")
+        raise AssertionError("a kernel does not measure")
 
     monkeypatch.setattr(adamw, "fused_adamw", lambda _: fail)
     weight = nn.Parameter(torch.randn(64, 64))
     optimizer = AdamW([weight], states="8bit")
-    weight.grad = torch.randn(64, 64).t()
-    optimizer.step()
     weight.grad = torch.randn(64, 64)
     optimizer.watch([weight])
     optimizer.step()
-    with pytest.raises(AssertionError, match="neither"):
+    with pytest.raises(AssertionError, match="does not measure"):
         optimizer.step()
+
+
+def test_a_kernel_is_given_what_lies_in_order(monkeypatch):
+    given = []
+    monkeypatch.setattr(adamw, "fused_adamw", lambda _: lambda *tensors: given.extend(tensors[:2]))
+    weight = nn.Parameter(torch.randn(64, 64).t())
+    optimizer = AdamW([weight], states="8bit")
+    weight.grad = torch.randn(64, 64).t()
+    optimizer.step()
+    assert all(tensor.is_contiguous() for tensor in given)
 
 
 def test_a_cpu_has_none():
