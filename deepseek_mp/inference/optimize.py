@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepseek_mp.backends import capabilities, synchronize
+from deepseek_mp.backends import capabilities, peak_memory_bytes, reset_peak_memory, synchronize
 from deepseek_mp.costs.memory import distinct_bytes, peak_during
 from deepseek_mp.costs.restore import random_states, set_random_states
 from deepseek_mp.costs.timing import is_out_of_memory
@@ -138,7 +138,7 @@ def _tried(
 
 def _built(model: nn.Module, form: Form, inputs: Any, device: torch.device) -> tuple[Trial, Served | None, Any]:
     """The form, warm, with its outputs; a trial that says why, where it does not run."""
-    trial = Trial(form=form)
+    trial, before = Trial(form=form), _held(device)
     try:
         served = Served(model, form, device)
         call = _caller(served, inputs)
@@ -152,7 +152,16 @@ def _built(model: nn.Module, form: Form, inputs: Any, device: torch.device) -> t
     except Exception as error:  # noqa: BLE001 - a form that the model does not bear is an answer, whatever it raises
         kind = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         return replace(trial, problem=kind.splitlines()[0][:200]), None, None
+    peak = None if peak is None else peak - before
     return replace(trial, weight_bytes=distinct_bytes(weights), peak_bytes=peak), served, outputs
+
+
+def _held(device: torch.device) -> int:
+    """Bytes in tensors now, where the device counts them: the model, the inputs and the forms built before."""
+    if device.type == "cpu":
+        return 0  # there a peak is of what is named
+    reset_peak_memory(device)
+    return peak_memory_bytes(device) or 0
 
 
 def _caller(served: Served, inputs: Any) -> Callable[[], Any]:

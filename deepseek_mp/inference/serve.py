@@ -15,6 +15,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.form import Form
 from deepseek_mp.inference.quantised_linear import linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
+from deepseek_mp.nn.own_code import with_own_code
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Formats in which all is kept and multiplied."""
@@ -40,7 +41,7 @@ class Served(nn.Module):
         self.form, self.device = form, device
         self.model = _formed(copied(model).eval(), form)
         self.left_alone = linear_layers(self.model)[1] if form.weights else {}
-        self._call: Any = torch.compile(self._converted) if form.compiled else self._converted
+        self._call: Any = self._compiled() if form.compiled else self._converted
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
@@ -54,6 +55,12 @@ class Served(nn.Module):
             raise ConfigError(explain(passed, "inference", "Train the original model, and serve it again"))
         super().train(False)
         return self
+
+    def _compiled(self) -> Any:
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._converted(args, kwargs)
+
+        return torch.compile(with_own_code(run))
 
     def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_leaves((args, kwargs), self._given)

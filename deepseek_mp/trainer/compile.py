@@ -13,8 +13,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.convert import current_plan
 from deepseek_mp.nn.loss import LossFn
+from deepseek_mp.nn.own_code import with_own_code
 from deepseek_mp.trainer.config import Compile
 from deepseek_mp.trainer.graph_backend import Backend, backend
 
@@ -68,8 +67,6 @@ def check_compile(model: nn.Module, how: Compile) -> None:
         )
 
 
-_numbers = count()
-
 Run = Callable[[calls.Call], calls.Result]
 """From a call to the loss."""
 
@@ -93,7 +90,7 @@ def _compiled_whole(model: nn.Module, loss_fn: LossFn | None, backend: Backend) 
     def whole(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Any, str]:
         return calls.loss_of(model(*args, **kwargs), target, loss_fn)
 
-    compiled, alone = _compiled(whole, backend), torch.compile(model, backend=backend)
+    compiled, alone = torch.compile(with_own_code(whole), backend=backend), torch.compile(model, backend=backend)
     restless = Restless(model)
 
     def run(call: calls.Call) -> calls.Result:
@@ -141,7 +138,7 @@ def _compiled_loss(model: nn.Module, loss_fn: LossFn | None) -> Run:
     def loss(output: Any, target: Any) -> tuple[Any, str]:
         return calls.loss_of(output, target, loss_fn)
 
-    compiled = _compiled(loss, backend(None))
+    compiled = torch.compile(with_own_code(loss), backend=backend(None))
     restless = Restless(model)
 
     def run(call: calls.Call) -> calls.Result:
@@ -152,18 +149,6 @@ def _compiled_loss(model: nn.Module, loss_fn: LossFn | None) -> Run:
             return calls.result(call, compiled(output, call.target), loss_fn)
 
     return run
-
-
-def _compiled(function: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    """The function compiled apart from others of the same code.
-
-    Dynamo keeps what it compiled by code object, and what it learned of changing sizes by that object's name:
-    two trainers in one process would share both.
-    """
-    assert isinstance(function, FunctionType)
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    return torch.compile(own, backend=backend)
 
 
 @contextmanager

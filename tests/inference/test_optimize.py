@@ -95,6 +95,18 @@ def test_outputs_that_overflow_are_no_choice(times, monkeypatch):
     assert next(t.why for t in plan.trials if t.form.name == "bf16") == "its outputs are not finite"
 
 
+def test_the_peak_of_a_form_leaves_out_what_was_there_before(monkeypatch):
+    """On an accelerator all forms are in one memory."""
+    device = torch.device("meta")  # any that is no CPU
+    monkeypatch.setattr(optimize, "reset_peak_memory", lambda where: None)
+    monkeypatch.setattr(optimize, "peak_memory_bytes", lambda where: 700)
+    monkeypatch.setattr(optimize, "peak_during", lambda call, where, resident: 1000)
+    monkeypatch.setattr(optimize, "synchronize", lambda where: None)
+    monkeypatch.setattr(optimize, "Served", lambda model, form, where: model)
+    trial, _, _ = optimize._built(nn.Linear(4, 2), Form(), torch.randn(3, 4), device)
+    assert trial.peak_bytes == 300
+
+
 def test_keyword_arguments_and_structures(times):
     class Tokens(nn.Module):
         def __init__(self):

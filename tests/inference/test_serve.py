@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.inference import Form, Served
@@ -67,6 +68,19 @@ def test_structures_and_whole_numbers_pass_through():
 def test_fp64_stays_fp64_in_fp32_form():
     model = nn.Linear(4, 2).double()
     assert Served(model, Form(), CPU)(torch.ones(1, 4, dtype=torch.float64)).dtype is torch.float64
+
+
+def test_each_compiled_copy_has_the_compilers_whole_patience(classifier, monkeypatch):
+    """More forms than the compiler keeps of one code: none of them falls back to eager code without a word."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            Served(classifier, Form(compiled=True), CPU)(torch.randn(2, 3, 8, 8))
+    assert counters["stats"]["unique_graphs"] == 4
+    torch._dynamo.reset()
 
 
 def test_what_cannot_be_traced_is_not_folded():
