@@ -185,10 +185,13 @@ def test_blocks_give_the_numbers_of_one_piece(monkeypatch, dtype, divisor):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("fails", range(7))
-def test_a_step_that_fails_in_any_block_is_put_back(monkeypatch, fails):
-    monkeypatch.setattr(host_chunk, "BLOCK", 32)
-    chunk, lanes, states = chunk_of(*many(torch.float32)), FakeLanes(), {}
+def assert_put_back(monkeypatch, *, block, fails, changed=False, **options):
+    """The second step fails in block number `fails`; afterwards all is as after the first.
+
+    `changed`: the first slot was written before.
+    """
+    monkeypatch.setattr(host_chunk, "BLOCK", block)
+    chunk, lanes, states = chunk_of(*many(torch.float32), **options), FakeLanes(), {}
     send_gradient(chunk, lanes, 1.0)
     chunk.land(lanes)
     with torch.no_grad():
@@ -205,9 +208,15 @@ def test_a_step_that_fails_in_any_block_is_put_back(monkeypatch, fails):
         monkeypatch.setattr(rule, "step", step)
         with pytest.raises(RuntimeError, match="failed"):
             chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+        assert not (changed and torch.equal(before[0], chunk.slots[0].master))
         chunk.restore(states)
     assert all(torch.equal(value, slot.master) for value, slot in zip(before, chunk.slots, strict=True))
     assert all(map(torch.equal, kept, [value for state in states.values() for value in state.values()]))
+
+
+@pytest.mark.parametrize("fails", range(7))
+def test_a_step_that_fails_in_any_block_is_put_back(monkeypatch, fails):
+    assert_put_back(monkeypatch, block=32, fails=fails)
 
 
 def test_gradients_larger_than_a_block_add_up(monkeypatch):
@@ -248,28 +257,7 @@ def test_several_threads_give_the_numbers_of_one(monkeypatch, threads):
 
 
 def test_a_failure_of_one_thread_is_put_back_with_what_others_did(monkeypatch):
-    monkeypatch.setattr(host_chunk, "BLOCK", 16)
-    chunk, lanes, states = chunk_of(*many(torch.float32), crew=Crew(3)), FakeLanes(), {}
-    send_gradient(chunk, lanes, 1.0)
-    chunk.land(lanes)
-    with torch.no_grad():
-        chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
-        before = [slot.master.detach().clone() for slot in chunk.slots]
-        kept = [value.clone() for state in states.values() for value in state.values()]
-        real, calls = rule.step, iter(range(100))
-
-        def step(group, weights, grads, found):
-            real(group, weights, grads, found)
-            if next(calls) == 6:
-                raise RuntimeError("failed")
-
-        monkeypatch.setattr(rule, "step", step)
-        with pytest.raises(RuntimeError, match="failed"):
-            chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
-        assert not torch.equal(before[0], chunk.slots[0].master)
-        chunk.restore(states)
-    assert all(torch.equal(value, slot.master) for value, slot in zip(before, chunk.slots, strict=True))
-    assert all(map(torch.equal, kept, [value for state in states.values() for value in state.values()]))
+    assert_put_back(monkeypatch, block=16, fails=6, changed=True, crew=Crew(3))
 
 
 def kept_ahead(monkeypatch, **options):
