@@ -269,13 +269,14 @@ class AdaptiveController:
         In compiled code each new combination of recipes in a block is compiled. What a layer is raised for that does
         not pay is about what it saves.
         """
-        if not (self.switch_passes and self.pass_seconds and self.total_steps):
+        if not (self.switch_passes and self.pass_seconds):
             return False
+        left = (self.total_steps or 2 * step) - step  # where nobody says how long it is: as long again
         gain = math.fsum(
             abs(self._saved(each.layer, each.new) - self._saved(each.layer, self.states[each.layer].recipe))
             for each in wanted
         )
-        return (self.total_steps - step) * gain < self.switch_passes * self.pass_seconds
+        return left * gain < self.switch_passes * self.pass_seconds
 
     def explained(self, step: int) -> list[Decision]:
         """Once, when there was a first decision: why the layers that it left as they are were not lowered."""
@@ -415,9 +416,10 @@ class AdaptiveController:
         for name, found in judged.items():
             cost: Predicted | Choice = found.least
             if self.is_lowered(name) and not found.above:
-                options = choices_of(found.costs, recipes, self.base, by_role=by_role, objective=objective)
+                # What does not pay is no choice, but what it takes of a budget is not infinite.
+                options = choices_of(found.known, recipes, self.base, by_role=by_role, objective=objective)
                 recipe = options.get(self.states[name].recipe)
-                cost = found.least if recipe is None else choice_for(found.costs, recipe)
+                cost = found.least if recipe is None else choice_for(found.known, recipe)
             loss += cost.loss
             noise += cost.noise
         return loss > SURELY * budget.loss or noise > SURELY * budget.noise

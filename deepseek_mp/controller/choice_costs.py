@@ -28,6 +28,8 @@ class Judged:
 
     base: str
     costs: UnitCosts
+    known: UnitCosts
+    """The same, infinite only for what breaks a limit: what does not pay has costs too."""
     refused: dict[str, str]
     """Lower recipes that are no choice now, each with the reason."""
     unpaid: str
@@ -64,6 +66,7 @@ class CostRules:
         """The costs of the layer, which runs in `recipe` now."""
         predicted = {own: self._predicted(name, reading, RECIPES[own]) for own in reading.effects}
         costs = UnitCosts(name=name, macs=unit.macs, predicted=predicted, seconds=unit.seconds, inputs=unit.inputs)
+        known = replace(costs, predicted={own: dict(products) for own, products in predicted.items()})
         now, roles = parts_of(recipe)
         lower = [own for own in predicted if height(RECIPES[own]) < height(self.base)]
         unpaid, refused = "", dict[str, str]()
@@ -80,7 +83,9 @@ class CostRules:
         self._rule_out(predicted, above)
         costs = replace(costs, above=above)
         refused = {own: words for own, words in refused.items() if words}
-        return Judged(costs=costs, refused=refused, unpaid=unpaid, above=above, harm=harm, base=self.base.name)
+        return Judged(
+            costs=costs, known=known, refused=refused, unpaid=unpaid, above=above, harm=harm, base=self.base.name
+        )
 
     def _rule_out(self, predicted: dict[str, dict[Role, Predicted]], above: str) -> None:
         """A layer that the base harms has one choice, above it; any other has none there."""

@@ -612,3 +612,14 @@ def test_the_largest_magnitude_of_the_past_fades():
         made.learn(measured(a={"amax": amax}, b={}), 5)
     seen = made.readings["a"].spreads[Operand.INPUT]["amax"]
     assert 1.0 < seen < 50.0
+
+
+def test_what_ceases_to_pay_is_no_reason_to_change_when_the_rest_of_the_run_cannot_save_what_a_change_costs():
+    for passes, kept in ((0.0, False), (1e4, True)):
+        for total, step in ((1000, 990), (None, 20)):
+            made = allocated()
+            made.settings, made.total_steps = replace(SETTINGS, pays=1e9), total
+            made.pass_seconds, made.switch_passes = 0.002, passes
+            changes = made.decide(step)
+            assert recipes(made) == dict.fromkeys("ab", "row" if kept else "bf16")
+            assert all("less than" in change.detail for change in changes)
