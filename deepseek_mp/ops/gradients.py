@@ -43,10 +43,14 @@ def gradient_views(params: Iterable[Tensor]) -> list[Tensor]:
     return views
 
 
-def _by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
-    groups: dict[torch.device, list[Tensor]] = defaultdict(list)
+Kind = tuple[torch.device, torch.dtype]
+
+
+def _by_kind(grads: Sequence[Tensor]) -> dict[Kind, list[Tensor]]:
+    """By device and dtype: of several dtypes at once PyTorch would take each norm by itself."""
+    groups: dict[Kind, list[Tensor]] = defaultdict(list)
     for grad in grads:
-        groups[grad.device].append(grad)
+        groups[grad.device, grad.dtype].append(grad)
     return groups
 
 
@@ -55,15 +59,13 @@ def norms(grads: Sequence[Tensor], order: float = 2.0) -> Tensor:
     # The sum of squares is taken in float32 whatever the dtype of the gradient: a norm of 1e5 does
     # not fit in fp16, and clipping by an infinite norm would set every gradient to zero.
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    home, groups = grads[0].device, _by_device(grads)
-    found = {place: iter(_norms_on(place, group, order, dtype)) for place, group in groups.items()}
-    if len(found) == 1:
-        return torch.stack(list(found[home]))
-    return torch.stack([moved(next(found[grad.device]), home) for grad in grads])
+    home, groups = grads[0].device, _by_kind(grads)
+    found = {kind: iter(_norms_on(kind[0], group, order, dtype)) for kind, group in groups.items()}
+    return torch.stack([moved(next(found[grad.device, grad.dtype]), home) for grad in grads])
 
 
 def _norms_on(place: torch.device, grads: Sequence[Tensor], order: float, dtype: torch.dtype) -> Sequence[Tensor]:
-    """Those of the gradients of one device."""
+    """Those of the gradients of one device and dtype."""
     if place.type != "cpu" or all(grad.numel() < LARGE for grad in grads):
         return torch._foreach_norm(list(grads), order, dtype=dtype)
     return [_norm_by_rows(grad, order, dtype) for grad in grads]
@@ -127,5 +129,5 @@ def moment_ratios(
 def multiply_(grads: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply every gradient in place by a 0-dim factor."""
     with torch.no_grad():
-        for device, group in _by_device(grads).items():
+        for (device, _dtype), group in _by_kind(grads).items():
             torch._foreach_mul_(group, moved(factor, device))

@@ -31,6 +31,8 @@ STORAGE, STREAM, COMPENSATION = "storage", "stream", "compensation"
 """Keys of a parameter's state: its format by name, its stream of random bits, and what its values lack."""
 BATCH_ELEMENTS = 1 << 24
 """Elements that are updated together: bounds the memory of the FP32 copies."""
+SMALL = 1 << 14
+"""Elements of a gradient that is copied rather than launched an operation for."""
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -332,8 +334,29 @@ def _opened(
         found = list(torch._foreach_mul(found, scale.to(device, non_blocking=True).reciprocal()))
     if skip is not None:
         keep = 1 - skip.to(device, torch.float32, non_blocking=True).reshape(())
-        found = [torch.where(keep > 0, grad, 0.0) for grad in found]
+        found = gated(found, keep)
     return Batch(params=params, states=states, values=values, grads=found, keep=keep, start=start)
+
+
+def gated(grads: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
+    """The gradients, or zeros where `keep` [] is 0: small ones in one operation, since the host launches each."""
+    small: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        if _is_small(grad):
+            small[grad.dtype].append(grad)
+    whole_of = {}
+    for dtype, some in small.items():
+        whole = torch.where(keep > 0, torch.cat([grad.reshape(-1) for grad in some]), 0.0)
+        whole_of[dtype] = iter(whole.split([grad.numel() for grad in some]))
+    return [
+        next(whole_of[grad.dtype]).view(grad.shape) if _is_small(grad) else torch.where(keep > 0, grad, 0.0)
+        for grad in grads
+    ]
+
+
+def _is_small(grad: Tensor) -> bool:
+    # What is not contiguous would come back in another order than its parameter, which foreach operations dislike.
+    return grad.numel() <= SMALL and grad.is_contiguous()
 
 
 def _piece(state: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from whole_state import everything, same, skip_a_step
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.optim import SGD, AdamW, set_storage
+from deepseek_mp.optim.stored import SMALL, gated
 from deepseek_mp.precision.storage import StorageFormat
 
 BF16 = [format.value for format in StorageFormat if format.is_bf16]
@@ -171,3 +172,17 @@ def test_refuses_sparse_gradients():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ConfigError, match="dense gradients"):
         AdamW(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_gradients_of_a_skipped_step_are_zeros_small_or_large_and_as_they_lie_in_memory(keep):
+    small, wide = torch.randn(3, 5), torch.randn(7, dtype=torch.float64)
+    turned = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    large = torch.randn(SMALL + 1)
+    grads = [small, large, wide, turned, torch.full((2,), torch.nan), torch.zeros(0)]
+    found = gated(grads, torch.tensor(keep))
+    for grad, now in zip(grads, found, strict=True):
+        expected = grad if keep else torch.zeros_like(grad)
+        torch.testing.assert_close(now, expected, rtol=0, atol=0, equal_nan=True)
+        assert now.dtype is grad.dtype
+        assert now.stride() == grad.stride()
