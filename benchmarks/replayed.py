@@ -38,18 +38,25 @@ class _Block:
 
     def prepare(self) -> None:
         """Compile and tune what is called, then record it; on a CPU there is nothing to record."""
-        for _ in range(3):
-            self.call()
-        synchronize(self.device)
         if self.device.type == "cpu":
+            self._warm()
             return
         module: Any = torch.get_device_module(self.device)
-        graph = module.CUDAGraph()
-        with module.graph(graph):
+        graph, stream = module.CUDAGraph(), module.Stream()
+        stream.wait_stream(module.current_stream())
+        # The stream that is recorded: a backward waits for those that its leaves were used on.
+        with module.stream(stream):
+            self._warm()
+        with module.graph(graph, stream=stream):
             for _ in range(self.steps):
                 self.call()
         self.replay = graph.replay
         self.replay()
+
+    def _warm(self) -> None:
+        for _ in range(3):
+            self.call()
+        synchronize(self.device)
 
     def __call__(self) -> object:
         return self.replay()

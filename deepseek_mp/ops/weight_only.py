@@ -10,8 +10,7 @@ and fp16, so that a product loses nothing; what is lost was lost when the weight
     native           bf16               int8        CPUs, as far as PyTorch has the product; K in whole 32s
     triton           bf16, fp16         int8, fp8   GPUs of NVIDIA and AMD
 
-It is an opaque op, the same in eager and in compiled code; it has no gradient. Times of the Triton kernels have not
-been measured yet; `benchmarks/weight_only.py` does it.
+It is an opaque op, the same in eager and in compiled code; it has no gradient. `benchmarks/weight_only.py` times it.
 """
 
 from __future__ import annotations
