@@ -17,17 +17,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState, as_past, is_finite, plain
-from deepseek_mp.controller.choice_costs import CostRules, Judged
+from deepseek_mp.controller.choice_costs import CostRules, Judged, in_force
 from deepseek_mp.controller.height import height, height_of, parts_of
 from deepseek_mp.controller.limits import broken
 from deepseek_mp.controller.region import HARM_WITH_ALARM, SUDDEN_HARM, harbour, shares
 from deepseek_mp.controller.settings import OBJECTIVES, AdaptiveSettings
-from deepseek_mp.controller.speed import Gain
+from deepseek_mp.controller.speed import Gain, compiled_with
 from deepseek_mp.controller.spikes import Gradient, Spikes
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
-from deepseek_mp.precision.allocation import Budget, Choice
-from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for, choices_of, plan_for
+from deepseek_mp.precision.allocation import Budget
+from deepseek_mp.precision.planning import UnitCosts, plan_for
 from deepseek_mp.sensitivity import Effect, Measured, UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
@@ -189,6 +189,11 @@ class AdaptiveController:
         for spike in self.spikes.see(step, seen, self.lowered, units=len(self.units)):
             evidence, until = {**spike.evidence, "step": step}, self.spikes.held[spike.layer]
             made.append(self._held(spike.layer, self.base.name, until, Reason.GUARDED, spike.words, evidence))
+            for name in compiled_with(self.units, {spike.layer}, self.lowered):
+                words = f"raised with {spike.layer}: their block is compiled for {self.base.name}"
+                made.append(
+                    self._held(name, self.base.name, until, Reason.GUARDED, words, {"guard": "block", "step": step})
+                )
         return made
 
     def compare(self, step: int, found: Comparison) -> Decision | None:
@@ -393,8 +398,9 @@ class AdaptiveController:
                 ready.append(decision)
         most = len(ready) if not self.allocated else max(1, round(self.settings.most_at_once * len(self.units)))
         ready.sort(key=lambda decision: -self._saving(decision))
-        made = []
-        for decision in ready[:most]:
+        made, chosen = [], {decision.layer for decision in ready[:most]}
+        chosen |= set(compiled_with(self.units, chosen, [decision.layer for decision in ready]))
+        for decision in (each for each in ready if each.layer in chosen):
             self.states[decision.layer].votes = 0
             self.states[decision.layer].kurtosis = self.readings[decision.layer].spreads[Operand.INPUT]["kurtosis"]
             evidence = {**decision.evidence, "step": step}
@@ -411,18 +417,10 @@ class AdaptiveController:
 
     def _exceeds(self, judged: Mapping[str, Judged], recipes: Sequence[Recipe], budget: Budget) -> bool:
         """Whether what is in force now exceeds a budget beyond doubt."""
+        lowered = {name: self.states[name].recipe for name in self.lowered}
         objective, by_role = OBJECTIVES[self.settings.objective], self.settings.by_role
-        loss = noise = 0.0
-        for name, found in judged.items():
-            cost: Predicted | Choice = found.least
-            if self.is_lowered(name) and not found.above:
-                # What does not pay is no choice, but what it takes of a budget is not infinite.
-                options = choices_of(found.known, recipes, self.base, by_role=by_role, objective=objective)
-                recipe = options.get(self.states[name].recipe)
-                cost = found.least if recipe is None else choice_for(found.known, recipe)
-            loss += cost.loss
-            noise += cost.noise
-        return loss > SURELY * budget.loss or noise > SURELY * budget.noise
+        now = in_force(judged, lowered, recipes, self.base, by_role=by_role, objective=objective)
+        return now.loss > SURELY * budget.loss or now.noise > SURELY * budget.noise
 
     def _spent(self) -> tuple[float, float]:
         """Predicted loss and its standard error of what is in force, relative."""

@@ -22,6 +22,8 @@ class AdaptiveUnit:
     """What it can run in beside the base: lower ones, and plain ones above it."""
     inputs: int = 0
     """Numbers in its input, which is kept for backward; 0: not known."""
+    block: str = ""
+    """The block that is compiled by itself and that it is part of; empty where there is none."""
 
 
 @dataclass

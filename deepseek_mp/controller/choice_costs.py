@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from deepseek_mp.controller.adaptive_units import AdaptiveUnit
 from deepseek_mp.controller.height import height, parts_of
@@ -12,8 +14,9 @@ from deepseek_mp.controller.region import HARM, LESS_HARM, harbour, rounding, sh
 from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.controller.trend import Slope
 from deepseek_mp.precision import RECIPES, Recipe, Role
+from deepseek_mp.precision.allocation import Choice
 from deepseek_mp.precision.composite import with_roles
-from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for
+from deepseek_mp.precision.planning import Predicted, UnitCosts, choice_for, choices_of
 from deepseek_mp.sensitivity import UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
@@ -44,6 +47,26 @@ class Judged:
         """What it costs where nothing is lowered."""
         products = self.costs.predicted.get(self.above or self.base, {}).values()
         return Predicted(loss=math.fsum(p.loss for p in products), noise=math.fsum(p.noise for p in products))
+
+
+def in_force(
+    judged: Mapping[str, Judged], lowered: Mapping[str, str], recipes: Sequence[Recipe], base: Recipe, **how: Any
+) -> Predicted:
+    """What all layers cost as they run now.
+
+    Args:
+        lowered: layers below the base, each with its recipe. What does not pay is no choice, but its costs are known.
+        how: `by_role` and `objective` of `choices_of`.
+    """
+    loss = noise = 0.0
+    for name, found in judged.items():
+        cost: Predicted | Choice = found.least
+        if name in lowered and not found.above:
+            recipe = choices_of(found.known, recipes, base, **how).get(lowered[name])
+            cost = found.least if recipe is None else choice_for(found.known, recipe)
+        loss += cost.loss
+        noise += cost.noise
+    return Predicted(loss=loss, noise=noise)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ enough, or a compiler had fused what a lower recipe adds, it gets less, or slowe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit
 from deepseek_mp.controller.trend import NORMAL_MAD
 from deepseek_mp.precision import Decision, Reason
 
@@ -115,3 +116,13 @@ def _gain(before: StepTime, after: StepTime) -> Gain | None:
     if promised < max(LEAST * before.seconds, DOUBT * math.hypot(before.error, after.error)):
         return None
     return Gain(before=before, after=after)
+
+
+def compiled_with(units: Mapping[str, AdaptiveUnit], names: Collection[str], among: Iterable[str]) -> list[str]:
+    """Others among these in the blocks of `names`.
+
+    Each combination of recipes in a block is compiled anew, which takes seconds: what moves together makes few of them,
+    and those of a whole block in the base are there since the run began.
+    """
+    blocks = {units[name].block for name in names} - {""}
+    return [name for name in among if name not in names and units[name].block in blocks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from deepseek_mp.precision.kept import kept_bytes
 from deepseek_mp.precision.planning import PAYS
 from deepseek_mp.profiler.layer_times import SECONDS, LayerCosts, layer_costs
 from deepseek_mp.trainer.auto import scaled_recipe
+from deepseek_mp.trainer.compile import repeated_blocks
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -76,11 +77,24 @@ def layers_to_control(
         return {}, "no layer can be lowered"
     costs = costs_of(recipes)
     found = _worth_it(taken, costs, region, settings, timed=_is_timed(trainer, low))
+    found = _in_blocks(trainer, found)
     gains = any(_is_low(RECIPES[name], region) for layer in found.values() for name in layer.unit.recipes)
     if gains or (only_raised and found):
         return found, ""
     lower = ", ".join(recipe.name for recipe in low)
     return {}, f"no layer is {PAYS - 1:.0%} faster in {lower} than in {region}{_closest(costs, region, low, taken)}"
+
+
+def _in_blocks(trainer: MixedPrecisionTrainer, layers: dict[str, Layer]) -> dict[str, Layer]:
+    """The layers, each with the block that it is compiled in."""
+    if trainer.config.compile != "regional":
+        return layers
+    blocks = {module: block for block in repeated_blocks(trainer.model) for module in block.modules()}
+    names = {module: name for name, module in trainer.model.named_modules()}
+    return {
+        name: replace(layer, unit=replace(layer.unit, block=names.get(blocks.get(layer.module), "")))
+        for name, layer in layers.items()
+    }
 
 
 def _why_nothing_is_low(trainer: MixedPrecisionTrainer, settings: AdaptiveSettings, recipes: list[Recipe]) -> str:

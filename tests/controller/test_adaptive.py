@@ -623,3 +623,44 @@ def test_what_ceases_to_pay_is_no_reason_to_change_when_the_rest_of_the_run_cann
             changes = made.decide(step)
             assert recipes(made) == dict.fromkeys("ab", "row" if kept else "bf16")
             assert all("less than" in change.detail for change in changes)
+
+
+def in_blocks():
+    units = {
+        name: AdaptiveUnit(
+            macs=1e9, seconds=SECONDS, recipes=("row",), inputs=1000, block=name[:-2] if "." in name else ""
+        )
+        for name in ("one.a", "one.b", "two.a", "two.b", "head")
+    }
+    made = AdaptiveController(units, RECIPES["bf16"], replace(SETTINGS, most_at_once=0.2), total_steps=1000)
+    for _ in range(2):
+        made.learn(measured(**{name: {} for name in units}), 15)
+    made.decide(10)
+    return made
+
+
+def test_a_spike_raises_the_whole_block_that_is_compiled_together_and_it_comes_back_together():
+    made = in_blocks()
+    assert made.lowered == ["one.a", "one.b", "two.a", "two.b", "head"]
+    usual = {name: Gradient(norm=1.0) for name in made.units}
+    for step in range(16, 60):
+        assert made.see_gradients(step, usual, 1e-3) == []
+    found = made.see_gradients(60, {**usual, "one.a": Gradient(norm=50.0)}, 1e-3)
+    assert [(d.layer, d.new, d.reason) for d in found] == [
+        ("one.a", "bf16", Reason.GUARDED), ("one.b", "bf16", Reason.GUARDED),
+    ]  # fmt: skip
+    assert found[1].evidence["guard"] == "block"
+    assert made.states["one.b"].locked_until == 60 + HELD
+    moved = [made.decide(step) for step in range(60 + HELD, 60 + HELD + made.settings.confirmations)]
+    assert [[d.layer for d in some] for some in moved] == [[], [], ["one.a", "one.b"]], (
+        "although one at a time is asked"
+    )
+
+
+def test_a_spike_of_a_layer_outside_of_blocks_raises_it_alone():
+    made = in_blocks()
+    usual = {name: Gradient(norm=1.0) for name in made.units}
+    for step in range(16, 60):
+        made.see_gradients(step, usual, 1e-3)
+    found = made.see_gradients(60, {**usual, "head": Gradient(norm=50.0)}, 1e-3)
+    assert [d.layer for d in found] == ["head"]

@@ -123,6 +123,15 @@ def test_the_numbers_of_inputs_are_counted():
     assert {name: layer.unit.inputs for name, layer in found.items()} == {"0": 16 * 32, "2": 16 * 64}
 
 
+@pytest.mark.parametrize(("how", "blocks"), [("regional", ["0", "0", "1", "1"]), (False, [""] * 4)])
+def test_layers_know_the_block_that_they_are_compiled_in(how, blocks):
+    block = [nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)) for _ in range(2)]
+    made = trainer(model=nn.Sequential(*block, nn.Linear(32, 8)))
+    made.config = replace(made.config, compile=how)
+    found, _ = layers(made, AdaptiveSettings(recipes=("row",)))
+    assert [layer.unit.block for layer in found.values()][:4] == blocks
+
+
 def test_for_memory_a_recipe_that_is_slower_is_a_choice(monkeypatch):
     slow = {"fp32": 4.0, "bf16": 1.0, "row": 2.0}
     costs = LayerCosts(macs={"0": 1}, milliseconds={"0": slow, "2": slow}, inputs={"0": 512, "2": 1024})
