@@ -75,7 +75,7 @@ class AdamW(StoredOptimizer):
         numbers: Sequence[Sequence[Any]]
         if counts is None:
             number, known = about.numbers()
-            decay = torch.as_tensor(1 - lr * group["weight_decay"], dtype=torch.float32, device=known.device)
+            decay = about.on_device(1 - lr * group["weight_decay"])
             of_rate = (lr / (1 - beta1**known)).float().unbind(), (1 - beta2**known).sqrt().unbind()
             numbers = [[decay] * len(params), *of_rate, number.unbind()]
         else:

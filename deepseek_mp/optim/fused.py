@@ -95,6 +95,13 @@ class FusedBatch:
         steps = torch.stack([state["step"].to(device) for state in self.batch.states])
         return steps.long(), steps.float().clamp_min_(1.0)
 
+    def on_device(self, value: float | Tensor) -> Tensor:
+        """The number as fp32 [] on the device, without waiting for it: `as_tensor` would."""
+        device = self.batch.params[0].device
+        if isinstance(value, Tensor):
+            return value.to(device, torch.float32, non_blocking=True)
+        return torch.full((), value, dtype=torch.float32, device=device)
+
     def blocks(self, parameter: Tensor, name: str) -> Blocks:
         """A moment of the parameter."""
         found = blocks_of(self.optimizer.state[parameter], name)

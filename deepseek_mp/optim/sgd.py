@@ -77,7 +77,7 @@ class SGD(StoredOptimizer):
         numbers: Sequence[Sequence[Any]]
         if counts is None or isinstance(rate, Tensor):
             number, known = about.numbers()
-            rate = torch.as_tensor(rate, dtype=torch.float32, device=known.device)
+            rate = about.on_device(rate)
             entering = torch.where(known <= 1, 1.0, 1 - dampening)
             numbers = [[rate] * len(params), entering.unbind(), number.unbind()]
         else:

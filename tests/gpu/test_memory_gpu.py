@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from deepseek_mp import MixedPrecisionTrainer, find_batch_size
 from deepseek_mp.nn import linear_cross_entropy
+from deepseek_mp.optim import SGD, AdamW
 
 pytestmark = pytest.mark.gpu
 TOKENS, WIDTH, CLASSES = 8192, 512, 50257
@@ -166,3 +167,19 @@ def test_auto_trains_on_batches_that_do_not_fit_as_they_are():
     assert run.step(data).status == "applied"
     print(run.memory)
     assert peak_of(run, data) <= run.memory.limit_bytes <= 3 * 2**30
+
+
+@pytest.mark.parametrize("storage", ["bf16_sr", "bf16_kahan"])
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_step_of_moments_in_blocks_that_may_be_skipped_never_waits(kind, storage):
+    model = nn.Sequential(nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128), nn.Flatten(), nn.Linear(WIDTH, WIDTH))
+    model = model.to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+    options = {"momentum": 0.9} if kind is SGD else {}
+    optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1, storage=storage, states="8bit", **options)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for _ in range(2):
+        optimizer.step()
+    with no_waiting():
+        optimizer.step()
