@@ -1,27 +1,32 @@
-"""Linear layers with weights in 8 bits, in the place of a served copy's own."""
+"""Linear layers of other kinds than the format's, in the place of a served copy's own."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from deepseek_mp.backends import capabilities
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.ops.weight_only import FORMATS, fastest, quantised_weight, weight_only_linear
+from deepseek_mp.inference.form import LINEAR_KINDS
+from deepseek_mp.ops.weight_only import fastest, quantised_weight, weight_only_linear
 
 SMALLEST = 2**16
 """Weights of a layer that is worth it: with fewer, a call's time is not that of reading them."""
+_FORMATS: Mapping[str, str] = MappingProxyType({"int8_weights": "int8", "fp8_weights": "fp8"})
+"""By kind: how a weight is kept, one of `ops.weight_only.FORMATS`."""
 
 
 class QuantisedLinear(nn.Module):
-    """`nn.Linear` for inference, its weight in 8 bits with a scale for each output channel.
+    """`nn.Linear` for inference, its weight in fewer bits with a scale for each output channel.
 
     Args:
-        q, scale: as `quantised_weight` gives them; buffers.
+        kept: what is kept of the weight, by name, as `kept_weight` gives it; buffers.
         bias: that of the layer, or None.
-        format: 'int8' or 'fp8'.
+        kind: one of `LINEAR_KINDS`.
         dtype: of the activations, bf16 or fp16.
     """
 
@@ -29,13 +34,13 @@ class QuantisedLinear(nn.Module):
     scale: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, q: Tensor, scale: Tensor, bias: nn.Parameter | None, format: str, dtype: torch.dtype) -> None:
+    def __init__(self, kept: Mapping[str, Tensor], bias: nn.Parameter | None, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out_features, self.in_features = q.shape
-        self.format, self.dtype = format, dtype
-        self.implementation = fastest(q.device, dtype, format, self.in_features) or "reference"
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor)
+        self.out_features, self.in_features = self.q.shape
+        self.kind, self.dtype = kind, dtype
+        self.implementation = fastest(self.q.device, dtype, _FORMATS[kind], self.in_features) or "reference"
         self.register_parameter("bias", bias)
 
     @property
@@ -51,11 +56,21 @@ class QuantisedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, weights={self.format}, implementation={self.implementation}"
+        return f"{sizes}, kind={self.kind}, implementation={self.implementation}"
+
+
+def kept_weight(weight: Tensor, kind: str, name: str = "a weight") -> dict[str, Tensor]:
+    """What a `QuantisedLinear` of the kind keeps of a weight [N, K], by the name of its buffer.
+
+    Raises:
+        ConfigError: values that are not finite.
+    """
+    q, scale = quantised_weight(weight, _FORMATS[kind], name)
+    return {"q": q, "scale": scale}
 
 
 def linear_layers(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The layers whose weights can be kept in 8 bits, by name, and why the other linear layers' stay as they are."""
+    """The layers that can be of another kind, by name, and why the other linear layers' stay as they are."""
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     layers, left = {}, {}
     for name, module in model.named_modules():
@@ -68,37 +83,46 @@ def linear_layers(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str
     return layers, left
 
 
-def weight_formats(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The formats in which the device multiplies weights of a layer of the model other than by the slow reference.
+def linear_kinds(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The kinds of which the device multiplies a layer of the model other than by the slow reference.
 
     FP8 only where the device has it: others would convert it in many steps.
     """
     widths = {layer.in_features for layer in linear_layers(model)[0].values()}
     has_fp8 = "fp8_e4m3" in capabilities(device).matmul_formats
-    formats = [format for format in FORMATS if format != "fp8" or has_fp8]
-    return [format for format in formats if any(fastest(device, dtype, format, width) for width in widths)]
+    formats = {kind: _FORMATS[kind] for kind in LINEAR_KINDS if has_fp8 or not kind.startswith("fp8")}
+    return [kind for kind, kept in formats.items() if any(fastest(device, dtype, kept, width) for width in widths)]
 
 
-def quantised(model: nn.Module, format: str, dtype: torch.dtype) -> nn.Module:
-    """The model with activations in `dtype`, changed in place: weights of its large linear layers are in 8 bits.
+def quantised(model: nn.Module, kinds: Mapping[str, str] | str, dtype: torch.dtype) -> nn.Module:
+    """The model with activations in `dtype`, changed in place: some of its linear layers are of other kinds.
 
-    They are rounded from the model's own weights; all that stays is cast.
+    Their weights are rounded from the model's own; all that stays is cast.
+
+    Args:
+        model: with floating weights.
+        kinds: one of `LINEAR_KINDS` for each layer by name, or one for all layers that it can take.
+        dtype: bf16 or fp16.
 
     Returns:
         The model, or what takes its place where it is itself a linear layer.
 
     Raises:
-        ConfigError: there is no such layer, or a weight is not finite.
+        ConfigError: a kind for all that takes no layer, a name that is no layer it can take, or weights that are not
+            finite.
     """
     layers, left = linear_layers(model)
-    if not layers:
-        reasons = "; ".join(f"{name or 'it'}: {why}" for name, why in left.items()) or "it has none"
-        passed = f"a {type(model).__name__} without a linear layer for weights in {format} ({reasons})"
-        raise ConfigError(explain(passed, f"a layer of {SMALLEST} weights or more", "Leave weights=None"))
-    kept = {name: quantised_weight(layer.weight, format, f"weight of {name!r}") for name, layer in layers.items()}
+    chosen = dict.fromkeys(layers, kinds) if isinstance(kinds, str) else dict(kinds)
+    missing = {name: left.get(name, "no linear layer") for name in chosen if name not in layers}
+    if not chosen or missing:
+        reasons = "; ".join(f"{name or 'it'}: {why}" for name, why in (missing or left).items()) or "it has none"
+        which = kinds if isinstance(kinds, str) else ", ".join(sorted(set(kinds.values()))) or "no kind"
+        passed = f"a {type(model).__name__} without a linear layer for {which} ({reasons})"
+        raise ConfigError(explain(passed, f"layers of {SMALLEST} weights or more", "Leave these as the format says"))
+    kept = {name: kept_weight(layers[name].weight, kind, f"weight of {name!r}") for name, kind in chosen.items()}
     model = model.to(dtype)
-    for name, layer in layers.items():
-        made = QuantisedLinear(*kept[name], layer.bias, format, dtype).eval()
+    for name, kind in chosen.items():
+        made = QuantisedLinear(kept[name], layers[name].bias, kind, dtype).eval()
         if not name:
             return made
         parent, _, last = name.rpartition(".")

@@ -32,7 +32,7 @@ def model():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 200])
 def test_outputs_are_those_of_the_model(model, weights, rows, compiled):
-    served = Served(model, Form(format="bf16", weights=weights, compiled=compiled), DEVICE)
+    served = Served(model, Form(format="bf16", linear=f"{weights}_weights", compiled=compiled), DEVICE)
     kept = [module for module in served.modules() if isinstance(module, QuantisedLinear)]
     assert [layer.implementation for layer in kept] == ["triton"] * 2
     x = torch.randn(rows, 512, device=DEVICE)
@@ -42,7 +42,7 @@ def test_outputs_are_those_of_the_model(model, weights, rows, compiled):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_a_graph_replays_it_with_new_inputs(model, weights, rows):
-    served = Served(model, Form(format="bf16", weights=weights), DEVICE)
+    served = Served(model, Form(format="bf16", linear=f"{weights}_weights"), DEVICE)
     x = torch.randn(rows, 512, device=DEVICE)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -11,14 +11,14 @@ from torch import nn
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.inference import QuantisedLinear
 from deepseek_mp.inference import quantised_linear as module
-from deepseek_mp.inference.quantised_linear import linear_layers, quantised, weight_formats
+from deepseek_mp.inference.quantised_linear import linear_kinds, linear_layers, quantised
 from deepseek_mp.ops.weight_only import quantised_weight
 
 BF16 = torch.bfloat16
 
 
-def made(layer, format="int8", dtype=BF16):
-    return quantised(copy.deepcopy(layer), format, dtype)
+def made(layer, kind="int8_weights", dtype=BF16):
+    return quantised(copy.deepcopy(layer), kind, dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
@@ -26,7 +26,7 @@ def made(layer, format="int8", dtype=BF16):
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_is_the_layer_with_rounded_weights(bias, format, dtype):
     layer = nn.Linear(256, 257, bias=bias)
-    found = made(layer, format, dtype)
+    found = made(layer, f"{format}_weights", dtype)
     q, scale = quantised_weight(layer.weight, format)
     x = torch.randn(2, 3, 256).to(dtype)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_what_it_keeps_is_a_byte_a_weight_and_a_scale_a_channel():
     state = made(layer).state_dict()
     kept = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     assert kept == {"q": (torch.int8, (256, 256)), "scale": (torch.float32, (256,)), "bias": (BF16, (256,))}
-    assert "weights=int8" in repr(made(layer))
+    assert "kind=int8_weights" in repr(made(layer))
 
 
 def test_weights_are_rounded_once_and_not_after_bf16():
@@ -81,7 +81,7 @@ def test_which_layers_become_one_and_why_others_do_not():
         "again": "its weight is shared",
         "head": "its weight is shared",
     }
-    found = quantised(model, "int8", BF16)
+    found = quantised(model, "int8_weights", BF16)
     assert found is model
     assert [type(layer) for layer in found.blocks] == [QuantisedLinear] * 2
     assert found.blocks[0].q.dtype is torch.int8
@@ -95,33 +95,45 @@ def test_a_layer_of_pytorch_s_that_reads_weights_itself_stays_right():
     x = torch.randn(2, 5, 64)
     with torch.no_grad():
         expected = model(x)
-        found = quantised(copy.deepcopy(model), "int8", BF16)(x.to(BF16))
+        found = quantised(copy.deepcopy(model), "int8_weights", BF16)(x.to(BF16))
     torch.testing.assert_close(found.float(), expected, rtol=5e-2, atol=5e-2)
 
 
 def test_models_that_have_none():
     with pytest.raises(ConfigError, match="it has none"):
-        quantised(nn.ReLU(), "int8", BF16)
+        quantised(nn.ReLU(), "int8_weights", BF16)
     layer = nn.Linear(256, 256)
     with torch.no_grad():
         layer.weight[3, 3] = torch.nan
     with pytest.raises(ConfigError, match="weight of '1' with values that are not finite"):
-        quantised(nn.Sequential(nn.ReLU(), layer), "fp8", BF16)
+        quantised(nn.Sequential(nn.ReLU(), layer), "fp8_weights", BF16)
 
 
-def test_formats_are_those_with_more_than_the_reference(monkeypatch):
+def test_kinds_by_name():
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)), nn.Linear(8, 8))
+    found = quantised(copy.deepcopy(model), {"0": "int8_weights", "2": "fp8_weights"}, BF16)
+    assert [getattr(layer, "kind", layer.weight.dtype) for layer in found] == [
+        "int8_weights", BF16, "fp8_weights", BF16,
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"for int8_weights \(3: it has 64 weights.*; 4: no linear layer"):
+        quantised(model, {"0": "int8_weights", "3": "int8_weights", "4": "int8_weights"}, BF16)
+    with pytest.raises(ConfigError, match="for no kind"):
+        quantised(model, {}, BF16)
+
+
+def test_kinds_are_those_with_more_than_the_reference(monkeypatch):
     model, cpu = nn.Linear(256, 256), torch.device("cpu")
     monkeypatch.setattr(module, "fastest", lambda device, dtype, format, width: "native")
-    assert weight_formats(model, BF16, cpu) == ["int8"]  # no CPU multiplies FP8
-    assert weight_formats(nn.Linear(8, 8), BF16, cpu) == []
+    assert linear_kinds(model, BF16, cpu) == ["int8_weights"]  # no CPU multiplies FP8
+    assert linear_kinds(nn.Linear(8, 8), BF16, cpu) == []
     monkeypatch.setattr(module, "fastest", lambda device, dtype, format, width: None)
-    assert weight_formats(model, BF16, cpu) == []
+    assert linear_kinds(model, BF16, cpu) == []
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_compiled_code_has_it_as_one_op(format):
-    layer = made(nn.Linear(256, 256), format)
+    layer = made(nn.Linear(256, 256), f"{format}_weights")
     x = torch.randn(4, 256).to(BF16)
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True)
