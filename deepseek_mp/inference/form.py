@@ -10,8 +10,8 @@ from deepseek_mp.errors import ConfigError, explain
 
 FORMATS = ("fp32", "tf32", "hf32", "bf16", "fp16")
 """Of weights and products; the more precise ones first."""
-LINEAR_KINDS = ("int8_weights", "fp8_weights")
-"""Of large linear layers: weights in int8 or FP8, with activations and products in 16 bits."""
+LINEAR_KINDS = ("int8_weights", "fp8_weights", "fp8", "int4_weights")
+"""Of large linear layers, with activations in 16 bits around them: what `inference.linear_kinds` describes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class Served(nn.Module):
         super().__init__()
         self.form, self.device = form, device
         self.model = _formed(copied(model).eval(), form)
-        self.left_alone = linear_layers(self.model)[1] if form.linear else {}
+        self.left_alone = linear_layers(self.model, form.linear)[1] if form.linear else {}
         self._call: Any = self._compiled() if form.compiled else self._converted
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

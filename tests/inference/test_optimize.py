@@ -184,8 +184,8 @@ def test_compiled_forms_run():
     model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 8))
     x = torch.randn(4, 256)
     names = {"fp32", "bf16", "fp32+compiled", "bf16+compiled"}
-    if optimize.linear_kinds(model, torch.bfloat16, torch.device("cpu")):
-        names |= {"bf16+int8_weights", "bf16+int8_weights+compiled"}
+    for kind in optimize.linear_kinds(model, torch.bfloat16, torch.device("cpu")):
+        names |= {f"bf16+{kind}", f"bf16+{kind}+compiled"}
     served, plan, _ = optimize_for_inference(model, x, formats=("bf16",), seconds=0.1)
     assert names <= {trial.form.name for trial in plan.trials}
     assert not any(trial.problem for trial in plan.trials)
