@@ -115,9 +115,13 @@ def fastest(device: torch.device, dtype: torch.dtype, channels: int, width: int)
         return None
     if _kernels_run(device, dtype):
         return "triton"
+    return "native" if dtype is torch.bfloat16 and has_native(device, channels, group) else None
+
+
+def has_native(device: torch.device, channels: int, group: int) -> bool:
+    """Whether the library has a product there for BF16, and it is right."""
     multiple = native.multiple_of_channels(device)
-    fits = dtype is torch.bfloat16 and multiple is not None and channels % multiple == 0
-    return "native" if fits and _native_is_right(device, group) else None
+    return multiple is not None and channels % multiple == 0 and _native_is_right(device, group)
 
 
 @cache

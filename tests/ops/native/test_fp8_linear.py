@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deepseek_mp.ops.fp8_linear import _native_is_right, fp8_linear
+from deepseek_mp.ops.native import fp8_linear as module
 from deepseek_mp.ops.native.fp8_linear import plain, plain_row_cast
 from deepseek_mp.ops.schema import quantise
 from deepseek_mp.ops.weight_only import quantised_weight
@@ -34,6 +35,21 @@ def test_it_is_the_reference_rounded(rows, bias):
     for found in (fp8_linear(x, q, scale, b, implementation="native"), plain(x, q, scale, b)):
         assert found.dtype is BF16
         torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=2**-6)
+
+
+@needs_product
+@pytest.mark.parametrize("rows", [0, 1, 17])
+def test_rows_that_the_kernel_added_are_dropped(rows, monkeypatch):
+    def cast(x):
+        return quantise(x, "fp8_e4m3", "row", False, True, False, "reference")[:2]
+
+    monkeypatch.setattr(module, "has_kernels", lambda device: True)
+    monkeypatch.setattr(module, "row_cast_of", lambda name: cast)
+    q, scale = quantised_weight(torch.randn(48, 160), "fp8")
+    x = torch.randn(160, rows).to(BF16).t()
+    found = fp8_linear(x, q, scale, None, implementation="native")
+    assert found.shape == (rows, 48)
+    torch.testing.assert_close(found.float(), plain(x, q, scale, None).float(), rtol=2**-6, atol=2**-6)
 
 
 @needs_product
