@@ -76,7 +76,6 @@ def int4_weight(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor,
     least, largest = wide.aminmax(dim=2)
     scale = (largest / LARGEST - least / LARGEST).to(torch.bfloat16)
     zero = (least + MIDDLE * scale.float()).to(torch.bfloat16)
-    zero = torch.where(scale > 0, zero, least.to(torch.bfloat16))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     if not bool((scale.isfinite() & zero.isfinite()).all()):
         raise ConfigError(explain(f"{name} with values beyond BF16", "smaller weights", "Leave it as it is"))
