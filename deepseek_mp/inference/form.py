@@ -10,8 +10,8 @@ from deepseek_mp.errors import ConfigError, explain
 
 FORMATS = ("fp32", "tf32", "hf32", "bf16", "fp16")
 """Of weights and products; the more precise ones first."""
-WEIGHTS = ("int8", "fp8")
-"""In which the weights of linear layers may be kept, with activations and products in 16 bits."""
+LINEAR_KINDS = ("int8_weights", "fp8_weights", "fp8", "int4_weights")
+"""Of large linear layers, with activations in 16 bits around them: what `inference.linear_kinds` describes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +19,16 @@ class Form:
     """How weights are kept and multiplied, and how the code runs.
 
     Raises:
-        ConfigError: weights in 8 bits beside activations that are not of 16.
+        ConfigError: a kind of linear layers that there is not, or beside a format that is not of 16 bits; or both one
+            for all layers and some by name.
     """
 
     format: str = "fp32"
     """'fp32', 'tf32', 'hf32' (weights in FP32), 'bf16' or 'fp16' (weights and activations in that)."""
-    weights: str | None = None
-    """'int8' or 'fp8': those of large linear layers, with a scale for each output channel; None: as the format says."""
+    linear: str | None = None
+    """The kind of all large linear layers, one of `LINEAR_KINDS`; None: as the format says."""
+    layers: tuple[tuple[str, str], ...] = ()
+    """Kinds of linear layers by name, the others being as the format says; in place of `linear`."""
     channels_last: bool = False
     """Weights of convolutions and images have their channels innermost in memory."""
     folded: bool = False
@@ -33,16 +36,22 @@ class Form:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.weights is not None and (self.weights not in WEIGHTS or self.format not in ("bf16", "fp16")):
-            passed = f"weights={self.weights!r} with format={self.format!r}"
-            allowed = f"{', '.join(map(repr, WEIGHTS))} or None, with 'bf16' or 'fp16'"
-            raise ConfigError(explain(passed, allowed, "Use format='bf16' for weights in 8 bits"))
+        kinds = {kind for _, kind in self.layers} | ({self.linear} if self.linear is not None else set())
+        if kinds and (not kinds <= set(LINEAR_KINDS) or self.format not in ("bf16", "fp16")):
+            passed = f"linear layers of {', '.join(sorted(map(repr, kinds)))} with format={self.format!r}"
+            allowed = f"{', '.join(map(repr, LINEAR_KINDS))}, with 'bf16' or 'fp16'"
+            raise ConfigError(explain(passed, allowed, "Use one of these, with format='bf16'"))
+        names = [name for name, _ in self.layers]
+        if (self.linear is not None and names) or len(set(names)) < len(names):
+            passed = f"linear={self.linear!r} and layers={self.layers!r}"
+            raise ConfigError(explain(passed, "one of the two, a name once", "Leave linear=None to name layers"))
 
     @property
     def name(self) -> str:
         """Like 'bf16+channels_last+folded+compiled', or 'bf16+int8_weights'."""
         marks = [mark for mark in ("channels_last", "folded", "compiled") if getattr(self, mark)]
-        return "+".join([self.format, *([f"{self.weights}_weights"] if self.weights else []), *marks])
+        linear = [f"mixed({len(self.layers)})"] if self.layers else [self.linear] if self.linear else []
+        return "+".join([self.format, *linear, *marks])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,32 +64,32 @@ def baselines(formats: Collection[str], *, compiled: bool) -> list[Form]:
 
 
 def candidates(
-    formats: Collection[str], *, images: bool, norms: bool, compiled: bool, weights: Collection[str] = ()
+    formats: Collection[str], *, images: bool, norms: bool, compiled: bool, linear: Collection[str] = ()
 ) -> list[Form]:
-    """All forms to be tried, the baselines first, those with weights in 8 bits last.
+    """All forms to be tried, the baselines first, those with linear layers of a kind of their own last.
 
     Args:
         formats: names of what the device multiplies; those that are no format of inference here are passed over.
         images: the model has convolutions, whose layout matters.
         norms: it has BatchNorms that may be folded.
         compiled: the compiler may be tried.
-        weights: in which of 8 bits the weights of linear layers may be kept; beside `narrow` activations only.
+        linear: kinds of large linear layers that may be tried; beside `narrow` activations only.
     """
     first = baselines(formats, compiled=compiled)
-    return list(dict.fromkeys([*first, *_others(formats, weights, images, norms, compiled)]))
+    return list(dict.fromkeys([*first, *_others(formats, linear, images, norms, compiled)]))
 
 
 def narrow(formats: Collection[str]) -> str | None:
-    """The format of activations beside weights in 8 bits: BF16, FP16 where there is no BF16, None without either."""
+    """The format of activations beside linear layers of their own kind: BF16, or FP16, or None without either."""
     return next((name for name in ("bf16", "fp16") if name in formats), None)
 
 
 def _others(
-    formats: Collection[str], weights: Collection[str], images: bool, norms: bool, compiled: bool
+    formats: Collection[str], linear: Collection[str], images: bool, norms: bool, compiled: bool
 ) -> Iterator[Form]:
     kinds: list[tuple[str, str | None]] = [(name, None) for name in FORMATS if name in formats]
     beside = narrow(formats)
-    kinds += [(beside, kept) for kept in WEIGHTS if beside is not None and kept in weights]
-    for name, kept in kinds:
+    kinds += [(beside, kind) for kind in LINEAR_KINDS if beside is not None and kind in linear]
+    for name, kind in kinds:
         for compile in (False, True) if compiled else (False,):
-            yield Form(format=name, weights=kept, channels_last=images, folded=norms, compiled=compile)
+            yield Form(format=name, linear=kind, channels_last=images, folded=norms, compiled=compile)

@@ -21,7 +21,7 @@ from deepseek_mp.inference.choice import Trial, choose
 from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
 from deepseek_mp.inference.form import Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
-from deepseek_mp.inference.quantised_linear import weight_formats
+from deepseek_mp.inference.quantised_linear import linear_kinds
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
 from deepseek_mp.nn.nested import first_tensor
 
@@ -50,7 +50,7 @@ def optimize_for_inference(
 ) -> Optimised:
     """A copy of the model in the fastest form whose outputs stay within the budget, on the model's own device.
 
-    Each form (format, weights in 8 bits, memory layout, folded BatchNorm, eager or compiled) is built from a copy,
+    Each form (format, kind of linear layers, memory layout, folded BatchNorm, eager or compiled) is built from a copy,
     checked against the FP32 outputs and timed in turn with the others. FP32, TF32 and BF16, eager and compiled, are
     always among them. The model itself, its mode and the state of PyTorch's generators are as before, also after an
     exception.
@@ -64,8 +64,8 @@ def optimize_for_inference(
         compile: try `torch.compile` too, which takes some ten seconds for each format.
         seconds: of timing for each form.
         energy_seconds: window of the energy counter for each form; 0 leaves energy out, 30 can be trusted.
-        formats: only these, of 'fp32', 'tf32', 'hf32', 'bf16', 'fp16'; FP32 is always among them. Weights in 8 bits
-            are tried beside BF16, or beside FP16 where there is no BF16.
+        formats: only these, of 'fp32', 'tf32', 'hf32', 'bf16', 'fp16'; FP32 is always among them. Other kinds of
+            linear layers are tried beside BF16, or beside FP16 where there is no BF16.
 
     Raises:
         ConfigError: an argument that is not allowed, a model that cannot be copied, or outputs that are not finite.
@@ -97,9 +97,9 @@ def _forms(model: nn.Module, device: torch.device, formats: tuple[str, ...] | No
             raise ConfigError(explain(f"formats with {', '.join(unknown)} on {device}", allowed, "Leave it out"))
         has = has & {"fp32", *formats}
     beside = narrow(has)
-    weights = [] if beside is None else weight_formats(model, NARROW[beside], device)
+    linear = [] if beside is None else linear_kinds(model, NARROW[beside], device)
     images, norms = has_images(model), has_norms(model)
-    return candidates(has | {"fp32"}, images=images, norms=norms, compiled=compile, weights=weights)
+    return candidates(has | {"fp32"}, images=images, norms=norms, compiled=compile, linear=linear)
 
 
 def _tried(

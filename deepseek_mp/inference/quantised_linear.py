@@ -1,27 +1,31 @@
-"""Linear layers with weights in 8 bits, in the place of a served copy's own."""
+"""Linear layers of other kinds than the format's, in the place of a served copy's own."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepseek_mp.backends import capabilities
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.ops.weight_only import FORMATS, fastest, quantised_weight, weight_only_linear
+from deepseek_mp.inference.linear_kinds import KINDS
 
 SMALLEST = 2**16
 """Weights of a layer that is worth it: with fewer, a call's time is not that of reading them."""
 
 
 class QuantisedLinear(nn.Module):
-    """`nn.Linear` for inference, its weight in 8 bits with a scale for each output channel.
+    """`nn.Linear` for inference, its weight in fewer bits.
+
+    Its state is what `LinearKind.keep` gave, wherever it runs; in memory it is as the device's implementation reads it.
 
     Args:
-        q, scale: as `quantised_weight` gives them; buffers.
+        kept: what is kept of the weight, by name, as `LinearKind.keep` gives it.
         bias: that of the layer, or None.
-        format: 'int8' or 'fp8'.
+        kind: one of `LINEAR_KINDS`.
         dtype: of the activations, bf16 or fp16.
     """
 
@@ -29,38 +33,57 @@ class QuantisedLinear(nn.Module):
     scale: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, q: Tensor, scale: Tensor, bias: nn.Parameter | None, format: str, dtype: torch.dtype) -> None:
+    def __init__(self, kept: Mapping[str, Tensor], bias: nn.Parameter | None, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out_features, self.in_features = q.shape
-        self.format, self.dtype = format, dtype
-        self.implementation = fastest(q.device, dtype, format, self.in_features) or "reference"
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
+        self.kind, self.dtype, self._kind = kind, dtype, KINDS[kind]
+        self.out_features, self.in_features = self._kind.sizes(kept)
+        self.implementation = (
+            self._kind.fastest(kept["q"].device, dtype, self.out_features, self.in_features) or "reference"
+        )
+        for name, tensor in self._kind.prepared(kept, self.implementation).items():
+            self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> Tensor:
         """[N, K] in the dtype of the activations, made at every look: for code that asks a layer for its weight."""
-        return (self.q.float() * self.scale[:, None]).to(self.dtype)
+        return self._kind.widened(self._kind.unprepared(self._prepared(), self.implementation)).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
         rows = x.reshape(-1, self.in_features)
-        out = weight_only_linear(rows, self.q, self.scale, self.bias, implementation=self.implementation)
+        out = self._kind.linear(rows, self._prepared(), self.bias, self.implementation)
         return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, weights={self.format}, implementation={self.implementation}"
+        return f"{sizes}, kind={self.kind}, implementation={self.implementation}"
+
+    def _prepared(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        kept = self._kind.unprepared(self._prepared(), self.implementation)
+        destination.update({prefix + name: tensor for name, tensor in kept.items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *how: Any) -> None:
+        names = list(self._kind.unprepared(self._prepared(), self.implementation))
+        if all(prefix + name in state_dict for name in names):
+            kept = {name: state_dict[prefix + name].to(self.q.device) for name in names}
+            prepared = self._kind.prepared(kept, self.implementation)
+            state_dict = {name: part for name, part in state_dict.items() if name.removeprefix(prefix) not in names}
+            state_dict.update({prefix + name: part for name, part in prepared.items()})
+        super()._load_from_state_dict(state_dict, prefix, *how)
 
 
-def linear_layers(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The layers whose weights can be kept in 8 bits, by name, and why the other linear layers' stay as they are."""
+def linear_layers(model: nn.Module, kind: str) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The layers that can be of the kind, by name, and why the other linear layers stay as they are."""
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     layers, left = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            reason = _why_not(module, owners)
+            reason = _why_not(module, owners) or KINDS[kind].why_not(*module.weight.shape)
             if reason:
                 left[name] = reason
             else:
@@ -68,42 +91,69 @@ def linear_layers(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str
     return layers, left
 
 
-def weight_formats(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The formats in which the device multiplies weights of a layer of the model other than by the slow reference.
+def linear_kinds(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The kinds of which the device multiplies a layer of the model other than by the slow reference.
 
     FP8 only where the device has it: others would convert it in many steps.
     """
-    widths = {layer.in_features for layer in linear_layers(model)[0].values()}
-    has_fp8 = "fp8_e4m3" in capabilities(device).matmul_formats
-    formats = [format for format in FORMATS if format != "fp8" or has_fp8]
-    return [format for format in formats if any(fastest(device, dtype, format, width) for width in widths)]
+    has = capabilities(device).matmul_formats
+    return [
+        name
+        for name, kind in KINDS.items()
+        if (kind.needs is None or kind.needs in has)
+        and any(kind.fastest(device, dtype, *sizes) for sizes in _sizes(linear_layers(model, name)[0]))
+    ]
 
 
-def quantised(model: nn.Module, format: str, dtype: torch.dtype) -> nn.Module:
-    """The model with activations in `dtype`, changed in place: weights of its large linear layers are in 8 bits.
+def quantised(model: nn.Module, kinds: Mapping[str, str] | str, dtype: torch.dtype) -> nn.Module:
+    """The model with activations in `dtype`, changed in place: some of its linear layers are of other kinds.
 
-    They are rounded from the model's own weights; all that stays is cast.
+    Their weights are rounded from the model's own; all that stays is cast.
+
+    Args:
+        model: with floating weights.
+        kinds: one of `LINEAR_KINDS` for each layer by name, or one for all layers that it can take.
+        dtype: bf16 or fp16.
 
     Returns:
         The model, or what takes its place where it is itself a linear layer.
 
     Raises:
-        ConfigError: there is no such layer, or a weight is not finite.
+        ConfigError: a kind for all that takes no layer, a name that is no layer it can take, or weights that are not
+            finite.
     """
-    layers, left = linear_layers(model)
-    if not layers:
-        reasons = "; ".join(f"{name or 'it'}: {why}" for name, why in left.items()) or "it has none"
-        passed = f"a {type(model).__name__} without a linear layer for weights in {format} ({reasons})"
-        raise ConfigError(explain(passed, f"a layer of {SMALLEST} weights or more", "Leave weights=None"))
-    kept = {name: quantised_weight(layer.weight, format, f"weight of {name!r}") for name, layer in layers.items()}
+    chosen = _chosen(model, kinds)
+    kept = {name: KINDS[kind].keep(layer.weight, f"weight of {name!r}") for name, (layer, kind) in chosen.items()}
     model = model.to(dtype)
-    for name, layer in layers.items():
-        made = QuantisedLinear(*kept[name], layer.bias, format, dtype).eval()
+    for name, (layer, kind) in chosen.items():
+        made = QuantisedLinear(kept[name], layer.bias, kind, dtype).eval()
         if not name:
             return made
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
     return model
+
+
+def _chosen(model: nn.Module, kinds: Mapping[str, str] | str) -> dict[str, tuple[nn.Linear, str]]:
+    """The layers to be changed, with their kinds; see `quantised` for errors."""
+    asked = {kinds} if isinstance(kinds, str) else set(kinds.values())
+    found = {kind: linear_layers(model, kind) for kind in asked}
+    named = dict.fromkeys(found[kinds][0], kinds) if isinstance(kinds, str) else kinds
+    layers = {name: (found[kind][0][name], kind) for name, kind in named.items() if name in found[kind][0]}
+    if layers and len(layers) == len(named):
+        return layers
+    left = {name: why for _, reasons in found.values() for name, why in reasons.items()}
+    if not isinstance(kinds, str):
+        left = {name: found[kind][1].get(name, "no linear layer") for name, kind in kinds.items() if name not in layers}
+    reasons = "; ".join(f"{name or 'it'}: {why}" for name, why in left.items()) or "it has none"
+    which = ", ".join(sorted(asked)) or "no kind"
+    passed = f"a {type(model).__name__} without a linear layer for {which} ({reasons})"
+    raise ConfigError(explain(passed, f"layers of {SMALLEST} weights or more", "Leave these as the format says"))
+
+
+def _sizes(layers: Mapping[str, nn.Linear]) -> set[tuple[int, int]]:
+    """Channels and widths."""
+    return {(layer.out_features, layer.in_features) for layer in layers.values()}
 
 
 def _why_not(layer: nn.Linear, owners: Counter[int]) -> str:

@@ -29,18 +29,18 @@ class Served(nn.Module):
     Tensors of floating type go in as the form has them and come out in FP32, unless the original's are FP64.
 
     Raises:
-        ConfigError: the model cannot be copied, its BatchNorms cannot be folded, or it has no linear layer for weights
-            in 8 bits.
+        ConfigError: the model cannot be copied, its BatchNorms cannot be folded, or it has no linear layer of the
+            form's kind.
     """
 
     left_alone: dict[str, str]
-    """Linear layers that a form with weights in 8 bits leaves as they are, by name, with the reason."""
+    """Linear layers that a kind for all leaves as they are, by name, with the reason."""
 
     def __init__(self, model: nn.Module, form: Form, device: torch.device) -> None:
         super().__init__()
         self.form, self.device = form, device
         self.model = _formed(copied(model).eval(), form)
-        self.left_alone = linear_layers(self.model)[1] if form.weights else {}
+        self.left_alone = linear_layers(self.model, form.linear)[1] if form.linear else {}
         self._call: Any = self._compiled() if form.compiled else self._converted
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,8 +100,8 @@ def has_norms(model: nn.Module) -> bool:
 def _formed(model: nn.Module, form: Form) -> nn.Module:
     if form.folded:
         model = _folded(model)
-    if form.weights is not None:
-        model = quantised(model, form.weights, NARROW[form.format])
+    if form.linear is not None or form.layers:
+        model = quantised(model, form.linear or dict(form.layers), NARROW[form.format])
     elif form.format in NARROW:
         model = model.to(NARROW[form.format])
     for module in model.modules() if form.channels_last else ():

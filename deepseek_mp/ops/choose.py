@@ -34,6 +34,9 @@ IMPLEMENTATIONS = {
     "packing": ("triton", "reference"),
     "max_pool": ("triton", "reference"),
     "weight_only": ("native", "triton", "reference"),
+    "fp8_linear": ("native", "reference"),
+    "row_cast": ("triton",),
+    "int4_linear": ("native", "triton", "reference"),
 }
 """By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
@@ -53,6 +56,8 @@ RowSums = Callable[[Tensor, Tensor], Tensor]
 """Of a matrix [M, K], and of it rounded in one way or several."""
 WeightOnly = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Of x [M, K], a weight [N, K] in 8 bits, its scales [N], and a bias [N]."""
+Int4Linear = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""Of x [M, K], a weight in 4 bits with its scales and zeros, and a bias [N]."""
 CrossEntropy = Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor | None]]
 """Of logits [R, V], labels [R], smoothing, and factors [R] for a gradient."""
 Granularities = Sequence[str] | Sequence[tuple[str, str]]
@@ -194,6 +199,24 @@ def max_pool_of(op: str, name: str) -> Callable[..., Any]:
 def weight_only_of(name: str) -> WeightOnly:
     """The function behind an implementation's name."""
     run: WeightOnly = _module("weight_only", name).weight_only_linear
+    return run
+
+
+def fp8_linear_of(name: str) -> WeightOnly:
+    """The function behind an implementation's name; its operands are those of `weight_only_of`."""
+    run: WeightOnly = _module("fp8_linear", name).fp8_linear
+    return run
+
+
+def row_cast_of(name: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The function behind an implementation's name, of a matrix whose rows are cast to FP8."""
+    run: Callable[[Tensor], tuple[Tensor, Tensor]] = _module("row_cast", name).row_cast
+    return run
+
+
+def int4_linear_of(name: str) -> Int4Linear:
+    """The function behind an implementation's name."""
+    run: Int4Linear = _module("int4_linear", name).int4_linear
     return run
 
 

@@ -11,12 +11,13 @@ GPU = {"fp32", "tf32", "bf16", "fp16", "fp8_e4m3", "int8"}
 
 def test_a_name_says_the_whole_form():
     assert Form().name == "fp32"
-    whole = Form(format="bf16", weights="int8", channels_last=True, folded=True, compiled=True)
+    whole = Form(format="bf16", linear="int8_weights", channels_last=True, folded=True, compiled=True)
     assert whole.name == "bf16+int8_weights+channels_last+folded+compiled"
     assert whole.to_json() == {
-        "format": "bf16", "weights": "int8", "channels_last": True, "folded": True, "compiled": True,
+        "format": "bf16", "linear": "int8_weights", "layers": (),
+        "channels_last": True, "folded": True, "compiled": True,
     }  # fmt: skip
-    assert Form(format="fp16", weights="fp8").name == "fp16+fp8_weights"
+    assert Form(format="fp16", linear="fp8_weights").name == "fp16+fp8_weights"
 
 
 def test_no_result_stands_beside_a_weak_baseline_alone():
@@ -43,21 +44,33 @@ def test_layouts_and_folding_are_tried_where_there_is_something_to_gain():
 
 
 def test_weights_in_8_bits_are_beside_16():
-    for wrong in ({"weights": "int8"}, {"format": "tf32", "weights": "int8"}, {"format": "bf16", "weights": "int4"}):
+    wrongs = [{"linear": "int8_weights"}, {"format": "tf32", "linear": "int8_weights"}]
+    wrongs += [{"format": "bf16", "linear": "x"}, {"format": "bf16", "layers": (("a", "x"),)}]
+    wrongs += [{"layers": (("a", "int8_weights"),)}]
+    for wrong in wrongs:
         with pytest.raises(ConfigError, match="with 'bf16' or 'fp16'"):
             Form(**wrong)
 
 
+def test_layers_by_name_are_in_place_of_one_kind_for_all():
+    layers = (("a", "int8_weights"), ("b", "fp8_weights"))
+    assert Form(format="bf16", layers=layers, compiled=True).name == "bf16+mixed(2)+compiled"
+    with pytest.raises(ConfigError, match="Leave linear=None"):
+        Form(format="bf16", linear="int8_weights", layers=layers)
+    with pytest.raises(ConfigError, match="a name once"):
+        Form(format="bf16", layers=(*layers, ("a", "fp8_weights")))
+
+
 def test_weights_in_8_bits_are_tried_last_in_one_format_of_activations():
     few = candidates(GPU, images=False, norms=False, compiled=True)
-    forms = candidates(GPU, images=False, norms=False, compiled=True, weights=("fp8", "int8"))
+    forms = candidates(GPU, images=False, norms=False, compiled=True, linear=("fp8_weights", "int8_weights"))
     assert forms[: len(few)] == few
     assert [form.name for form in forms[len(few) :]] == [
         "bf16+int8_weights", "bf16+int8_weights+compiled", "bf16+fp8_weights", "bf16+fp8_weights+compiled",
     ]  # fmt: skip
-    assert candidates(GPU - {"bf16"}, images=True, norms=True, compiled=False, weights=["int8"])[-1] == Form(
-        format="fp16", weights="int8", channels_last=True, folded=True
+    assert candidates(GPU - {"bf16"}, images=True, norms=True, compiled=False, linear=["int8_weights"])[-1] == Form(
+        format="fp16", linear="int8_weights", channels_last=True, folded=True
     )
     assert narrow({"fp32"}) is None
-    forms = candidates({"fp32"}, images=False, norms=False, compiled=True, weights=["int8"])
-    assert not any(form.weights for form in forms)
+    forms = candidates({"fp32"}, images=False, norms=False, compiled=True, linear=["int8_weights"])
+    assert not any(form.linear for form in forms)

@@ -146,21 +146,21 @@ def test_what_is_refused(classifier, times):
 
 
 def test_weights_in_8_bits_are_tried_where_they_pay(times, monkeypatch):
-    monkeypatch.setattr(optimize, "weight_formats", lambda model, dtype, device: ["int8"])
+    monkeypatch.setattr(optimize, "linear_kinds", lambda model, dtype, device: ["int8_weights"])
     times["bf16+int8_weights"] = 1.0
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 8))
     x = torch.randn(4, 256)
     served, plan, card = run(model, x, budget=1e-2)
-    assert plan.form == served.form == Form(format="bf16", weights="int8")
+    assert plan.form == served.form == Form(format="bf16", linear="int8_weights")
     found = {trial.form.name: trial.weight_bytes for trial in plan.trials}
     assert found["bf16"] - found["bf16+int8_weights"] == 256 * 512 - 4 * 512  # a byte a weight, less the scales
-    assert card.chosen.to_json()["form"]["weights"] == "int8"
+    assert card.chosen.to_json()["form"]["linear"] == "int8_weights"
     torch.testing.assert_close(served(x), model(x), rtol=5e-2, atol=5e-2)
-    assert not any(trial.form.weights for trial in run(model, x, formats=("fp32",)).plan.trials)
+    assert not any(trial.form.linear for trial in run(model, x, formats=("fp32",)).plan.trials)
 
 
 def test_weights_that_are_not_finite_leave_the_other_forms(times, monkeypatch):
-    monkeypatch.setattr(optimize, "weight_formats", lambda model, dtype, device: ["int8"])
+    monkeypatch.setattr(optimize, "linear_kinds", lambda model, dtype, device: ["int8_weights"])
 
     class Masked(nn.Module):
         def __init__(self):
@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_leave_the_other_forms(times, monkeypatch):
     with torch.no_grad():
         model.layer.weight[0, 0] = torch.inf
     _, plan, _ = run(model, torch.randn(2, 256))
-    why = next(trial.why for trial in plan.trials if trial.form.weights)
+    why = next(trial.why for trial in plan.trials if trial.form.linear)
     assert "weight of 'layer' with values that are not finite" in why
 
 
@@ -184,8 +184,8 @@ def test_compiled_forms_run():
     model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 8))
     x = torch.randn(4, 256)
     names = {"fp32", "bf16", "fp32+compiled", "bf16+compiled"}
-    if optimize.weight_formats(model, torch.bfloat16, torch.device("cpu")):
-        names |= {"bf16+int8_weights", "bf16+int8_weights+compiled"}
+    for kind in optimize.linear_kinds(model, torch.bfloat16, torch.device("cpu")):
+        names |= {f"bf16+{kind}", f"bf16+{kind}+compiled"}
     served, plan, _ = optimize_for_inference(model, x, formats=("bf16",), seconds=0.1)
     assert names <= {trial.form.name for trial in plan.trials}
     assert not any(trial.problem for trial in plan.trials)

@@ -118,13 +118,13 @@ def test_images_and_norms_are_seen(classifier):
     assert not has_norms(plain)
 
 
-@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8_weights", "fp8_weights"])
 @pytest.mark.parametrize("folded", [False, True])
-def test_weights_of_large_linear_layers_are_in_8_bits(weights, folded):
+def test_weights_of_large_linear_layers_are_in_8_bits(kind, folded):
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 64, 256), nn.Linear(256, 5)
     ).eval()
-    served = Served(model, Form(format="bf16", weights=weights, folded=folded), CPU)
+    served = Served(model, Form(format="bf16", linear=kind, folded=folded), CPU)
     kinds = [type(module).__name__ for module in served.modules() if "Linear" in type(module).__name__]
     assert kinds == ["QuantisedLinear", "Linear"]
     assert list(served.left_alone.values()) == ["it has 1280 weights, fewer than 65536"]
@@ -134,6 +134,16 @@ def test_weights_of_large_linear_layers_are_in_8_bits(weights, folded):
 
 
 def test_a_model_without_large_linear_layers_has_no_such_form(classifier):
-    with pytest.raises(ConfigError, match=r"without a linear layer for weights in int8 \(8: it has 40 weights"):
-        Served(classifier, Form(format="bf16", weights="int8"), CPU)
+    with pytest.raises(ConfigError, match=r"without a linear layer for int8_weights \(8: it has 40 weights"):
+        Served(classifier, Form(format="bf16", linear="int8_weights"), CPU)
     assert Served(classifier, Form(format="bf16"), CPU).left_alone == {}
+
+
+def test_layers_by_name_are_of_their_kinds():
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3))).eval()
+    layers = (("0", "int8_weights"), ("2", "fp8_weights"))
+    served = Served(model, Form(format="bf16", layers=layers), CPU)
+    found = {name: getattr(module, "kind", None) for name, module in served.model.named_children()}
+    assert found == {"0": "int8_weights", "1": None, "2": "fp8_weights"}
+    assert served.model[1].weight.dtype is torch.bfloat16
+    assert served.left_alone == {}

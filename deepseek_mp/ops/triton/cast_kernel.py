@@ -177,7 +177,7 @@ def _rounded(scaled, uniform, LARGEST: tl.constexpr, EPSILON: tl.constexpr, SMAL
 
 
 @triton.jit
-def _bytes(scaled, FORMAT: tl.constexpr, PTX: tl.constexpr):
+def fp8_bytes(scaled, FORMAT: tl.constexpr, PTX: tl.constexpr):
     """The values in FP8, as bytes; FORMAT is Triton's name of the type."""
     if PTX and FORMAT == "fp8e4nv":
         return tl.inline_asm_elementwise(
@@ -298,11 +298,11 @@ def cast_tile(
                 row_scale, row_inverse = scales(row_top, LARGEST, POWER_OF_TWO, PTX)
                 _store_row_scales(s, row_scale, tile_k, m, K, P, GRANULARITY)
                 scaled = _rounded(_by_row(value, row_inverse, GRANULARITY), uniform[j], LARGEST, EPSILON, SMALLEST)
-                row_byte = _bytes(scaled, FORMAT, PTX)
+                row_byte = fp8_bytes(scaled, FORMAT, PTX)
             if COLUMNS:
                 scaled = _by_column(value, column_inverse, GRANULARITY)
                 scaled = _rounded(scaled, uniform[j], LARGEST, EPSILON, SMALLEST)
-                column_bytes = column_bytes + (_bytes(scaled, FORMAT, PTX),)
+                column_bytes = column_bytes + (fp8_bytes(scaled, FORMAT, PTX),)
         else:
             # One scale for many rows: only what is not finite itself may become NaN. The second product is
             # zero for all finite values.
@@ -310,7 +310,7 @@ def cast_tile(
             if GRANULARITY == "delayed" and not PTX:  # PTX's cast saturates, others give NaN
                 scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
             scaled = _rounded(scaled, uniform[j], LARGEST, EPSILON, SMALLEST)
-            row_byte = _bytes(scaled + value * 0.0, FORMAT, PTX)
+            row_byte = fp8_bytes(scaled + value * 0.0, FORMAT, PTX)
             column_bytes = column_bytes + (row_byte,)
         if ROWS:
             place = m[:, None].to(tl.int64) * K + k[None, :]
