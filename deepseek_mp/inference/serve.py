@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor, fx, nn
 from deepseek_mp.backends import math_mode
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.form import Form
-from deepseek_mp.inference.quantised_linear import linear_layers, quantised
+from deepseek_mp.inference.graphed import Graphed, kept_state
+from deepseek_mp.inference.quantised_linear import QuantisedLinear, linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.own_code import with_own_code
 
@@ -28,20 +31,35 @@ class Served(nn.Module):
 
     Tensors of floating type go in as the form has them and come out in FP32, unless the original's are FP64.
 
+    In a graphed form each kind of inputs (`Graphed`) is recorded at its first call.
+
+    Args:
+        like: a copy of the same model whose form has its weights in the same form: they are shared, and so is code
+            that was compiled for the same format.
+
     Raises:
-        ConfigError: the model cannot be copied, its BatchNorms cannot be folded, or it has no linear layer for weights
-            in 8 bits.
+        ConfigError: the model cannot be copied, its BatchNorms cannot be folded, it has no linear layer for weights
+            in 8 bits, or calls cannot be recorded.
     """
 
+    model: nn.Module
+    _plain: Any
+    _call: Any
     left_alone: dict[str, str]
     """Linear layers that a form with weights in 8 bits leaves as they are, by name, with the reason."""
 
-    def __init__(self, model: nn.Module, form: Form, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, form: Form, device: torch.device, like: Served | None = None) -> None:
         super().__init__()
         self.form, self.device = form, device
-        self.model = _formed(copied(model).eval(), form)
+        self.model = _formed(copied(model).eval(), form) if like is None else like.model
         self.left_alone = linear_layers(self.model)[1] if form.weights else {}
-        self._call: Any = self._compiled() if form.compiled else self._converted
+        if like is not None and replace(like.form, graphed=form.graphed) == form:
+            self._plain = like._plain  # noqa: SLF001 - of its own class
+        else:
+            self._plain = self._compiled() if form.compiled else self._converted
+        self._call = self._plain
+        if form.graphed:
+            self._call = Graphed(self._plain, self.model, device, fixed=self._weights())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
@@ -55,6 +73,26 @@ class Served(nn.Module):
             raise ConfigError(explain(passed, "inference", "Train the original model, and serve it again"))
         super().train(False)
         return self
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that belongs to recorded calls; 0 in forms that are not graphed."""
+        return self._call.bytes if isinstance(self._call, Graphed) else 0
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What moves or casts the weights makes recordings of them void."""
+        if isinstance(self._call, Graphed):
+            self._call.forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def kept_state(self) -> AbstractContextManager[list[str]]:
+        """A region at whose end the model's buffers are what they were before (`graphed.kept_state`)."""
+        return kept_state(self.model, self._weights())
+
+    def _weights(self) -> list[Tensor]:
+        """Buffers that no call writes to."""
+        layers = (module for module in self.model.modules() if isinstance(module, QuantisedLinear))
+        return [buffer for layer in layers for buffer in layer.buffers()]
 
     def _compiled(self) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
