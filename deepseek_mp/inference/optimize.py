@@ -55,8 +55,8 @@ def optimize_for_inference(
 
     Each form (format, weights in 8 bits, memory layout, folded BatchNorm, eager or compiled, launched or replayed) is
     built from a copy, checked against the FP32 outputs and timed in turn with the others. FP32, TF32 and BF16, eager
-    and compiled, are always among them. The model itself, its mode and the state of PyTorch's generators are as before, also after an
-    exception.
+    and compiled, are always among them. The model itself, its mode and the state of PyTorch's generators are as before,
+    also after an exception.
 
     Args:
         model: in evaluation or training mode; it is run as in evaluation.
