@@ -20,7 +20,7 @@ class CachedConfig:
     vocabulary: int
     positions: int
     cached: bool
-    """One token at a time, with the keys and values of those before it in buffers; else whole sequences, without any."""
+    """One token at a time, with the keys and values of those before it in buffers; else whole sequences."""
 
 
 class Attention(nn.Module):

@@ -3,14 +3,14 @@
     python benchmarks/inference.py [--cases ...] [--seconds S] [--energy-seconds S] [--limit S] [--out FILE]
     python benchmarks/inference.py --small --device cpu --no-compile     # to try the script; the numbers mean nothing
 
-A case is a process of its own, in which all arms are built and then called in turn, round by round, every other round in
-reverse. `ms` is a call as whoever waits for it sees it, with an idle device before and after; `queued_ms` is that of calls
-issued one behind the other. `error` is the divergence of the outputs' softmax from that of the reference (FP32, BF16 where
-that does not fit) in nats; outputs that are not finite void an arm. Energy is the device's own counter over a window of
-calls, whole and less what it draws idle: that of the arms that a target compares, of all others with --energy-all.
+A case is a process of its own, in which all arms are built and then called in turn, round by round, every other round
+in reverse. `ms` is a call as whoever waits for it sees it, with an idle device before and after; `queued_ms` is that of
+calls issued one behind the other. `error` is the divergence of the outputs' softmax from that of the reference (FP32,
+BF16 where that does not fit) in nats; outputs that are not finite void an arm. Energy is the device's own counter over
+a window of calls, whole and less what it draws idle: that of the arms that a target compares, with --energy-all of all.
 
-An arm that takes longer to build than the case has left is given up; --limit gives each case more. The whole takes about
-ten minutes on an H200, most of it compilation.
+Arms that a case has no time left for are given up, which is said; --limit gives each case more. All cases together take
+eight minutes at most with the limits that they have, most of it compilation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
 import signal
 import statistics
 import sys
@@ -31,12 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Report, Spread, laps, positive
+from harness import Report, Spread, laps, positive, print_table
 from inference_arms import Arm, Builder
 from inference_cases import CASES, Case
 from inference_targets import TARGETS, contenders, judge, ours, passed
 from process import run_script
-from torch import nn
+from torch import Tensor, nn
 
 from deepseek_mp.backends import default_device, synchronize
 from deepseek_mp.costs.memory import distinct_bytes
@@ -47,6 +48,8 @@ SAFE = 0.95
 """Of a case's time, that it plans with."""
 LEAST_S = 2.0
 """Below that nothing more is built."""
+START_S = 30
+"""Of a process, until its own clock runs."""
 QUEUED = 10
 """Calls one behind the other."""
 WARM = 3
@@ -113,10 +116,11 @@ def built(builder: Builder, arm: Arm, left: float, args: argparse.Namespace) -> 
             for _ in range(WARM):
                 outputs = call()
             synchronize(args.device)
+            found["weight_mib"] = weight_mib(model)
     except (Exception, Late) as error:  # noqa: BLE001 - whatever a peer or a form raises is its answer
         found["check"] = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
         return {**found, "build_s": round(time.perf_counter() - start, 1)}, None, None
-    found |= {"build_s": round(time.perf_counter() - start, 1), "weight_mib": weight_mib(model)}
+    found["build_s"] = round(time.perf_counter() - start, 1)
     if not is_finite(outputs):
         return {**found, "check": "void: its outputs are not finite"}, None, None
     return found, call, outputs.clone()
@@ -124,7 +128,17 @@ def built(builder: Builder, arm: Arm, left: float, args: argparse.Namespace) -> 
 
 def weight_mib(model: nn.Module) -> float:
     """Of what a checkpoint would hold: caches of keys and values are no part of it."""
-    return round(distinct_bytes(model.state_dict().values()) / 2**20, 1)
+    return round(distinct_bytes(part for kept in model.state_dict().values() for part in parts(kept)) / 2**20, 1)
+
+
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor of a class of its own is made of, as torchao's."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from parts(getattr(tensor, name))
 
 
 class Late(BaseException):
@@ -218,7 +232,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             *(*["--small"] * args.small, *["--no-compile"] * (not args.compile)),
         ]
         # Compilers keep their caches: how long they take is not what is measured.
-        result = run_script(Path(__file__), passed_on, limit=limit + 15, keep_caches=True)
+        result = run_script(Path(__file__), passed_on, limit=limit + START_S, keep_caches=True)
         if "arms" not in result and partial_file.exists():
             result = {**json.loads(partial_file.read_text(encoding="utf-8")), **result}
     arms = result.setdefault("arms", {})
@@ -255,17 +269,18 @@ def _number(value: float | None) -> str:
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:
-    """All arms, and below them what came of the targets."""
-    found: list[tuple[str, ...]] = [
-        ("case", "arm", "ms", "p95", "queued ms", "J", "J above idle", "weights MiB", "KL", "check")
+    """All arms."""
+    head = ("case", "arm", "ms", "p95", "queued ms", "J", "J above idle", "weights MiB", "KL", "check")
+    return [head, *(line for name, case in report.cases.items() if "arms" in case for line in table(name, case))]
+
+
+def demands(report: Report) -> list[tuple[str, ...]]:
+    """What came of the targets."""
+    return [("case", "target", "outcome", "value", "ours", "peer")] + [
+        (name, found["what"], found["outcome"], _number(found["value"]), str(found["ours"]), str(found["peer"]))
+        for name, case in report.cases.items()
+        for found in case.get("targets", ())
     ]
-    for name, case in report.cases.items():
-        found += table(name, case) if "arms" in case else []
-    for name, case in report.cases.items():
-        for target in case.get("targets", ()):
-            outcome = (target["outcome"], _number(target["value"]), str(target["ours"]), str(target["peer"]))
-            found.append((name, target["what"], *outcome, "", "", "", ""))
-    return found
 
 
 def arguments() -> argparse.Namespace:
@@ -297,7 +312,7 @@ def main() -> int:
     args = arguments()
     if args.child:
         print(json.dumps(visit(args.child, args)), flush=True)
-        return 0
+        os._exit(0)  # a compiler that was given up would be waited for
     report = Report("inference", args.device, vars(args))
     for name in args.cases or CASES:
         if installed(name):
@@ -305,6 +320,7 @@ def main() -> int:
             report.write(args.out)
         else:
             print(f"{name}: left out, {CASES[name].needs} is not installed", file=sys.stderr)
+    print_table(demands(report))
     return report.finish(args.out, rows(report))
 
 

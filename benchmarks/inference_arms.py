@@ -63,8 +63,8 @@ def peers(*names: str) -> tuple[Arm, ...]:
     for name in names:
         format, *marks = name.split("+")
         code = next((codes[mark] for mark in marks if mark in codes), "")
-        flags = {name: name in marks for name in ("graphed", "channels_last")}
-        found.append(Arm(format=format, compiled=code, torchao="torchao_int8" in marks, **flags))
+        last, int8 = "channels_last" in marks, "torchao_int8" in marks
+        found.append(Arm(format=format, compiled=code, graphed="graphed" in marks, channels_last=last, torchao=int8))
     return tuple(found)
 
 

@@ -42,6 +42,7 @@ class Graphed:
         model: whose buffers are the state; the tensors of its layers may change in place, not be replaced.
         device: of all tensors.
         fixed: buffers that no call writes to, which need not be saved while warming up.
+        out: what is done to each output on its way out; a copy is made where that is nothing.
         recorder: how calls are recorded; the device's own if None.
 
     Raises:
@@ -56,13 +57,14 @@ class Graphed:
         device: torch.device,
         *,
         fixed: Iterable[Tensor] = (),
+        out: Callable[[Any], Any] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         if recorder is None and not records(device):
             passed = f"a form with CUDA graphs on {device}"
             raise ConfigError(explain(passed, "graphed=True on a device that records calls", "Leave it out"))
         self._call, self._model, self._device = call, model, device
-        self._fixed = list(fixed)
+        self._fixed, self._out = list(fixed), out
         self._recorder = recorder or DeviceRecorder(device)
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
 
@@ -89,7 +91,11 @@ class Graphed:
         for mine, given in zip(found.inputs, tensors((args, kwargs)), strict=True):
             mine.copy_(given)
         found.replay()
-        return map_leaves(found.outputs, _copied)
+        return map_leaves(found.outputs, self._taken)
+
+    def _taken(self, leaf: Any) -> Any:
+        made = leaf if self._out is None else self._out(leaf)
+        return _copied(made) if made is leaf else made
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Recording:
         with torch.inference_mode(False):  # or a later call outside of that mode could not be copied in

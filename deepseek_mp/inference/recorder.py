@@ -93,10 +93,10 @@ class DeviceRecorder:
     def _recover(self) -> None:
         """After a recording that could not be ended: the allocator and the generator still believe in it."""
         pool, self._pool = self._pool, None
-        end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # noqa: SLF001 - it has no public name
-        if end is not None:
-            with suppress(RuntimeError):  # it was ended
-                end(self._module.current_device(), pool)
+        here = self._module.current_device()
+        with suppress(AttributeError, RuntimeError):  # another vendor's, or it was ended
+            torch._C._cuda_endAllocateToPool(here, pool)  # noqa: SLF001 - no public name
+            torch._C._cuda_releasePool(here, pool)  # noqa: SLF001
         synchronize(self.device)
         # One that succeeds puts the generator's own note of recording right.
         self._recorded(lambda: torch.zeros(1, device=self.device).add_(1))

@@ -44,7 +44,6 @@ class Served(nn.Module):
 
     model: nn.Module
     _plain: Any
-    _call: Any
     left_alone: dict[str, str]
     """Linear layers that a form with weights in 8 bits leaves as they are, by name, with the reason."""
 
@@ -57,14 +56,16 @@ class Served(nn.Module):
             self._plain = like._plain  # noqa: SLF001 - of its own class
         else:
             self._plain = self._compiled() if form.compiled else self._converted
-        self._call = self._plain
+        self._graphed: Graphed | None = None
         if form.graphed:
-            self._call = Graphed(self._plain, self.model, device, fixed=self._weights())
+            self._graphed = Graphed(self._plain, self.model, device, fixed=self._weights(), out=self._result)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
         with torch.no_grad(), math_mode(self.device, fp32=fp32, search=True):
-            return self._call(args, kwargs)
+            if self._graphed is not None:
+                return self._graphed(args, kwargs)
+            return map_leaves(self._plain(args, kwargs), self._result)
 
     def train(self, mode: bool = True) -> Served:
         """Refused: BatchNorms and dropout are those of evaluation here."""
@@ -77,12 +78,12 @@ class Served(nn.Module):
     @property
     def graph_bytes(self) -> int:
         """Memory that belongs to recorded calls; 0 in forms that are not graphed."""
-        return self._call.bytes if isinstance(self._call, Graphed) else 0
+        return 0 if self._graphed is None else self._graphed.bytes
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """What moves or casts the weights makes recordings of them void."""
-        if isinstance(self._call, Graphed):
-            self._call.forget()
+        if self._graphed is not None:
+            self._graphed.forget()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def kept_state(self) -> AbstractContextManager[list[str]]:
@@ -102,13 +103,14 @@ class Served(nn.Module):
 
     def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_leaves((args, kwargs), self._given)
-        return map_leaves(self.model(*args, **kwargs), self._result)
+        return self.model(*args, **kwargs)
 
     def _given(self, leaf: Any) -> Any:
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
         layout = _LAYOUTS.get(leaf.dim()) if self.form.channels_last else None
-        return leaf.to(NARROW.get(self.form.format), memory_format=layout or torch.preserve_format)
+        wide = torch.float32 if leaf.dtype in NARROW.values() else leaf.dtype
+        return leaf.to(NARROW.get(self.form.format, wide), memory_format=layout or torch.preserve_format)
 
     @staticmethod
     def _result(leaf: Any) -> Any:
@@ -142,6 +144,8 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
         model = quantised(model, form.weights, NARROW[form.format])
     elif form.format in NARROW:
         model = model.to(NARROW[form.format])
+    else:  # FP32 is more than a checkpoint in 16 bits has, and what it is measured against
+        model._apply(lambda tensor: tensor.float() if tensor.dtype in NARROW.values() else tensor)  # noqa: SLF001
     for module in model.modules() if form.channels_last else ():
         if isinstance(module, _CONVOLUTIONS):
             module.weight.data = module.weight.data.contiguous(memory_format=_LAYOUTS[module.weight.dim()])

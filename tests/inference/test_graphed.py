@@ -58,6 +58,22 @@ def test_new_inputs_give_new_outputs_and_old_ones_stay():
     torch.testing.assert_close(call((y,), {"scale": 2.0})["y"], 2 * y)
 
 
+def test_what_changes_on_its_way_out_is_not_copied_again():
+    taken = []
+
+    def out(leaf):
+        taken.append(leaf)
+        return leaf.float() if isinstance(leaf, torch.Tensor) else leaf
+
+    call = Graphed(lambda args, kwargs: (args[0].bfloat16(), args[0]), nn.Identity(), CPU, out=out, recorder=Fake(None))
+    x = torch.ones(2)
+    narrow, wide = call((x,), {})
+    assert narrow.dtype is wide.dtype is torch.float32
+    call((torch.zeros(2),), {})
+    assert wide.eq(1).all()
+    assert wide.data_ptr() != taken[1].data_ptr(), "the recording's own"
+
+
 def test_inputs_are_not_written_to_and_not_kept():
     call, _ = recorded(lambda x: x + 1)
     x = torch.zeros(3)

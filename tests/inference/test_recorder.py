@@ -78,9 +78,9 @@ def device(monkeypatch):
     held = iter(range(0, 10**6, 1000))
     monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda where: next(held))
     monkeypatch.setattr(recorder, "synchronize", lambda where: log.append("wait"))
-    monkeypatch.setattr(
-        torch._C, "_cuda_endAllocateToPool", lambda where, pool: log.append(f"end {pool}"), raising=False
-    )
+    for verb in ("end", "release"):
+        name = {"end": "_cuda_endAllocateToPool", "release": "_cuda_releasePool"}[verb]
+        monkeypatch.setattr(torch._C, name, lambda where, pool, verb=verb: log.append(f"{verb} {pool}"), raising=False)
     recorder._side_stream.cache_clear()
     yield module
     recorder._side_stream.cache_clear()
@@ -127,7 +127,7 @@ def test_after_a_recording_that_fails_all_is_as_it_was(device):
         made.record(lambda: 3)
     assert device.stream_now.name == "caller"
     ended = device.log.index("end (0, 7)")
-    assert device.log[ended + 1] == "wait"
+    assert device.log[ended + 1 : ended + 3] == ["release (0, 7)", "wait"]
     assert "recorded" in device.log[ended:], "the next one puts the generator right"
     assert made.record(lambda: 5)[1] == 5
     assert device.log.count("pool") == 2, "memory of the one that failed is not used again"
