@@ -26,6 +26,9 @@ class CachedConfig:
 class Attention(nn.Module):
     """[1, T, width] to the same, with rotary positions. With a cache T is 1, and the token sees all up to its own."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, config: CachedConfig) -> None:
         super().__init__()
         self.heads, self.cached = config.heads, config.cached
@@ -50,10 +53,9 @@ class Attention(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = rotated(query, *rotation), rotated(key, *rotation)
         if self.cached:
-            keys, values = self.get_buffer("keys"), self.get_buffer("values")
-            keys.index_copy_(2, at, key)
-            values.index_copy_(2, at, value)
-            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+            self.keys.index_copy_(2, at, key)
+            self.values.index_copy_(2, at, value)
+            mixed = F.scaled_dot_product_attention(query, self.keys, self.values, attn_mask=seen)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         update: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))

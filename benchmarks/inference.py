@@ -70,12 +70,11 @@ def visit(name: str, args: argparse.Namespace) -> dict[str, Any]:
     until = started + SAFE * args.limit - reserve(name, len(arms), args)
     for arm in arms:
         left = until - time.perf_counter()
-        found, call, outputs = built(builder, arm, left, args)
-        if call is not None and reference is None:
-            reference, result["reference"] = outputs, arm.name
+        found, call, outputs = built(builder, arm, reference, left, args)
         if call is not None:
             calls[arm.name] = call
-            found |= {"error": kl(outputs, reference), "relative_error": relative(outputs, reference)}
+            if reference is None:
+                reference, result["reference"] = outputs, arm.name
         result["arms"][arm.name] = found
         print(f"  {name} {arm.name}: {found['check']} ({found['build_s']} s)", file=sys.stderr, flush=True)
         save(result, args)
@@ -104,8 +103,10 @@ def arms_of(case: Case, *, compile: bool) -> list[Arm]:
     return [arm for arm in case.arms if compile or not arm.needs_compiler]
 
 
-def built(builder: Builder, arm: Arm, left: float, args: argparse.Namespace) -> tuple[dict[str, Any], Call | None, Any]:
-    """The arm, warm, with its outputs; or why it cannot be used."""
+def built(
+    builder: Builder, arm: Arm, reference: Tensor | None, left: float, args: argparse.Namespace
+) -> tuple[dict[str, Any], Call | None, Any]:
+    """The arm, warm, with its outputs; or why it cannot be used. Without a reference it is one itself."""
     found: dict[str, Any] = {"check": "passed", "build_s": 0.0}
     if left < LEAST_S:
         return {**found, "check": "not built: no time left"}, None, None
@@ -117,13 +118,15 @@ def built(builder: Builder, arm: Arm, left: float, args: argparse.Namespace) -> 
                 outputs = call()
             synchronize(args.device)
             found["weight_mib"] = weight_mib(model)
+            if not is_finite(outputs):
+                return {**found, "check": "void: its outputs are not finite"}, None, None
+            outputs = outputs.clone()
+            expected = outputs if reference is None else reference
+            found |= {"error": kl(outputs, expected), "relative_error": relative(outputs, expected)}
     except (Exception, Late) as error:  # noqa: BLE001 - whatever a peer or a form raises is its answer
         found["check"] = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
         return {**found, "build_s": round(time.perf_counter() - start, 1)}, None, None
-    found["build_s"] = round(time.perf_counter() - start, 1)
-    if not is_finite(outputs):
-        return {**found, "check": "void: its outputs are not finite"}, None, None
-    return found, call, outputs.clone()
+    return {**found, "build_s": round(time.perf_counter() - start, 1)}, call, outputs
 
 
 def weight_mib(model: nn.Module) -> float:
