@@ -39,9 +39,10 @@ class Graphed:
 
     Args:
         call: from the positional and the keyword arguments to the outputs.
-        model: whose buffers are the state; the tensors of its layers may change in place, not be replaced.
+        model: whose buffers, and tensors in attributes, are the state. What it holds may change in place, not be
+            replaced.
         device: of all tensors.
-        fixed: buffers that no call writes to, which need not be saved while warming up.
+        fixed: gives the buffers that no call writes to, which need not be saved while warming up.
         out: what is done to each output on its way out; a copy is made where that is nothing.
         recorder: how calls are recorded; the device's own if None.
 
@@ -56,7 +57,7 @@ class Graphed:
         model: nn.Module,
         device: torch.device,
         *,
-        fixed: Iterable[Tensor] = (),
+        fixed: Callable[[], Iterable[Tensor]] = tuple,
         out: Callable[[Any], Any] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -64,7 +65,7 @@ class Graphed:
             passed = f"a form with CUDA graphs on {device}"
             raise ConfigError(explain(passed, "graphed=True on a device that records calls", "Leave it out"))
         self._call, self._model, self._device = call, model, device
-        self._fixed, self._out = list(fixed), out
+        self._fixed, self._out = fixed, out
         self._recorder = recorder or DeviceRecorder(device)
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
 
@@ -106,7 +107,7 @@ class Graphed:
         def run() -> Any:
             return self._call(own_args, own_kwargs)
 
-        with kept_state(self._model, self._fixed) as replaced:
+        with kept_state(self._model, self._fixed()) as replaced:
             self._recorder.warm(run)
             replay, outputs = self._recorder.record(run)
         if replaced:
@@ -144,7 +145,7 @@ def signature(tree: Any, device: torch.device) -> Hashable:
 
 @contextmanager
 def kept_state(model: nn.Module, fixed: Iterable[Tensor] = ()) -> Iterator[list[str]]:
-    """What happens to the model's buffers inside is undone at the end.
+    """What happens to the model's buffers inside, and to tensors in its attributes, is undone at the end.
 
     Args:
         fixed: buffers that nothing writes to, of which no copy is needed.
@@ -154,18 +155,27 @@ def kept_state(model: nn.Module, fixed: Iterable[Tensor] = ()) -> Iterator[list[
     """
     spared = {id(tensor) for tensor in fixed}
     places = [(owner, name, tensor) for owner in model.modules() for name, tensor in owner.named_buffers(recurse=False)]
-    kept = {id(tensor): tensor.clone() for _, _, tensor in places if id(tensor) not in spared}
+    others = [tensor for owner in model.modules() for tensor in vars(owner).values() if isinstance(tensor, Tensor)]
+    state = {id(tensor): tensor for tensor in (*(tensor for _, _, tensor in places), *others)}
+    kept = [(tensor, tensor.clone()) for key, tensor in state.items() if key not in spared and _is_writable(tensor)]
     replaced: list[str] = []
     try:
         yield replaced
     finally:
+        for owner, name, tensor in places:
+            if getattr(owner, name) is not tensor:
+                replaced.append(name)
+                setattr(owner, name, tensor)
         with torch.no_grad():
-            for owner, name, tensor in places:
-                if getattr(owner, name) is not tensor:
-                    replaced.append(name)
-                    setattr(owner, name, tensor)
-                if id(tensor) in kept:
-                    tensor.copy_(kept[id(tensor)])
+            for tensor, before in kept:
+                tensor.copy_(before)
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Whether code can write to it in place at all: it cannot where elements share their memory."""
+    if tensor.layout is not torch.strided:
+        return False
+    return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _versions(inputs: Iterable[Tensor]) -> list[int]:

@@ -58,7 +58,7 @@ class Served(nn.Module):
             self._plain = self._compiled() if form.compiled else self._converted
         self._graphed: Graphed | None = None
         if form.graphed:
-            self._graphed = Graphed(self._plain, self.model, device, fixed=self._weights(), out=self._result)
+            self._graphed = Graphed(self._plain, self.model, device, fixed=self._weights, out=self._result)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"

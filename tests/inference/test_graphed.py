@@ -196,6 +196,28 @@ def test_buffers_that_nothing_writes_to_are_not_copied():
     assert replaced == []
 
 
+def test_buffers_that_cannot_be_written_to_are_left_alone():
+    model = Cached()
+    model.register_buffer("places", torch.arange(3).expand(2, 3))
+    model.register_buffer("rows", torch.zeros(3).to_sparse())
+    with kept_state(model) as replaced:
+        model.calls.fill_(1)
+    assert model.calls == 0
+    assert replaced == []
+
+
+def test_tensors_in_attributes_are_state_too():
+    model = Cached()
+    model.kept = torch.zeros(2)
+    with kept_state(model):
+        model.kept.fill_(1)
+        model.seen = torch.ones(1)
+    assert not model.kept.any()
+    with kept_state(model) as replaced:
+        model.kept = torch.ones(2)
+    assert replaced == []
+
+
 def test_what_a_recording_would_get_wrong_is_refused():
     class Replaces(Cached):
         def forward(self, x):
