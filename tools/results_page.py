@@ -59,6 +59,25 @@ def _auto_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
+def _inference_tables(report: Json) -> Iterator[list[Row]]:
+    """For each case its arms, and what is demanded of them."""
+    for name, case in report["cases"].items():
+        rows: list[Row] = [(name, "ms", "p95 ms", "J", "J above idle", "weights MiB", "KL", "check")]
+        for arm, result in case.get("arms", {}).items():
+            spent, error = result.get("energy") or {}, result.get("error")
+            time = _spread(result["ms"]) if "ms" in result else "-"
+            numbers = [_number(result.get("p95_ms"), 3), _number(spent.get("joules"), 3)]
+            numbers += [_number(spent.get("above_idle_joules"), 3), _number(result.get("weight_mib"))]
+            rows.append((arm, time, *numbers, "-" if error is None else f"{error:.2g}", result["check"]))
+        yield rows
+        demands: list[Row] = [("demand", "ours", "peer", "value", "outcome")]
+        demands += [
+            (t["what"], t["ours"] or "-", t["peer"] or "-", _number(t["value"], 3), t["outcome"])
+            for t in case.get("targets", ())
+        ]
+        yield demands
+
+
 def _overhead_tables(report: Json) -> Iterator[list[Row]]:
     """One table: a row for each case, with the hand-written loop beside the trainer."""
     rows: list[Row] = [("case", "trainer", "hand-written", "ratio", "allowed", "host waits per step", "check")]
@@ -292,6 +311,7 @@ def _survival(summary: Json) -> str:
 _TABLES = {
     "auto": _auto_tables,
     "batch-size": _batch_size_tables,
+    "inference": _inference_tables,
     "overhead": _overhead_tables,
     "fp8": _fp8_tables,
     "adaptive": _adaptive_tables,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deepseek_mp.errors import ConfigError, explain
@@ -34,6 +34,8 @@ class Form:
     folded: bool = False
     """BatchNorm is part of the convolution before it."""
     compiled: bool = False
+    graphed: bool = False
+    """Calls are recorded as CUDA graphs, one for each kind of input, and replayed."""
 
     def __post_init__(self) -> None:
         kinds = {kind for _, kind in self.layers} | ({self.linear} if self.linear is not None else set())
@@ -49,7 +51,7 @@ class Form:
     @property
     def name(self) -> str:
         """Like 'bf16+channels_last+folded+compiled', or 'bf16+int8_weights'."""
-        marks = [mark for mark in ("channels_last", "folded", "compiled") if getattr(self, mark)]
+        marks = [mark for mark in ("channels_last", "folded", "compiled", "graphed") if getattr(self, mark)]
         linear = [f"mixed({len(self.layers)})"] if self.layers else [self.linear] if self.linear else []
         return "+".join([self.format, *linear, *marks])
 
@@ -57,14 +59,21 @@ class Form:
         return asdict(self)
 
 
-def baselines(formats: Collection[str], *, compiled: bool) -> list[Form]:
-    """What every result is shown beside: FP32 and the device's faster FP32, BF16, and both ends compiled."""
+def baselines(formats: Collection[str], *, compiled: bool, graphed: bool = False) -> list[Form]:
+    """What every result is shown beside: FP32, the device's faster FP32, BF16, both ends compiled, BF16 as a graph."""
     eager = [Form(format=name) for name in ("fp32", "tf32", "hf32", "bf16") if name in formats]
-    return eager + [Form(format=name, compiled=True) for name in ("fp32", "bf16") if compiled and name in formats]
+    fast = [Form(format=name, compiled=True) for name in ("fp32", "bf16") if compiled and name in formats]
+    return eager + fast + [replace(form, graphed=True) for form in fast if graphed and form.format == "bf16"]
 
 
 def candidates(
-    formats: Collection[str], *, images: bool, norms: bool, compiled: bool, linear: Collection[str] = ()
+    formats: Collection[str],
+    *,
+    images: bool,
+    norms: bool,
+    compiled: bool,
+    graphed: bool = False,
+    linear: Collection[str] = (),
 ) -> list[Form]:
     """All forms to be tried, the baselines first, those with linear layers of a kind of their own last.
 
@@ -73,10 +82,14 @@ def candidates(
         images: the model has convolutions, whose layout matters.
         norms: it has BatchNorms that may be folded.
         compiled: the compiler may be tried.
+        graphed: calls may be recorded; in 16 bits, where the host's time is a large part of a call's.
         linear: kinds of large linear layers that may be tried; beside `narrow` activations only.
     """
-    first = baselines(formats, compiled=compiled)
-    return list(dict.fromkeys([*first, *_others(formats, linear, images, norms, compiled)]))
+    first = baselines(formats, compiled=compiled, graphed=graphed)
+    ways = [
+        Form(channels_last=images, folded=norms, compiled=code) for code in ((False, True) if compiled else (False,))
+    ]
+    return list(dict.fromkeys([*first, *_others(formats, linear, ways, graphed)]))
 
 
 def narrow(formats: Collection[str]) -> str | None:
@@ -84,12 +97,12 @@ def narrow(formats: Collection[str]) -> str | None:
     return next((name for name in ("bf16", "fp16") if name in formats), None)
 
 
-def _others(
-    formats: Collection[str], linear: Collection[str], images: bool, norms: bool, compiled: bool
-) -> Iterator[Form]:
+def _others(formats: Collection[str], linear: Collection[str], ways: list[Form], graphed: bool) -> Iterator[Form]:
     kinds: list[tuple[str, str | None]] = [(name, None) for name in FORMATS if name in formats]
     beside = narrow(formats)
     kinds += [(beside, kind) for kind in LINEAR_KINDS if beside is not None and kind in linear]
     for name, kind in kinds:
-        for compile in (False, True) if compiled else (False,):
-            yield Form(format=name, linear=kind, channels_last=images, folded=norms, compiled=compile)
+        forms = [replace(way, format=name, linear=kind) for way in ways]
+        yield from forms
+        if graphed and name in ("bf16", "fp16"):
+            yield from (replace(form, graphed=True) for form in forms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
 from deepseek_mp.inference.form import Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
 from deepseek_mp.inference.quantised_linear import linear_kinds
+from deepseek_mp.inference.recorder import records
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
 from deepseek_mp.nn.nested import first_tensor
 
@@ -44,16 +46,17 @@ def optimize_for_inference(
     budget: float = 1e-3,
     metric: str | Metric = "kl",
     compile: bool = True,
+    graphs: bool = True,
     seconds: float = 1.0,
     energy_seconds: float = 0.0,
     formats: tuple[str, ...] | None = None,
 ) -> Optimised:
     """A copy of the model in the fastest form whose outputs stay within the budget, on the model's own device.
 
-    Each form (format, kind of linear layers, memory layout, folded BatchNorm, eager or compiled) is built from a copy,
-    checked against the FP32 outputs and timed in turn with the others. FP32, TF32 and BF16, eager and compiled, are
-    always among them. The model itself, its mode and the state of PyTorch's generators are as before, also after an
-    exception.
+    Each form (format, kind of linear layers, memory layout, folded BatchNorm, eager or compiled, launched or replayed)
+    is built from a copy, checked against the FP32 outputs and timed in turn with the others. FP32, TF32 and BF16, eager
+    and compiled, are always among them. The model itself, its mode and the state of PyTorch's generators are as before,
+    also after an exception.
 
     Args:
         model: in evaluation or training mode; it is run as in evaluation.
@@ -62,6 +65,8 @@ def optimize_for_inference(
         budget: the largest metric allowed.
         metric: 'kl' (nats, of logits), 'relative' (norm of the difference), or a function of outputs and reference.
         compile: try `torch.compile` too, which takes some ten seconds for each format.
+        graphs: try recorded calls too (CUDA graphs), on devices that have them. Inputs are then copied in, and outputs
+            out; what varies from call to call must be in tensors or arguments, and state in buffers.
         seconds: of timing for each form.
         energy_seconds: window of the energy counter for each form; 0 leaves energy out, 30 can be trusted.
         formats: only these, of 'fp32', 'tf32', 'hf32', 'bf16', 'fp16'; FP32 is always among them. Other kinds of
@@ -78,7 +83,13 @@ def optimize_for_inference(
     randomness = random_states(device)
     try:
         trials, served = _tried(
-            model, example_inputs, device, measured, _forms(model, device, formats, compile), seconds, energy_seconds
+            model,
+            example_inputs,
+            device,
+            measured,
+            _forms(model, device, formats, compile, graphs),
+            seconds,
+            energy_seconds,
         )
         form, explained = choose(trials, budget)
     finally:
@@ -89,7 +100,9 @@ def optimize_for_inference(
     return Optimised(served[form], plan, card)
 
 
-def _forms(model: nn.Module, device: torch.device, formats: tuple[str, ...] | None, compile: bool) -> list[Form]:
+def _forms(
+    model: nn.Module, device: torch.device, formats: tuple[str, ...] | None, compile: bool, graphs: bool
+) -> list[Form]:
     has = capabilities(device).matmul_formats
     if formats is not None:
         if unknown := sorted(set(formats) - has):
@@ -99,7 +112,8 @@ def _forms(model: nn.Module, device: torch.device, formats: tuple[str, ...] | No
     beside = narrow(has)
     linear = [] if beside is None else linear_kinds(model, NARROW[beside], device)
     images, norms = has_images(model), has_norms(model)
-    return candidates(has | {"fp32"}, images=images, norms=norms, compiled=compile, linear=linear)
+    graphed = graphs and records(device)
+    return candidates(has | {"fp32"}, images=images, norms=norms, compiled=compile, graphed=graphed, linear=linear)
 
 
 def _tried(
@@ -112,9 +126,11 @@ def _tried(
     energy_seconds: float,
 ) -> tuple[list[Trial], dict[Form, Served]]:
     """What was found of each form, and those that run."""
-    reference, trials, served = None, [], {}
+    reference: Any = None
+    trials: list[Trial] = []
+    served: dict[Form, Served] = {}
     for form in forms:
-        trial, one, outputs = _built(model, form, inputs, device)
+        trial, one, outputs = _built(model, form, inputs, device, _alike(form, served))
         if reference is None:  # FP32 as it is comes first
             if trial.problem or not is_finite(outputs):
                 passed = trial.problem or "a model whose FP32 outputs are not finite"
@@ -128,36 +144,57 @@ def _tried(
             served[form] = one
         gc.collect()
     runs = {form.name: _caller(one, inputs) for form, one in served.items()}
-    times = latencies(runs, device, seconds=seconds)
-    shown = {form for form in served if energy_seconds > 0}
-    joules = {form: energy(runs[form.name], device, seconds=energy_seconds) for form in shown}
+    with ExitStack() as states:
+        for one in {id(one.model): one for one in served.values()}.values():
+            states.enter_context(one.kept_state())
+        times = latencies(runs, device, seconds=seconds)
+        shown = {form for form in served if energy_seconds > 0}
+        joules = {form: energy(runs[form.name], device, seconds=energy_seconds) for form in shown}
     return [
         replace(trial, latency=times.get(trial.form.name), energy=joules.get(trial.form)) for trial in trials
     ], served
 
 
-def _built(model: nn.Module, form: Form, inputs: Any, device: torch.device) -> tuple[Trial, Served | None, Any]:
+def _alike(form: Form, served: Mapping[Form, Served]) -> Served | None:
+    """One that keeps its weights as the form does, best with the same code; None: the form needs a copy of its own."""
+    kept = [one for one in served.values() if _weights_of(one.form) == _weights_of(form)]
+    return max(kept, key=lambda one: (one.form.format, one.form.compiled) == (form.format, form.compiled), default=None)
+
+
+def _weights_of(form: Form) -> Form:
+    """The form as far as it is one of the weights: how they are multiplied and launched is no part of that."""
+    kept = form.format if form.format in NARROW else "fp32"
+    return replace(form, format=kept, compiled=False, graphed=False)
+
+
+def _built(
+    model: nn.Module, form: Form, inputs: Any, device: torch.device, like: Served | None = None
+) -> tuple[Trial, Served | None, Any]:
     """The form, warm, with its outputs; a trial that says why, where it does not run."""
-    trial, before = Trial(form=form), _held(device)
+    trial = Trial(form=form)
     try:
-        served = Served(model, form, device)
+        served = Served(model, form, device, like)
         call = _caller(served, inputs)
-        for _ in range(WARM):
-            outputs = call()
-        synchronize(device)
         weights = [*served.parameters(), *served.buffers()]
-        peak = peak_during(call, device, resident=[tensor for tensor in weights if tensor.device == device])
+        resident = [tensor for tensor in weights if tensor.device == device]
+        with served.kept_state():
+            for _ in range(WARM):
+                outputs = call()
+            synchronize(device)
+            before = _held(device)
+            peak = peak_during(call, device, resident=resident)
     except ConfigError as error:
         return replace(trial, problem=str(error)), None, None
     except Exception as error:  # noqa: BLE001 - a form that the model does not bear is an answer, whatever it raises
         kind = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         return replace(trial, problem=kind.splitlines()[0][:200]), None, None
-    peak = None if peak is None else peak - before
+    if peak is not None:
+        peak += served.graph_bytes - before + (distinct_bytes(resident) if device.type != "cpu" else 0)
     return replace(trial, weight_bytes=distinct_bytes(weights), peak_bytes=peak), served, outputs
 
 
 def _held(device: torch.device) -> int:
-    """Bytes in tensors now, where the device counts them: the model, the inputs and the forms built before."""
+    """Bytes in tensors now, where the device counts them: all weights, the inputs and what is kept of earlier calls."""
     if device.type == "cpu":
         return 0  # there a peak is of what is named
     reset_peak_memory(device)

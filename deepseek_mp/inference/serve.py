@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor, fx, nn
 from deepseek_mp.backends import math_mode
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.form import Form
-from deepseek_mp.inference.quantised_linear import linear_layers, quantised
+from deepseek_mp.inference.graphed import Graphed, kept_state
+from deepseek_mp.inference.quantised_linear import QuantisedLinear, linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.own_code import with_own_code
 
@@ -28,25 +31,41 @@ class Served(nn.Module):
 
     Tensors of floating type go in as the form has them and come out in FP32, unless the original's are FP64.
 
+    In a graphed form each kind of inputs (`Graphed`) is recorded at its first call.
+
+    Args:
+        like: a copy of the same model whose form has its weights in the same form: they are shared, and so is code
+            that was compiled for the same format.
+
     Raises:
-        ConfigError: the model cannot be copied, its BatchNorms cannot be folded, or it has no linear layer of the
-            form's kind.
+        ConfigError: the model cannot be copied, its BatchNorms cannot be folded, it has no linear layer of the form's
+            kind, or calls cannot be recorded.
     """
 
+    model: nn.Module
+    _plain: Any
     left_alone: dict[str, str]
     """Linear layers that a kind for all leaves as they are, by name, with the reason."""
 
-    def __init__(self, model: nn.Module, form: Form, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, form: Form, device: torch.device, like: Served | None = None) -> None:
         super().__init__()
         self.form, self.device = form, device
-        self.model = _formed(copied(model).eval(), form)
+        self.model = _formed(copied(model).eval(), form) if like is None else like.model
         self.left_alone = linear_layers(self.model, form.linear)[1] if form.linear else {}
-        self._call: Any = self._compiled() if form.compiled else self._converted
+        if like is not None and replace(like.form, graphed=form.graphed) == form:
+            self._plain = like._plain  # noqa: SLF001 - of its own class
+        else:
+            self._plain = self._compiled() if form.compiled else self._converted
+        self._graphed: Graphed | None = None
+        if form.graphed:
+            self._graphed = Graphed(self._plain, self.model, device, fixed=self._weights, out=self._result)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
         with torch.no_grad(), math_mode(self.device, fp32=fp32, search=True):
-            return self._call(args, kwargs)
+            if self._graphed is not None:
+                return self._graphed(args, kwargs)
+            return map_leaves(self._plain(args, kwargs), self._result)
 
     def train(self, mode: bool = True) -> Served:
         """Refused: BatchNorms and dropout are those of evaluation here."""
@@ -56,6 +75,26 @@ class Served(nn.Module):
         super().train(False)
         return self
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that belongs to recorded calls; 0 in forms that are not graphed."""
+        return 0 if self._graphed is None else self._graphed.bytes
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What moves or casts the weights makes recordings of them void."""
+        if self._graphed is not None:
+            self._graphed.forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def kept_state(self) -> AbstractContextManager[list[str]]:
+        """A region at whose end the model's buffers are what they were before (`graphed.kept_state`)."""
+        return kept_state(self.model, self._weights())
+
+    def _weights(self) -> list[Tensor]:
+        """Buffers that no call writes to."""
+        layers = (module for module in self.model.modules() if isinstance(module, QuantisedLinear))
+        return [buffer for layer in layers for buffer in layer.buffers()]
+
     def _compiled(self) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._converted(args, kwargs)
@@ -64,13 +103,14 @@ class Served(nn.Module):
 
     def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_leaves((args, kwargs), self._given)
-        return map_leaves(self.model(*args, **kwargs), self._result)
+        return self.model(*args, **kwargs)
 
     def _given(self, leaf: Any) -> Any:
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
         layout = _LAYOUTS.get(leaf.dim()) if self.form.channels_last else None
-        return leaf.to(NARROW.get(self.form.format), memory_format=layout or torch.preserve_format)
+        wide = torch.float32 if leaf.dtype in NARROW.values() else leaf.dtype
+        return leaf.to(NARROW.get(self.form.format, wide), memory_format=layout or torch.preserve_format)
 
     @staticmethod
     def _result(leaf: Any) -> Any:
@@ -104,6 +144,8 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
         model = quantised(model, form.linear or dict(form.layers), NARROW[form.format])
     elif form.format in NARROW:
         model = model.to(NARROW[form.format])
+    else:  # FP32 is more than a checkpoint in 16 bits has, and what it is measured against
+        model._apply(lambda tensor: tensor.float() if tensor.dtype in NARROW.values() else tensor)  # noqa: SLF001
     for module in model.modules() if form.channels_last else ():
         if isinstance(module, _CONVOLUTIONS):
             module.weight.data = module.weight.data.contiguous(memory_format=_LAYOUTS[module.weight.dim()])

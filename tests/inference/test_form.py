@@ -11,11 +11,11 @@ GPU = {"fp32", "tf32", "bf16", "fp16", "fp8_e4m3", "int8"}
 
 def test_a_name_says_the_whole_form():
     assert Form().name == "fp32"
-    whole = Form(format="bf16", linear="int8_weights", channels_last=True, folded=True, compiled=True)
-    assert whole.name == "bf16+int8_weights+channels_last+folded+compiled"
+    whole = Form(format="bf16", linear="int8_weights", channels_last=True, folded=True, compiled=True, graphed=True)
+    assert whole.name == "bf16+int8_weights+channels_last+folded+compiled+graphed"
     assert whole.to_json() == {
         "format": "bf16", "linear": "int8_weights", "layers": (),
-        "channels_last": True, "folded": True, "compiled": True,
+        "channels_last": True, "folded": True, "compiled": True, "graphed": True,
     }  # fmt: skip
     assert Form(format="fp16", linear="fp8_weights").name == "fp16+fp8_weights"
 
@@ -25,6 +25,23 @@ def test_no_result_stands_beside_a_weak_baseline_alone():
         "fp32", "tf32", "bf16", "fp32+compiled", "bf16+compiled",
     ]  # fmt: skip
     assert [form.name for form in baselines({"fp32"}, compiled=True)] == ["fp32", "fp32+compiled"]
+
+
+def test_a_graph_is_a_baseline_too_where_there_are_graphs():
+    found = [form.name for form in baselines(GPU, compiled=True, graphed=True)]
+    assert found[-2:] == ["bf16+compiled", "bf16+compiled+graphed"]
+    assert not any(form.graphed for form in baselines(GPU, compiled=False, graphed=True))
+
+
+def test_calls_are_recorded_in_16_bits_eager_and_compiled():
+    plain = candidates(GPU, images=True, norms=False, compiled=True, linear=["int8_weights"])
+    forms = candidates(GPU, images=True, norms=False, compiled=True, linear=["int8_weights"], graphed=True)
+    assert not any(form.graphed for form in plain)
+    assert [form for form in forms if not form.graphed] == plain
+    assert {form.name for form in forms if form.graphed and form.channels_last} == {
+        f"{kind}+channels_last+{way}"
+        for kind in ("bf16", "fp16", "bf16+int8_weights") for way in ("graphed", "compiled+graphed")
+    }  # fmt: skip
 
 
 def test_fp32_is_first_and_baselines_are_among_the_candidates_once():

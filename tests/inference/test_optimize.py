@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.inference import Form, Latency, optimize, optimize_for_inference
+from deepseek_mp.inference import Form, Latency, Served, optimize, optimize_for_inference
 
 
 @pytest.fixture
@@ -16,6 +16,8 @@ def times(monkeypatch):
     given = {}
 
     def latencies(calls, device, *, seconds):
+        for call in calls.values():
+            call()
         found = {name: given.get(name, 10.0) for name in calls}
         return {name: Latency(median_ms=ms, p95_ms=ms, runs=3) for name, ms in found.items()}
 
@@ -95,16 +97,57 @@ def test_outputs_that_overflow_are_no_choice(times, monkeypatch):
     assert next(t.why for t in plan.trials if t.form.name == "bf16") == "its outputs are not finite"
 
 
-def test_the_peak_of_a_form_leaves_out_what_was_there_before(monkeypatch):
-    """On an accelerator all forms are in one memory."""
+def test_the_peak_of_a_form_is_its_weights_and_what_a_call_adds(monkeypatch):
+    """On an accelerator all forms are in one memory, and some share their weights."""
     device = torch.device("meta")  # any that is no CPU
     monkeypatch.setattr(optimize, "reset_peak_memory", lambda where: None)
     monkeypatch.setattr(optimize, "peak_memory_bytes", lambda where: 700)
     monkeypatch.setattr(optimize, "peak_during", lambda call, where, resident: 1000)
     monkeypatch.setattr(optimize, "synchronize", lambda where: None)
-    monkeypatch.setattr(optimize, "Served", lambda model, form, where: model)
-    trial, _, _ = optimize._built(nn.Linear(4, 2), Form(), torch.randn(3, 4), device)
-    assert trial.peak_bytes == 300
+    monkeypatch.setattr(optimize, "distinct_bytes", lambda tensors: 4 * sum(tensor.numel() for tensor in tensors))
+    monkeypatch.setattr(Served, "graph_bytes", 50)
+    trial, _, _ = optimize._built(nn.Linear(4, 2, device=device), Form(), torch.randn(3, 4, device=device), device)
+    assert trial.problem == ""
+    assert trial.peak_bytes == 300 + 40 + 50
+
+
+def test_forms_that_keep_weights_alike_share_a_copy(times, monkeypatch):
+    built = []
+    whole = optimize.Served
+
+    def serve(*args):
+        built.append(whole(*args))
+        return built[-1]
+
+    monkeypatch.setattr(optimize, "Served", serve)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    optimize_for_inference(nn.Linear(4, 2), torch.randn(3, 4), formats=("bf16",))
+    copies = {one.form.name: one.model for one in built}
+    assert copies["fp32"] is copies["fp32+compiled"]
+    assert copies["bf16"] is copies["bf16+compiled"]
+    assert copies["fp32"] is not copies["bf16"]
+
+
+class Counter(nn.Module):
+    """Gives scores that move on with each call, by a count in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        self.count.add_(1)
+        return self.head(x) + self.count * torch.arange(2)
+
+
+def test_state_is_as_it_was_for_each_form_and_at_the_end(times):
+    model, x = Counter(), torch.randn(3, 4)
+    served, plan, _ = run(model, x, budget=1e-2)
+    assert model.count == served.model.count == 0
+    errors = {trial.form.name: trial.error for trial in plan.trials}
+    assert errors["fp32"] == 0
+    assert 0 < errors["bf16"] < 1e-2  # by a call more the scores would be apart by far more
 
 
 def test_keyword_arguments_and_structures(times):

@@ -70,6 +70,14 @@ def test_fp64_stays_fp64_in_fp32_form():
     assert Served(model, Form(), CPU)(torch.ones(1, 4, dtype=torch.float64)).dtype is torch.float64
 
 
+def test_a_model_in_16_bits_is_served_in_fp32_as_fp32():
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)).bfloat16().eval()
+    served, x = Served(model, Form(), CPU), torch.randn(3, 4)
+    assert {tensor.dtype for tensor in served.parameters()} == {torch.float32}
+    assert model[0].weight.dtype is torch.bfloat16
+    assert torch.equal(served(x.bfloat16()), copy.deepcopy(model).float()(x.bfloat16().float()))
+
+
 def test_each_compiled_copy_has_the_compilers_whole_patience(classifier, monkeypatch):
     """More forms than the compiler keeps of one code: none of them falls back to eager code without a word."""
     whole = torch.compile

@@ -163,6 +163,27 @@ def test_pools_have_a_table() -> None:
     assert "| stem | aten both | - | - | no |" in page
 
 
+def test_inference_has_its_arms_and_its_demands() -> None:
+    energy = {"joules": 1.25, "above_idle_joules": 0.75}
+    arms = {
+        "bf16": {
+            "ms": SPREAD,
+            "p95_ms": 22.5,
+            "energy": energy,
+            "weight_mib": 3.0,
+            "error": 0.00012,
+            "check": "passed",
+        },
+        "torchao": {"check": "failed: ImportError"},
+    }
+    targets = [{"what": "ours <= bf16", "ours": "ours int8", "peer": None, "value": 0.5, "outcome": "reached"}]
+    case = {"arms": arms, "targets": targets, "check": "passed"}
+    page = results_page.render([("inference.json", report("inference", bert=case, late={"check": "failed"}))])
+    assert "| bf16 | 20 (19-21) | 22.500 | 1.250 | 0.750 | 3.0 | 0.00012 | passed |" in page
+    assert "| torchao | - | - | - | - | - | - | failed: ImportError |" in page
+    assert "| ours <= bf16 | ours int8 | - | 0.500 | reached |" in page
+
+
 def test_weights_in_8_bits_have_a_table() -> None:
     case = {"ms": {"ours int8": SPREAD}, "tb_per_s": {"ours int8": 3.21}, "error": {"ours int8": 0.00912}}
     case |= {"failed": {"torchao int8": "no"}, "check": "passed"}
