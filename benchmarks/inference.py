@@ -6,8 +6,9 @@
 A case is a process of its own, in which all arms are built and then called in turn, round by round, every other round
 in reverse. `ms` is a call as whoever waits for it sees it, with an idle device before and after; `queued_ms` is that of
 calls issued one behind the other. `error` is the divergence of the outputs' softmax from that of the reference (FP32,
-BF16 where that does not fit) in nats; outputs that are not finite void an arm. Energy is the device's own counter over
-a window of calls, whole and less what it draws idle: that of the arms that a target compares, with --energy-all of all.
+BF16 where that does not fit) in nats; outputs that are not finite, or far from it, void an arm. Energy is the device's
+own counter over a window of calls, whole and less what it draws idle: that of the arms that a target compares, with
+--energy-all of all.
 
 Arms that a case has no time left for are given up, which is said; --limit gives each case more. All cases together take
 eight minutes at most with the limits that they have, most of it compilation.
@@ -48,6 +49,8 @@ SAFE = 0.95
 """Of a case's time, that it plans with."""
 LEAST_S = 2.0
 """Below that nothing more is built."""
+MOST_KL = 0.05
+"""Nats from the reference, beyond which outputs are another model's and a time says nothing."""
 START_S = 30
 """Of a process, until its own clock runs."""
 QUEUED = 10
@@ -113,7 +116,7 @@ def built(
     start = time.perf_counter()
     try:
         with at_most(left):
-            call, model = builder.build(arm, compile=args.compile, formats=args.formats, seconds=args.seconds / 4)
+            call, model = builder.build(arm, compile=args.compile, formats=args.formats, seconds=args.seconds / 2)
             for _ in range(WARM):
                 outputs = call()
             synchronize(args.device)
@@ -123,6 +126,8 @@ def built(
             outputs = outputs.clone()
             expected = outputs if reference is None else reference
             found |= {"error": kl(outputs, expected), "relative_error": relative(outputs, expected)}
+            if not found["error"] <= MOST_KL:
+                return {**found, "check": f"void: {found['error']:.2g} nats from the reference"}, None, None
     except (Exception, Late) as error:  # noqa: BLE001 - whatever a peer or a form raises is its answer
         found["check"] = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
         return {**found, "build_s": round(time.perf_counter() - start, 1)}, None, None
