@@ -178,7 +178,7 @@ def test_a_step_of_moments_in_blocks_that_may_be_skipped_never_waits(kind, stora
     optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1, storage=storage, states="8bit", **options)
     optimizer.found_inf = torch.zeros((), device="cuda")
     for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
+        parameter.grad = torch.randn_like(parameter, dtype=torch.float32)
     for _ in range(2):
         optimizer.step()
     with no_waiting():
