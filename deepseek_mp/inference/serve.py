@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, fx, nn
 
 from deepseek_mp.backends import math_mode
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.archive import save
+from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.form import Form
 from deepseek_mp.inference.quantised_linear import linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
@@ -33,15 +37,20 @@ class Served(nn.Module):
             in 8 bits.
     """
 
+    card: Card | None = None
+    """What was measured of it, where `optimize_for_inference` made it."""
+    example_inputs: Any = None
+    """Those that it was measured with."""
     left_alone: dict[str, str]
     """Linear layers that a form with weights in 8 bits leaves as they are, by name, with the reason."""
 
     def __init__(self, model: nn.Module, form: Form, device: torch.device) -> None:
         super().__init__()
         self.form, self.device = form, device
+        self.name = type(model).__name__
         self.model = _formed(copied(model).eval(), form)
         self.left_alone = linear_layers(self.model)[1] if form.weights else {}
-        self._call: Any = self._compiled() if form.compiled else self._converted
+        self._call: Any = self._compiled() if form.compiled else self.converted
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
@@ -56,13 +65,18 @@ class Served(nn.Module):
         super().train(False)
         return self
 
+    def save(self, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,)) -> None:
+        """Write it to a file that `inference.load` reads without the model's code; see `archive.save`."""
+        save(self, path, example_inputs, dynamic=dynamic)
+
     def _compiled(self) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._converted(args, kwargs)
+            return self.converted(args, kwargs)
 
         return torch.compile(with_own_code(run))
 
-    def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is computed, as it is: not compiled, and in the modes of the caller."""
         args, kwargs = map_leaves((args, kwargs), self._given)
         return map_leaves(self.model(*args, **kwargs), self._result)
 

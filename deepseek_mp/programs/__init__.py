@@ -1,0 +1,7 @@
+"""Exported programs: graphs of a model's operations with their tensors, made, stored and read as data alone."""
+
+from deepseek_mp.programs.archive import read, write
+from deepseek_mp.programs.exporting import Exported, bits_equal, exported
+from deepseek_mp.programs.signature import Signature
+
+__all__ = ["Exported", "Signature", "bits_equal", "exported", "read", "write"]

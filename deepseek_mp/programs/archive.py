@@ -1,0 +1,109 @@
+"""The file of an exported program: a .pt2 archive of a graph, tensors and JSON about them, which holds no code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from torch.ao.quantization.fx import _decomposed as _registered  # noqa: F401 - operations of INT8 graphs
+from torch.export import ExportedProgram
+
+from deepseek_mp.errors import CheckpointError, ConfigError, explain
+from deepseek_mp.programs.inspection import inspect
+from deepseek_mp.records.durable import sync_directory
+
+_KEPT = ("val",)
+"""What nodes keep of their descriptions; others name files and code of the machine that exported."""
+
+
+def write(path: str | Path, program: ExportedProgram, about: Mapping[str, Any]) -> None:
+    """Write the program and the JSON values about it, whole or not at all. The program loses its example inputs.
+
+    Args:
+        path: of the file; an older one there is replaced.
+        program: what `torch.export` made.
+        about: by name of the file in the archive, like 'decisions.json', a value for JSON.
+
+    Raises:
+        ConfigError: the path is a directory or lies in none, or the program holds what no archive can.
+    """
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        what = "a directory" if target.is_dir() else "in a directory that does not exist"
+        raise ConfigError(explain(f"path={str(path)!r}, {what}", "a file that can be written", "Name a .pt2 file"))
+    data = _bytes(program, {name: json.dumps(value, allow_nan=True) for name, value in about.items()})
+    beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+        raise
+    sync_directory(target.parent)
+
+
+def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
+    """The program of a file that `write` wrote, on the CPU, and the JSON value in it under `name`.
+
+    Nothing in the file is executed while it is read: one that asks for it is refused (see `inspection`).
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or none of these.
+    """
+    passed, allowed = f"{str(path)!r}", "a .pt2 file that was saved with this package"
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(explain(f"{passed} ({error.strerror})", allowed, "Name another file")) from error
+    try:
+        with ZipFile(io.BytesIO(data)) as archive:
+            if damaged := archive.testzip():
+                raise BadZipFile(f"{damaged} is damaged")
+            root = archive.namelist()[0].split("/")[0]
+            if f"{root}/extra/{name}" not in archive.namelist():
+                change = "Read programs of another origin with torch.export.load"
+                raise CheckpointError(explain(f"{passed}, without {name}", allowed, change))
+            inspect(archive)
+            about = json.loads(archive.read(f"{root}/extra/{name}"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(io.BytesIO(data)), about
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its readers raise
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        change = "Save it again, or read it with the version of PyTorch that wrote it"
+        raise CheckpointError(explain(f"{passed}, which cannot be read ({why})", allowed, change)) from error
+
+
+def _bytes(program: ExportedProgram, about: dict[str, str]) -> bytes:
+    program._example_inputs = None  # noqa: SLF001 - there is no public way to leave them out
+    program._guards_code = []  # noqa: SLF001 - the same; they are checks of inputs, as code
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta = {key: value for key, value in node.meta.items() if key in _KEPT}
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter, about tensors that are not contiguous
+            torch.export.save(program, buffer, extra_files=dict(about))
+        with ZipFile(buffer) as archive:
+            inspect(archive)
+    except Exception as error:  # whatever a program that has no such form makes its writer raise
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        passed = f"a program that cannot be saved ({why})"
+        change = "Rewrite what it names"
+        raise ConfigError(explain(passed, "known operations and plain tensors", change)) from error
+    return buffer.getvalue()
