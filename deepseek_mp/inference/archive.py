@@ -19,7 +19,7 @@ from deepseek_mp.inference.form import Form
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
 from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
 from deepseek_mp.nn.own_code import with_own_code
-from deepseek_mp.programs import Exported, Signature, exported, read, write
+from deepseek_mp.programs import Exported, Signature, exported, read, widened, write
 from deepseek_mp.programs.signature import inputs, plain
 from deepseek_mp.version import __version__
 
@@ -155,15 +155,20 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         ) from error
 
 
-def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int]) -> Exported:
-    """What a served model computes, from its inputs to its outputs, as one program on its device."""
+def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, widen: bool = False) -> Exported:
+    """What a served model computes, from its inputs to its outputs, as one program on its device; see `save`.
+
+    Args:
+        widen: BF16 in it becomes FP32.
+    """
     given = served.example_inputs if example_inputs is None else example_inputs
     if given is None:
         passed, allowed = "a model to be saved without example inputs", "inputs of the sizes that will be served"
         raise ConfigError(explain(passed, allowed, "Pass example_inputs"))
     args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
     with math_mode(served.device, fp32="ieee", search=True):
-        return exported(_Whole(served), args, kwargs, dynamic=dynamic)
+        made = exported(_Whole(served), args, kwargs, dynamic=dynamic)
+        return exported(widened(made.program), args, kwargs, dynamic=dynamic) if widen else made
 
 
 class _Whole(nn.Module):

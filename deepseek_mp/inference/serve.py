@@ -17,6 +17,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.archive import save
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.onnx_export import export_onnx
 from deepseek_mp.inference.quantised_linear import linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.own_code import with_own_code
@@ -68,6 +69,12 @@ class Served(nn.Module):
     def save(self, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,)) -> None:
         """Write it to a file that `inference.load` reads without the model's code; see `archive.save`."""
         save(self, path, example_inputs, dynamic=dynamic)
+
+    def export_onnx(
+        self, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,), widen: bool = True
+    ) -> None:
+        """Write it to an ONNX file; see `onnx_export.export_onnx`."""
+        export_onnx(self, path, example_inputs, dynamic=dynamic, widen=widen)
 
     def _compiled(self) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -18,7 +16,7 @@ from torch.export import ExportedProgram
 
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
 from deepseek_mp.programs.inspection import inspect
-from deepseek_mp.records.durable import sync_directory
+from deepseek_mp.programs.writing import checked, whole_file
 
 _KEPT = ("val",)
 """What nodes keep of their descriptions; others name files and code of the machine that exported."""
@@ -35,23 +33,10 @@ def write(path: str | Path, program: ExportedProgram, about: Mapping[str, Any]) 
     Raises:
         ConfigError: the path is a directory or lies in none, or the program holds what no archive can.
     """
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        what = "a directory" if target.is_dir() else "in a directory that does not exist"
-        raise ConfigError(explain(f"path={str(path)!r}, {what}", "a file that can be written", "Name a .pt2 file"))
+    target = checked(path)
     data = _bytes(program, {name: json.dumps(value, allow_nan=True) for name, value in about.items()})
-    beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            beside.unlink()
-        raise
-    sync_directory(target.parent)
+    with whole_file(target) as file:
+        file.write(data)
 
 
 def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
