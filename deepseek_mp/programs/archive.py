@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from torch import fx
 from torch.ao.quantization.fx import _decomposed as _registered  # noqa: F401 - operations of INT8 graphs
 from torch.export import ExportedProgram
 
@@ -23,7 +25,7 @@ _KEPT = ("val",)
 
 
 def write(path: str | Path, program: ExportedProgram, about: Mapping[str, Any]) -> None:
-    """Write the program and the JSON values about it, whole or not at all. The program loses its example inputs.
+    """Write the program and the JSON values about it, whole or not at all.
 
     Args:
         path: of the file; an older one there is replaced.
@@ -74,14 +76,9 @@ def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
 
 
 def _bytes(program: ExportedProgram, about: dict[str, str]) -> bytes:
-    program._example_inputs = None  # noqa: SLF001 - there is no public way to leave them out
-    program._guards_code = []  # noqa: SLF001 - the same; they are checks of inputs, as code
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta = {key: value for key, value in node.meta.items() if key in _KEPT}
     buffer = io.BytesIO()
     try:
-        with warnings.catch_warnings():
+        with _bare(program), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter, about tensors that are not contiguous
             torch.export.save(program, buffer, extra_files=dict(about))
         with ZipFile(buffer) as archive:
@@ -89,6 +86,22 @@ def _bytes(program: ExportedProgram, about: dict[str, str]) -> bytes:
     except Exception as error:  # whatever a program that has no such form makes its writer raise
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         passed = f"a program that cannot be saved ({why})"
-        change = "Rewrite what it names"
-        raise ConfigError(explain(passed, "known operations and plain tensors", change)) from error
+        raise ConfigError(explain(passed, "known operations and plain tensors", "Rewrite what it names")) from error
     return buffer.getvalue()
+
+
+@contextmanager
+def _bare(program: ExportedProgram) -> Iterator[None]:
+    """The program without example inputs, checks as code, and descriptions that name the code of this machine."""
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, fx.GraphModule)]
+    metas = [(node, node.meta) for graph in graphs for node in graph.nodes]
+    kept = program._example_inputs, program._guards_code  # noqa: SLF001 - there is no public way to leave them out
+    try:
+        program._example_inputs, program._guards_code = None, []  # noqa: SLF001
+        for node, meta in metas:
+            node.meta = {key: value for key, value in meta.items() if key in _KEPT}
+        yield
+    finally:
+        program._example_inputs, program._guards_code = kept  # noqa: SLF001
+        for node, meta in metas:
+            node.meta = meta

@@ -24,6 +24,8 @@ def test_a_program_and_what_is_said_of_it_come_back(tmp_path):
     x = torch.randn(4, 3)
     assert torch.equal(found.module()(x), kept.module(check_guards=False)(x))
     assert said == about
+    assert kept.example_inputs is not None
+    assert any("stack_trace" in node.meta for node in kept.graph.nodes)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
