@@ -145,7 +145,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         check_formats(program, about["tensors"])
         if place.type != "cpu":
             program = move_to_device_pass(program, place)
-        adapt(program, place)
+        adapt(program, place, about["origin"]["device"])
         return LoadedModel(program, signature, form, place, about)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]

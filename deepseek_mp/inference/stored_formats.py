@@ -17,9 +17,7 @@ from deepseek_mp.ops.weight_only import fastest
 from deepseek_mp.programs.signature import dtype_name
 
 _FP8 = {dtype: kind for kind, dtype in KINDS.items()}
-_LINEAR = torch.ops.deepseek_mp.weight_only_linear.default
-_Q, _SCALE, _IMPLEMENTATION = 1, 2, 4
-"""Places of its arguments."""
+_WEIGHT_ONLY = torch.ops.deepseek_mp.weight_only_linear.default
 
 
 def formats_of(program: ExportedProgram) -> dict[str, dict[str, Any]]:
@@ -37,22 +35,33 @@ def check_formats(program: ExportedProgram, expected: Mapping[str, Any]) -> None
             raise CheckpointError(explain(passed, "the formats that it was saved in", "Save the model again"))
 
 
-def adapt(program: ExportedProgram, device: torch.device) -> None:
-    """Change the program, which is on the device, to the FP8 kind and the implementations that the device has."""
-    kind = _kind_of(device)
-    scales = dict(_scaled(program))
-    for name, tensor in _tensors(program):
-        if tensor.dtype in _FP8 and _FP8[tensor.dtype] != kind:
-            if name not in scales:
-                passed = f"FP8 tensor {name!r} of the kind {_FP8[tensor.dtype]} without scales, on {device}"
-                raise CheckpointError(explain(passed, f"{kind}, or scales to convert with", "Save it in BF16"))
-            q, scale = to_kind(tensor.detach(), program.state_dict[scales[name]].detach(), kind)
-            program.state_dict.update({name: q, scales[name]: scale})
+def adapt(program: ExportedProgram, device: torch.device, saved_on: str) -> None:
+    """Change the program, which is on the device, to the FP8 kind and the implementations that the device has.
+
+    Args:
+        saved_on: the type of the device that its implementations were chosen for.
+    """
+    _convert_fp8(program, _kind_of(device))
     for node in _layers(program):
-        q = program.state_dict[_name_of(program, node.args[_Q])]
-        format = "int8" if q.dtype is torch.int8 else "fp8"
-        best = fastest(device, node.meta["val"].dtype, format, q.shape[1])
-        node.update_arg(_IMPLEMENTATION, best or "reference")
+        place = _place(node, "implementation")
+        if node.target is _WEIGHT_ONLY:
+            q = program.state_dict[_name_of(program, node.args[_place(node, "q")])]
+            format = "int8" if q.dtype is torch.int8 else "fp8"
+            best = fastest(device, node.meta["val"].dtype, format, q.shape[1])
+            node.update_arg(place, best or "reference")
+        elif device.type != saved_on:
+            node.update_arg(place, "reference")
+
+
+def _convert_fp8(program: ExportedProgram, kind: str) -> None:
+    """Weights that are widened before they are multiplied; other products with FP8 take OCP's kind alone."""
+    for node in _layers(program):
+        if node.target is not _WEIGHT_ONLY:
+            continue
+        names = [_name_of(program, node.args[_place(node, name)]) for name in ("q", "scale")]
+        q, scale = (program.state_dict[name].detach() for name in names)
+        if _FP8.get(q.dtype, kind) != kind:
+            program.state_dict.update(zip(names, to_kind(q, scale, kind), strict=True))
 
 
 def _kind_of(device: torch.device) -> str:
@@ -78,13 +87,24 @@ def _tensors(program: ExportedProgram) -> list[tuple[str, Tensor]]:
 
 
 def _layers(program: ExportedProgram) -> list[fx.Node]:
-    return list(program.graph.find_nodes(op="call_function", target=_LINEAR))
+    """Products of this package with a weight in fewer bits, `q`, and its scales."""
+    ours = [node for node in program.graph.nodes if str(node.target).startswith("deepseek_mp.")]
+    return [node for node in ours if {"q", "scale", "implementation"} <= set(_arguments(node))]
+
+
+def _arguments(node: fx.Node) -> list[str]:
+    return [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr] # noqa: SLF001
+
+
+def _place(node: fx.Node, name: str) -> int:
+    return _arguments(node).index(name)
 
 
 def _scaled(program: ExportedProgram) -> Iterator[tuple[str, str]]:
     """Names of tensors that have scales, and of those."""
     for node in _layers(program):
-        yield _name_of(program, node.args[_Q]), _name_of(program, node.args[_SCALE])
+        q, scale = (_name_of(program, node.args[_place(node, name)]) for name in ("q", "scale"))
+        yield q, scale
 
 
 def _name_of(program: ExportedProgram, node: Any) -> str:
