@@ -38,20 +38,20 @@ class Served(nn.Module):
             in 8 bits.
     """
 
+    left_alone: dict[str, str]
+    """Linear layers that a form with weights in 8 bits leaves as they are, by name, with the reason."""
     card: Card | None = None
     """What was measured of it, where `optimize_for_inference` made it."""
     example_inputs: Any = None
     """Those that it was measured with."""
-    left_alone: dict[str, str]
-    """Linear layers that a form with weights in 8 bits leaves as they are, by name, with the reason."""
 
     def __init__(self, model: nn.Module, form: Form, device: torch.device) -> None:
         super().__init__()
         self.form, self.device = form, device
-        self.name = type(model).__name__
         self.model = _formed(copied(model).eval(), form)
+        self.name = type(model).__name__
         self.left_alone = linear_layers(self.model)[1] if form.weights else {}
-        self._call: Any = self._compiled() if form.compiled else self.converted
+        self._call: Any = self._compiled() if form.compiled else self._converted
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
@@ -76,14 +76,17 @@ class Served(nn.Module):
         """Write it to an ONNX file; see `onnx_export.export_onnx`."""
         export_onnx(self, path, example_inputs, dynamic=dynamic, widen=widen)
 
+    def converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs as the form's operations give them: not compiled, and in the modes of the caller."""
+        return map_leaves(self._converted(args, kwargs), self._result)
+
     def _compiled(self) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self.converted(args, kwargs)
+            return self._converted(args, kwargs)
 
         return torch.compile(with_own_code(run))
 
-    def converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What is computed, as it is: not compiled, and in the modes of the caller."""
+    def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_leaves((args, kwargs), self._given)
         return map_leaves(self.model(*args, **kwargs), self._result)
 
