@@ -20,6 +20,7 @@ from deepseek_mp.inference.stored_card import card_from_json, form_from_json
 from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
 from deepseek_mp.nn.own_code import with_own_code
 from deepseek_mp.programs import Exported, Signature, exported, read, widened, write
+from deepseek_mp.programs.onnx_export import check_operations
 from deepseek_mp.programs.signature import inputs, plain
 from deepseek_mp.version import __version__
 
@@ -168,7 +169,10 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
     args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
     with math_mode(served.device, fp32="ieee", search=True):
         made = exported(_Whole(served), args, kwargs, dynamic=dynamic)
-        return exported(widened(made.program), args, kwargs, dynamic=dynamic) if widen else made
+        if not widen:
+            return made
+        check_operations(made.program)
+        return exported(widened(made.program), args, kwargs, dynamic=dynamic)
 
 
 class _Whole(nn.Module):

@@ -75,6 +75,8 @@ def _described(tensor: Tensor, scale: str | None) -> dict[str, Any]:
         format = format_of(tensor.dtype)
     except FormatError:  # whole numbers and others that the vocabulary has no word for
         format = dtype_name(tensor.dtype)
+    if tensor.dtype is torch.uint8 and scale is not None:
+        format = "int4"  # two codes a byte
     about: dict[str, Any] = {"format": format, "shape": list(tensor.shape)}
     if tensor.dtype in _FP8:
         about["kind"] = _FP8[tensor.dtype]

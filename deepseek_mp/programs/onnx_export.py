@@ -24,6 +24,7 @@ LARGEST = 2**31 - 2**20
 """Bytes of tensors in one file; with more, they lie in one beside it."""
 NEEDED = ("onnx", "onnxscript")
 _FP32 = 1
+_WEIGHT_ONLY = torch.ops.deepseek_mp.weight_only_linear.default
 
 
 def export_onnx(path: str | Path, program: ExportedProgram, *, inputs: Sequence[str] | None = None) -> None:
@@ -39,6 +40,7 @@ def export_onnx(path: str | Path, program: ExportedProgram, *, inputs: Sequence[
             that ONNX has no form for.
     """
     require_onnx()
+    check_operations(program)
     target = checked(path)
     made = _translated(program, list(inputs) if inputs else None, _output_names(program))
     size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
@@ -55,6 +57,15 @@ def require_onnx() -> None:
         passed = f"export to ONNX without {' and '.join(missing)}"
         change = "Install them: pip install 'deepseek-mp[onnx]'"
         raise ConfigError(explain(passed, f"the packages {' and '.join(NEEDED)}", change))
+
+
+def check_operations(program: ExportedProgram) -> None:
+    """`ConfigError` for an operation of this package that is not written to ONNX."""
+    for node in program.graph.nodes:
+        if str(node.target).startswith("deepseek_mp.") and node.target is not _WEIGHT_ONLY:
+            passed = f"{str(node.target).rsplit('.', 1)[0]} in a program for ONNX"
+            allowed = "linear layers with weights in int8 or FP8 and activations in 16 bits, and PyTorch's operations"
+            raise ConfigError(explain(passed, allowed, "Serve the model in a form of these"))
 
 
 def widened(program: ExportedProgram) -> fx.GraphModule:
@@ -75,7 +86,7 @@ def widened(program: ExportedProgram) -> fx.GraphModule:
 def _widen(part: fx.GraphModule) -> None:
     for node in part.graph.nodes:
         node.args, node.kwargs = pytree.tree_map(_wide, (node.args, node.kwargs))
-        if node.target is torch.ops.deepseek_mp.weight_only_linear.default:
+        if node.target is _WEIGHT_ONLY:
             node.update_arg(4, "reference")  # the others multiply 16 bits only
     part.recompile()
 
@@ -85,7 +96,7 @@ def _wide(value: Any) -> Any:
 
 
 def _translated(program: ExportedProgram, inputs: list[str] | None, outputs: list[str]) -> Any:
-    table: dict[Any, Any] = {torch.ops.deepseek_mp.weight_only_linear.default: _weight_only_linear}
+    table: dict[Any, Any] = {_WEIGHT_ONLY: _weight_only_linear}
     try:
         with warnings.catch_warnings(), _quiet("torch.onnx"):
             warnings.simplefilter("ignore")  # of the exporter about itself and packages that it does not find

@@ -48,6 +48,12 @@ def test_every_tensor_has_its_format():
     assert formats_of(program_of(served("int8")))["model.1.q"]["format"] == "int8"
 
 
+def test_bytes_with_scales_are_two_codes_of_int4():
+    codes = torch.zeros(2, 3, dtype=torch.uint8)
+    assert module._described(codes, "s") == {"format": "int4", "shape": [2, 3], "scale": "s"}
+    assert module._described(codes, None) == {"format": "uint8", "shape": [2, 3]}
+
+
 def test_fp8_of_the_other_kind_is_converted_with_its_scales(monkeypatch):
     program = program_of(served())
     before = {name: tensor.clone() for name, tensor in program.state_dict.items()}

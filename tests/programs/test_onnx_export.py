@@ -62,6 +62,19 @@ def test_widened_it_is_fp32_the_ties_stay_and_the_program_too():
     torch.testing.assert_close(wide((x,), {"by": by})["logits"], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_an_operation_of_ours_without_a_form_is_refused_by_name(monkeypatch):
+    class Ours(nn.Module):
+        def forward(self, args, kwargs):
+            q, scale = torch.zeros(2, 3, dtype=torch.int8), torch.ones(2)
+            return torch.ops.deepseek_mp.weight_only_linear(args[0], q, scale, None, "reference") * kwargs["by"]
+
+    kept = program(Ours())
+    onnx_export.check_operations(kept)
+    monkeypatch.setattr(onnx_export, "_WEIGHT_ONLY", None)
+    with pytest.raises(ConfigError, match=r"deepseek_mp\.weight_only_linear in a program for ONNX\. Allowed: linear"):
+        onnx_export.check_operations(kept)
+
+
 @needs_onnx
 def test_names_are_those_given_and_those_of_the_outputs(tmp_path):
     import onnxruntime
