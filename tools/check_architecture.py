@@ -37,7 +37,8 @@ REQUIRED = frozenset({"torch", "numpy", "safetensors", "rich", "typer"})
 """The dependencies that are always installed; every other third-party package is optional."""
 
 OPTIONAL_HOMES = (
-    "backends/", "ops/choose.py", "ops/triton/", "optim/", "qat/", "inference/", "integrations/", "cli/", "workloads/",
+    "backends/", "ops/choose.py", "ops/triton/", "optim/", "qat/", "inference/", "programs/", "integrations/", "cli/",
+    "workloads/",
 )  # fmt: skip
 """Where optional packages may be imported; inside a function, so that they stay optional."""
 

@@ -1,5 +1,6 @@
 """Models for serving: which form is fastest within a budget on the outputs, measured, and what it costs."""
 
+from deepseek_mp.inference.archive import LoadedModel, load
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
 from deepseek_mp.inference.fidelity import kl, relative
@@ -14,6 +15,7 @@ __all__ = [
     "Energy",
     "Form",
     "Latency",
+    "LoadedModel",
     "Optimised",
     "QuantisedLinear",
     "Served",
@@ -25,6 +27,7 @@ __all__ = [
     "energy",
     "kl",
     "latencies",
+    "load",
     "optimize_for_inference",
     "relative",
 ]

@@ -97,6 +97,7 @@ def optimize_for_inference(
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
     plan = ServingPlan(form=form, budget=budget, metric=name, trials=tuple(explained))
     card = Card(model=type(model).__name__, device=_name_of(device), batch_size=batch, plan=plan)
+    served[form].card, served[form].example_inputs = card, example_inputs
     return Optimised(served[form], plan, card)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,11 @@ from torch import Tensor, fx, nn
 
 from deepseek_mp.backends import math_mode
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.archive import save
+from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.form import Form
 from deepseek_mp.inference.graphed import Graphed, kept_state
+from deepseek_mp.inference.onnx_export import export_onnx
 from deepseek_mp.inference.quantised_linear import QuantisedLinear, linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.own_code import with_own_code
@@ -46,10 +51,15 @@ class Served(nn.Module):
     _plain: Any
     left_alone: dict[str, str]
     """Linear layers that a kind for all leaves as they are, by name, with the reason."""
+    card: Card | None = None
+    """What was measured of it, where `optimize_for_inference` made it."""
+    example_inputs: Any = None
+    """Those that it was measured with."""
 
     def __init__(self, model: nn.Module, form: Form, device: torch.device, like: Served | None = None) -> None:
         super().__init__()
         self.form, self.device = form, device
+        self.name = type(model).__name__
         self.model = _formed(copied(model).eval(), form) if like is None else like.model
         self.left_alone = linear_layers(self.model, form.linear)[1] if form.linear else {}
         if like is not None and replace(like.form, graphed=form.graphed) == form:
@@ -94,6 +104,20 @@ class Served(nn.Module):
         """Buffers that no call writes to."""
         layers = (module for module in self.model.modules() if isinstance(module, QuantisedLinear))
         return [buffer for layer in layers for buffer in layer.buffers()]
+
+    def save(self, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,)) -> None:
+        """Write it to a file that `inference.load` reads without the model's code; see `archive.save`."""
+        save(self, path, example_inputs, dynamic=dynamic)
+
+    def export_onnx(
+        self, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,), widen: bool = True
+    ) -> None:
+        """Write it to an ONNX file; see `onnx_export.export_onnx`."""
+        export_onnx(self, path, example_inputs, dynamic=dynamic, widen=widen)
+
+    def converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs as the form's operations give them: not compiled, and in the modes of the caller."""
+        return map_leaves(self._converted(args, kwargs), self._result)
 
     def _compiled(self) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -143,10 +143,10 @@ def _check(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         passed = f"a linear layer of {' and '.join(str(list(shape)) for shape in given)}"
         allowed = "x [M, K], q [N, K] contiguous, scale [N] and bias [N]"
         raise ShapeError(explain(passed, allowed, "Flatten what is before the features, and make q contiguous"))
-    kept = [dtype for dtype, _ in FORMATS.values()]
+    kept = [*(dtype for dtype, _ in FORMATS.values()), torch.float8_e4m3fnuz]  # the last from files (`fp8_kinds`)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or q.dtype not in kept:
         passed = f"x in {x.dtype} with weights in {q.dtype}"
-        allowed = "fp32, bf16 or fp16 with int8 or float8_e4m3fn"
+        allowed = "fp32, bf16 or fp16 with int8, float8_e4m3fn or float8_e4m3fnuz"
         raise ConfigError(explain(passed, allowed, "Quantise with quantised_weight"))
     if scale.dtype is not torch.float32:
         raise ConfigError(explain(f"scales in {scale.dtype}", "fp32", "Pass those that quantised_weight gave"))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch._inductor import config as inductor
-from torch.ao.quantization.fx import _decomposed as _registered  # noqa: F401 - the operations of a loaded graph
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import Decision
+from deepseek_mp.programs import export_onnx, read, write
 
 DECISIONS = "decisions.json"
 """The file in an archive that says what each layer computes in."""
@@ -56,20 +55,30 @@ class Int8Model(nn.Module):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write weights in INT8, graph and decisions to one file, by `torch.export.save`."""
-        written = json.dumps([decision.to_json() for decision in self.decisions])
-        torch.export.save(self._program, path, extra_files={DECISIONS: written})
+        """Write weights in INT8, graph and decisions to one file, an archive of `torch.export` that holds no code.
+
+        Raises:
+            ConfigError: the path cannot be written.
+        """
+        write(path, self._program, {DECISIONS: [decision.to_json() for decision in self.decisions]})
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Write what `reference` computes to an ONNX file: weights in int8, QuantizeLinear and DequantizeLinear.
+
+        Runtimes find in it which products to do in INT8. Inputs have the names that they have in the model's forward.
+
+        Raises:
+            ConfigError: onnx or onnxscript is missing, the path cannot be written, or an operation has no form in ONNX.
+        """
+        export_onnx(path, self._program)
 
     @classmethod
     def load(cls, path: str | Path) -> Int8Model:
-        """The model of a file that `save` wrote; needs no torchao.
+        """The model of a file that `save` wrote; needs no torchao, and runs nothing but the operations of the graph.
 
         Raises:
-            ConfigError: the file holds another program.
+            CheckpointError: the file is missing, damaged, holds another program, or asks for code.
+            PlanError: its decisions are none.
         """
-        found = {DECISIONS: ""}
-        program = torch.export.load(path, extra_files=found)
-        if not found[DECISIONS]:
-            change = "Load it with torch.export.load"
-            raise ConfigError(explain(f"{path}, an exported program without decisions", "a file of save", change))
-        return cls(program, tuple(Decision.from_json(each) for each in json.loads(found[DECISIONS])))
+        program, decisions = read(path, DECISIONS)
+        return cls(program, tuple(map(Decision.from_json, decisions)))

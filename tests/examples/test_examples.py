@@ -21,6 +21,13 @@ PROMISES = {
         r"4: bf16 \(shape\)",
         r"6: bf16 \(output_layer\)",
     ],
+    "inference.py": [
+        r"fp32 +0?\.?\d",
+        r"taken: \S+, divergence \d\S* of 0\.001 nats",
+        r"the same bits for 5 images: True",
+        r"inputs: \['args'\]\[0\] float32 \[s\d+, 3, 8, 8\]; s\d+ from 1\n",
+        r"model\.hidden\.q: int8\nmodel\.head\.weight: bf16",
+    ],
     "own_loop.py": [
         r"step 0: loss \d\.\d+, applied, norm \d+\.\d+",
         r"step 20: loss \d\.\d+, applied",
@@ -32,6 +39,11 @@ PROMISES = {
         r"in FP4 layer 2 would raise the loss by \d\.\de-0[34] of it",
         r"loss after training: 0\.\d+",
         r"\n2: (fp32|bf16|row|nvfp4), \S+ of the loss: ",
+    ],
+    "qat.py": [
+        r"loss 0\.\d+",
+        r"0: int8, .+\n4: int8, .+\n6: fp32, .+",
+        r"accuracy in INT8, from the file: (0\.[89]|1\.)",  # one in four would be chance
     ],
     "train.py": [
         r"epoch 4: loss \d\.\d+, accuracy 0\.[3-9]",  # one in eight would be chance

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from deepseek_mp.errors import ConfigError
+from deepseek_mp.errors import CheckpointError, ConfigError
 from deepseek_mp.qat import Int8Model, convert
 
 LOAD = """
@@ -38,8 +39,27 @@ def test_the_file_gives_the_same_bits_in_a_fresh_process_without_torchao(simulat
 def test_a_program_of_another_origin_is_refused(tmp_path):
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.randn(2, 2),))
     torch.export.save(program, tmp_path / "other.pt2")
-    with pytest.raises(ConfigError, match="an exported program without decisions"):
+    with pytest.raises(CheckpointError, match=r"other\.pt2', without decisions\.json"):
         Int8Model.load(tmp_path / "other.pt2")
+
+
+@pytest.mark.skipif(not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs onnx and its runtime")
+def test_an_onnx_file_has_integers_and_gives_the_outputs_of_the_graph(simulated, example, tmp_path):
+    import onnx
+    import onnxruntime
+
+    int8 = convert(simulated)
+    int8.export_onnx(tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("QuantizeLinear") == 4
+    assert kinds.count("DequantizeLinear") == 8  # of four inputs, and four weights
+    stored = {tuple(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    assert {(16, 8), (8, 1, 3, 3), (8, 8, 3, 3), (8, 8, 3)} <= stored
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 3, 8):
+        found = session.run(None, {"x": example[:count].numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), int8.reference(example[:count]), rtol=1e-3, atol=1e-3)
 
 
 def test_training_is_refused(simulated):

@@ -1,0 +1,197 @@
+"""The file of a served model: saved with its form, numbers and formats, and loaded without the model's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from deepseek_mp.backends import capabilities, default_device, math_mode
+from deepseek_mp.errors import CheckpointError, ConfigError, explain
+from deepseek_mp.inference.card import Card
+from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.stored_card import card_from_json, form_from_json
+from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
+from deepseek_mp.nn.own_code import with_own_code
+from deepseek_mp.programs import Exported, Signature, exported, read, widened, write
+from deepseek_mp.programs.onnx_export import check_operations
+from deepseek_mp.programs.signature import inputs, plain
+from deepseek_mp.version import __version__
+
+if TYPE_CHECKING:
+    from deepseek_mp.inference.serve import Served
+
+ABOUT = "served.json"
+"""The file in an archive that says what was served."""
+VERSION = 1
+"""Of what `ABOUT` holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a saved model was made with."""
+
+    model: str
+    """The name of its class."""
+    package: str
+    torch: str
+    device: str
+    """The type of the device it was served on, like 'cpu'."""
+
+
+class LoadedModel(nn.Module):
+    """A served model from a file: is called as the original is, without gradients and without its code.
+
+    Containers in its outputs are plain tuples, lists and dicts. Made by `load`.
+    """
+
+    def __init__(
+        self, program: ExportedProgram, signature: Signature, form: Form, device: torch.device, about: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.form, self.device, self.signature = form, device, signature
+        """`signature` says which inputs it takes."""
+        self.graph = program.module(check_guards=False)
+        self.card: Card | None = None if about["card"] is None else card_from_json(about["card"])
+        """What was measured before it was saved, with the plan and its reasons; None where nothing was."""
+        self.left_alone: dict[str, str] = about["left_alone"]
+        self.formats: dict[str, dict[str, Any]] = formats_of(program)
+        """Of each tensor, by name, as it is on this device."""
+        self.origin = Origin(**about["origin"])
+        fast = form.format in ("tf32", "hf32") and form.format in capabilities(device).matmul_formats
+        self._fp32: Any = form.format if fast else "ieee"
+        self._call: Any = self._compiled() if form.compiled else self.graph
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs; `BatchError` for inputs that the program was not made for."""
+        self.signature.check(args, kwargs)
+        with torch.no_grad(), math_mode(self.device, fp32=self._fp32, search=True):
+            return self._call(*inputs(args, kwargs))
+
+    def train(self, mode: bool = True) -> LoadedModel:
+        """Refused: a graph of inference has no training mode."""
+        if mode:
+            passed = "train() of a model from a file"
+            raise ConfigError(explain(passed, "inference", "Train the original model, and save it again"))
+        return self
+
+    def _compiled(self) -> Any:
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.graph(args, kwargs)
+
+        return torch.compile(with_own_code(run))
+
+
+def save(served: Served, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,)) -> None:
+    """Write a served model to one file, from which `load` makes it again on a machine without the model's code.
+
+    The file is an archive of `torch.export`: a graph of operations, tensors, and JSON about both. On the device it was
+    saved on, the loaded model's outputs are the same bit for bit, in eager mode.
+
+    Args:
+        served: on any device.
+        path: of the file, by custom with the ending .pt2; an older one there is replaced.
+        example_inputs: as `optimize_for_inference` takes them; None: those that it was given.
+        dynamic: dimensions of the inputs that may change later, as far as the model bears it.
+
+    Raises:
+        ConfigError: there are no example inputs, the model cannot be exported, or the path cannot be written.
+    """
+    made = as_program(served, example_inputs, dynamic)
+    program = made.program
+    if served.device.type != "cpu":
+        program = move_to_device_pass(program, "cpu")
+    about = {
+        "version": VERSION,
+        "origin": {
+            "model": served.name,
+            "package": __version__,
+            "torch": torch.__version__,
+            "device": served.device.type,
+        },
+        "form": served.form.to_json(),
+        "card": None if served.card is None else served.card.to_json(),
+        "left_alone": served.left_alone,
+        "tensors": formats_of(program),
+        "signature": made.signature.to_json(),
+    }
+    write(path, program, {ABOUT: about})
+
+
+def load(path: str | Path, device: str | torch.device | None = None) -> LoadedModel:
+    """The model of a file that `save` wrote, on a device; nothing but the operations of its graph is ever run.
+
+    What was in TF32 or HF32 is in FP32 where the device has no such products. FP8 weights of the kind that the device
+    does not have, OCP's or AMD's fnuz, are converted (`ops/fp8_kinds.py`), and products with weights in 8 bits get the
+    implementation that is the device's fastest.
+
+    Args:
+        path: of the file.
+        device: where it is to run; None: the accelerator that PyTorch finds, or the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another version or origin, or asks for code.
+    """
+    place = default_device() if device is None else torch.device(device)
+    program, about = read(path, ABOUT)
+    _check_version(path, about)
+    try:
+        form, signature = form_from_json(about["form"]), Signature.from_json(about["signature"])
+        check_formats(program, about["tensors"])
+        if place.type != "cpu":
+            program = move_to_device_pass(program, place)
+        adapt(program, place, about["origin"]["device"])
+        return LoadedModel(program, signature, form, place, about)
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        allowed = f"what version {__version__} writes"
+        raise CheckpointError(
+            explain(f"{str(path)!r}, whose {ABOUT} is damaged ({why})", allowed, "Save it again")
+        ) from error
+
+
+def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, widen: bool = False) -> Exported:
+    """What a served model computes, from its inputs to its outputs, as one program on its device; see `save`.
+
+    Args:
+        widen: BF16 in it becomes FP32.
+    """
+    given = served.example_inputs if example_inputs is None else example_inputs
+    if given is None:
+        passed, allowed = "a model to be saved without example inputs", "inputs of the sizes that will be served"
+        raise ConfigError(explain(passed, allowed, "Pass example_inputs"))
+    args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
+    with math_mode(served.device, fp32="ieee", search=True):
+        made = exported(_Whole(served), args, kwargs, dynamic=dynamic)
+        if not widen:
+            return made
+        check_operations(made.program)
+        return exported(widened(made.program), args, kwargs, dynamic=dynamic)
+
+
+class _Whole(nn.Module):
+    """The served model with the conversions around it, called with a tuple and a dict."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__()
+        self.model = served.model
+        self._convert = served.converted
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return plain(self._convert(args, kwargs))
+
+
+def _check_version(path: str | Path, about: Any) -> None:
+    found = about.get("version") if isinstance(about, dict) else None
+    if found != VERSION:
+        origin = about.get("origin") if isinstance(about, dict) else None
+        by = f" by deepseek_mp {origin['package']}" if isinstance(origin, dict) and "package" in origin else ""
+        passed = f"{str(path)!r}, saved{by} in version {found!r} of the format"
+        change = "Save the model again with this version, or load it with that one"
+        raise CheckpointError(explain(passed, f"version {VERSION}", change))

@@ -1,0 +1,117 @@
+"""The format of every tensor in a saved model, said in the file, and brought into those that a device has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from deepseek_mp.backends import capabilities
+from deepseek_mp.errors import CheckpointError, FormatError, explain
+from deepseek_mp.ops.dtypes import format_of
+from deepseek_mp.ops.fp8_kinds import KINDS, to_kind
+from deepseek_mp.ops.weight_only import fastest
+from deepseek_mp.programs.signature import dtype_name
+
+_FP8 = {dtype: kind for kind, dtype in KINDS.items()}
+_WEIGHT_ONLY = torch.ops.deepseek_mp.weight_only_linear.default
+
+
+def formats_of(program: ExportedProgram) -> dict[str, dict[str, Any]]:
+    """By name of each tensor: its format, sizes, for FP8 the kind (OCP or fnuz), and the name of its scales, if any."""
+    scales = dict(_scaled(program))
+    return {name: _described(tensor, scales.get(name)) for name, tensor in _tensors(program)}
+
+
+def check_formats(program: ExportedProgram, expected: Mapping[str, Any]) -> None:
+    """`CheckpointError` where the tensors are not in the formats that the file says."""
+    found = formats_of(program)
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            passed = f"tensor {name!r}, {found.get(name)}, said to be {expected.get(name)}"
+            raise CheckpointError(explain(passed, "the formats that it was saved in", "Save the model again"))
+
+
+def adapt(program: ExportedProgram, device: torch.device, saved_on: str) -> None:
+    """Change the program, which is on the device, to the FP8 kind and the implementations that the device has.
+
+    Args:
+        saved_on: the type of the device that its implementations were chosen for.
+    """
+    _convert_fp8(program, _kind_of(device))
+    for node in _layers(program):
+        place = _place(node, "implementation")
+        if node.target is _WEIGHT_ONLY:
+            q = program.state_dict[_name_of(program, node.args[_place(node, "q")])]
+            format = "int8" if q.dtype is torch.int8 else "fp8"
+            best = fastest(device, node.meta["val"].dtype, format, q.shape[1])
+            node.update_arg(place, best or "reference")
+        elif device.type != saved_on:
+            node.update_arg(place, "reference")
+
+
+def _convert_fp8(program: ExportedProgram, kind: str) -> None:
+    """Weights that are widened before they are multiplied; other products with FP8 take OCP's kind alone."""
+    for node in _layers(program):
+        if node.target is not _WEIGHT_ONLY:
+            continue
+        names = [_name_of(program, node.args[_place(node, name)]) for name in ("q", "scale")]
+        q, scale = (program.state_dict[name].detach() for name in names)
+        if _FP8.get(q.dtype, kind) != kind:
+            program.state_dict.update(zip(names, to_kind(q, scale, kind), strict=True))
+
+
+def _kind_of(device: torch.device) -> str:
+    """OCP's, also where there is no FP8 and it is widened, unless the device has the other alone."""
+    has = capabilities(device).matmul_formats
+    return "fnuz" if "fp8_e4m3fnuz" in has and "fp8_e4m3" not in has else "ocp"
+
+
+def _described(tensor: Tensor, scale: str | None) -> dict[str, Any]:
+    try:
+        format = format_of(tensor.dtype)
+    except FormatError:  # whole numbers and others that the vocabulary has no word for
+        format = dtype_name(tensor.dtype)
+    if tensor.dtype is torch.uint8 and scale is not None:
+        format = "int4"  # two codes a byte
+    about: dict[str, Any] = {"format": format, "shape": list(tensor.shape)}
+    if tensor.dtype in _FP8:
+        about["kind"] = _FP8[tensor.dtype]
+    return about if scale is None else {**about, "scale": scale}
+
+
+def _tensors(program: ExportedProgram) -> list[tuple[str, Tensor]]:
+    constants = [(name, value) for name, value in program.constants.items() if isinstance(value, Tensor)]
+    return list({**dict(constants), **program.state_dict}.items())
+
+
+def _layers(program: ExportedProgram) -> list[fx.Node]:
+    """Products of this package with a weight in fewer bits, `q`, and its scales."""
+    ours = [node for node in program.graph.nodes if str(node.target).startswith("deepseek_mp.")]
+    return [node for node in ours if {"q", "scale", "implementation"} <= set(_arguments(node))]
+
+
+def _arguments(node: fx.Node) -> list[str]:
+    return [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr] # noqa: SLF001
+
+
+def _place(node: fx.Node, name: str) -> int:
+    return _arguments(node).index(name)
+
+
+def _scaled(program: ExportedProgram) -> Iterator[tuple[str, str]]:
+    """Names of tensors that have scales, and of those."""
+    for node in _layers(program):
+        q, scale = (_name_of(program, node.args[_place(node, name)]) for name in ("q", "scale"))
+        yield q, scale
+
+
+def _name_of(program: ExportedProgram, node: Any) -> str:
+    """That of the tensor that an input of the graph stands for."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    name: str = names[node.name]
+    return name

@@ -1,0 +1,169 @@
+"""From a module to an exported program and its signature, with sizes left free where the module bears it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils import _pytree as pytree
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.programs.conditions import named
+from deepseek_mp.programs.signature import Leaf, Signature, dtype_name, inputs, leaves_of
+
+JSON_VALUES = (str, int, float, bool, type(None))
+"""Inputs other than tensors; they become part of the graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A program, called with a tuple of positional and a dict of named arguments, and what these have to be."""
+
+    program: ExportedProgram
+    signature: Signature
+
+
+def exported(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, dynamic: Sequence[int] = (0,)
+) -> Exported:
+    """The program of a module whose `forward` takes a tuple and a dict of arguments, traced with these.
+
+    Its outputs for them are compared with the module's, bit for bit.
+
+    Args:
+        dynamic: dimensions, of all tensors whose size there is that of the first tensor, that may change later. Where
+            the module does not bear it, all sizes are fixed, and the signature says why.
+
+    Raises:
+        ConfigError: the module cannot be exported, or computes something else as a graph.
+    """
+    given = inputs(args, kwargs)
+    _check_values(*given)
+    free = [dim for dim in dynamic if _size(given, dim) is not None]
+    made = _free(module, given, free) if free else _traced(module, given, ())
+    with torch.no_grad():
+        if not bits_equal(module(*given), made.program.module(check_guards=False)(*given)):
+            passed = f"a {type(module).__name__} whose exported graph gives other outputs than itself"
+            raise ConfigError(explain(passed, "a forward that does the same at every call", "Leave out what is random"))
+    return made
+
+
+def bits_equal(found: Any, expected: Any) -> bool:
+    """Whether all tensors have the same values, NaNs in the same places, and all else is equal."""
+    try:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    except (AssertionError, TypeError):
+        return False
+    return True
+
+
+def _free(module: nn.Module, given: tuple[Any, Any], free: list[int]) -> Exported:
+    """With free sizes, or fixed ones where that fails."""
+    larger = _resized(given, free, 2, only=1)  # the exporter takes a size of 1 for one that never changes
+    try:
+        made = _traced(module, larger, free)
+        if not made.signature.is_free:
+            raise ConfigError("the model's code needs the size that it was exported with")
+        made = replace(made, signature=_from_one(module, made, given, free))
+        made.signature.check(*given)
+    except ConfigError as error:
+        fixed = _traced(module, given, ())
+        because = f"Its sizes are fixed: {error}"
+        return replace(fixed, signature=replace(fixed.signature, fixed_because=because[:400]))
+    return made
+
+
+def _from_one(module: nn.Module, made: Exported, given: tuple[Any, Any], free: list[int]) -> Signature:
+    """The signature with sizes from 1, if the graph gives what the module gives there."""
+    one, signature = _resized(given, free, 1), made.signature.with_least(1)
+    try:
+        signature.check(*one)
+        with torch.no_grad():
+            same = bits_equal(made.program.module(check_guards=False)(*one), module(*one))
+    except (RuntimeError, ValueError, IndexError):  # a refusal, or operations that do not take a size of 1
+        same = False
+    return signature if same else made.signature
+
+
+def _traced(module: nn.Module, given: tuple[Any, Any], free: Sequence[int]) -> Exported:
+    shapes = pytree.tree_map(lambda leaf: _dims(leaf, given, free), given)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter about itself
+            program = torch.export.export(module, given, dynamic_shapes=shapes, strict=False)
+        return Exported(program=program, signature=_signature(program, given))
+    except Exception as error:  # the exporter raises whatever the model's code makes it raise
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        passed = f"a {type(module).__name__} that torch.export cannot export ({why})"
+        change = "Rewrite what it names, or save the part of the model that can be exported"
+        raise ConfigError(explain(passed, "a forward without decisions by values", change)) from error
+
+
+def _signature(program: ExportedProgram, given: tuple[Any, Any]) -> Signature:
+    """Of the program's own inputs, with what the exporter assumed of their sizes."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    specs = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    leaves = []
+    for (where, value), spec in zip(leaves_of(*given).items(), specs, strict=True):
+        if isinstance(spec, ConstantArgument):
+            leaves.append(Leaf(where=where, value=value))
+        else:
+            shape = tuple(size if isinstance(size, int) else str(size) for size in nodes[spec.name].meta["val"].shape)
+            leaves.append(Leaf(where=where, dtype=dtype_name(value.dtype), shape=shape))
+    names = {size for leaf in leaves for size in leaf.shape if isinstance(size, str)}
+    places = {leaf.where: index for index, leaf in enumerate(leaves)}
+    guards = program._guards_code if names else []  # noqa: SLF001 - nothing public says what was assumed
+    return Signature(
+        leaves=tuple(leaves),
+        ranges={
+            str(symbol): _ends(found) for symbol, found in program.range_constraints.items() if str(symbol) in names
+        },
+        conditions=tuple(dict.fromkeys(named(guard, places) for guard in guards)),
+    )
+
+
+def _ends(found: Any) -> tuple[int, int | None]:
+    return int(found.lower), int(found.upper) if found.upper.is_Integer else None
+
+
+def _dims(leaf: Any, given: tuple[Any, Any], free: Sequence[int]) -> Any:
+    if not isinstance(leaf, Tensor):
+        return None
+    return {dim: Dim.AUTO for dim in free if leaf.dim() > dim and leaf.shape[dim] == _size(given, dim)} or None
+
+
+def _size(given: tuple[Any, Any], dim: int) -> int | None:
+    """That of the first tensor which has the dimension."""
+    return next((leaf.shape[dim] for leaf in _tensors(given) if leaf.dim() > dim), None)
+
+
+def _resized(given: tuple[Any, Any], free: list[int], size: int, *, only: int | None = None) -> tuple[Any, Any]:
+    """The inputs with so many samples in the free dimensions, the first again and again; `only` those with so many."""
+    for dim in free:
+        now = _size(given, dim)
+        if now and (only is None or now == only):
+            given = pytree.tree_map(lambda leaf, dim=dim, now=now: _taken(leaf, dim, now, size), given)
+    return given
+
+
+def _taken(leaf: Any, dim: int, now: int, size: int) -> Any:
+    if not (isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == now):
+        return leaf
+    return leaf.index_select(dim, torch.arange(size, device=leaf.device) % now)
+
+
+def _tensors(given: tuple[Any, Any]) -> Iterator[Tensor]:
+    yield from (leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+
+
+def _check_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for where, leaf in leaves_of(args, kwargs).items():
+        if not isinstance(leaf, Tensor) and type(leaf) not in JSON_VALUES:
+            passed = f"an input {where} of type {type(leaf).__name__}"
+            raise ConfigError(explain(passed, "tensors, numbers, text and None", "Pass it as one of these"))

@@ -1,0 +1,163 @@
+"""What an exported program is called with: the structure, dtypes and sizes of its inputs, checked at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from deepseek_mp.errors import BatchError, explain
+from deepseek_mp.precision.checks import shown
+from deepseek_mp.programs.conditions import holds
+
+Size = int | str
+"""A number, or the name of one that is free, the same wherever the name stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One input: a tensor's dtype and sizes, or a value that the graph has in it."""
+
+    where: str
+    dtype: str | None = None
+    shape: tuple[Size, ...] = ()
+    value: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        if self.dtype is None:
+            return {"where": self.where, "value": self.value}
+        return {"where": self.where, "dtype": self.dtype, "shape": list(self.shape)}
+
+    def __str__(self) -> str:
+        if self.dtype is None:
+            return f"{self.where} = {self.value!r}, which is part of the graph"
+        return f"{self.where} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """The inputs of a program."""
+
+    leaves: tuple[Leaf, ...]
+    ranges: Mapping[str, tuple[int, int | None]]
+    """The least and largest size for each name; None: no largest."""
+    conditions: tuple[str, ...] = ()
+    """What the sizes have to meet beside it (see `conditions`)."""
+    fixed_because: str = ""
+    """Why no size is free, where one was asked for."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it takes inputs of more than one size."""
+        return bool(self.ranges)
+
+    def with_least(self, least: int) -> Self:
+        """The same, with sizes from there where the exporter leaves it open; it says 2 whatever the model does."""
+        ranges = {name: (least if low == 2 else low, high) for name, (low, high) in self.ranges.items()}
+        return replace(self, ranges=ranges)
+
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """`BatchError` for inputs that the program was not made for."""
+        given = leaves_of(args, kwargs)
+        if list(given) != [leaf.where for leaf in self.leaves]:
+            allowed = ", ".join(map(str, self.leaves))
+            raise BatchError(explain(f"inputs {', '.join(given) or 'of no kind'}", allowed, "Pass those"))
+        sizes: dict[str, int] = {}
+        for leaf, value in zip(self.leaves, given.values(), strict=True):
+            if not self._fits(leaf, value, sizes):
+                raise self._refused(f"input {leaf.where}, {described(value)}")
+        found = {f"t{index}_{dim}": size for index, dim, size in _sizes(given)}
+        for condition in self.conditions:
+            if not holds(condition, found):
+                raise self._refused(", ".join(map(described, given.values())) + f", which are not as {condition}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "leaves": [leaf.to_json() for leaf in self.leaves],
+            "ranges": {name: list(pair) for name, pair in self.ranges.items()},
+            "conditions": list(self.conditions),
+            "fixed_because": self.fixed_because,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Signature:
+        """That which `to_json` wrote; `KeyError`, `TypeError` or `ValueError` for anything else."""
+        return cls(
+            leaves=tuple(Leaf(**{**leaf, "shape": tuple(leaf.get("shape", ()))}) for leaf in data["leaves"]),
+            ranges={name: (least, most) for name, (least, most) in data["ranges"].items()},
+            conditions=tuple(data["conditions"]),
+            fixed_because=data["fixed_because"],
+        )
+
+    def __str__(self) -> str:
+        free = [
+            f"{name} from {low}" + ("" if high is None else f" to {high}") for name, (low, high) in self.ranges.items()
+        ]
+        return "; ".join([", ".join(map(str, self.leaves)), *free])
+
+    def _refused(self, passed: str) -> BatchError:
+        change = "Pass inputs of these sizes, or save the model again with others"
+        return BatchError(
+            explain(passed, str(self), f"{change}. {self.fixed_because}" if self.fixed_because else change)
+        )
+
+    def _fits(self, leaf: Leaf, value: Any, sizes: dict[str, int]) -> bool:
+        if leaf.dtype is None:
+            return type(value) is type(leaf.value) and bool(value == leaf.value)
+        if not isinstance(value, Tensor) or dtype_name(value.dtype) != leaf.dtype or value.dim() != len(leaf.shape):
+            return False
+        return all(self._size_fits(size, found, sizes) for size, found in zip(leaf.shape, value.shape, strict=True))
+
+    def _size_fits(self, size: Size, found: int, sizes: dict[str, int]) -> bool:
+        if isinstance(size, int):
+            return size == found
+        least, most = self.ranges[size]
+        return sizes.setdefault(size, found) == found and least <= found and (most is None or found <= most)
+
+
+def inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments as a program takes them: in plain containers, whose names are in the order of the alphabet."""
+    return tuple(_ordered(plain(arg)) for arg in args), _ordered(plain(kwargs))
+
+
+def leaves_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of `inputs` by path, like "['args'][0]"."""
+    given = dict(zip(("args", "kwargs"), inputs(args, kwargs), strict=True))
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(given)[0]}
+
+
+def plain(tree: Any) -> Any:
+    """The structure in tuples, lists and dicts alone, which every machine knows."""
+    if isinstance(tree, Tensor):
+        return tree
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [plain(value) for value in tree]
+    return tuple(plain(value) for value in tree) if isinstance(tree, tuple) else tree
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """PyTorch's name, like 'float32'."""
+    return str(dtype).removeprefix("torch.")
+
+
+def described(value: Any) -> str:
+    """A tensor's dtype and sizes, or the value."""
+    return f"{dtype_name(value.dtype)} {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+
+
+def _sizes(given: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
+    for index, value in enumerate(given.values()):
+        if isinstance(value, Tensor):
+            yield from ((index, dim, size) for dim, size in enumerate(value.shape))
+
+
+def _ordered(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _ordered(tree[key]) for key in sorted(tree, key=str)}
+    return type(tree)(map(_ordered, tree)) if isinstance(tree, list | tuple) else tree

@@ -1,0 +1,38 @@
+"""A file that is whole at its path or not there: checked before, written beside it, moved into its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.records.durable import sync_directory
+
+
+def checked(path: str | Path) -> Path:
+    """The path of a file that can be written; `ConfigError` for a directory, or in one that does not exist."""
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        what = "a directory" if target.is_dir() else "in a directory that does not exist"
+        raise ConfigError(explain(f"path={str(path)!r}, {what}", "a file that can be written", "Name a file"))
+    return target
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `target` once the region ends; an exception leaves that as it is."""
+    beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        with beside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+        raise
+    sync_directory(target.parent)

@@ -1,0 +1,60 @@
+"""Conditions on sizes: those of the exporter, and nothing else that Python could run."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_mp.programs.conditions import holds, named
+
+PLACES = {"['args'][0]": 0, "['kwargs']['mask']": 1}
+
+
+@pytest.mark.parametrize(
+    ("guard", "condition"),
+    [
+        ("L['args'][0].size()[0] > 3", "t0_0 > 3"),
+        ("L['args'][0].size()[1] == L['kwargs']['mask'].size()[0]", "t0_1 == t1_0"),
+    ],
+)
+def test_the_exporter_s_guards_become_conditions_by_name(guard, condition):
+    assert named(guard, PLACES) == condition
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        "L['other'][0].size()[0] > 3",
+        "L['args'][0].stride()[0] == 1",
+        "__import__('os')",
+        "f(3) == 2",
+        "1 < 2 < 3",
+        "3 / 2 == 1",
+    ],
+)
+def test_guards_about_other_things_are_refused(guard):
+    with pytest.raises(ValueError, match="a condition"):
+        named(guard, PLACES)
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("a == 6", True),
+        ("a != 6", False),
+        ("(2*a) == (4*(b // 2))", True),
+        ("(a % b) == 0 and not a < b", False),
+        ("(a % b) == 0 or a > b", False),
+        ("a - b <= (-1) + 1", True),
+        ("a >= b", False),
+        ("a % (b - 7) == 0", True),  # no size is zero
+    ],
+)
+def test_conditions_hold_or_do_not(condition, expected):
+    assert holds(condition, {"a": 6, "b": 7}) is expected
+
+
+def test_a_condition_never_calls():
+    with pytest.raises(ValueError, match="a condition with print"):
+        holds("print(1) == 2", {})
+    with pytest.raises(ValueError, match="a condition with b"):
+        holds("b == 2", {"a": 1})

@@ -1,0 +1,110 @@
+"""ONNX files of programs: names, sizes on the disk, and what has no form there."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.programs import export_onnx, exported, onnx_export, widened
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs onnx and its runtime"
+)
+
+
+class Net(nn.Module):
+    """A tuple and a dict in, nested containers out; in BF16 inside, with a tie."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(3, 3).bfloat16()
+        self.two = nn.Linear(3, 3, bias=False).bfloat16()
+        self.two.weight = self.one.weight
+
+    def forward(self, args, kwargs):
+        x = self.two(self.one(args[0].bfloat16())).float() * kwargs["by"]
+        return {"logits": x, "more": [x.argmax(-1)]}
+
+
+def program(module=None):
+    given = (torch.randn(4, 3),), {"by": torch.ones(4, 1)}
+    return exported(Net() if module is None else module, *given).program
+
+
+def test_without_onnx_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(ConfigError, match=r"ONNX without onnxscript\. .*pip install 'deepseek-mp\[onnx\]'"):
+        export_onnx(tmp_path / "model.onnx", program())
+
+
+def test_importing_the_package_imports_no_onnx():
+    assert "deepseek_mp.programs.onnx_export" in sys.modules
+    assert "onnxscript" not in vars(onnx_export)
+
+
+def test_widened_it_is_fp32_the_ties_stay_and_the_program_too():
+    kept = program()
+    before = {name: tensor.clone() for name, tensor in kept.state_dict.items()}
+    wide = widened(kept)
+    assert {tensor.dtype for tensor in wide.state_dict().values()} == {torch.float32}
+    assert len({tensor.data_ptr() for tensor in wide.state_dict().values()}) == 2
+    assert all(kept.state_dict[name].dtype is torch.bfloat16 for name in before)
+    assert all(torch.equal(kept.state_dict[name], tensor) for name, tensor in before.items())
+    x, by = torch.randn(4, 3), torch.ones(4, 1)
+    state = {name: tensor.float() for name, tensor in before.items()}
+    weight, bias = (next(tensor for name, tensor in state.items() if end in name) for end in ("weight", "bias"))
+    expected = nn.functional.linear(nn.functional.linear(x, weight, bias), weight)
+    torch.testing.assert_close(wide((x,), {"by": by})["logits"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_operation_of_ours_without_a_form_is_refused_by_name(monkeypatch):
+    class Ours(nn.Module):
+        def forward(self, args, kwargs):
+            q, scale = torch.zeros(2, 3, dtype=torch.int8), torch.ones(2)
+            return torch.ops.deepseek_mp.weight_only_linear(args[0], q, scale, None, "reference") * kwargs["by"]
+
+    kept = program(Ours())
+    onnx_export.check_operations(kept)
+    monkeypatch.setattr(onnx_export, "_WEIGHT_ONLY", None)
+    with pytest.raises(ConfigError, match=r"deepseek_mp\.weight_only_linear in a program for ONNX\. Allowed: linear"):
+        onnx_export.check_operations(kept)
+
+
+@needs_onnx
+def test_names_are_those_given_and_those_of_the_outputs(tmp_path):
+    import onnxruntime
+
+    export_onnx(tmp_path / "model.onnx", program(widened(program())), inputs=["x", "by"])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [node.name for node in session.get_inputs()] == ["x", "by"]
+    assert [node.name for node in session.get_outputs()] == ["logits", "more_0"]
+    found = session.run(None, {"x": torch.ones(2, 3).numpy(), "by": torch.ones(2, 1).numpy()})
+    assert found[0].shape == (2, 3)
+
+
+@needs_onnx
+def test_large_tensors_lie_beside_the_file(tmp_path, monkeypatch):
+    import onnx
+
+    monkeypatch.setattr(onnx_export, "LARGEST", 0)
+    export_onnx(tmp_path / "model.onnx", program())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    onnx.checker.check_model(tmp_path / "model.onnx")
+
+
+@needs_onnx
+def test_what_has_no_form_in_onnx_is_refused_by_name_and_leaves_no_file(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, args, kwargs):
+            return torch.linalg.svdvals(args[0]) * kwargs["by"]
+
+    with pytest.raises(ConfigError, match=r"no form in ONNX \(.*linalg"):
+        export_onnx(tmp_path / "model.onnx", program(Odd()))
+    with pytest.raises(ConfigError, match="a directory"):
+        export_onnx(tmp_path, program())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,74 @@
+"""What a program may be called with, and what is said of everything else."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+
+from deepseek_mp.errors import BatchError
+from deepseek_mp.programs.signature import Leaf, Signature, inputs, plain
+
+SIGNATURE = Signature(
+    leaves=(
+        Leaf(where="['args'][0]", dtype="float32", shape=("s0", 3)),
+        Leaf(where="['kwargs']['mask']", dtype="bool", shape=("s0",)),
+        Leaf(where="['kwargs']['steps']", value=2),
+    ),
+    ranges={"s0": (2, 8)},
+    conditions=("t0_0 % 2 == 0",),
+)
+
+
+def call(count=4, *, masks=None, width=3, dtype=torch.float32, steps=2):
+    args = (torch.zeros(count, width, dtype=dtype),)
+    return args, {"steps": steps, "mask": torch.ones(count if masks is None else masks, dtype=torch.bool)}
+
+
+def test_it_takes_what_fits():
+    for count in (2, 4, 8):
+        SIGNATURE.check(*call(count))
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (call(10), r"input \['args'\]\[0\], float32 \[10, 3\]\. Allowed: .*float32 \[s0, 3\].* s0 from 2 to 8"),
+        (call(4, width=2), r"float32 \[4, 2\]\. Allowed"),
+        (call(4, masks=2), r"input \['kwargs'\]\['mask'\], bool \[2\]"),
+        (call(dtype=torch.float64), r"float64 \[4, 3\]"),
+        (call(3), "which are not as t0_0 % 2 == 0"),
+        (call(steps=3), r"input \['kwargs'\]\['steps'\], 3\. Allowed: .*= 2, which is part of the graph"),
+        (call(steps=2.0), r"\['steps'\], 2\.0"),
+        (((), {}), "inputs of no kind"),
+        (((torch.zeros(4, 3),), {}), r"inputs \['args'\]\[0\]\. Allowed"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_is_allowed(given, match):
+    with pytest.raises(BatchError, match=match):
+        SIGNATURE.check(*given)
+
+
+def test_a_fixed_size_says_why():
+    fixed = Signature(
+        leaves=(Leaf(where="['args'][0]", dtype="float32", shape=(4,)),), ranges={}, fixed_because="It asks."
+    )
+    assert not fixed.is_free
+    with pytest.raises(BatchError, match=r"others\. It asks\.$"):
+        fixed.check((torch.zeros(3),), {})
+
+
+def test_json_holds_all_of_it():
+    assert Signature.from_json(SIGNATURE.to_json()) == SIGNATURE
+    assert SIGNATURE.with_least(1).ranges == {"s0": (1, 8)}
+
+
+def test_containers_become_plain_and_named_ones_are_in_order():
+    pair = namedtuple("pair", "x y")
+    assert plain([pair(1, {"b": 2, "a": 3})]) == [(1, {"b": 2, "a": 3})]
+    assert type(plain(pair(1, 2))) is tuple
+    args, kwargs = inputs(({"b": 1, "a": 2},), {"z": 1, "y": [{"d": 1, "c": 2}]})
+    assert list(args[0]) == ["a", "b"]
+    assert list(kwargs) == ["y", "z"]
+    assert list(kwargs["y"][0]) == ["c", "d"]

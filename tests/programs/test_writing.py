@@ -1,0 +1,36 @@
+"""A file takes its place whole, and an exception leaves what was there."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.programs.writing import checked, whole_file
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_is_there_once_the_region_ends(tmp_path):
+    with whole_file(tmp_path / "a") as file:
+        file.write(b"new")
+        assert names(tmp_path) != ["a"]
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_exception_leaves_the_older_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(TypeError, match="bytes-like"), whole_file(tmp_path / "a") as file:
+        file.writelines([b"new", "no bytes"])
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_cannot_be_a_file_is_refused(tmp_path):
+    assert checked(tmp_path / "a") == tmp_path / "a"
+    with pytest.raises(ConfigError, match=r", a directory\. Allowed: a file"):
+        checked(tmp_path)
+    with pytest.raises(ConfigError, match="in a directory that does not exist"):
+        checked(str(tmp_path / "no" / "a"))
