@@ -45,7 +45,7 @@ def test_every_tensor_has_its_format():
     assert found["model.0.scale"] == {"format": "fp32", "shape": [256]}
     assert found["model.0.bias"] == {"format": "bf16", "shape": [256]}
     assert found["model.2.num_batches_tracked"] == {"format": "int64", "shape": []}
-    assert formats_of(program_of(served("int8")))["model.1.q"]["format"] == "int8"
+    assert formats_of(program_of(served("int8_weights")))["model.1.q"]["format"] == "int8"
 
 
 def test_bytes_with_scales_are_two_codes_of_int4():
@@ -93,7 +93,7 @@ def test_ocp_s_kind_stays_wherever_fnuz_is_not_the_only_one(monkeypatch, formats
 
 
 def test_the_implementation_is_the_device_s_own(monkeypatch):
-    program = program_of(served("int8"))
+    program = program_of(served("int8_weights"))
     monkeypatch.setattr(module, "fastest", lambda device, dtype, format, width: f"{device}-{dtype}-{format}-{width}")
     adapt(program, CPU, "cpu")
     layers = program.graph.find_nodes(op="call_function", target=torch.ops.deepseek_mp.weight_only_linear.default)
@@ -102,7 +102,7 @@ def test_the_implementation_is_the_device_s_own(monkeypatch):
 
 def test_products_of_other_kinds_run_by_their_reference_elsewhere(monkeypatch):
     """Here one that looks like another op, since the table of implementations names one alone."""
-    program = program_of(served("int8"))
+    program = program_of(served("int8_weights"))
     layers = program.graph.find_nodes(op="call_function", target=torch.ops.deepseek_mp.weight_only_linear.default)
     monkeypatch.setattr(module, "_WEIGHT_ONLY", None)
     adapt(program, CPU, "cpu")
