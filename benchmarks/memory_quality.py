@@ -1,6 +1,6 @@
 """What trainings come to under the arms of the memory benchmark: loss curves, and mAP or accuracy on unseen images.
 
-`memory.py --quality` runs it. The detector trains on scenes, ResNet-50 tells the shape of the one object of a scene.
+`memory.py --quality` runs it. The detector trains on scenes, ResNet-50 tells the direction of gratings.
 Arms of one seed train from the same weights on the same batches. How far an arm may be from fp32 is told by the
 nudged arms, which differ from their own by the last bits of the first weights only, and by the seeds.
 """
@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +30,8 @@ from deepseek_mp.workloads.data import Pair
 from deepseek_mp.workloads.detection_loss import detection_loss
 from deepseek_mp.workloads.detections import detect, mean_average_precision
 from deepseek_mp.workloads.detector import TINY_DETECTOR, Detector, DetectorConfig
-from deepseek_mp.workloads.scenes import CLASSES, TINY_SCENES, SceneConfig, Scenes
+from deepseek_mp.workloads.gratings import CLASSES, Gratings
+from deepseek_mp.workloads.scenes import TINY_SCENES, SceneConfig, Scenes
 
 ARMS = ("fp32", "fp32-nudged", "bf16", "bf16-nudged", *OURS)
 WINDOW = 25
@@ -48,13 +49,11 @@ class Task:
     model: Callable[[], nn.Module]
     optimizer: Callable[[Any], Optimizer]
     loss_fn: Callable[[Any, Any], Tensor]
-    scenes: SceneConfig
-    batch_size: int
+    data: Callable[..., Iterable[Pair]]
+    """Batches on a `device`, `count` of them from a `seed`."""
     steps: int
     judged_on: int
     """Batches of unseen images."""
-    target: Callable[[Tensor], Tensor]
-    """From the scenes' boxes to what the loss is computed with."""
     judge: Callable[[list[Any], list[Tensor]], float]
     """From outputs and targets of all batches to a number, larger is better."""
     least: float
@@ -64,33 +63,30 @@ class Task:
 def detector_task(*, small: bool) -> Task:
     """The detector on scenes of 320 x 320, judged by mAP at an overlap of 0.5."""
     config = TINY_DETECTOR if small else DetectorConfig()
+    scenes = TINY_SCENES if small else SceneConfig(side=320, objects=8, smallest=0.07)
     return Task(
         model=lambda: Detector(config),
         optimizer=lambda parameters: _with_rate(adamw(parameters), 3e-3 if small else 1e-3),
         loss_fn=detection_loss,
-        scenes=TINY_SCENES if small else SceneConfig(side=320, objects=8, smallest=0.07),
-        batch_size=4 if small else 32,
+        data=partial(Scenes, scenes, batch_size=4 if small else 32),
         steps=10 if small else 1000,
         judged_on=1 if small else 16,
-        target=lambda boxes: boxes,
         judge=_mean_average_precision,
         least=0.0 if small else 0.5,
     )
 
 
 def resnet_task(*, small: bool) -> Task:
-    """ResNet-50 on scenes of one object of 128 x 128, judged by the accuracy of its shape."""
+    """ResNet-50 on gratings of 128 x 128, judged by the accuracy of their classes."""
     import torchvision
 
     return Task(
-        model=lambda: torchvision.models.resnet50(num_classes=len(CLASSES)),
+        model=lambda: torchvision.models.resnet50(num_classes=CLASSES),
         optimizer=lambda parameters: _with_rate(sgd_fused(parameters), 0.05),
         loss_fn=cross_entropy,
-        scenes=SceneConfig(side=64 if small else 128, objects=1, smallest=0.12, largest=0.4),
-        batch_size=4 if small else 128,
+        data=partial(Gratings, side=64 if small else 128, batch_size=4 if small else 128),
         steps=4 if small else 500,
         judged_on=1 if small else 16,
-        target=lambda boxes: boxes[:, 0, 0].long(),
         judge=_accuracy,
         least=0.0 if small else 0.5,
     )
@@ -120,8 +116,7 @@ def train(task: Task, arm: Arm, seed: int, steps: int, device: torch.device) -> 
     """One training from its first weights; losses and the judgement of unseen images."""
 
     def batches(of: int, count: int) -> Iterator[Pair]:
-        data = Scenes(task.scenes, batch_size=task.batch_size, count=count, seed=of, device=device)
-        return ((images, task.target(boxes)) for images, boxes in data)
+        return iter(task.data(count=count, seed=of, device=device))
 
     def rate(number: int) -> float:
         return min(1.0, (number + 1) / (WARM_UP * steps), (steps - number) / (0.2 * steps))
