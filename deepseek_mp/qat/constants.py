@@ -49,8 +49,9 @@ def _value(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
 
 
 def _drop_unread(module: fx.GraphModule) -> None:
-    read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        if name not in read:
-            place, _, last = name.rpartition(".")
-            delattr(module.get_submodule(place), last)
+    module.delete_all_unused_submodules()
+    read = {id(attrgetter(str(node.target))(module)) for node in module.graph.find_nodes(op="get_attr")}
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if id(tensor) not in read:
+                delattr(part, name)

@@ -49,7 +49,7 @@ def prepare(model: nn.Module, example_inputs: Any, *, keep: Collection[str] = ()
     decisions = layer_decisions(model, prepared, keep)
     if not any(decision.new == "int8" for decision in decisions):
         raise _nothing(decisions)
-    simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic)
+    simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic, type(model).__name__)
     simulated.train(model.training)
     with simulated.observing():
         simulated(*args, **kwargs)

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, explain, suggest
+from deepseek_mp.inference.fidelity import Metric
 from deepseek_mp.precision import Decision
 from deepseek_mp.qat import Int8Model, SimulatedModel, calibrate, convert, prepare
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+from deepseek_mp.trainer.qat_comparison import GAIN, Compared, compare
 from deepseek_mp.trainer.result import StepResult
 from deepseek_mp.trainer.setup import check_arguments
 
@@ -95,6 +97,36 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
         self.settle()
         with nullcontext() if self.ema is None else self.ema.applied():
             return convert(self.model)
+
+    def compare(
+        self,
+        inputs: Any,
+        *,
+        budget: float = 0.1,
+        metric: str | Metric = "relative",
+        gain: float = GAIN,
+        seconds: float = 1.0,
+    ) -> Compared:
+        """The model in INT8, or in FP32 or BF16 where INT8 is not worth it: all are timed in turn on the inputs.
+
+        Example:
+            model, plan, card = trainer.compare(images)
+            print(card)  # each form with its time, its error, and why it was taken or not
+
+        Args:
+            inputs: a tensor, a tuple of positional or a mapping of keyword arguments, of the sizes that are served.
+            budget: the largest metric allowed, to the same weights in FP32 without rounding.
+            metric: 'relative' (norm of the difference), 'kl' (nats, of logits), or a function of outputs and reference.
+            gain: how many times as fast as the best of FP32 and BF16 INT8 must be to be taken.
+            seconds: of timing for each.
+
+        Raises:
+            ConfigError: an argument that is not allowed, or PyTorch has no oneDNN here.
+            BatchError: inputs for which the FP32 outputs are not finite.
+        """
+        self.settle()
+        with nullcontext() if self.ema is None else self.ema.applied():
+            return compare(self.model, inputs, budget=budget, metric=metric, gain=gain, seconds=seconds)
 
 
 def _check(precision: object, simulate_fp32: object, freeze_norms_at: object, options: dict[str, Any]) -> None:
