@@ -34,7 +34,7 @@ from torch._inductor import config as inductor
 from deepseek_mp import MixedPrecisionTrainer, QuantizationAwareTrainer
 from deepseek_mp.inference import latencies, relative
 from deepseek_mp.nn import revert
-from deepseek_mp.qat import FloatingModel
+from deepseek_mp.qat import FloatingModel, Int8Model, SimulatedModel
 from deepseek_mp.workloads.data import Data, digits, library_windows
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
 from deepseek_mp.workloads.resnet import class_loss, small_resnet
@@ -98,7 +98,7 @@ def disparate(model: nn.Module) -> None:
 CASES = {
     "mlp": Case(build=mlp, data=lambda seed: digits(seed=seed), loss_fn=class_loss, lr=1e-3, epochs=15, tuning=4),
     "mlp-disparate": Case(
-        build=mlp, data=lambda seed: digits(seed=seed), loss_fn=class_loss, lr=1e-3, epochs=15, tuning=4,
+        build=mlp, data=lambda seed: digits(seed=seed), loss_fn=class_loss, lr=1e-3, epochs=15, tuning=10,
         change=disparate,
     ),
     "resnet": Case(
@@ -157,6 +157,12 @@ def seen(data: Data) -> list[Tensor]:
     return [data.train.batch(0, index)[0] for index in range(min(CALIBRATION, len(data.train)))]
 
 
+def int8_of(trainer: QuantizationAwareTrainer) -> Int8Model:
+    made = trainer.convert()
+    assert isinstance(made, Int8Model)
+    return made
+
+
 def points(call: Callable[[Tensor], Tensor], data: Data) -> float:
     """Percent of the validation's answers that are right."""
     right = count = 0
@@ -178,8 +184,8 @@ def accuracies(case: Case, seed: int, small: bool) -> dict[str, float]:
     return {
         "fp32": points(model, data),
         "torchao": points(torchao_int8(model, batches), data),
-        "int8 calibrated": points(our_trainer(case, model, batches).convert().reference, data),
-        "int8 trained": points(ours.convert().reference, data),
+        "int8 calibrated": points(int8_of(our_trainer(case, model, batches)).reference, data),
+        "int8 trained": points(int8_of(ours).reference, data),
     }
 
 
@@ -190,8 +196,9 @@ def without_gradients(model: nn.Module, x: Tensor) -> Any:
 
 def compiled(call: Any) -> Callable[[Tensor], Any]:
     """By torch.compile, with frozen weights."""
-    torch.compiler.reset()
-    made = torch.compile(call, dynamic=False)
+    made: Any = torch.compile(call, dynamic=False)
+    reset: Any = torch.compiler.reset
+    reset()
 
     def run(x: Tensor) -> Any:
         with torch.no_grad(), inductor.patch(freezing=True):
@@ -207,14 +214,16 @@ def times(case: Case, args: Any) -> dict[str, Any]:
     case.change(model)
     batches = seen(data)
     trainer = our_trainer(case, model, batches)
+    simulated = trainer.model
+    assert isinstance(simulated, SimulatedModel)
     narrow = compiled(deepcopy(model).bfloat16())
     arms: dict[str, Callable[[Tensor], Any]] = {
         "fp32 eager": partial(without_gradients, model),
         "fp32": compiled(deepcopy(model)),
         "bf16": lambda x: narrow(x.bfloat16() if x.is_floating_point() else x),
-        "bf16 graph": FloatingModel(trainer.model, torch.bfloat16),
+        "bf16 graph": FloatingModel(simulated, torch.bfloat16),
         "torchao": compiled(torchao_int8(model, batches)),
-        "int8": trainer.convert(),
+        "int8": int8_of(trainer),
     }
     exact = model(batches[0]).detach()
     found: dict[str, Any] = {}

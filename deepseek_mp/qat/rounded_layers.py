@@ -1,0 +1,79 @@
+"""Linear layers and embeddings whose weights are rounded in every forward, for formats that keep weights only.
+
+They have the parameters of the layers that they replace, under the same names, so that a checkpoint of the model loads
+into the plain one. They run on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepseek_mp.ops.weight_only import rounded_by, scales_of
+from deepseek_mp.qat.straight_through import first_steps, learned_step, positive, straight_through
+
+
+class RoundedLayer(nn.Module):
+    """What both kinds share: the format of the weight, and the steps where they are learned."""
+
+    weight: Tensor
+    format: str
+    step: nn.Parameter | None
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """q [N, K] and scale [N], what a deployed layer stores of the weight."""
+        wide = self.weight.detach().float()
+        scale = scales_of(wide, self.format) if self.step is None else positive(self.step)
+        return rounded_by(wide, scale, self.format), scale
+
+    def _rounded(self, rows: Tensor, of_rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows of the weight, rounded; `of_rows` gives what belongs to them of something by row."""
+        if self.step is None:
+            return straight_through(rows, self.format)
+        return learned_step(rows, of_rows(self.step), self.format)
+
+
+class RoundedLinear(RoundedLayer, nn.Linear):
+    """`nn.Linear` with its weight rounded by output channel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] to [..., N]."""
+        return F.linear(input, self._rounded(self.weight, lambda step: step), self.bias)
+
+
+class RoundedEmbedding(RoundedLayer, nn.Embedding):
+    """`nn.Embedding` with its table rounded by row, as far as rows are looked up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...] to [..., D]."""
+        rows = nn.Embedding.forward(self, input).flatten(0, -2)
+        rounded = self._rounded(rows, lambda step: step[input.flatten()])
+        return rounded.view(*input.shape, self.embedding_dim)
+
+
+def rounded(layer: nn.Linear | nn.Embedding, format: str, *, learn_step: bool) -> RoundedLayer:
+    """A layer with the same parameters that rounds its weight.
+
+    Args:
+        layer: with its weight in FP32; of an embedding, `max_norm` None.
+        format: 'int8' or 'fp8'.
+        learn_step: give it steps of its own to learn, the parameter `step`; for integers.
+    """
+    made: RoundedLinear | RoundedEmbedding
+    if isinstance(layer, nn.Linear):
+        made = RoundedLinear(layer.in_features, layer.out_features, bias=False, device="meta")
+        made.bias = layer.bias
+    else:
+        made = RoundedEmbedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
+        made.scale_grad_by_freq, made.sparse = layer.scale_grad_by_freq, layer.sparse
+    made.weight, made.format = layer.weight, format
+    made.register_parameter("step", nn.Parameter(first_steps(layer.weight, format)) if learn_step else None)
+    made.train(layer.training)
+    return made
+
+
+def rounded_layers(model: nn.Module) -> dict[str, RoundedLayer]:
+    """Those of the model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoundedLayer)}
