@@ -6,33 +6,38 @@ into the plain one. They run on any device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepseek_mp.ops.weight_only import rounded_by, scales_of
-from deepseek_mp.qat.straight_through import first_steps, learned_step, positive, straight_through
+from deepseek_mp.qat.straight_through import learned_step, straight_through
 
 
 class RoundedLayer(nn.Module):
-    """What both kinds share: the format of the weight, and the steps where they are learned."""
+    """What both kinds share: the format of the weight, and its steps where they are learned.
+
+    A learned step is that of the largest magnitude times exp(log_step): so any optimizer moves it by shares of itself,
+    it begins without clipping, and weight decay takes it back there.
+    """
 
     weight: Tensor
     format: str
-    step: nn.Parameter | None
+    log_step: nn.Parameter | None
 
+    @torch.no_grad()
     def kept(self) -> tuple[Tensor, Tensor]:
         """q [N, K] and scale [N], what a deployed layer stores of the weight."""
-        wide = self.weight.detach().float()
-        scale = scales_of(wide, self.format) if self.step is None else positive(self.step)
+        wide = self.weight.float()
+        scale = scales_of(wide, self.format)
+        scale = scale if self.log_step is None else scale * self.log_step.exp()
         return rounded_by(wide, scale, self.format), scale
 
-    def _rounded(self, rows: Tensor, of_rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """Rows of the weight, rounded; `of_rows` gives what belongs to them of something by row."""
-        if self.step is None:
+    def _rounded(self, rows: Tensor, log_step: Tensor | None) -> Tensor:
+        """Rows of the weight, rounded, with the logarithms that belong to them."""
+        if log_step is None:
             return straight_through(rows, self.format)
-        return learned_step(rows, of_rows(self.step), self.format)
+        return learned_step(rows, scales_of(rows.detach(), self.format) * log_step.exp(), self.format)
 
 
 class RoundedLinear(RoundedLayer, nn.Linear):
@@ -40,7 +45,7 @@ class RoundedLinear(RoundedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
-        return F.linear(input, self._rounded(self.weight, lambda step: step), self.bias)
+        return F.linear(input, self._rounded(self.weight, self.log_step), self.bias)
 
 
 class RoundedEmbedding(RoundedLayer, nn.Embedding):
@@ -49,7 +54,7 @@ class RoundedEmbedding(RoundedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """[...] to [..., D]."""
         rows = nn.Embedding.forward(self, input).flatten(0, -2)
-        rounded = self._rounded(rows, lambda step: step[input.flatten()])
+        rounded = self._rounded(rows, None if self.log_step is None else self.log_step[input.flatten()])
         return rounded.view(*input.shape, self.embedding_dim)
 
 
@@ -59,7 +64,7 @@ def rounded(layer: nn.Linear | nn.Embedding, format: str, *, learn_step: bool) -
     Args:
         layer: with its weight in FP32; of an embedding, `max_norm` None.
         format: 'int8' or 'fp8'.
-        learn_step: give it steps of its own to learn, the parameter `step`; for integers.
+        learn_step: give it steps of its own to learn, the parameter `log_step`; for integers.
     """
     made: RoundedLinear | RoundedEmbedding
     if isinstance(layer, nn.Linear):
@@ -69,7 +74,7 @@ def rounded(layer: nn.Linear | nn.Embedding, format: str, *, learn_step: bool) -
         made = RoundedEmbedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
         made.scale_grad_by_freq, made.sparse = layer.scale_grad_by_freq, layer.sparse
     made.weight, made.format = layer.weight, format
-    made.register_parameter("step", nn.Parameter(first_steps(layer.weight, format)) if learn_step else None)
+    made.register_parameter("log_step", nn.Parameter(layer.weight.new_zeros(len(layer.weight))) if learn_step else None)
     made.train(layer.training)
     return made
 

@@ -62,6 +62,12 @@ class SimulatedModel(nn.Module):
         """The modules that fake quantisation is done by."""
         return [module for module in self.modules() if hasattr(module, "activation_post_process")]
 
+    def learn_steps(self) -> None:
+        """Let the steps of all ranges be learned, beginning with those observed so far."""
+        quantisers: list[Any] = self.quantisers()
+        for quantiser in quantisers:
+            quantiser.learn_step()
+
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Inside, the model runs as in evaluation and unrounded, and its ranges are observed; its mode comes back."""

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from deepseek_mp.ops.weight_only import FORMATS, rounded_by, scales_of
 
-LEAST_STEP = torch.finfo(torch.float32).tiny
-"""Where an optimizer drives a step below zero."""
-
 
 def straight_through(rows: Tensor, format: str) -> Tensor:
     """The rows rounded, with scales from their largest magnitudes; the gradient passes as it is: nothing is clipped."""
@@ -32,22 +29,11 @@ def learned_step(rows: Tensor, step: Tensor, format: str) -> Tensor:
 
     Args:
         rows: [N, K] in fp32.
-        step: [N] in fp32.
+        step: [N] in fp32, positive.
         format: 'int8', with Q = 127.
     """
     rounded: Tensor = _LearnedStep.apply(rows, step, format)  # type: ignore[no-untyped-call]
     return rounded
-
-
-def first_steps(rows: Tensor, format: str) -> Tensor:
-    """The steps [N] that learning begins with: 2 * mean|row| / sqrt(Q), as in the paper; 1 for a row of zeros."""
-    step = 2 * rows.detach().float().abs().mean(1) / FORMATS[format][1] ** 0.5
-    return torch.where(step > 0, step, torch.ones_like(step))
-
-
-def positive(step: Tensor) -> Tensor:
-    """The steps that are used."""
-    return step.detach().clamp_min(LEAST_STEP)
 
 
 class _Rounded(torch.autograd.Function):
@@ -65,10 +51,9 @@ class _Rounded(torch.autograd.Function):
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, step: Tensor, format: str) -> Tensor:
-        used = positive(step)
-        ctx.save_for_backward(rows, used)
+        ctx.save_for_backward(rows, step)
         ctx.format = format
-        rounded = rounded_by(rows, used, format).float() * used[:, None]
+        rounded = rounded_by(rows, step, format).float() * step[:, None]
         return torch.where(torch.isfinite(rows), rounded, rows)  # integers would hide a NaN from the check of the step
 
     @staticmethod

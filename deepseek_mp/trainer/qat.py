@@ -22,6 +22,7 @@ from deepseek_mp.trainer.result import StepResult
 from deepseek_mp.trainer.setup import check_arguments
 
 PRECISIONS = ("int8", *WEIGHTS)
+INTEGERS = ("int8", "int8_weights")
 REFUSED = (
     "precision_mode", "pin", "adapt", "emulate", "kernels", "compile", "fused_loss", "activations",
     "activation_memory_budget", "memory",
@@ -51,7 +52,7 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
             alone.
         keep: names of modules that stay in FP32 with all that is in them; or a profiler's report or plan, or the `Path`
             of a plan: then the layers that it raises to FP32.
-        learned_step_size: for 'int8_weights': the steps of the weights are parameters too (LSQ), named `step`.
+        learned_step_size: the steps of integers are learned too (LSQ), by parameters named `log_step`.
         freeze_norms_at: for 'int8': share of the planned steps after which BatchNorms keep their statistics; None:
             never.
         options: of `MixedPrecisionTrainer`, but for those in `REFUSED`. The optimizer is a function of the parameters,
@@ -87,6 +88,8 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
             copy = simulated = prepare(model, example_inputs, keep=plan)
             if calibration is not None:
                 calibrate(simulated, calibration)
+            if learned_step_size:
+                simulated.learn_steps()
             self.decisions, options = simulated.decisions, {"device": "cpu"} | options
         else:
             copy, self.decisions = with_rounded_weights(model, precision, keep=plan, learn_step=learned_step_size)
@@ -177,9 +180,9 @@ def _check_fit(
     if not isinstance(learned_step_size, bool):
         passed = f"learned_step_size={learned_step_size!r}"
         raise ConfigError(explain(passed, "True or False", "Change learned_step_size"))
-    if learned_step_size and precision != "int8_weights":
-        passed = f"learned_step_size with precision={precision!r}"
-        raise ConfigError(explain(passed, "it with 'int8_weights'", "Leave it out, or change the precision"))
+    if learned_step_size and precision not in INTEGERS:
+        passed, allowed = f"learned_step_size with precision={precision!r}", ", ".join(map(repr, INTEGERS))
+        raise ConfigError(explain(passed, f"it with {allowed}", "Leave it out, or change the precision"))
     if precision != "int8" and (example_inputs is not None or calibration is not None):
         passed = f"example_inputs or calibration with precision={precision!r}"
         raise ConfigError(explain(passed, "none: no activation is rounded", "Leave them out"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_mp.ops.weight_only import quantised_weight, rounded_by
-from deepseek_mp.qat.straight_through import first_steps, learned_step, straight_through
+from deepseek_mp.qat.straight_through import learned_step, straight_through
 
 Q = 127
 
@@ -75,16 +75,3 @@ def test_the_gradient_of_a_step_is_the_slope_of_the_straightened_rounding():
     learned = step.float().requires_grad_()
     learned_step(weight.float(), learned, "int8").sum().backward()
     torch.testing.assert_close(learned.grad.double() * math.sqrt(40 * Q), slope, rtol=1e-3, atol=1e-3)
-
-
-def test_learning_begins_at_the_steps_of_the_paper():
-    weight = rows()
-    found = first_steps(weight, "int8")
-    torch.testing.assert_close(found[0], 2 * weight[0].abs().mean() / math.sqrt(Q))
-    assert found[2] == 1
-
-
-def test_a_step_below_zero_is_used_as_the_least_one():
-    found = learned_step(rows().detach(), torch.full((6,), -0.1), "int8")
-    assert found.isfinite().all()
-    assert float(found.abs().max()) < 1e-30

@@ -84,6 +84,18 @@ def test_resumed_it_is_bit_for_bit_the_run_without_a_break(tmp_path):
     assert same_models(whole, second)
 
 
+@pytest.mark.parametrize("simulate_fp32", [True, False])
+def test_learned_steps_move_and_are_those_converted(simulate_fp32):
+    trainer = small(learned_step_size=True, simulate_fp32=simulate_fp32, optimizer=None)
+    trainer.fit(pairs(), epochs=3)
+    steps = [value for name, value in trainer.model.named_parameters() if name.endswith("log_step")]
+    assert len(steps) == 4
+    assert all(step.abs().max() > 0 for step in steps)
+    x = pairs(1)[0][0]
+    found, tolerance = trainer.convert().reference(x), 1e-2 if simulate_fp32 else 5e-2
+    torch.testing.assert_close(found, trainer.predict(x).float(), atol=tolerance, rtol=tolerance)
+
+
 def test_averaged_weights_are_those_converted():
     trainer = small(ema_decay=0.9)
     trainer.fit(pairs())
