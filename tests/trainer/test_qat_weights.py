@@ -120,6 +120,17 @@ def test_resumed_it_is_bit_for_bit_the_run_without_a_break(tmp_path):
     assert same_models(whole, second)
 
 
+def test_a_forward_with_decisions_by_values_is_no_obstacle():
+    class Branching(Words):
+        def forward(self, tokens):
+            return super().forward(tokens) if tokens.sum() > 0 else self.small(self.table(tokens).mean(1))
+
+    trainer = QuantizationAwareTrainer(Branching(), "int8_weights", optimizer=sgd, device="cpu")
+    trainer.fit(batches())
+    x = torch.zeros(2, 5, dtype=torch.long)
+    torch.testing.assert_close(trainer.convert(torch.float32)(x), trainer.predict((x, None)), rtol=1e-5, atol=1e-5)
+
+
 def test_a_single_layer_is_a_model():
     trainer = QuantizationAwareTrainer(nn.Linear(256, 256), "fp8_weights", device="cpu")
     x = torch.randn(3, 256)
