@@ -13,7 +13,7 @@ from torch import nn
 from deepseek_mp.backends import capabilities
 from deepseek_mp.costs.memory import distinct_bytes
 from deepseek_mp.errors import BatchError, ConfigError, explain
-from deepseek_mp.inference import Card, Form, Latency, ServingPlan, Trial, latencies
+from deepseek_mp.inference import Card, Form, ServingPlan, Trial, latencies
 from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
 from deepseek_mp.nn.nested import first_tensor
 from deepseek_mp.qat import FloatingModel, SimulatedModel, convert
@@ -51,14 +51,9 @@ def compare(
     """
     _check(budget, gain, seconds)
     measured = find_metric(metric)
-    built = {form: build(simulated) for form, build in BUILDERS.items()}
-    runs = {form.name: _caller(model, inputs) for form, model in built.items()}
-    outputs = {name: [run() for _ in range(WARM)][-1] for name, run in runs.items()}
-    reference = next(iter(outputs.values()))
-    if not is_finite(reference):
-        raise BatchError(explain("inputs whose FP32 outputs are not finite", "finite outputs", "Pass other inputs"))
-    times = latencies(runs, CPU, seconds=seconds)
-    trials = [_trial(form, built[form], times[form.name], measured(outputs[form.name], reference)) for form in built]
+    built, trials = _tried(simulated, inputs, measured)
+    times = latencies({form.name: _caller(model, inputs) for form, model in built.items()}, CPU, seconds=seconds)
+    trials = [replace(trial, latency=times.get(trial.form.name)) for trial in trials]
     taken, explained = chosen(trials, budget, gain)
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
     plan = ServingPlan(form=taken, budget=budget, metric=name, trials=tuple(explained))
@@ -68,15 +63,41 @@ def compare(
     return Compared(built[taken], plan, Card(model=simulated.name, device=device, batch_size=size, plan=plan))
 
 
+def _tried(simulated: SimulatedModel, inputs: Any, metric: Metric) -> tuple[dict[Form, nn.Module], list[Trial]]:
+    """The forms that run, warm, and a trial of each."""
+    built, trials, reference = {}, [], None
+    for form, build in BUILDERS.items():
+        try:
+            model = build(simulated)
+            call = _caller(model, inputs)
+            outputs = [call() for _ in range(WARM)][-1]
+        except Exception as error:  # what a model does not bear in BF16 is an answer, whatever it raises
+            if form.format != "bf16":
+                raise
+            problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            trials.append(Trial(form=form, problem=problem))
+            continue
+        if reference is None:
+            reference = outputs
+            if not is_finite(reference):
+                passed = "inputs whose FP32 outputs are not finite"
+                raise BatchError(explain(passed, "finite outputs", "Pass other inputs"))
+        graph: Any = model.graph
+        held = distinct_bytes([*graph.parameters(), *graph.buffers()])
+        trials.append(Trial(form=form, error=metric(outputs, reference), weight_bytes=held))
+        built[form] = model
+    return built, trials
+
+
 def chosen(trials: Sequence[Trial], budget: float, gain: float) -> tuple[Form, list[Trial]]:
     """The form that is taken, and the trials with the reason of each.
 
     Args:
-        trials: all timed; FP32 first, which is always allowed.
+        trials: FP32 first, which is always allowed; timed where they have no problem.
         budget: the largest error allowed.
         gain: that INT8 must have over the fastest of the others.
     """
-    allowed = [trial for trial in trials if trial is trials[0] or _within(trial, budget)]
+    allowed = [trial for trial in trials if trial is trials[0] or (trial.is_usable and _within(trial, budget))]
     best = min((trial for trial in allowed if trial.form.format != "int8"), key=_ms)
     int8 = next((trial for trial in allowed if trial.form.format == "int8"), None)
     taken = int8 if int8 is not None and _ms(int8) * gain <= _ms(best) else best
@@ -85,6 +106,9 @@ def chosen(trials: Sequence[Trial], budget: float, gain: float) -> tuple[Form, l
 
 def _explained(trials: Sequence[Trial], taken: Trial, best: Trial, budget: float, gain: float) -> Iterator[Trial]:
     for trial in trials:
+        if trial.problem:
+            yield replace(trial, why=trial.problem)
+            continue
         rate = f"{_ms(best) / _ms(trial):.3g} times as fast as {best.form.name}"
         if trial is not trials[0] and not _within(trial, budget):
             yield replace(trial, why=f"error {trial.error:.3g} is beyond the budget of {budget:g}")
@@ -99,12 +123,6 @@ def _explained(trials: Sequence[Trial], taken: Trial, best: Trial, budget: float
 
 def _within(trial: Trial, budget: float) -> bool:
     return trial.error is not None and trial.error <= budget  # False for NaN
-
-
-def _trial(form: Form, model: nn.Module, latency: Latency, error: float) -> Trial:
-    graph: Any = model.graph
-    held = distinct_bytes([*graph.parameters(), *graph.buffers()])
-    return Trial(form=form, latency=latency, error=error, weight_bytes=held)
 
 
 def _ms(trial: Trial) -> float:

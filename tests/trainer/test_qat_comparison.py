@@ -87,6 +87,25 @@ def test_the_forms_are_built_of_the_trained_weights_and_timed(monkeypatch):
     assert "less than the 1.1 times that INT8 must be" in str(card).replace("\n", " ")
 
 
+def test_a_model_that_does_not_run_in_bf16_has_that_said(monkeypatch):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x.to(torch.float32) + torch.zeros(4, dtype=torch.float32))
+
+    monkeypatch.setattr(compiled, "inductor_compile", lambda graph, inputs: graph)
+    trainer = QuantizationAwareTrainer(Mixed(), example_inputs=torch.randn(4, 4))
+    _, plan, card = trainer.compare(torch.randn(4, 4), seconds=0)
+    bf16 = plan.trials[1]
+    assert bf16.form == BF16
+    assert "dtype" in bf16.why
+    assert plan.form != BF16
+    assert "dtype" in str(card)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"budget": -1}, "budget=-1"), ({"gain": 0.9}, "gain=0.9"), ({"seconds": math.inf}, "seconds=inf"),
