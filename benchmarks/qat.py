@@ -100,7 +100,7 @@ def disparate(model: nn.Module) -> None:
 CASES = {
     "mlp": Case(build=mlp, data=lambda seed: digits(seed=seed), loss_fn=class_loss, lr=1e-3, epochs=15, tuning=4),
     "mlp-disparate": Case(
-        build=mlp, data=lambda seed: digits(seed=seed), loss_fn=class_loss, lr=1e-3, epochs=15, tuning=10,
+        build=mlp, data=lambda seed: digits(seed=seed), loss_fn=class_loss, lr=1e-3, epochs=15, tuning=25,
         change=disparate,
     ),
     "resnet": Case(
@@ -109,7 +109,7 @@ CASES = {
     ),
     "gpt": Case(
         build=lambda seed: byte_gpt(GPTConfig(width=128, layers=2, context=64), seed=seed),
-        data=lambda seed: library_windows(batch_size=16, length=64, count=250, seed=seed),
+        data=lambda seed: library_windows(batch_size=16, length=64, count=120, seed=seed),
         loss_fn=next_byte_loss, lr=2e-3, epochs=4, tuning=1, batches=(1, 16),
     ),
 }  # fmt: skip
