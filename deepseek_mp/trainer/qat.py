@@ -1,4 +1,4 @@
-"""`QuantizationAwareTrainer`: trains a copy of a model as INT8 will round it, and converts it to INT8."""
+"""`QuantizationAwareTrainer`: trains a copy of a model as a smaller format will round it, and converts it to that."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, QuantizationAwareTrainer
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.profiler import ProfileReport
 
 
 def digits():
@@ -119,6 +121,15 @@ def test_norms_freeze_when_their_share_of_the_steps_is_done():
             trainer.step(batch)
             seen.append(trainer.model.norms_frozen)
     assert seen == [False] * 6 + [False] * 3 + [True] * 3
+
+
+def test_what_a_profile_raises_to_fp32_is_kept(monkeypatch, tmp_path):
+    plan = PrecisionPlan.of("bf16", {"2": "fp32"})
+    monkeypatch.setattr(ProfileReport, "plan", lambda self: plan)
+    plan.save(tmp_path / "plan.json")
+    report = ProfileReport({}, basis="batches", base="bf16", recipes=["bf16"])
+    for keep in (report, plan, tmp_path / "plan.json"):
+        assert [decision.new for decision in small(keep=keep).decisions] == ["int8", "fp32"]
 
 
 def test_decisions_are_written_down(tmp_path):
