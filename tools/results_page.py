@@ -191,6 +191,25 @@ def _weight_only_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
+def _qat_tables(report: Json) -> Iterator[list[Row]]:
+    """Times by batch, points by arm, and what was asked."""
+    arms = ("fp32 eager", "fp32", "bf16", "bf16 graph", "torchao", "int8")
+    times: list[Row] = [("case", "batch", *arms, "INT8 / torchao", "best BF16 / INT8")]
+    points: list[Row] = [("case", "fp32", "torchao", "int8 calibrated", "int8 trained", "int8 trained, learned steps")]
+    asked: list[Row] = [("case", "asked", "found")]
+    for name, case in report["cases"].items():
+        for size, found in case.get("times", {}).items():
+            ratios = (_spread(found["int8_over_torchao"]), _spread(found["bf16_over_int8"]))
+            times.append((_named(name, case), size, *(_spread(found["ms"][arm]) for arm in arms), *ratios))
+        means = case.get("accuracy", {}).get("mean")
+        if means:
+            points.append((_named(name, case), *(f"{means[arm]:.2f}" for arm in points[0][1:])))
+        asked += [(_named(name, case), target, said) for target, said in case.get("targets", {}).items()]
+        if case["check"] != "passed":
+            asked.append((_named(name, case), "to run", case["check"]))
+    yield from (times, points, asked)
+
+
 def _stress_tables(report: Json) -> Iterator[list[Row]]:
     """One table: a row for each scenario, what each policy lost against FP32 in percent, broken ones in bold."""
     policies = list(dict.fromkeys(name for case in report["cases"].values() for name in case.get("policies", ())))
@@ -323,6 +342,7 @@ _TABLES = {
     "max-pool": _max_pool_tables,
     "memory": _memory_tables,
     "memory-quality": _memory_quality_tables,
+    "qat": _qat_tables,
     "stress": _stress_tables,
     "weight-only": _weight_only_tables,
 }

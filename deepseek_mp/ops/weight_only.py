@@ -58,15 +58,25 @@ def quantised_weight(weight: Tensor, format: str, name: str = "a weight") -> tup
         raise ConfigError(explain(f"weights in {format!r}", ", ".join(map(repr, FORMATS)), "Use one of these"))
     if weight.dim() != 2:
         raise ShapeError(explain(f"{name} {list(weight.shape)} for 8 bits", "[N, K]", "Leave it in 16 bits"))
-    dtype, top = FORMATS[format]
     wide = weight.detach().float()
     if not bool(wide.isfinite().all()):
         raise ConfigError(explain(f"{name} with values that are not finite", "finite weights", "Leave it as it is"))
+    scale = scales_of(wide, format)
+    return rounded_by(wide, scale, format), scale
+
+
+def scales_of(wide: Tensor, format: str) -> Tensor:
+    """The scale [N] of each row of fp32 values [N, K], as `quantised_weight` says; nothing is checked."""
     amax = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    scale = amax / top
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = amax / FORMATS[format][1]
+    return torch.where(scale == 0, torch.ones_like(scale), scale)  # NaN and infinity stay what they are
+
+
+def rounded_by(wide: Tensor, scale: Tensor, format: str) -> Tensor:
+    """q [N, K], the nearest values to wide / scale[:, None] in the format's range; nothing is checked."""
+    dtype, top = FORMATS[format]
     q = (wide / scale[:, None]).clamp_(-top, top)
-    return (q.round_() if dtype is torch.int8 else q).to(dtype).contiguous(), scale
+    return (q.round_() if dtype is torch.int8 else q).to(dtype).contiguous()
 
 
 def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, *, implementation: str) -> Tensor:

@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.qat.constants import fold_constants
 from deepseek_mp.qat.int8 import Int8Model
 from deepseek_mp.qat.norms import fold_norms
 from deepseek_mp.qat.simulated import SimulatedModel
@@ -30,6 +31,7 @@ def convert(simulated: SimulatedModel) -> Int8Model:
         graph(*args, **kwargs)  # the ranges of the weights as the last step left them
         fold_norms(graph)
         converted = convert_pt2e(graph)
+        fold_constants(converted)
         positional, named = simulated.dynamic
         program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*positional, *named.values()))
     return Int8Model(program, simulated.decisions)

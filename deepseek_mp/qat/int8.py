@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor import config as inductor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import Decision
 from deepseek_mp.programs import export_onnx, read, write
+from deepseek_mp.qat.compiled import CompiledGraph
 
 DECISIONS = "decisions.json"
 """The file in an archive that says what each layer computes in."""
@@ -30,7 +30,7 @@ class Int8Model(nn.Module):
         self.graph = program.module(check_guards=False)
         self.decisions = decisions
         """One for each layer with a product: INT8 or not, and why."""
-        self._compiled: Any = torch.compile(self.graph, dynamic=False)
+        self._compiled = CompiledGraph(self.graph)
 
     @property
     def not_converted(self) -> tuple[Decision, ...]:
@@ -39,8 +39,7 @@ class Int8Model(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, in FP32, computed in INT8."""
-        with torch.no_grad(), inductor.patch(freezing=True):  # oneDNN packs only weights that cannot change
-            return self._compiled(*args, **kwargs)
+        return self._compiled(*args, **kwargs)
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs as the graph says, without a compiler: slow, to compare with."""

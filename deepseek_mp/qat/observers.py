@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.quantization.pt2e import (
     FakeQuantize,
     MovingAverageMinMaxObserver,
@@ -54,6 +54,22 @@ class FiniteFakeQuantize(FakeQuantize):  # type: ignore[misc]
     hand, in every mode.
     """
 
+    log_step: nn.Parameter | None
+    """Logarithms of what the steps of the observed range are multiplied by, where that is learned."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_parameter("log_step", None)
+
+    def learn_step(self) -> None:
+        """Let the steps be learned, with the gradients of LSQ (see `straight_through`), from those of now on."""
+        self.register_parameter("log_step", nn.Parameter(torch.zeros_like(self.scale)))
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, for the conversion."""
+        scale, zero_point = self.activation_post_process.calculate_qparams()
+        return self._learned(scale).detach(), zero_point
+
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803 - the name in torchao
         observer = self.activation_post_process
         if bool(self.observer_enabled) and (self.training or observer.averaging_constant == 1):
@@ -66,13 +82,31 @@ class FiniteFakeQuantize(FakeQuantize):  # type: ignore[misc]
             self.zero_point.copy_(zero_point)
         if not bool(self.fake_quant_enabled):
             return X
+        return torch.where(torch.isfinite(X), self._rounded(X, observer.quant_min, observer.quant_max), X)
+
+    def _rounded(self, x: Tensor, low: int, high: int) -> Tensor:
         rounding: Any = torch  # whose stubs say float for the scales of channels
-        limits = observer.quant_min, observer.quant_max
+        scale, zero_point = self._learned(self.scale), self.zero_point
+        made: Tensor
+        if self.log_step is None:
+            if self.is_per_channel:
+                made = rounding.fake_quantize_per_channel_affine(x, scale, zero_point, self.ch_axis, low, high)
+            else:
+                made = rounding.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+            return made
+        share = x.shape[self.ch_axis] if self.is_per_channel else x.shape[0]  # channels, or samples
+        factor = (max(1, x.numel() // max(1, share)) * high) ** -0.5
+        zero_point = zero_point.to(scale.dtype)
         if self.is_per_channel:
-            rounded = rounding.fake_quantize_per_channel_affine(X, self.scale, self.zero_point, self.ch_axis, *limits)
+            learnable = rounding._fake_quantize_learnable_per_channel_affine  # noqa: SLF001 - it has no public name
+            made = learnable(x, scale, zero_point, self.ch_axis, low, high, factor)
         else:
-            rounded = rounding.fake_quantize_per_tensor_affine(X, self.scale, self.zero_point, *limits)
-        return torch.where(torch.isfinite(X), rounded, X)
+            learnable = rounding._fake_quantize_learnable_per_tensor_affine  # noqa: SLF001 - nor has it
+            made = learnable(x, scale, zero_point, low, high, factor)
+        return made
+
+    def _learned(self, scale: Tensor) -> Tensor:
+        return scale if self.log_step is None else scale * self.log_step.exp()
 
 
 def finite_range(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:

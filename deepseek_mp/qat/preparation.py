@@ -6,21 +6,25 @@ import warnings
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from deepseek_mp.errors import ConfigError, explain, suggest
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
-from deepseek_mp.precision import Decision
+from deepseek_mp.precision import Decision, PrecisionPlan
+from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import layer_decisions
 from deepseek_mp.qat.norms import norm_settings, put_back_settings
 from deepseek_mp.qat.simulated import SimulatedModel
 
 
-def prepare(model: nn.Module, example_inputs: Any, *, keep: Collection[str] = ()) -> SimulatedModel:
+def prepare(
+    model: nn.Module, example_inputs: Any, *, keep: Collection[str] | PrecisionPlan | Path = ()
+) -> SimulatedModel:
     """A copy of the model whose linear layers and convolutions are rounded as INT8 will round them.
 
     Weights are rounded by channel, symmetric, to -128...127; activations by tensor to 0...255 with a zero point. A
@@ -30,26 +34,26 @@ def prepare(model: nn.Module, example_inputs: Any, *, keep: Collection[str] = ()
         model: FP32, on the CPU; it stays as it is.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, of two samples or more. All
             first dimensions may change later, if the model lets them.
-        keep: names of modules that stay in FP32 with all that is in them.
+        keep: names of modules that stay in FP32 with all that is in them; see `kept_names` for plans.
 
     Raises:
         ConfigError: torchao is missing, an argument does not fit, the model cannot be exported or has nothing to
             quantise, or the example inputs are not finite.
     """
     require_torchao()
-    _check_keep(model, keep)
-    copy = _copied(model)
+    kept = kept_names(model, keep)
+    copy = copied(model)
     revert(copy)  # of a trained model: a layer's class is what it is known by
     args, kwargs = _arguments(copy, example_inputs)
     dynamic = map_leaves((args, kwargs), _dynamic)
     if not model.training:
         copy.train()
     graph = _exported(copy, args, kwargs, (*dynamic[0], *dynamic[1].values()))
-    prepared = _prepared(graph, keep)
-    decisions = layer_decisions(model, prepared, keep)
+    prepared = _prepared(graph, kept)
+    decisions = layer_decisions(model, prepared, kept)
     if not any(decision.new == "int8" for decision in decisions):
         raise _nothing(decisions)
-    simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic)
+    simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic, type(model).__name__)
     simulated.train(model.training)
     with simulated.observing():
         simulated(*args, **kwargs)
@@ -69,16 +73,8 @@ def all_finite(tree: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
 
 
-def _check_keep(model: nn.Module, keep: Collection[str]) -> None:
-    known = {name for name, _ in model.named_modules() if name}
-    if isinstance(keep, str) or not all(name in known for name in keep):
-        wrong = keep if isinstance(keep, str) else next(name for name in keep if name not in known)
-        hint = suggest(wrong, known) if isinstance(wrong, str) else ""
-        allowed = "a list of names of the model's modules"
-        raise ConfigError(explain(f"keep={keep!r}", allowed, f"Change {wrong!r}.{hint}"))
-
-
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model; `ConfigError` where Python cannot make one."""
     try:
         return deepcopy(model)
     except (RuntimeError, TypeError) as error:

@@ -23,12 +23,15 @@ LEAST_SCALE = torch.finfo(torch.float32).eps
 SHARE = 0.01
 """Of a batch in the moving averages of an activation's range: torchao's."""
 
+SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+RELUS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
+
 
 class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
     """Also marks what torchao passes over: Conv1d, and layers of classes derived from those that it looks for.
 
-    What a BatchNorm gives is not rounded for itself, before the activation behind it: kernels round after both. Nor
-    are elementwise products, which are no layer's.
+    What a BatchNorm gives, or its sum with a shortcut, is not rounded for itself, before the activation behind it:
+    kernels round after all of them. Nor are elementwise products, which are no layer's.
     """
 
     def __init__(self, keep: Collection[str]) -> None:
@@ -40,9 +43,9 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         marked: fx.GraphModule = super().annotate(model)
-        for norm in norms_of(marked.graph):
-            if QUANT_ANNOTATION_KEY in norm.meta:
-                norm.meta[QUANT_ANNOTATION_KEY].output_qspec = None
+        for node in (*norms_of(marked.graph), *sums_before_activations(marked.graph)):
+            if QUANT_ANNOTATION_KEY in node.meta:
+                node.meta[QUANT_ANNOTATION_KEY].output_qspec = None
         for node in marked.graph.nodes:
             if node.target not in PRODUCTS or QUANT_ANNOTATION_KEY in node.meta or is_kept(layer_of(node), self.keep):
                 continue
@@ -53,6 +56,12 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
 
     def _annotate_mul_tensor(self, *args: Any) -> None:
         """Elementwise products stay as they are."""
+
+
+def sums_before_activations(graph: fx.Graph) -> list[fx.Node]:
+    """Sums of two tensors that only a ReLU reads."""
+    sums = (node for target in SUMS for node in graph.find_nodes(op="call_function", target=target))
+    return [node for node in sums if node.users and all(user.target in RELUS for user in node.users)]
 
 
 def configuration() -> Any:

@@ -24,6 +24,7 @@ class SimulatedModel(nn.Module):
         decisions: of each layer, whether it is in INT8, and why not.
         example: arguments and keyword arguments that it was exported with.
         dynamic: their dimensions that may change.
+        name: of the original model's class.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class SimulatedModel(nn.Module):
         decisions: tuple[Decision, ...],
         example: tuple[tuple[Any, ...], dict[str, Any]],
         dynamic: Any,
+        name: str,
     ) -> None:
         super().__init__()
         self.graph, self.decisions, self.example, self.dynamic = graph, decisions, example, dynamic
+        self.name = name
         self.norms_frozen = False
         """Whether BatchNorms use their running statistics, and keep them, while it trains too."""
         self._frozen = forward_with(graph, evaluate_norms)
@@ -58,6 +61,12 @@ class SimulatedModel(nn.Module):
     def quantisers(self) -> list[nn.Module]:
         """The modules that fake quantisation is done by."""
         return [module for module in self.modules() if hasattr(module, "activation_post_process")]
+
+    def learn_steps(self) -> None:
+        """Let the steps of all ranges be learned, beginning with those observed so far."""
+        quantisers: list[Any] = self.quantisers()
+        for quantiser in quantisers:
+            quantiser.learn_step()
 
     @contextmanager
     def observing(self) -> Iterator[None]:

@@ -84,3 +84,33 @@ def test_gradients_pass_straight_through_inside_of_the_range_and_bad_numbers_sta
     assert x.grad.tolist() == [1, 1, 0]
     assert torch.equal(out / module.scale, (out / module.scale).round())
     assert torch.equal(module(torch.tensor(BAD)).nan_to_num(7), torch.tensor(BAD).nan_to_num(7))
+
+
+def straightened(x, scale, zero_point, low, high):
+    """With rounding as the identity for autograd: the gradients of LSQ (Esser et al., 2020), unscaled."""
+    ratio = x / scale + zero_point
+    return ((ratio + (ratio.round() - ratio).detach()).clamp(low, high) - zero_point) * scale
+
+
+@pytest.mark.parametrize("shift", [0.4, -0.7])
+def test_a_learned_step_is_a_share_of_the_observed_one_with_the_gradients_of_lsq(shift):
+    x, given = torch.randn(6, 20), torch.randn(6, 20)
+    by_channel = FiniteFakeQuantize(observer=FiniteRangePerChannel, averaging_constant=1.0, **PER_CHANNEL)
+    for module, numel in ((quantiser(), 20), (by_channel, 20)):
+        module(x)
+        plain = module(x)
+        module.learn_step()
+        assert torch.equal(module(x), plain)
+        with torch.no_grad():
+            module.log_step.fill_(shift)
+        one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+        module.eval()(one).backward(given)
+        used = (module.scale * math.exp(shift)).requires_grad_()
+        wide = used if used.numel() == 1 else used[:, None]
+        observer = module.activation_post_process
+        zero = module.zero_point if used.numel() == 1 else module.zero_point[:, None]
+        straightened(two, wide, zero, observer.quant_min, observer.quant_max).backward(given)
+        torch.testing.assert_close(one.grad, two.grad)
+        expected = used.grad * used.detach() / math.sqrt(numel * observer.quant_max)
+        torch.testing.assert_close(module.log_step.grad, expected)
+        torch.testing.assert_close(module.calculate_qparams()[0].flatten(), used.detach().flatten())

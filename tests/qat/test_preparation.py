@@ -96,8 +96,13 @@ def test_a_model_that_cannot_be_exported_is_refused():
         def forward(self, x):
             return super().forward(x) if x.sum().item() > 0 else x
 
+    model = Branching(8, 8).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ConfigError, match=r"a Branching that torch.export cannot export \(\w+: .+\)"):
-        prepare(Branching(8, 8), X)
+        prepare(model, X)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training
+    assert type(model) is Branching
 
 
 def test_a_model_that_cannot_be_copied_is_refused():

@@ -46,6 +46,20 @@ def test_between_a_norm_and_its_activation_nothing_is_rounded(simulated):
     assert "aten.relu.default" in rounded(simulated)
 
 
+def test_between_a_sum_with_a_shortcut_and_its_activation_nothing_is_rounded():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.norm(self.conv(x)) + x))
+
+    found = rounded(prepare(Residual(), torch.randn(2, 1, 3, 3)))
+    assert "aten.relu.default" in found
+    assert "aten.add.Tensor" not in found
+
+
 def test_elementwise_products_are_left_alone():
     class Gated(nn.Module):
         def __init__(self):

@@ -73,6 +73,22 @@ def test_the_largest_batch_has_a_row_for_each_arm_with_what_it_took() -> None:
     assert "| bert, 32 GiB | late | - | - |  | failed: killed after 60 s |" in page
 
 
+def test_int8_has_times_points_and_what_was_asked() -> None:
+    arms = ("fp32 eager", "fp32", "bf16", "bf16 graph", "torchao", "int8")
+    found = {"ms": dict.fromkeys(arms, SPREAD), "int8_over_torchao": SPREAD, "bf16_over_int8": SPREAD}
+    means = {"fp32": 97.5, "torchao": 94.0, "int8 calibrated": 94.5, "int8 trained": 97.0}
+    case = {
+        "times": {"64": found}, "accuracy": {"mean": means | {"int8 trained, learned steps": 96.0}},
+        "targets": {"at most 0.5 points below FP32": "reached: 0.50"}, "check": "passed",
+    }  # fmt: skip
+    cases = {"mlp": case, "gpt": {"check": "failed", "error": "x"}}
+    page = results_page.render([("qat.json", report("qat", **cases))])
+    assert "| mlp | 64" + " | 20 (19-21)" * 8 in page
+    assert "| mlp | 97.50 | 94.00 | 94.50 | 97.00 | 96.00 |" in page
+    assert "| mlp | at most 0.5 points below FP32 | reached: 0.50 |" in page
+    assert "| gpt | to run | failed |" in page
+
+
 def test_memory_has_a_row_for_each_arm() -> None:
     result = {
         "step_ms": SPREAD, "peak_mib": 1000.4, "reserved_mib": 1100.0, "start_reserved_mib": None, "resident_mib": 90.0,

@@ -12,6 +12,8 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, QuantizationAwareTrainer
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.profiler import ProfileReport
 
 
 def digits():
@@ -84,6 +86,18 @@ def test_resumed_it_is_bit_for_bit_the_run_without_a_break(tmp_path):
     assert same_models(whole, second)
 
 
+@pytest.mark.parametrize("simulate_fp32", [True, False])
+def test_learned_steps_move_and_are_those_converted(simulate_fp32):
+    trainer = small(learned_step_size=True, simulate_fp32=simulate_fp32, optimizer=None)
+    trainer.fit(pairs(), epochs=3)
+    steps = [value for name, value in trainer.model.named_parameters() if name.endswith("log_step")]
+    assert len(steps) == 4
+    assert all(step.abs().max() > 0 for step in steps)
+    x = pairs(1)[0][0]
+    found, tolerance = trainer.convert().reference(x), 1e-2 if simulate_fp32 else 5e-2
+    torch.testing.assert_close(found, trainer.predict(x).float(), atol=tolerance, rtol=tolerance)
+
+
 def test_averaged_weights_are_those_converted():
     trainer = small(ema_decay=0.9)
     trainer.fit(pairs())
@@ -107,6 +121,15 @@ def test_norms_freeze_when_their_share_of_the_steps_is_done():
             trainer.step(batch)
             seen.append(trainer.model.norms_frozen)
     assert seen == [False] * 6 + [False] * 3 + [True] * 3
+
+
+def test_what_a_profile_raises_to_fp32_is_kept(monkeypatch, tmp_path):
+    plan = PrecisionPlan.of("bf16", {"2": "fp32"})
+    monkeypatch.setattr(ProfileReport, "plan", lambda self: plan)
+    plan.save(tmp_path / "plan.json")
+    report = ProfileReport({}, basis="batches", base="bf16", recipes=["bf16"])
+    for keep in (report, plan, tmp_path / "plan.json"):
+        assert [decision.new for decision in small(keep=keep).decisions] == ["int8", "fp32"]
 
 
 def test_decisions_are_written_down(tmp_path):

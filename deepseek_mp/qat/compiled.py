@@ -1,0 +1,86 @@
+"""`CompiledGraph`: an exported graph, compiled by Inductor with its weights as constants, and called without guards.
+
+`torch.compile` looks at every weight again in every call, to see whether its code still holds. An exported graph cannot
+change, so that here only the inputs are looked at: of small models this is a good part of the time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import compile as inductor_compile
+from torch._inductor import config as inductor
+
+Program = Callable[..., Any]
+
+
+class CompiledGraph:
+    """Is called as the graph is, without gradients; compiles at the first call for sizes, in seconds to a minute.
+
+    Args:
+        graph: as `ExportedProgram.module(check_guards=False)` gives it. Its weights must not change any more.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._body, self._call = _body(graph), _shell(graph, self._run)
+        self._programs: dict[tuple[Any, ...], Program] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self._call(*args, **kwargs)
+
+    def _run(self, *inputs: Tensor) -> Any:
+        key = (torch.get_num_threads(), *((t.device, t.dtype, t.shape, t.stride()) for t in inputs))
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = self._compiled(inputs)
+        return program(*inputs)
+
+    def _compiled(self, inputs: tuple[Tensor, ...]) -> Program:
+        copy = fx.GraphModule(self._body, deepcopy(self._body.graph))  # the compiler changes it; weights are shared
+        # oneDNN packs only weights that cannot change.
+        with inductor.patch(freezing=True), torch.autocast(inputs[0].device.type if inputs else "cpu", enabled=False):
+            program: Program = inductor_compile(copy, list(inputs))
+        return program
+
+
+def _body(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph as a function of its tensors, one by one, to a tuple of tensors."""
+    body = deepcopy(graph.graph)
+    body.set_codegen(fx.graph.CodeGen())
+    for node in body.find_nodes(op="placeholder"):
+        if not _is_tensor(node):
+            body.erase_node(node)
+    output = body.output_node()
+    output.args = (tuple(_results(output)),)
+    return fx.GraphModule(graph, body)
+
+
+def _shell(graph: fx.GraphModule, run: Program) -> fx.GraphModule:
+    """Takes and gives what the graph does, in the same containers; what is between is one call."""
+    shell = fx.Graph()
+    shell.set_codegen(deepcopy(graph.graph._codegen))  # noqa: SLF001 - it holds the containers
+    places: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.find_nodes(op="placeholder"):
+        places[node] = shell.node_copy(node)
+    called = shell.call_function(run, tuple(place for node, place in places.items() if _is_tensor(node)))
+    output = graph.graph.output_node()
+    results = _results(output)
+    found = {node: shell.call_function(operator.getitem, (called, index)) for index, node in enumerate(results)}
+    shell.output(fx.map_arg(output.args[0], lambda node: found[node]))
+    return fx.GraphModule({}, shell)
+
+
+def _results(output: fx.Node) -> list[fx.Node]:
+    """The tensors that the graph gives, each once."""
+    return list(output.all_input_nodes)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Others are constants in the graph, and nothing reads them."""
+    return isinstance(node.meta.get("val"), Tensor)

@@ -1,0 +1,47 @@
+"""Which modules stay in FP32: those named, or those that a precision plan found sensitive."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from torch import nn
+
+from deepseek_mp.errors import ConfigError, explain, suggest
+from deepseek_mp.precision import PrecisionPlan
+
+WIDE = ("fp64", "fp32", "tf32", "hf32")
+
+
+def kept_names(model: nn.Module, keep: Collection[str] | PrecisionPlan | Path) -> list[str]:
+    """Names of modules of the model that stay in FP32.
+
+    Args:
+        model: has them.
+        keep: the names; or a plan whose base is narrower than FP32, such as the profiler makes, or the path of its
+            file: then the layers that it raises to FP32.
+
+    Raises:
+        ConfigError: no names of the model's modules, or a plan that runs all in FP32 and so found nothing out.
+        PlanError: the file holds no plan, or a rule matches nothing.
+    """
+    if isinstance(keep, Path):
+        keep = PrecisionPlan.load(keep)
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(keep, PrecisionPlan):
+        return _raised(names, keep)
+    if isinstance(keep, str) or not all(name in names for name in keep):
+        wrong = keep if isinstance(keep, str) else next(name for name in keep if name not in names)
+        hint = suggest(wrong, names) if isinstance(wrong, str) else ""
+        allowed = "a list of names of the model's modules, a PrecisionPlan, or the Path of one"
+        raise ConfigError(explain(f"keep={keep!r}", allowed, f"Change {wrong!r}.{hint}"))
+    return list(keep)
+
+
+def _raised(names: Collection[str], plan: PrecisionPlan) -> list[str]:
+    if plan.base.region in WIDE:
+        passed = f"keep as a plan of the base {plan.base.name}"
+        change = "Profile with base='bf16', or name the layers"
+        raise ConfigError(explain(passed, "a plan that raises layers above a narrower base", change))
+    plan.check_names(names)
+    return [name for name in names if plan.recipe_for(name).region in WIDE]

@@ -1,0 +1,151 @@
+"""Quantisation-aware training of weights alone: a copy that rounds them in training, and the model that stores them so.
+
+The layers that are rounded are those that `inference.linear_layers` lets be stored in 8 bits, by the same rounding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
+from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, linear_layers
+from deepseek_mp.nn import revert
+from deepseek_mp.nn.nested import map_leaves
+from deepseek_mp.precision import Decision, PrecisionPlan, Reason
+from deepseek_mp.qat.keep import kept_names
+from deepseek_mp.qat.layers import KINDS, OTHERS, is_kept
+from deepseek_mp.qat.preparation import all_finite, copied
+from deepseek_mp.qat.rounded_layers import rounded, rounded_layers
+
+WEIGHTS: Mapping[str, str] = MappingProxyType({"int8_weights": "int8", "fp8_weights": "fp8"})
+"""Precisions of weights alone, and how the weights are stored."""
+
+
+class WeightsModel(nn.Module):
+    """Is called as the original is, without gradients; rounded weights are stored in 8 bits, the rest in `dtype`.
+
+    Tensors of floating type go in as `dtype` and come out in FP32. Its state is `state_dict`, as of any module.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, decisions: tuple[Decision, ...]) -> None:
+        super().__init__()
+        self.model, self.dtype, self.decisions = model.eval().requires_grad_(False), dtype, decisions
+        super().train(False)
+
+    @property
+    def not_converted(self) -> tuple[Decision, ...]:
+        """The layers whose weights are not in 8 bits, with the reason of each."""
+        return tuple(decision for decision in self.decisions if decision.reason is not Reason.REQUESTED)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs, in FP32."""
+        with torch.no_grad():
+            args, kwargs = map_leaves((args, kwargs), lambda leaf: _cast(leaf, self.dtype))
+            return map_leaves(self.model(*args, **kwargs), lambda leaf: _cast(leaf, torch.float32))
+
+    def train(self, mode: bool = True) -> WeightsModel:
+        """Refused: integers have no gradients."""
+        if mode:
+            passed = "train() of a model with weights in 8 bits"
+            raise ConfigError(explain(passed, "inference", "Train on with the trainer, and convert again"))
+        return self
+
+
+def with_rounded_weights(
+    model: nn.Module, precision: str, *, keep: Collection[str] | PrecisionPlan | Path, learn_step: bool
+) -> tuple[nn.Module, tuple[Decision, ...]]:
+    """A copy of the model whose large linear layers and embeddings round their weights, and a decision for each layer.
+
+    Raises:
+        ConfigError: the model cannot be copied, has no such layer, or weights that are not finite.
+    """
+    kept = kept_names(model, keep)
+    copy = copied(model)
+    revert(copy)
+    if not all_finite(list(copy.parameters())):
+        raise ConfigError(explain("a model with weights that are not finite", "finite weights", "Load other weights"))
+    left = linear_layers(copy, precision)[1] | _embeddings_left(copy)
+    decisions = []
+    for name, layer in list(copy.named_modules()):
+        if not isinstance(layer, KINDS + OTHERS):
+            continue
+        reason, detail = _why_not(layer, name, left, kept)
+        decisions.append(Decision(
+            layer=name, old="fp32", new="fp32" if detail else precision, reason=reason, detail=detail,
+        ))  # fmt: skip
+        if not detail:
+            assert isinstance(layer, nn.Linear | nn.Embedding)
+            copy = replaced(copy, name, rounded(layer, WEIGHTS[precision], learn_step=learn_step))
+    if not rounded_layers(copy):
+        reasons = "; ".join(f"{decision.layer}: {decision.detail}" for decision in decisions[:5]) or "it has none"
+        passed = f"a model with nothing to quantise ({reasons})"
+        allowed = f"a Linear or an Embedding of {SMALLEST} weights or more"
+        raise ConfigError(explain(passed, allowed, "Shorten keep, or use another precision"))
+    return copy, tuple(decisions)
+
+
+@torch.no_grad()
+def deployed(model: nn.Module, decisions: tuple[Decision, ...], dtype: torch.dtype) -> WeightsModel:
+    """A copy of the trained copy in which the rounded weights are stored in 8 bits, and all else in `dtype`."""
+    copy = deepcopy(model)
+    revert(copy)
+    kept = {name: (layer, *layer.kept()) for name, layer in rounded_layers(copy).items()}
+    copy = copy.to(dtype)
+    for name, (layer, q, scale) in kept.items():
+        made: nn.Module = QuantisedEmbedding(q, scale, dtype)
+        if isinstance(layer, nn.Linear):
+            made = QuantisedLinear({"q": q, "scale": scale}, layer.bias, f"{layer.format}_weights", dtype)
+        copy = replaced(copy, name, made)
+    return WeightsModel(copy, dtype, decisions)
+
+
+def replaced(model: nn.Module, name: str, made: nn.Module) -> nn.Module:
+    """The model with another module of that name, in place; the module itself for the empty name."""
+    if not name:
+        return made
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, made)
+    return model
+
+
+def _why_not(layer: nn.Module, name: str, left: Mapping[str, str], kept: Collection[str]) -> tuple[Reason, str]:
+    if is_kept(name, kept):
+        return Reason.PINNED, "named in keep"
+    if not isinstance(layer, nn.Linear | nn.Embedding):
+        return Reason.NO_KERNEL, f"{type(layer).__name__} has no form with weights in 8 bits here"
+    if name in left:
+        return Reason.NO_KERNEL, left[name]
+    return Reason.REQUESTED, ""
+
+
+def _embeddings_left(model: nn.Module) -> dict[str, str]:
+    """The embeddings whose tables stay as they are, by name, with the reason."""
+    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    left = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if type(module) is not nn.Embedding:
+            left[name] = f"a {type(module).__name__} may use its weight in a way of its own"
+        elif module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
+            left[name] = "it has hooks, which would be lost"
+        elif owners[id(module.weight)] != 1:
+            left[name] = "its weight is shared"
+        elif module.max_norm is not None:
+            left[name] = "its max_norm changes the weight in the forward"
+        elif module.weight.numel() < SMALLEST:
+            left[name] = f"it has {module.weight.numel()} weights, fewer than {SMALLEST}"
+    return left
+
+
+def _cast(leaf: Any, dtype: torch.dtype) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

@@ -1,0 +1,21 @@
+"""The embedding gives the rows of its table, widened."""
+
+from __future__ import annotations
+
+import torch
+
+from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
+from deepseek_mp.ops.weight_only import quantised_weight
+
+
+def test_rows_are_those_of_the_widened_table():
+    table = torch.randn(10, 8)
+    q, scale = quantised_weight(table, "int8")
+    layer, index = QuantisedEmbedding(q, scale, torch.bfloat16), torch.tensor([[0, 9], [3, 3]])
+    found = layer(index)
+    assert found.shape == (2, 2, 8)
+    assert torch.equal(found, (q.float() * scale[:, None])[index].bfloat16())
+    assert {name: tensor.dtype for name, tensor in layer.state_dict().items()} == {
+        "q": torch.int8,
+        "scale": torch.float32,
+    }

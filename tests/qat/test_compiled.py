@@ -1,0 +1,76 @@
+"""A compiled graph takes and gives what the graph does, compiles once for sizes, and looks at inputs alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.qat import compiled
+from deepseek_mp.qat.compiled import CompiledGraph
+
+
+class Nested(nn.Module):
+    """Containers on both sides, a constant among the inputs, one tensor given twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, pair, *, mask, scale):
+        out = self.layer(pair[0]) * scale
+        return {"out": out, "rest": [out, pair[1] + mask["m"], None]}
+
+
+def exported(model, args, kwargs=None):
+    return torch.export.export(model, args, kwargs).module(check_guards=False)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The graphs that were compiled; they run as they are."""
+    found = []
+
+    def compile(graph, inputs):
+        found.append((graph, inputs, torch._inductor.config.freezing, torch.is_autocast_enabled("cpu")))
+        return graph
+
+    monkeypatch.setattr(compiled, "inductor_compile", compile)
+    return found
+
+
+def test_containers_keywords_and_constants_are_those_of_the_graph(made):
+    model, x, m = Nested(), torch.randn(3, 4), torch.randn(3, 4)
+    kwargs = {"mask": {"m": m}, "scale": 2.0}
+    graph = exported(model, ((x, m),), kwargs)
+    run, expected = CompiledGraph(graph), model((x, m), **kwargs)
+    for found in (run((x, m), **kwargs), run((x, m), scale=2.0, mask={"m": m})):
+        torch.testing.assert_close(found["out"], expected["out"])
+        assert not found["out"].requires_grad
+        torch.testing.assert_close(found["rest"], expected["rest"])
+    torch.testing.assert_close(graph((x, m), **kwargs)["out"], expected["out"])  # is as it was
+    assert len(made) == 1
+    assert len(made[0][1]) == 3
+
+
+def test_it_compiles_once_for_shapes_strides_dtypes_and_threads(made, monkeypatch):
+    run = CompiledGraph(exported(nn.Sequential(nn.ReLU()), (torch.randn(4, 4),)))
+    for x in (torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 4).t(), torch.randn(4, 4).double()):
+        assert torch.equal(run(x), x.relu())
+    assert len(made) == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    run(torch.randn(4, 4))
+    assert len(made) == 4
+
+
+def test_weights_are_constants_for_the_compiler_and_autocast_is_off(made):
+    run = CompiledGraph(exported(nn.Linear(2, 2), (torch.randn(2, 2),)))
+    with torch.autocast("cpu"):
+        run(torch.randn(2, 2))
+    assert made[0][2:] == (True, False)
+    assert not torch._inductor.config.freezing
+
+
+def test_compiled_it_computes_what_the_graph_does():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(2, 8)
+    torch.testing.assert_close(CompiledGraph(exported(model, (x,)))(x), model(x))

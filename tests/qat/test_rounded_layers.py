@@ -1,0 +1,72 @@
+"""Rounded layers share the parameters of those that they replace, and compute with the stored values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deepseek_mp.ops.weight_only import quantised_weight
+from deepseek_mp.qat.rounded_layers import rounded, rounded_layers
+from deepseek_mp.qat.straight_through import learned_step
+
+
+def widened(weight, format):
+    q, scale = quantised_weight(weight, format)
+    return q.float() * scale[:, None]
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_multiplies_the_stored_weight(format, bias):
+    plain = nn.Linear(16, 8, bias=bias)
+    layer, x = rounded(plain, format, learn_step=False), torch.randn(2, 3, 16)
+    assert torch.equal(layer(x), F.linear(x, widened(plain.weight, format), plain.bias))
+    assert layer.weight is plain.weight
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    layer(x).square().sum().backward()
+    assert all(param.grad is not None for param in plain.parameters())
+    q, scale = layer.kept()
+    expected = quantised_weight(plain.weight, format)
+    assert torch.equal(q.float(), expected[0].float())
+    assert torch.equal(scale, expected[1])
+
+
+@pytest.mark.parametrize("learn_step", [False, True])
+def test_an_embedding_gives_rows_of_the_stored_table(learn_step):
+    plain = nn.Embedding(20, 16, padding_idx=3)
+    layer, index = rounded(plain, "int8", learn_step=learn_step), torch.tensor([[1, 3, 19], [1, 0, 7]])
+    q, scale = layer.kept()
+    assert torch.equal(layer(index), F.embedding(index, q.float() * scale[:, None]))
+    assert learn_step or torch.equal(layer(index), F.embedding(index, widened(plain.weight, "int8")))
+    layer(index).sum().backward()
+    assert not plain.weight.grad[[2, 3]].any()
+    assert plain.weight.grad[1].any()
+    if learn_step:
+        assert set(layer.log_step.grad.nonzero().flatten().tolist()) <= {0, 1, 3, 7, 19}
+
+
+def test_the_mode_stays_and_all_are_found():
+    plain = nn.Linear(4, 4).eval()
+    model = nn.Sequential(nn.Linear(4, 4), rounded(plain, "int8", learn_step=True))
+    assert list(rounded_layers(model)) == ["1"]
+    assert not model[1].training
+    assert list(dict(model[1].named_parameters())) == ["weight", "bias", "log_step"]
+
+
+def test_a_step_begins_at_that_of_the_largest_weight_and_is_learned_as_a_logarithm():
+    plain = nn.Linear(16, 8)
+    layer, x = rounded(plain, "int8", learn_step=True), torch.randn(3, 16)
+    assert torch.equal(layer(x), F.linear(x, widened(plain.weight, "int8"), plain.bias))
+    with torch.no_grad():
+        layer.log_step.fill_(-0.7)
+    q, scale = layer.kept()
+    torch.testing.assert_close(scale, quantised_weight(plain.weight, "int8")[1] * math.exp(-0.7))
+    assert torch.equal(layer(x), F.linear(x, q.float() * scale[:, None], plain.bias))
+    layer(x).sum().backward()
+    step = scale.clone().requires_grad_()
+    F.linear(x, learned_step(plain.weight, step, "int8")).sum().backward()
+    torch.testing.assert_close(layer.log_step.grad, step.grad * scale)

@@ -1,0 +1,190 @@
+"""Training with rounded weights: what is stored afterwards is what training saw, and what cannot be is said."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from small_runs import same_models
+from torch import nn
+
+from deepseek_mp import QuantizationAwareTrainer
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
+from deepseek_mp.inference.quantised_linear import QuantisedLinear
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.qat import Int8Model
+from deepseek_mp.qat.rounded_layers import rounded_layers
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(512, 128), nn.Linear(128, 512)
+        self.norm, self.last, self.small = nn.LayerNorm(512), nn.Linear(512, 128), nn.Linear(128, 4)
+
+    def forward(self, tokens):
+        return self.small(torch.relu(self.last(self.norm(self.hidden(self.table(tokens).mean(1))))))
+
+
+def model():
+    torch.manual_seed(0)
+    return Words()
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9)
+
+
+def make(precision="int8_weights", **options):
+    return QuantizationAwareTrainer(model(), precision, **({"optimizer": sgd, "device": "cpu"} | options))
+
+
+def batches(count=6):
+    made = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(512, (8, 5), generator=made) for _ in range(count)]
+    return [(x, x[:, 0] % 4) for x in tokens]
+
+
+@pytest.mark.parametrize("options", [
+    {"precision": "int8_weights"}, {"precision": "fp8_weights"},
+    {"precision": "int8_weights", "learned_step_size": True}, {"precision": "int8_weights", "ema_decay": 0.5},
+])  # fmt: skip
+def test_the_deployed_model_gives_what_training_saw(options):
+    trainer = make(**options)
+    first = trainer.fit(batches()).loss
+    assert trainer.fit(batches(), epochs=4).loss < first
+    deployed, x = trainer.convert(torch.float32), batches(1)[0][0]
+    torch.testing.assert_close(deployed(x), trainer.predict((x, None)), rtol=1e-5, atol=1e-5)
+    assert isinstance(deployed.model.table, QuantisedEmbedding)
+    assert isinstance(deployed.model.hidden, QuantisedLinear)
+    assert isinstance(trainer.model.hidden, nn.Linear)
+    if "ema_decay" not in options:
+        for name, layer in rounded_layers(trainer.model).items():
+            stored = deployed.model.get_submodule(name)
+            assert torch.equal(stored.q.float() * stored.scale[:, None], layer._rounded(layer.weight, layer.log_step))
+
+
+def test_in_bf16_all_that_is_not_stored_in_8_bits_is_bf16():
+    deployed, x = make().convert(), batches(1)[0][0]
+    dtypes = {tensor.dtype for tensor in deployed.state_dict().values()}
+    assert dtypes == {torch.bfloat16, torch.int8, torch.float32}
+    assert deployed.model.norm.weight.dtype == torch.bfloat16
+    found = deployed(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, make().predict((x, None)), rtol=5e-2, atol=2e-2)
+    with pytest.raises(ConfigError, match="weights in 8 bits"):
+        deployed.train()
+    assert deployed.eval() is deployed
+
+
+def test_each_layer_has_a_decision_with_its_reason(tmp_path):
+    trainer = make(keep=["last"], run_dir=tmp_path / "run")
+    said = {decision.layer: (decision.new, decision.detail) for decision in trainer.decisions}
+    assert said["table"] == said["hidden"] == ("int8_weights", "")
+    assert said["last"] == ("fp32", "named in keep")
+    assert said["small"][0] == "fp32"
+    assert "512 weights, fewer than" in said["small"][1]
+    assert [decision.layer for decision in trainer.convert().not_converted] == ["last", "small"]
+    trainer.fit(batches(1))
+    assert "int8_weights" in (tmp_path / "run" / "decisions.jsonl").read_text()
+
+
+def test_steps_are_learned():
+    trainer = make(learned_step_size=True)
+    trainer.fit(batches())
+    log_step = trainer.model.hidden.log_step.detach()
+    assert log_step.abs().max() > 0
+    stored = trainer.convert().model.hidden.scale
+    amax = trainer.model.hidden.weight.detach().abs().amax(1)
+    torch.testing.assert_close(stored, amax / 127 * log_step.exp())
+
+
+def test_the_model_passed_stays_and_a_checkpoint_loads_into_it():
+    plain = model()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    trainer = QuantizationAwareTrainer(plain, "int8_weights", optimizer=sgd, device="cpu")
+    trainer.fit(batches())
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    plain.load_state_dict(trainer.model.state_dict())
+    assert not torch.equal(plain.hidden.weight, before["hidden.weight"])
+
+
+def test_resumed_it_is_bit_for_bit_the_run_without_a_break(tmp_path):
+    whole = make(learned_step_size=True)
+    whole.fit(batches(), epochs=2)
+    make(learned_step_size=True, run_dir=tmp_path / "run").fit(batches(), epochs=1)
+    second = make(learned_step_size=True, run_dir=tmp_path / "run")
+    second.fit(batches(), epochs=2, resume=tmp_path / "run")
+    assert same_models(whole, second)
+
+
+def test_a_forward_with_decisions_by_values_is_no_obstacle():
+    class Branching(Words):
+        def forward(self, tokens):
+            return super().forward(tokens) if tokens.sum() > 0 else self.small(self.table(tokens).mean(1))
+
+    trainer = QuantizationAwareTrainer(Branching(), "int8_weights", optimizer=sgd, device="cpu")
+    trainer.fit(batches())
+    x = torch.zeros(2, 5, dtype=torch.long)
+    torch.testing.assert_close(trainer.convert(torch.float32)(x), trainer.predict((x, None)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_layer_is_a_model():
+    trainer = QuantizationAwareTrainer(nn.Linear(256, 256), "fp8_weights", device="cpu")
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(trainer.convert(torch.float32)(x), trainer.predict((x, None)), rtol=1e-5, atol=1e-5)
+
+
+class Tied(Words):
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Embedding(512, 128)
+        self.again.weight = self.table.weight
+        self.clipped = nn.Embedding(512, 128, max_norm=1.0)
+        self.hooked = nn.Embedding(512, 128)
+        self.hooked.register_forward_hook(lambda *args: None)
+
+
+def test_embeddings_that_cannot_be_replaced_are_left():
+    trainer = QuantizationAwareTrainer(Tied(), "int8_weights", device="cpu")
+    said = {decision.layer: decision.detail for decision in trainer.decisions}
+    assert said["table"] == said["again"] == "its weight is shared"
+    assert "max_norm" in said["clipped"]
+    assert "hooks" in said["hooked"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"keep": ["table", "hidden", "last"]}, r"nothing to quantise \(table: named in keep"),
+        ({"keep": ["nothing"]}, "a list of names of the model's modules"),
+        ({"keep": PrecisionPlan.of("fp32")}, "a plan of the base fp32"),
+        ({"example_inputs": torch.zeros(2, 2)}, "example_inputs or calibration with precision='int8_weights'"),
+        ({"calibration": []}, "example_inputs or calibration"),
+        ({"precision": "fp8_weights", "learned_step_size": True}, "learned_step_size with precision='fp8_weights'"),
+        ({"learned_step_size": 1}, "learned_step_size=1"),
+        ({"precision": "int8_weight"}, "Did you mean 'int8_weights'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, match):
+    with pytest.raises(ConfigError, match=match):
+        make(**options)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    bad = model()
+    with torch.no_grad():
+        bad.hidden.weight[0, 0] = math.nan
+    with pytest.raises(ConfigError, match="weights that are not finite"):
+        QuantizationAwareTrainer(bad, "int8_weights")
+
+
+def test_compare_and_dtypes_are_of_one_precision_only():
+    with pytest.raises(ConfigError, match="compare for weights alone"):
+        make().compare(torch.zeros(2, 2))
+    trainer = QuantizationAwareTrainer(nn.Sequential(nn.Linear(4, 4)), example_inputs=torch.randn(2, 4))
+    assert isinstance(trainer.convert(), Int8Model)
+    with pytest.raises(ConfigError, match=r"convert\(dtype=torch.bfloat16\) to INT8"):
+        trainer.convert(torch.bfloat16)
