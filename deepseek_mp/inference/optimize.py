@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from deepseek_mp.inference.choice import Trial, choose
 from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
 from deepseek_mp.inference.form import Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
+from deepseek_mp.inference.mixed import MixedForms
 from deepseek_mp.inference.quantised_linear import linear_kinds
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
 from deepseek_mp.nn.nested import first_tensor
@@ -46,14 +47,15 @@ def optimize_for_inference(
     compile: bool = True,
     seconds: float = 1.0,
     energy_seconds: float = 0.0,
+    layer_seconds: float = 20.0,
     formats: tuple[str, ...] | None = None,
 ) -> Optimised:
     """A copy of the model in the fastest form whose outputs stay within the budget, on the model's own device.
 
     Each form (format, kind of linear layers, memory layout, folded BatchNorm, eager or compiled) is built from a copy,
     checked against the FP32 outputs and timed in turn with the others. FP32, TF32 and BF16, eager and compiled, are
-    always among them. The model itself, its mode and the state of PyTorch's generators are as before, also after an
-    exception.
+    always among them; where there are kinds of linear layers, they are also chosen by layer. The model itself, its mode
+    and the state of PyTorch's generators are as before, also after an exception.
 
     Args:
         model: in evaluation or training mode; it is run as in evaluation.
@@ -64,27 +66,30 @@ def optimize_for_inference(
         compile: try `torch.compile` too, which takes some ten seconds for each format.
         seconds: of timing for each form.
         energy_seconds: window of the energy counter for each form; 0 leaves energy out, 30 can be trusted.
+        layer_seconds: for choosing kinds by layer (`inference.by_layer`); 0 leaves it out.
         formats: only these, of 'fp32', 'tf32', 'hf32', 'bf16', 'fp16'; FP32 is always among them. Other kinds of
             linear layers are tried beside BF16, or beside FP16 where there is no BF16.
 
     Raises:
         ConfigError: an argument that is not allowed, a model that cannot be copied, or outputs that are not finite.
     """
-    _check(budget, seconds, energy_seconds)
+    _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
     measured = find_metric(metric)
     tensor = first_tensor(example_inputs)
     device = _device_of(model, tensor)
     batch = 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
+    forms = _forms(model, device, formats, compile)
+    mixed = MixedForms(model, forms, lambda served: _caller(served, example_inputs)(), measured, budget, layer_seconds)
     randomness = random_states(device)
     try:
         trials, served = _tried(
-            model, example_inputs, device, measured, _forms(model, device, formats, compile), seconds, energy_seconds
+            model, example_inputs, device, measured, mixed, seconds=seconds, energy_seconds=energy_seconds
         )
         form, explained = choose(trials, budget)
     finally:
         set_random_states(randomness, device)
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
-    plan = ServingPlan(form=form, budget=budget, metric=name, trials=tuple(explained))
+    plan = ServingPlan(form=form, budget=budget, metric=name, trials=tuple(explained), layers=mixed.plan)
     card = Card(model=type(model).__name__, device=_name_of(device), batch_size=batch, plan=plan)
     return Optimised(served[form], plan, card)
 
@@ -107,13 +112,14 @@ def _tried(
     inputs: Any,
     device: torch.device,
     metric: Metric,
-    forms: list[Form],
+    mixed: MixedForms,
+    *,
     seconds: float,
     energy_seconds: float,
 ) -> tuple[list[Trial], dict[Form, Served]]:
     """What was found of each form, and those that run."""
-    reference, trials, served = None, [], {}
-    for form in forms:
+    reference, trials, served = None, [], dict[Form, Served]()
+    for form in _in_turn(mixed, served):
         trial, one, outputs = _built(model, form, inputs, device)
         if reference is None:  # FP32 as it is comes first
             if trial.problem or not is_finite(outputs):
@@ -134,6 +140,12 @@ def _tried(
     return [
         replace(trial, latency=times.get(trial.form.name), energy=joules.get(trial.form)) for trial in trials
     ], served
+
+
+def _in_turn(mixed: MixedForms, served: Mapping[Form, Served]) -> Iterator[Form]:
+    """The forms that there are anyway, and when these are built those with kinds by layer."""
+    yield from mixed.others
+    yield from mixed.forms(served)
 
 
 def _built(model: nn.Module, form: Form, inputs: Any, device: torch.device) -> tuple[Trial, Served | None, Any]:
@@ -171,10 +183,10 @@ def _caller(served: Served, inputs: Any) -> Callable[[], Any]:
     return lambda: served(*args)
 
 
-def _check(budget: float, seconds: float, energy_seconds: float) -> None:
+def _check(budget: float, **times: float) -> None:
     if not budget >= 0:
         raise ConfigError(explain(f"budget={budget!r}", "a number from 0", "Pass the largest metric that you allow"))
-    for name, value in (("seconds", seconds), ("energy_seconds", energy_seconds)):
+    for name, value in times.items():
         if not 0 <= value < math.inf:
             raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a time in seconds"))
 
