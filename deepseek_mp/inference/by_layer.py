@@ -3,10 +3,10 @@
 1. One call of the copy in 16 bits tells how many rows each layer sees. Each distinct shape is timed once in each kind
    (`layer_times`). A kind counts in a layer where it is faster by a factor of `PAYS`.
 2. What a kind does to the outputs is measured with all layers of equal role (the name without its numbers) in it and
-   everything else in 16 bits: one call for each role and kind, however deep the model is. That is enough where a role
-   gets the kind that saves it most. Roles that do not are split, those first that have most time to win, and their
-   layers measured one by one in the kinds that would save more. What is not measured one by one has an equal share of
-   its role's error.
+   everything else in 16 bits: one call for each role and kind, however deep the model is. That is enough where each
+   role gets the kind that saves it most. Otherwise layers are chosen one by one, each with an equal share of its role's
+   error at first. In roles where some do not get the kind that saves them most, those kinds are then measured layer by
+   layer, and the choice is made again.
 3. The solver of training (`precision.allocate`) takes the kinds that save most while the errors add up to the budget.
    KL grows with the square of a small disturbance, so independent ones add; of `relative` the squares are added. A
    metric of your own is added as it is.
@@ -31,7 +31,7 @@ from torch import nn
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.inference.fidelity import Metric, relative
-from deepseek_mp.inference.layer_choice import Part, apart, by_role, chosen, taken_back, worth_splitting
+from deepseek_mp.inference.layer_choice import Part, apart, better, by_role, chosen, taken_back
 from deepseek_mp.inference.layer_errors import LayerErrors, undone
 from deepseek_mp.inference.layer_plan import LayerChoice, LayerPlan
 from deepseek_mp.inference.layer_times import LayerTime, Shape, layer_times, recorded_shapes
@@ -122,14 +122,21 @@ class _Search:
 
     def run(self, saved: Mapping[str, Mapping[str, float]]) -> tuple[list[Part], dict[str, str]]:
         """The parts that were chosen from, and the kinds by layer of what stood the last check."""
-        parts = [self._measured(part, list(part.saved)) for part in _by_gain(by_role(saved))]
-        taken = chosen(parts, self.limit)
-        fine: list[Part] = []
-        for part, kind in zip(parts, taken, strict=True):
-            better = worth_splitting(part, kind)
-            fine += [self._measured(single, better) for single in _by_gain(apart(part))] if better else [part]
-        taken = chosen(fine, self.limit)
-        return fine, self._checked(fine, taken)
+        roles = [self._measured(part, list(part.saved)) for part in _by_gain(by_role(saved))]
+        taken = chosen(roles, self.limit)
+        if not any(map(better, roles, taken)):
+            return roles, self._checked(roles, taken)
+        split = [apart(part) for part in roles]
+        known = {index for index, part in enumerate(roles) if len(part.layers) == 1}
+        while True:
+            parts = [single for part in split for single in part]
+            taken = chosen(parts, self.limit)
+            missed = _missed(split, taken)
+            if not missed.keys() - known or not self._goes_on():
+                return parts, self._checked(parts, taken)
+            for index in missed.keys() - known:
+                split[index] = [self._measured(single, missed[index]) for single in split[index]]
+                known.add(index)
 
     def reasons(self, parts: list[Part], kinds: Mapping[str, str]) -> dict[str, str]:
         """Why layers that could save time stay in 16 bits."""
@@ -185,6 +192,17 @@ class _Search:
         if best not in part.errors:
             return f"{best} would be faster, but the time to measure was up"
         return f"{best} would be faster, but takes too much of the budget"
+
+
+def _missed(split: list[list[Part]], taken: list[str | None]) -> dict[int, list[str]]:
+    """By role in which a layer did not get the kind that saves it most: the kinds that would save some of them more."""
+    found: dict[int, list[str]] = {}
+    kinds = iter(taken)
+    for index, singles in enumerate(split):
+        some = [kind for single in singles for kind in better(single, next(kinds))]
+        if some:
+            found[index] = list(dict.fromkeys(some))
+    return found
 
 
 def _by_gain(parts: list[Part]) -> list[Part]:

@@ -77,10 +77,8 @@ def chosen(parts: Sequence[Part], limit: float) -> list[str | None]:
     return [None if name == PLAIN else name for name in names]
 
 
-def worth_splitting(part: Part, kind: str | None) -> list[str]:
-    """The kinds that would save more than the one chosen, where some of several layers may still have them."""
-    if len(part.layers) < 2:
-        return []
+def better(part: Part, kind: str | None) -> list[str]:
+    """The kinds that would save more than the one chosen."""
     return [other for other in part.saved if part.gain(other) > part.gain(kind)]
 
 

@@ -16,6 +16,7 @@ from deepseek_mp.costs.memory import distinct_bytes, peak_during
 from deepseek_mp.costs.restore import random_states, set_random_states
 from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.arguments import arguments_of
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
 from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
@@ -177,10 +178,8 @@ def _held(device: torch.device) -> int:
 
 
 def _caller(served: Served, inputs: Any) -> Callable[[], Any]:
-    if isinstance(inputs, Mapping):
-        return lambda: served(**inputs)
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
-    return lambda: served(*args)
+    args, kwargs = arguments_of(inputs)
+    return lambda: served(*args, **kwargs)
 
 
 def _check(budget: float, **times: float) -> None:

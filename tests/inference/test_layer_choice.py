@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from deepseek_mp.inference.layer_choice import Part, apart, by_role, chosen, role, taken_back, worth_splitting
+from deepseek_mp.inference.layer_choice import Part, apart, better, by_role, chosen, role, taken_back
 
 
 def part(saved, errors, kind="int8_weights"):
@@ -43,19 +43,19 @@ def test_what_was_not_measured_or_is_no_number_is_not_chosen():
     assert chosen([unknown, part({"b": 1.0}, math.inf), part({"c": 1.0}, 0.0)], 1e300) == [None, None, "int8_weights"]
 
 
-def test_a_role_is_worth_splitting_where_a_kind_would_save_more():
+def test_a_kind_is_better_if_it_saves_more():
     several = Part(
         layers=("a.0", "a.1"),
         saved={"int4_weights": {"a.0": 5.0, "a.1": 5.0}, "fp8": {"a.0": 1.0, "a.1": 1.0}},
         errors={"int4_weights": 8.0, "fp8": 2.0},
     )
-    assert worth_splitting(several, "int4_weights") == []
-    assert worth_splitting(several, "fp8") == ["int4_weights"]
-    assert worth_splitting(several, None) == ["int4_weights", "fp8"]
+    assert better(several, "int4_weights") == []
+    assert better(several, "fp8") == ["int4_weights"]
+    assert better(several, None) == ["int4_weights", "fp8"]
     singles = apart(several)
     assert [single.layers for single in singles] == [("a.0",), ("a.1",)]
     assert singles[0].errors == {"int4_weights": 4.0, "fp8": 1.0}
-    assert worth_splitting(singles[0], None) == []
+    assert better(singles[0], "fp8") == ["int4_weights"]
 
 
 def test_most_error_for_the_time_is_taken_back_first():
