@@ -24,8 +24,10 @@ class Blocks(nn.Module):
         self.up = nn.ModuleList(nn.Linear(256, 512) for _ in range(3))
         self.down = nn.ModuleList(nn.Linear(512, 256) for _ in range(3))
         self.idle = nn.Linear(256, 300)
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
+        self.calls += 1
         for up, down in zip(self.up, self.down, strict=True):
             x = x + down(up(x).relu())
         return x
@@ -99,6 +101,13 @@ def test_a_role_that_fits_is_measured_once_and_taken_whole(world):
     assert "3 of 7 layers, 1.8e+04 µs less" in plan.why
 
 
+def test_the_models_state_is_as_before(world):
+    model = Blocks()
+    world.run(model=model)
+    assert float(model.calls) == 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_kind_that_is_hardly_faster_is_none(world):
     world.ms[512, INT8] = 9.6
     plan = world.run()
@@ -170,6 +179,8 @@ def test_a_layer_that_cannot_be_rounded_leaves_the_others(world):
     plan = world.run()
     assert dict(plan.kinds) == {"up.0": INT8, "up.2": INT8}
     assert why(plan)["up.1"] == "int8_weights: weight of 'up.1' with values that are not finite"
+    world.error["up.2", INT8] = 5.0
+    assert why(world.run())["up.2"] == "int8_weights would be faster, but takes too much of the budget"
 
 
 def test_an_error_without_end_is_never_taken(world):

@@ -32,6 +32,13 @@ def test_the_nearest_serves(model, shape, name):
     assert torch.equal(model(input=x), expected)
 
 
+def test_what_was_measured_itself_serves_itself():
+    """A size of none is as near to one as to none."""
+    layer = nn.Linear(4, 2)
+    served = {"one": Served(layer, Form(), CPU), "none": Served(layer, Form(), CPU)}
+    assert ServedByShape(served, {"one": ((1, 4),), "none": ((0, 4),)}).name_for(torch.randn(0, 4)) == "none"
+
+
 def test_other_structures_are_compared_by_their_elements(model):
     assert model.name_for(torch.randn(4)) == "few"
     assert model.name_for(torch.randn(8, 8, 4)) == "many"

@@ -16,13 +16,14 @@ SHAPE = Shape(64, 32, 3, True)
 @pytest.fixture
 def laps(monkeypatch):
     """Calls of layers, in order; a call of a kind takes as many milliseconds as `ms` says."""
-    found = SimpleNamespace(order=[], ms={}, now=0.0)
+    found = SimpleNamespace(order=[], pauses=set(), ms={}, now=0.0)
 
     def taken(call, before, device, pause_s, clock):
         before()
         call()
         name = getattr(call.func, "kind", "")
         found.order.append(name)
+        found.pauses.add(pause_s)
         found.now += 1.0
         return [1e-3 * found.ms.get(name, 8.0)], 0.5
 
@@ -60,6 +61,7 @@ def test_kinds_take_turns_with_16_bits(laps):
     assert warm == ["", "", "int8_weights", "int8_weights"]
     assert measured[:4] == ["", "int8_weights", "int8_weights", ""], "every other round in reverse"
     assert len(measured) == 2 * timed.ROUNDS
+    assert laps.pauses == {0.0, 0.5 * timed.HOLD}, "longer than the host took to issue the calls"
 
 
 def test_what_is_slow_or_fails_there_says_why(laps, monkeypatch):

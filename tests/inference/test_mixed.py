@@ -83,6 +83,23 @@ def test_why_there_are_none(model, plan, monkeypatch):
     assert (forms, found.plan.why) == ([], "not tried: ZeroDivisionError: division by zero")
 
 
+def test_the_state_of_forms_is_as_before(plan):
+    class Counts(nn.Linear):
+        times = 0
+
+        def forward(self, x):
+            self.times += 1
+            return super().forward(x) * self.times
+
+    x, served = torch.randn(2, 4), Served(Counts(4, 4), Form(), CPU)
+    served.model.times = 6
+    plain = Served(nn.Linear(4, 4), Form(format="bf16"), CPU)
+    MixedForms(nn.Linear(4, 4), OTHERS, lambda one: one(x), kl, 0.5, 5.0).forms({Form(): served, OTHERS[1]: plain})
+    assert served.model.times == 6
+    ((bench, *_),) = plan["benches"]
+    torch.testing.assert_close(bench.reference, 7 * nn.functional.linear(x, served.model.weight, served.model.bias))
+
+
 def test_nothing_of_the_model_is_changed(model):
     before = copy.deepcopy(model.state_dict())
     made(model, seconds=0.5)

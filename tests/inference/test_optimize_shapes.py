@@ -9,7 +9,7 @@ from torch import nn
 from deepseek_mp import optimize_for_shapes
 from deepseek_mp.costs.memory import distinct_bytes
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.inference import Latency, optimize
+from deepseek_mp.inference import Form, Latency, optimize, optimize_shapes
 
 
 @pytest.fixture
@@ -56,6 +56,17 @@ def test_weights_that_are_alike_are_there_once(fastest, model):
     tensors = [*served.parameters(), *served.buffers()]
     assert distinct_bytes(tensors) == 2 * sum(weight.numel() for weight in model.parameters()) + 256 * 256 + 4 * 256
     assert served.forms[0].model[2].weight.data_ptr() == served.forms[1].model[2].weight.data_ptr()
+
+
+def test_forms_with_other_weights_memory_are_called_once(fastest, model, monkeypatch):
+    """What is compiled or recorded is so before a user calls it."""
+    warmed = []
+    monkeypatch.setattr(
+        optimize_shapes, "_warmed", lambda served, inputs: warmed.append((served.form.name, len(inputs)))
+    )
+    fastest += ["bf16", "fp32", "bf16"]
+    run(model, [torch.randn(size, 256) for size in (1, 8, 64)])
+    assert warmed == [(Form(format="bf16"), 64)]
 
 
 def test_names_of_ones_own_and_arguments_by_name(fastest, model):
