@@ -61,9 +61,7 @@ def test_weights_that_are_alike_are_there_once(fastest, model):
 def test_forms_with_other_weights_memory_are_called_once(fastest, model, monkeypatch):
     """What is compiled or recorded is so before a user calls it."""
     warmed = []
-    monkeypatch.setattr(
-        optimize_shapes, "_warmed", lambda served, inputs: warmed.append((served.form.name, len(inputs)))
-    )
+    monkeypatch.setattr(optimize_shapes, "_warmed", lambda served, inputs: warmed.append((served.form, len(inputs))))
     fastest += ["bf16", "fp32", "bf16"]
     run(model, [torch.randn(size, 256) for size in (1, 8, 64)])
     assert warmed == [(Form(format="bf16"), 64)]
