@@ -3,7 +3,7 @@
 from deepseek_mp.backends import autocast, math_mode
 from deepseek_mp.controller import AdaptiveSettings, LossScalePolicy, LossScaler
 from deepseek_mp.errors import MixedPrecisionError, NonFiniteError
-from deepseek_mp.inference import optimize_for_inference
+from deepseek_mp.inference import optimize_for_inference, optimize_for_shapes
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import convert, register_unit, revert
 from deepseek_mp.ops.cast import cast
@@ -51,6 +51,7 @@ __all__ = [
     "find_batch_size",
     "math_mode",
     "optimize_for_inference",
+    "optimize_for_shapes",
     "progressive",
     "register_unit",
     "revert",

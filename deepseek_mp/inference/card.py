@@ -7,6 +7,7 @@ from typing import Any
 
 from deepseek_mp.inference.choice import Trial
 from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.layer_plan import LayerPlan
 from deepseek_mp.report.table import listing, paragraph, tables
 
 WIDTH = 120
@@ -22,10 +23,14 @@ class ServingPlan:
     budget: float
     metric: str
     trials: tuple[Trial, ...]
+    layers: LayerPlan | None = None
+    """What was found out about kinds by layer."""
 
     def to_json(self) -> dict[str, Any]:
         trials = [trial.to_json() for trial in self.trials]
-        return {"form": self.form.to_json(), "budget": self.budget, "metric": self.metric, "trials": trials}
+        layers = None if self.layers is None else self.layers.to_json()
+        about = {"form": self.form.to_json(), "budget": self.budget, "metric": self.metric}
+        return {**about, "trials": trials, "layers": layers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class Card:
         return self.text(WIDTH)
 
     def text(self, width: int) -> str:
-        """Numbers in a table of that many characters or less, and below it the reason of each form.
+        """Numbers in a table of that many characters or less, below it the reason of each form, and kinds by layer.
 
         The chosen form is first, the others follow as they were tried.
         """
@@ -57,7 +62,8 @@ class Card:
         about = f"{self.model} on {self.device}, batches of {self.batch_size}; error by {self.plan.metric}"
         numbers = tables(_HEAD, map(self._row, trials), width, repeated=1)
         reasons = listing(((trial.form.name, trial.why) for trial in trials), width)
-        return "\n".join([*paragraph(about, width), *numbers, "", *reasons])
+        layers = [] if self.plan.layers is None else ["", *self.plan.layers.lines(width)]
+        return "\n".join([*paragraph(about, width), *numbers, "", *reasons, *layers])
 
     def _row(self, trial: Trial) -> tuple[str, ...]:
         ms = ("", "", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,11 +17,13 @@ from deepseek_mp.costs.memory import distinct_bytes, peak_during
 from deepseek_mp.costs.restore import random_states, set_random_states
 from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.arguments import arguments_of
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
 from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
 from deepseek_mp.inference.form import Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
+from deepseek_mp.inference.mixed import MixedForms
 from deepseek_mp.inference.quantised_linear import linear_kinds
 from deepseek_mp.inference.recorder import records
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
@@ -49,14 +51,15 @@ def optimize_for_inference(
     graphs: bool = True,
     seconds: float = 1.0,
     energy_seconds: float = 0.0,
+    layer_seconds: float = 20.0,
     formats: tuple[str, ...] | None = None,
 ) -> Optimised:
     """A copy of the model in the fastest form whose outputs stay within the budget, on the model's own device.
 
     Each form (format, kind of linear layers, memory layout, folded BatchNorm, eager or compiled, launched or replayed)
     is built from a copy, checked against the FP32 outputs and timed in turn with the others. FP32, TF32 and BF16, eager
-    and compiled, are always among them. The model itself, its mode and the state of PyTorch's generators are as before,
-    also after an exception.
+    and compiled, are always among them; where there are kinds of linear layers, they are also chosen by layer. The
+    model itself, its mode and the state of PyTorch's generators are as before, also after an exception.
 
     Args:
         model: in evaluation or training mode; it is run as in evaluation.
@@ -69,33 +72,30 @@ def optimize_for_inference(
             out; what varies from call to call must be in tensors or arguments, and state in buffers.
         seconds: of timing for each form.
         energy_seconds: window of the energy counter for each form; 0 leaves energy out, 30 can be trusted.
+        layer_seconds: for choosing kinds by layer (`inference.by_layer`); 0 leaves it out.
         formats: only these, of 'fp32', 'tf32', 'hf32', 'bf16', 'fp16'; FP32 is always among them. Other kinds of
             linear layers are tried beside BF16, or beside FP16 where there is no BF16.
 
     Raises:
         ConfigError: an argument that is not allowed, a model that cannot be copied, or outputs that are not finite.
     """
-    _check(budget, seconds, energy_seconds)
+    _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
     measured = find_metric(metric)
     tensor = first_tensor(example_inputs)
     device = _device_of(model, tensor)
     batch = 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
+    forms = _forms(model, device, formats, compile, graphs)
+    mixed = MixedForms(model, forms, lambda served: _caller(served, example_inputs)(), measured, budget, layer_seconds)
     randomness = random_states(device)
     try:
         trials, served = _tried(
-            model,
-            example_inputs,
-            device,
-            measured,
-            _forms(model, device, formats, compile, graphs),
-            seconds,
-            energy_seconds,
+            model, example_inputs, device, measured, mixed, seconds=seconds, energy_seconds=energy_seconds
         )
         form, explained = choose(trials, budget)
     finally:
         set_random_states(randomness, device)
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
-    plan = ServingPlan(form=form, budget=budget, metric=name, trials=tuple(explained))
+    plan = ServingPlan(form=form, budget=budget, metric=name, trials=tuple(explained), layers=mixed.plan)
     card = Card(model=type(model).__name__, device=_name_of(device), batch_size=batch, plan=plan)
     served[form].card, served[form].example_inputs = card, example_inputs
     return Optimised(served[form], plan, card)
@@ -122,7 +122,8 @@ def _tried(
     inputs: Any,
     device: torch.device,
     metric: Metric,
-    forms: list[Form],
+    mixed: MixedForms,
+    *,
     seconds: float,
     energy_seconds: float,
 ) -> tuple[list[Trial], dict[Form, Served]]:
@@ -130,7 +131,7 @@ def _tried(
     reference: Any = None
     trials: list[Trial] = []
     served: dict[Form, Served] = {}
-    for form in forms:
+    for form in _in_turn(mixed, served):
         trial, one, outputs = _built(model, form, inputs, device, _alike(form, served))
         if reference is None:  # FP32 as it is comes first
             if trial.problem or not is_finite(outputs):
@@ -168,6 +169,12 @@ def _weights_of(form: Form) -> Form:
     return replace(form, format=kept, compiled=False, graphed=False)
 
 
+def _in_turn(mixed: MixedForms, served: Mapping[Form, Served]) -> Iterator[Form]:
+    """The forms that there are anyway, and when these are built those with kinds by layer."""
+    yield from mixed.others
+    yield from mixed.forms(served)
+
+
 def _built(
     model: nn.Module, form: Form, inputs: Any, device: torch.device, like: Served | None = None
 ) -> tuple[Trial, Served | None, Any]:
@@ -203,16 +210,14 @@ def _held(device: torch.device) -> int:
 
 
 def _caller(served: Served, inputs: Any) -> Callable[[], Any]:
-    if isinstance(inputs, Mapping):
-        return lambda: served(**inputs)
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
-    return lambda: served(*args)
+    args, kwargs = arguments_of(inputs)
+    return lambda: served(*args, **kwargs)
 
 
-def _check(budget: float, seconds: float, energy_seconds: float) -> None:
+def _check(budget: float, **times: float) -> None:
     if not budget >= 0:
         raise ConfigError(explain(f"budget={budget!r}", "a number from 0", "Pass the largest metric that you allow"))
-    for name, value in (("seconds", seconds), ("energy_seconds", energy_seconds)):
+    for name, value in times.items():
         if not 0 <= value < math.inf:
             raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a time in seconds"))
 

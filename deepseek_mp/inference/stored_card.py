@@ -9,6 +9,7 @@ from typing import Any
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial
 from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.layer_plan import LayerChoice, LayerPlan
 from deepseek_mp.inference.measure import Energy, Latency
 
 _PARTS: Mapping[str, type[Any]] = {"latency": Latency, "energy": Energy}
@@ -22,8 +23,15 @@ def form_from_json(data: Mapping[str, Any]) -> Form:
 def card_from_json(data: Mapping[str, Any]) -> Card:
     """The card with its plan; `KeyError` or `TypeError` for what is none."""
     trials = tuple(map(_trial, data["trials"]))
-    plan = ServingPlan(form=form_from_json(data["form"]), budget=data["budget"], metric=data["metric"], trials=trials)
+    layers = None if data["layers"] is None else _layers(data["layers"])
+    plan = ServingPlan(
+        form=form_from_json(data["form"]), budget=data["budget"], metric=data["metric"], trials=trials, layers=layers
+    )
     return Card(model=data["model"], device=data["device"], batch_size=data["batch_size"], plan=plan)
+
+
+def _layers(data: Mapping[str, Any]) -> LayerPlan:
+    return LayerPlan(why=data["why"], choices=tuple(LayerChoice(**choice) for choice in data["choices"]))
 
 
 def _trial(data: Mapping[str, Any]) -> Trial:

@@ -19,7 +19,16 @@ def test_a_card_for_each_batch_size(
     monkeypatch.setenv("COLUMNS", "90")
     assert main(["bench", "inference", "net.py:job", "--batch", "1, 20", *QUICK, "--out", "bench.json"]) == 0
     out = capsys.readouterr().out
-    for fact in ("Sequential on", "batches of 1;", "batches of 20;", "error by kl", "taken:", "fp32", "per second"):
+    for fact in (
+        "Sequential on",
+        "batches of 1;",
+        "batches of 20;",
+        "error by kl",
+        "taken:",
+        "fp32",
+        "per second",
+        "kinds by layer:",
+    ):
         assert fact in out
     assert max(map(len, out.splitlines())) <= 90
     read = json.loads(Path("bench.json").read_text())

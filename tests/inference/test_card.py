@@ -1,8 +1,9 @@
 """The card shows the chosen form first, with all others beside it."""
 
 import json
+from dataclasses import replace
 
-from deepseek_mp.inference import Card, Energy, Form, Latency, ServingPlan, Trial
+from deepseek_mp.inference import Card, Energy, Form, Latency, LayerChoice, LayerPlan, ServingPlan, Trial
 
 
 def card():
@@ -27,6 +28,15 @@ def test_a_table_of_all_forms_and_their_reasons():
     assert fp32.split() == ["fp32", "4", "8", "2000", "2", "0"]
     assert fp16.split() == ["fp16"]
     assert [line.split(maxsplit=1) for line in reasons] == [["bf16", "so"], ["fp32", "so"], ["fp16", "out of memory"]]
+
+
+def test_kinds_by_layer_come_last():
+    found = card()
+    layers = LayerPlan(why="one of them", choices=(LayerChoice(layer="head", kind="fp8", why="faster"),))
+    found = replace(found, plan=replace(found.plan, layers=layers))
+    assert str(found).splitlines()[-5:] == ["", *layers.lines(120)]
+    assert found.to_json()["layers"] == layers.to_json()
+    assert card().to_json()["layers"] is None
 
 
 def test_it_fits_the_terminal():

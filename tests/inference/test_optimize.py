@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.inference import Form, Latency, Served, optimize, optimize_for_inference
+from deepseek_mp.inference import Form, Latency, Served, by_layer, optimize, optimize_for_inference
+from deepseek_mp.inference.layer_times import LayerTime
 
 
 @pytest.fixture
@@ -219,6 +220,55 @@ def test_weights_that_are_not_finite_leave_the_other_forms(times, monkeypatch):
     _, plan, _ = run(model, torch.randn(2, 256))
     why = next(trial.why for trial in plan.trials if trial.form.linear)
     assert "weight of 'layer' with values that are not finite" in why
+
+
+@pytest.fixture
+def layers(monkeypatch):
+    """Int8 weights are there, and layers of 512 channels twice as fast with them."""
+
+    def layer_times(shapes, *about, **others):
+        ms = {512: 5.0, 256: 20.0}
+        return {shape: LayerTime(plain=10.0, kinds=dict.fromkeys(kinds, ms[shape.channels])) for shape, kinds in
+                shapes.items()}  # fmt: skip
+
+    monkeypatch.setattr(optimize, "linear_kinds", lambda model, dtype, device: ["int8_weights"])
+    monkeypatch.setattr(by_layer, "layer_times", layer_times)
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256), nn.Linear(256, 512), nn.Linear(512, 8))
+
+
+def test_kinds_by_layer_are_one_more_form(layers, times):
+    times["bf16+mixed(2)"] = 1.0
+    x, before = torch.randn(4, 256), copy.deepcopy(layers.state_dict())
+    state = torch.get_rng_state()
+    served, plan, card = run(layers, x, budget=1e-2)
+    assert plan.form == served.form == Form(format="bf16", layers=(("0", "int8_weights"), ("3", "int8_weights")))
+    assert [trial.form.name for trial in plan.trials][-2:] == ["bf16+int8_weights", "bf16+mixed(2)"]
+    assert 0 < card.chosen.error <= 1e-2
+    assert [choice.kind for choice in plan.layers.choices] == ["int8_weights", None, "int8_weights"]
+    assert "2 of 3 layers" in str(card)
+    assert card.to_json()["layers"]["choices"][1]["why"] == "no kind is faster"
+    torch.testing.assert_close(served(x), layers(x), rtol=5e-2, atol=5e-2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
+
+
+def test_without_time_or_budget_for_layers_the_plan_says_so(layers, times):
+    x = torch.randn(4, 256)
+    assert run(layers, x, layer_seconds=0.0).plan.layers.why == "not tried: no time was given to it"
+    assert "nothing is left" in run(layers, x, budget=1e-12).plan.layers.why
+    plan = run(layers, x, formats=("fp32",)).plan
+    assert plan.layers.why == "not tried: the model and the device have no kinds of linear layers"
+    with pytest.raises(ConfigError, match="layer_seconds=nan"):
+        run(layers, x, layer_seconds=float("nan"))
+
+
+def test_what_fails_for_layers_leaves_the_other_forms(layers, times, monkeypatch):
+    times["bf16"] = 1.0
+    monkeypatch.setattr(by_layer, "layer_times", lambda *about, **others: 1 / 0)
+    served, plan, _ = run(layers, torch.randn(4, 256), budget=1e-2)
+    assert plan.form.name == "bf16"
+    assert plan.layers.why == "not tried: ZeroDivisionError: division by zero"
+    assert not any(module._forward_pre_hooks for module in served.modules())
 
 
 @pytest.mark.stress

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from deepseek_mp.inference import Card, Energy, Form, Latency, ServingPlan, Trial
+from deepseek_mp.inference.layer_plan import LayerChoice, LayerPlan
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
 
 FORM = Form(format="bf16", channels_last=True, compiled=True)
@@ -25,9 +26,13 @@ def through_json(value):
     return json.loads(json.dumps(value.to_json()))
 
 
-def test_a_card_is_the_same():
+LAYERS = LayerPlan(why="two", choices=(LayerChoice(layer="a", kind="fp8", why="taken", saved_us=2.0, error=1e-5),))
+
+
+@pytest.mark.parametrize("layers", [None, LAYERS])
+def test_a_card_is_the_same(layers):
     trials = (TIMED, Trial(form=Form(), problem="out of memory"))
-    plan = ServingPlan(form=FORM, budget=1e-3, metric="kl", trials=trials)
+    plan = ServingPlan(form=FORM, budget=1e-3, metric="kl", trials=trials, layers=layers)
     card = Card(model="Net", device="a device", batch_size=4, plan=plan)
     assert card_from_json(through_json(card)) == card
 
@@ -36,5 +41,5 @@ def test_a_form_is_the_same_and_what_is_none_is_refused():
     assert form_from_json(through_json(FORM)) == FORM
     with pytest.raises(TypeError, match="speed"):
         form_from_json({"format": "bf16", "speed": 2})
-    with pytest.raises(KeyError, match="form"):
+    with pytest.raises(KeyError, match="layers"):
         card_from_json({"trials": []})

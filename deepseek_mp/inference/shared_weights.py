@@ -1,0 +1,47 @@
+"""Several copies of one model that keep only one of each weight that they have alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def share_weights(models: Iterable[nn.Module]) -> list[bool]:
+    """Parameters and buffers of one name, format, layout and value become those of the first model that has them.
+
+    Buffers that models write to are shared too, so that what one keeps in them the others see.
+
+    Returns:
+        Of each model, whether tensors of it are now those of one before it.
+    """
+    known: dict[str, list[Tensor]] = {}
+    changed = []
+    for model in models:
+        twins = dict(_twins(model, known))
+        if twins:
+            # As `to` changes a module: parameters stay the objects that they are.
+            model._apply(lambda tensor, twins=twins: twins.get(id(tensor), tensor))  # noqa: SLF001
+        changed.append(bool(twins))
+    return changed
+
+
+def _twins(model: nn.Module, known: dict[str, list[Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """By the tensor's id what is to take its place; those without become known."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        others = known.setdefault(name, [])
+        if any(other.data_ptr() == tensor.data_ptr() for other in others):
+            continue
+        twin = next((other for other in others if _alike(tensor, other)), None)
+        if twin is None:
+            others.append(tensor)
+        else:
+            yield id(tensor), twin
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.device, one.shape, one.layout) != (other.dtype, other.device, other.shape, other.layout):
+        return False
+    return one.layout is torch.strided and one.stride() == other.stride() and torch.equal(one, other)
