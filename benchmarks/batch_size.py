@@ -91,6 +91,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         results[arm] = run_script(Path(__file__), ["--child", arm, *passed], limit=args.limit, keep_caches=True)
         print(f"  {name} {arm}: {results[arm].get('size')} ({results[arm]['check']})", file=sys.stderr, flush=True)
     base = results["fp32"].get("size")
+    for result in results.values():
+        result["check"] = ": ".join([result["check"], *result.get("error", [])[-1:]])
     problems = [f"{arm}: {result['check']}" for arm, result in results.items() if result["check"] != "passed"]
     for arm, result in results.items():
         result["times"] = result["size"] / base if base and "size" in result else None
