@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED, UNSIGNED
-from deepseek_mp.ops.fused_steps import AdamWStep, fused_adamw
-from deepseek_mp.optim.fused import FusedBatch, step_fused
+from deepseek_mp.ops.fused_steps import AdamWOfMany, AdamWStep, ManyAdamW, adamw_of_many, fused_adamw
+from deepseek_mp.optim.fused import FusedBatch, Numbers, step_fused
+from deepseek_mp.optim.many import ManyRule, step_many
 from deepseek_mp.optim.states import Moments
 from deepseek_mp.optim.stored import Batch, StoredOptimizer
 
@@ -63,35 +64,14 @@ class AdamW(StoredOptimizer):
     def _fused(
         self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
     ) -> list[Tensor]:
-        return step_fused(self, params, fused_adamw, lambda some: self._fused_steps(group, some, scale, skip))
+        def batch_of(some: Sequence[Tensor]) -> FusedBatch:
+            return FusedBatch.of(self, group, some, scale, skip)
 
-    def _fused_steps(
-        self, group: Mapping[str, Any], params: Sequence[Tensor], scale: Tensor | None, skip: Tensor | None
-    ) -> Iterator[AdamWStep]:
-        """The next step of some parameters of one device, counted."""
-        about = FusedBatch.of(self, group, params, scale, skip)
-        lr, counts = _advance(group, about.batch)
-        beta1, beta2 = group["betas"]
-        numbers: Sequence[Sequence[Any]]
-        if counts is None:
-            number, known = about.numbers()
-            decay = about.on_device(1 - lr * group["weight_decay"])
-            of_rate = (lr / (1 - beta1**known)).float().unbind(), (1 - beta2**known).sqrt().unbind()
-            numbers = [[decay] * len(params), *of_rate, number.unbind()]
-        else:
-            known_steps = [int(count) for count in counts]
-            numbers = [
-                [1 - lr * group["weight_decay"]] * len(params),
-                [lr / (1 - beta1**count) for count in known_steps],
-                [(1 - beta2**count) ** 0.5 for count in known_steps],
-                known_steps,
-            ]
-        for parameter, decay, size, root, step in zip(params, *numbers, strict=True):
-            yield AdamWStep(
-                first=about.blocks(parameter, "exp_avg"), second=about.blocks(parameter, "exp_avg_sq"),
-                betas=group["betas"], eps=group["eps"], decay=decay, size=size, root=root,
-                step=step, **about.stored(parameter),
-            )  # fmt: skip
+        def together(some: list[Tensor]) -> list[Tensor]:
+            run = adamw_of_many(some[0].device)
+            return some if run is None else step_many(self, some, _rule(run, group, batch_of))
+
+        return step_fused(self, params, fused_adamw, lambda some: _fused_steps(group, batch_of(some)), together)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         lr, counts = _advance(group, batch)
@@ -99,6 +79,40 @@ class AdamW(StoredOptimizer):
             _on_device(group, batch, lr)
         else:
             _on_host(group, batch, lr, counts)
+
+
+def _rule(run: AdamWOfMany, group: Mapping[str, Any], batch_of: Callable[[Sequence[Tensor]], FusedBatch]) -> ManyRule:
+    return ManyRule(
+        run=run, make=ManyAdamW, moments=("exp_avg", "exp_avg_sq"),
+        options={"betas": group["betas"], "eps": group["eps"]}, batch_of=batch_of,
+        numbers_of=lambda about: _numbers(group, about),
+    )  # fmt: skip
+
+
+def _fused_steps(group: Mapping[str, Any], about: FusedBatch) -> Iterator[AdamWStep]:
+    """The next step of each parameter, counted."""
+    for parameter, numbers in about.of_each(_numbers(group, about)):
+        yield AdamWStep(
+            first=about.blocks(parameter, "exp_avg"), second=about.blocks(parameter, "exp_avg_sq"),
+            betas=group["betas"], eps=group["eps"], **numbers, **about.stored(parameter),
+        )  # fmt: skip
+
+
+def _numbers(group: Mapping[str, Any], about: FusedBatch) -> Numbers:
+    """Those of the next step, which is counted."""
+    lr, counts = _advance(group, about.batch)
+    beta1, beta2 = group["betas"]
+    if counts is None:
+        number, known = about.counts()
+        size, root = (lr / (1 - beta1**known)).float(), (1 - beta2**known).sqrt()
+        return {"decay": about.on_device(1 - lr * group["weight_decay"]), "size": size, "root": root, "step": number}
+    steps = [int(count) for count in counts]
+    return {
+        "decay": [1 - lr * group["weight_decay"]] * len(steps),
+        "size": [lr / (1 - beta1**count) for count in steps],
+        "root": [(1 - beta2**count) ** 0.5 for count in steps],
+        "step": steps,
+    }
 
 
 def _advance(group: Mapping[str, Any], batch: Batch) -> tuple[Any, list[float] | None]:

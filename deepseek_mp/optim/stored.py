@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.pointer_table import PointerTable
 from deepseek_mp.ops.storage_marks import mark_storage, storage_of
 from deepseek_mp.ops.stored import joined, random_bits, round_by_bits
 from deepseek_mp.ops.updates import update_fate
@@ -89,6 +90,7 @@ class StoredOptimizer(Optimizer):
         """
         self.fates: dict[Tensor, Tensor] = {}
         self._watched: dict[int, float] = {}
+        self.tables: dict[object, PointerTable] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -107,7 +109,7 @@ class StoredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After unpickling, copying and loading. Copies of parameters have lost their marks."""
         super().__setstate__(state)
-        self.fates, self._watched = {}, {}
+        self.fates, self._watched, self.tables = {}, {}, {}
         for group in self.param_groups:
             group.setdefault("states", StateFormat.FP32.value)
             for parameter in group["params"]:
@@ -195,7 +197,7 @@ class StoredOptimizer(Optimizer):
     def _fused(
         self, _group: Mapping[str, Any], params: list[Tensor], _scale: Tensor | None, _skip: Tensor | None
     ) -> list[Tensor]:
-        """Step parameters whose moments are in blocks by one kernel each; gives those that there is none for."""
+        """Step parameters whose moments are in blocks by kernels; gives those that there is none for."""
         return params
 
     def is_fusable(self, parameter: Tensor) -> bool:
