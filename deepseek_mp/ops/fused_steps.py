@@ -88,6 +88,8 @@ class Many:
     storage: str
     gradient: torch.dtype
     """Of each of the gradients."""
+    in_blocks: bool
+    """Whether moments are in blocks, or fp32 in the order of `flatten()`."""
     permuted: bool
     """Whether parameters, compensations and gradients lie in channels_last."""
     step: int | Tensor

@@ -44,7 +44,7 @@ class Lines:
     numbers: list[int]
     """The place of each in vectors of numbers."""
     moments: Sequence[list[int]]
-    """The codes and the scales of each moment in turn."""
+    """The codes and the scales of each moment in turn; or a moment in fp32, and zeros."""
 
 
 class PointerTable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED, UNSIGNED
-from deepseek_mp.ops.fused_steps import AdamWOfMany, AdamWStep, ManyAdamW, adamw_of_many, fused_adamw
+from deepseek_mp.ops.fused_steps import AdamWStep, ManyAdamW, adamw_of_many, fused_adamw
 from deepseek_mp.optim.fused import FusedBatch, Numbers, step_fused
 from deepseek_mp.optim.many import ManyRule, step_many
 from deepseek_mp.optim.states import Moments
@@ -61,17 +61,28 @@ class AdamW(StoredOptimizer):
     def _moments(self, _group: Mapping[str, Any]) -> Moments:
         return {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
 
+    def _step_together(
+        self,
+        group: Mapping[str, Any],
+        whole: list[Tensor],
+        in_blocks: list[Tensor],
+        scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        rule = ManyRule(
+            kernel_of=lambda device: None if fused_adamw(device) is None else adamw_of_many(device), make=ManyAdamW,
+            moments=("exp_avg", "exp_avg_sq"), options={"betas": group["betas"], "eps": group["eps"]},
+            numbers_of=lambda about: _numbers(group, about),
+        )  # fmt: skip
+        return step_many(self, group, (whole, in_blocks), rule, lambda p: FusedBatch.of(self, group, p, scale, skip))
+
     def _fused(
         self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
     ) -> list[Tensor]:
-        def batch_of(some: Sequence[Tensor]) -> FusedBatch:
-            return FusedBatch.of(self, group, some, scale, skip)
+        def steps_of(some: Sequence[Tensor]) -> Iterator[Any]:
+            return _fused_steps(group, FusedBatch.of(self, group, some, scale, skip))
 
-        def together(some: list[Tensor]) -> list[Tensor]:
-            run = adamw_of_many(some[0].device)
-            return some if run is None else step_many(self, some, _rule(run, group, batch_of))
-
-        return step_fused(self, params, fused_adamw, lambda some: _fused_steps(group, batch_of(some)), together)
+        return step_fused(self, params, fused_adamw, steps_of)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         lr, counts = _advance(group, batch)
@@ -79,14 +90,6 @@ class AdamW(StoredOptimizer):
             _on_device(group, batch, lr)
         else:
             _on_host(group, batch, lr, counts)
-
-
-def _rule(run: AdamWOfMany, group: Mapping[str, Any], batch_of: Callable[[Sequence[Tensor]], FusedBatch]) -> ManyRule:
-    return ManyRule(
-        run=run, make=ManyAdamW, moments=("exp_avg", "exp_avg_sq"),
-        options={"betas": group["betas"], "eps": group["eps"]}, batch_of=batch_of,
-        numbers_of=lambda about: _numbers(group, about),
-    )  # fmt: skip
 
 
 def _fused_steps(group: Mapping[str, Any], about: FusedBatch) -> Iterator[AdamWStep]:

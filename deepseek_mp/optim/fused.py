@@ -27,14 +27,12 @@ def step_fused(
     params: Sequence[Tensor],
     kernel_of: Callable[[torch.device], Kernel | None],
     steps_of: Callable[[list[Tensor]], Iterable[Any]],
-    step_together: Callable[[list[Tensor]], list[Tensor]] = list,
 ) -> list[Tensor]:
-    """Step parameters by kernels; gives those that there is none for.
+    """Step parameters by a kernel each; gives those that there is none for.
 
     Args:
-        kernel_of: from a device to its kernel for one parameter.
+        kernel_of: from a device to its kernel.
         steps_of: from parameters of one device to what their kernels are given.
-        step_together: steps parameters of one device by one kernel for many; gives those that need one of their own.
     """
     able: dict[torch.device, list[Tensor]] = defaultdict(list)
     left: list[Tensor] = []
@@ -42,8 +40,8 @@ def step_fused(
         fits = kernel_of(parameter.device) is not None and optimizer.is_fusable(parameter)
         (able[parameter.device] if fits else left).append(parameter)
     for device, some in able.items():
-        run, alone = kernel_of(device), step_together(some)
-        for parameter, step in zip(alone, steps_of(alone) if alone else (), strict=True):
+        run = kernel_of(device)
+        for parameter, step in zip(some, steps_of(some), strict=True):
             if run is not None and parameter.grad is not None:
                 _step_packed(run, parameter, parameter.grad, step)
     return left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED
-from deepseek_mp.ops.fused_steps import ManyMomentum, MomentumStep, SGDOfMany, fused_sgd, sgd_of_many
+from deepseek_mp.ops.fused_steps import ManyMomentum, MomentumStep, fused_sgd, sgd_of_many
 from deepseek_mp.optim.fused import FusedBatch, Numbers, step_fused
 from deepseek_mp.optim.many import ManyRule, step_many
 from deepseek_mp.optim.states import Moments
@@ -62,17 +62,28 @@ class SGD(StoredOptimizer):
     def _moments(self, group: Mapping[str, Any]) -> Moments:
         return {MOMENTUM: SIGNED} if group["momentum"] else {}
 
+    def _step_together(
+        self,
+        group: Mapping[str, Any],
+        whole: list[Tensor],
+        in_blocks: list[Tensor],
+        scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        rule = ManyRule(
+            kernel_of=lambda device: None if fused_sgd(device) is None else sgd_of_many(device), make=ManyMomentum,
+            moments=(MOMENTUM,) if group["momentum"] else (), options=_options(group),
+            numbers_of=lambda about: _numbers(group, about),
+        )  # fmt: skip
+        return step_many(self, group, (whole, in_blocks), rule, lambda p: FusedBatch.of(self, group, p, scale, skip))
+
     def _fused(
         self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
     ) -> list[Tensor]:
-        def batch_of(some: Sequence[Tensor]) -> FusedBatch:
-            return FusedBatch.of(self, group, some, scale, skip)
+        def steps_of(some: Sequence[Tensor]) -> Iterator[Any]:
+            return _fused_steps(group, FusedBatch.of(self, group, some, scale, skip))
 
-        def together(some: list[Tensor]) -> list[Tensor]:
-            run = sgd_of_many(some[0].device)
-            return some if run is None else step_many(self, some, _rule(run, group, batch_of))
-
-        return step_fused(self, params, fused_sgd, lambda some: _fused_steps(group, batch_of(some)), together)
+        return step_fused(self, params, fused_sgd, steps_of)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         batch.advance()
@@ -86,13 +97,6 @@ class SGD(StoredOptimizer):
             torch._foreach_add_(batch.values, torch._foreach_mul(list(grads), rate))
         else:
             torch._foreach_add_(batch.values, list(grads), alpha=float(rate))
-
-
-def _rule(run: SGDOfMany, group: Mapping[str, Any], batch_of: Callable[[Sequence[Tensor]], FusedBatch]) -> ManyRule:
-    return ManyRule(
-        run=run, make=ManyMomentum, moments=(MOMENTUM,), options=_options(group),
-        batch_of=batch_of, numbers_of=lambda about: _numbers(group, about),
-    )  # fmt: skip
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deepseek_mp.ops.triton.blocks_kernel import close, dither, opened, write
+from deepseek_mp.ops.triton.blocks_kernel import dither, keep, read, write
 from deepseek_mp.ops.triton.table_kernel import first_row, in_memory, length, number_of, owner_of, pointer, stream_of
 
 
@@ -17,11 +17,11 @@ from deepseek_mp.ops.triton.table_kernel import first_row, in_memory, length, nu
 def _step_rows(
     weight, lacking, grad, first, first_scales, second, second_scales, scale,
     decay, size, root, step, seed, stream, beta1, beta2, eps, row, place, at, count,
-    WRITE: tl.constexpr, SCALED: tl.constexpr,
+    WRITE: tl.constexpr, SCALED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Step some blocks: `place` are their values' places in `flatten()`, `at` those in memory.
+    """Step some blocks of 256 values: `place` are their values' places in `flatten()`, `at` those in memory.
 
-    WRITE says how the weight is stored; see `blocks_kernel.write`.
+    WRITE says how the weight is stored; see `blocks_kernel.write`. Unless BLOCKS, moments are fp32.
     """
     inside = place < count
     row_inside = row * 256 < count
@@ -29,9 +29,9 @@ def _step_rows(
     if SCALED:
         g = g * tl.math.div_rn(1.0, tl.load(scale))
 
-    m = opened(first, first_scales, place, inside, row, row_inside, True)
+    m = read(first, first_scales, place, inside, row, row_inside, True, BLOCKS)
     m = m + (1 - beta1) * (g - m)
-    v = opened(second, second_scales, place, inside, row, row_inside, False)
+    v = read(second, second_scales, place, inside, row, row_inside, False, BLOCKS)
     v = v * beta2 + (1 - beta2) * (g * g)
 
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
@@ -41,8 +41,8 @@ def _step_rows(
 
     write(w, weight, lacking, at, inside, row, step, seed, stream, WRITE)
     limit = dither(place, step)
-    close(m, limit, first, first_scales, place, inside, row, row_inside, True)
-    close(v, limit, second, second_scales, place, inside, row, row_inside, False)
+    keep(m, limit, first, first_scales, place, inside, row, row_inside, True, BLOCKS)
+    keep(v, limit, second, second_scales, place, inside, row, row_inside, False, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["step", "seed", "stream"])
@@ -60,7 +60,7 @@ def adamw_in_blocks_kernel(
         decay, size, root, step = tl.load(decay), tl.load(size), tl.load(root), tl.load(step)
     _step_rows(
         weight, lacking, grad, first, first_scales, second, second_scales, scale,
-        decay, size, root, step, seed, stream, beta1, beta2, eps, row, place, place, count, WRITE, SCALED,
+        decay, size, root, step, seed, stream, beta1, beta2, eps, row, place, place, count, WRITE, SCALED, True,
     )  # fmt: skip
 
 
@@ -68,7 +68,8 @@ def adamw_in_blocks_kernel(
 def adamw_of_many_kernel(
     table, owners, grads, skip, scale, decay, size, root, step, seed, beta1, beta2, eps,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
-    WRITE: tl.constexpr, ON_DEVICE: tl.constexpr, SCALED: tl.constexpr, SKIPPABLE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, WRITE: tl.constexpr, ON_DEVICE: tl.constexpr, SCALED: tl.constexpr,
+    SKIPPABLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A step of the parameters of a table; see `adamw.py`.
 
@@ -84,8 +85,8 @@ def adamw_of_many_kernel(
         step = tl.load(step + number)
     _step_rows(
         pointer(line, WEIGHT, ALIGNED), pointer(line + 1, WEIGHT, ALIGNED), pointer(grads + owner, GRAD, ALIGNED),
-        pointer(line + 8, "int8", ALIGNED), pointer(line + 9, "fp32", ALIGNED),
-        pointer(line + 10, "uint8", ALIGNED), pointer(line + 11, "fp32", ALIGNED), scale,
+        pointer(line + 8, "int8" if BLOCKS else "fp32", ALIGNED), pointer(line + 9, "fp32", ALIGNED),
+        pointer(line + 10, "uint8" if BLOCKS else "fp32", ALIGNED), pointer(line + 11, "fp32", ALIGNED), scale,
         decay, size, root, step, seed, stream_of(line), beta1, beta2, eps,
-        row, place, in_memory(line, place, PERMUTED), count, WRITE, SCALED,
+        row, place, in_memory(line, place, PERMUTED), count, WRITE, SCALED, BLOCKS,
     )  # fmt: skip

@@ -34,6 +34,25 @@ def opened(codes, scales, place, inside, row, row_inside, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def read(moment, scales, place, inside, row, row_inside, SIGNED: tl.constexpr, BLOCKS: tl.constexpr):
+    """The moments of some blocks in fp32, which they are in memory unless BLOCKS."""
+    if BLOCKS:
+        found = opened(moment, scales, place, inside, row, row_inside, SIGNED)
+    else:
+        found = tl.load(moment + place, mask=inside, other=0.0)
+    return found
+
+
+@triton.jit
+def keep(x, limit, moment, scales, place, inside, row, row_inside, SIGNED: tl.constexpr, BLOCKS: tl.constexpr):
+    """Moments of some blocks to where `read` has them from."""
+    if BLOCKS:
+        close(x, limit, moment, scales, place, inside, row, row_inside, SIGNED)
+    else:
+        tl.store(moment + place, x, mask=inside)
+
+
+@triton.jit
 def close(x, limit, codes, scales, place, inside, row, row_inside, SIGNED: tl.constexpr):
     """Moments of some blocks [rows, 256], zero beyond the end, to codes and scales."""
     LARGEST: tl.constexpr = 127 if SIGNED else 255

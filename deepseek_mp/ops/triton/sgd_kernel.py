@@ -8,18 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deepseek_mp.ops.triton.blocks_kernel import close, dither, opened, write
+from deepseek_mp.ops.triton.blocks_kernel import dither, keep, read, write
 from deepseek_mp.ops.triton.table_kernel import first_row, in_memory, length, number_of, owner_of, pointer, stream_of
 
 
 @triton.jit
 def _step_rows(
     weight, lacking, grad, buffer, scales, scale, rate, entering, step, seed, stream, momentum, weight_decay,
-    row, place, at, count, WRITE: tl.constexpr, NESTEROV: tl.constexpr, SCALED: tl.constexpr,
+    row, place, at, count, WRITE: tl.constexpr, NESTEROV: tl.constexpr, SCALED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Step some blocks: `place` are their values' places in `flatten()`, `at` those in memory.
+    """Step some blocks of 256 values: `place` are their values' places in `flatten()`, `at` those in memory.
 
-    WRITE says how the weight is stored; see `blocks_kernel.write`.
+    WRITE says how the weight is stored; see `blocks_kernel.write`. Unless BLOCKS, moments are fp32.
     """
     inside = place < count
     row_inside = row * 256 < count
@@ -31,12 +31,12 @@ def _step_rows(
         w = w + tl.load(lacking + at, mask=inside, other=0.0).to(tl.float32)
     g = g + weight_decay * w
 
-    m = opened(buffer, scales, place, inside, row, row_inside, True)
+    m = read(buffer, scales, place, inside, row, row_inside, True, BLOCKS)
     m = m * momentum + entering * g
     w = w - rate * ((g + momentum * m) if NESTEROV else m)
 
     write(w, weight, lacking, at, inside, row, step, seed, stream, WRITE)
-    close(m, dither(place, step), buffer, scales, place, inside, row, row_inside, True)
+    keep(m, dither(place, step), buffer, scales, place, inside, row, row_inside, True, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["step", "seed", "stream"])
@@ -55,7 +55,7 @@ def sgd_in_blocks_kernel(
         rate, entering, step = tl.load(rate), tl.load(entering), tl.load(step)
     _step_rows(
         weight, lacking, grad, buffer, scales, scale, rate, entering, step, seed, stream, momentum, weight_decay,
-        row, place, place, count, WRITE, NESTEROV, SCALED,
+        row, place, place, count, WRITE, NESTEROV, SCALED, True,
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def sgd_in_blocks_kernel(
 def sgd_of_many_kernel(
     table, owners, grads, skip, scale, rate, entering, step, seed, momentum, weight_decay,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, PERMUTED: tl.constexpr,
-    WRITE: tl.constexpr, NESTEROV: tl.constexpr, ON_DEVICE: tl.constexpr, SCALED: tl.constexpr,
+    BLOCKS: tl.constexpr, WRITE: tl.constexpr, NESTEROV: tl.constexpr, ON_DEVICE: tl.constexpr, SCALED: tl.constexpr,
     SKIPPABLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A step of the parameters of a table; see `sgd.py`.
@@ -79,7 +79,7 @@ def sgd_of_many_kernel(
         rate, entering, step = tl.load(rate), tl.load(entering + number), tl.load(step + number)
     _step_rows(
         pointer(line, WEIGHT, ALIGNED), pointer(line + 1, WEIGHT, ALIGNED), pointer(grads + owner, GRAD, ALIGNED),
-        pointer(line + 8, "int8", ALIGNED), pointer(line + 9, "fp32", ALIGNED), scale,
+        pointer(line + 8, "int8" if BLOCKS else "fp32", ALIGNED), pointer(line + 9, "fp32", ALIGNED), scale,
         rate, entering, step, seed, stream_of(line), momentum, weight_decay,
-        row, place, in_memory(line, place, PERMUTED), count, WRITE, NESTEROV, SCALED,
+        row, place, in_memory(line, place, PERMUTED), count, WRITE, NESTEROV, SCALED, BLOCKS,
     )  # fmt: skip

@@ -17,6 +17,7 @@ def constants(now: Many) -> dict[str, Any]:
         "WEIGHT": "fp32" if now.storage == "fp32" else "bf16",
         "GRAD": _TYPES[now.gradient],
         "ALIGNED": now.table.aligned,
+        "BLOCKS": now.in_blocks,
         "PERMUTED": now.permuted,
         "WRITE": now.storage,
         "SCALED": now.scale is not None,
