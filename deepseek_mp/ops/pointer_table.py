@@ -84,7 +84,7 @@ class PointerTable:
         if grads != self._known_grads:
             self._known_grads = grads
             self._grads_aligned = _aligned(grads)
-            self.grads = self._sent(torch.tensor(grads, dtype=torch.int64))
+            self.grads = sent(torch.tensor(grads, dtype=torch.int64), self._device)
 
     def _make(self, lines: Lines) -> None:
         programs = [-(-count // (BLOCK * ROWS)) for count in lines.counts]
@@ -94,13 +94,14 @@ class PointerTable:
         whole = torch.zeros(len(first), WIDTH, dtype=torch.int64)
         whole[:, : len(columns)] = columns.t()
         owners = torch.arange(len(first), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
-        self.lines, self.owners = self._sent(whole), self._sent(owners)
+        self.lines, self.owners = sent(whole, self._device), sent(owners, self._device)
         addresses = [lines.weights, lines.compensations, lines.counts, *lines.moments]
         self._lines_aligned = all(map(_aligned, addresses))
 
-    def _sent(self, made: Tensor) -> Tensor:
-        """On the device; the host's copy is freed when the device has read it, which the allocator looks after."""
-        return made if self._device.type == "cpu" else made.pin_memory().to(self._device, non_blocking=True)
+
+def sent(made: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting; the allocator keeps the copy of it until it has been read."""
+    return made if made.device == device else made.pin_memory().to(device, non_blocking=True)
 
 
 def _aligned(numbers: list[int]) -> bool:

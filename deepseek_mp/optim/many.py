@@ -64,14 +64,14 @@ def step_many(
     """
     whole, in_blocks = lists
     joined = group["foreach"] and group["states"] == StateFormat.EIGHT_BIT and bool(rule.moments)
-    able: dict[torch.device, list[tuple[Tensor, Kind]]] = defaultdict(list)
+    able: dict[int, list[tuple[Tensor, Kind]]] = defaultdict(list)
     left: tuple[list[Tensor], list[Tensor]] = ([] if joined else whole, [])
-    kernels: dict[torch.device, Callable[[Any], None] | None] = {}
+    kernels: dict[int, Callable[[Any], None] | None] = {}
     for params, rest, blocks in ((whole if joined else [], left[0], False), (in_blocks, left[1], True)):
         for parameter in params:
-            device = parameter.device
+            device = parameter.get_device()  # a whole number is looked up faster
             if device not in kernels:
-                kernels[device] = None if _is_capturing(device) else rule.kernel_of(device)
+                kernels[device] = None if _is_capturing(parameter.device) else rule.kernel_of(parameter.device)
             kind = None
             if kernels[device] is not None and optimizer.is_fusable(parameter):
                 kind = _kind(optimizer, parameter, rule.moments, in_blocks=blocks)

@@ -89,7 +89,7 @@ class SGD(StoredOptimizer):
         batch.advance()
         grads: Sequence[Tensor] = batch.grads
         if group["weight_decay"]:
-            grads = torch._foreach_add(batch.grads, batch.values, alpha=group["weight_decay"])
+            grads = _with_decay(batch, batch.amount(group["weight_decay"]))
         if group["momentum"]:
             grads = _with_momentum(group, batch, list(grads))
         rate = batch.amount(-group["lr"])
@@ -120,6 +120,13 @@ def _numbers(group: Mapping[str, Any], about: FusedBatch) -> Numbers:
         return {"rate": about.on_device(rate), "entering": torch.where(known <= 1, 1.0, 1 - dampening), "step": number}
     entering = [1.0 if count <= 1 else 1 - dampening for count in counts]
     return {"rate": [rate] * len(counts), "entering": entering, "step": [int(count) for count in counts]}
+
+
+def _with_decay(batch: Batch, decay: float | Tensor) -> Sequence[Tensor]:
+    """The gradients and the decay of the weights; nothing where the step is skipped."""
+    if isinstance(decay, Tensor):
+        return torch._foreach_add(batch.grads, torch._foreach_mul(batch.values, decay))
+    return torch._foreach_add(batch.grads, batch.values, alpha=decay)
 
 
 def _with_momentum(group: Mapping[str, Any], batch: Batch, grads: list[Tensor]) -> Sequence[Tensor]:

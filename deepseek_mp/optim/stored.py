@@ -55,12 +55,14 @@ class Batch:
     def advance(self) -> list[float] | None:
         """Count this step; gives the number of steps of each parameter, None where only the device knows."""
         steps = [state["step"] for state in self.states]
-        if self.keep is None and all(step.device.type == "cpu" for step in steps):
-            torch._foreach_add_(steps, 1)
+        if self.keep is None and all(step.is_cpu for step in steps):
+            # A number would be made a tensor for each of them.
+            torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype))
             return [step.item() for step in steps]
-        device = self.params[0].device
-        for state in self.states:
-            state["step"] = state["step"].to(device, non_blocking=True)
+        device, index = self.params[0].device, self.params[0].get_device()
+        for state, step in zip(self.states, steps, strict=True):
+            if step.get_device() != index:
+                state["step"] = step.to(device, non_blocking=True)
         torch._foreach_add_([state["step"] for state in self.states], 1.0 if self.keep is None else self.keep)
         return None
 
