@@ -20,7 +20,8 @@ from deepseek_mp.optim.stored import Batch, StoredOptimizer
 class AdamW(StoredOptimizer):
     """Decoupled weight decay ("Decoupled weight decay regularization", arXiv 1711.05101), as `torch.optim.AdamW`.
 
-    FP32 parameters get the numbers of PyTorch's `foreach` implementation. Moments are FP32 for BF16 parameters too, or
+    FP32 parameters get the numbers of PyTorch's `foreach` implementation; but for the last bit where a GPU has others
+    with moments in blocks in the same group. Moments are FP32 for BF16 parameters too, or
     8-bit blocks.
 
     Args:
