@@ -101,7 +101,10 @@ class PointerTable:
 
 def sent(made: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without waiting; the allocator keeps the copy of it until it has been read."""
-    return made if made.device == device else made.pin_memory().to(device, non_blocking=True)
+    if made.device == device:
+        return made
+    ready = made if device.type == "mps" else made.pin_memory()  # mps has no pinned host memory
+    return ready.to(device, non_blocking=True)
 
 
 def _aligned(numbers: list[int]) -> bool:

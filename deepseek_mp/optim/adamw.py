@@ -152,7 +152,8 @@ def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> No
     beta1, beta2 = group["betas"]
     first, second = _moments(batch)
     # A step that is skipped may be the first one, whose correction is 1 - beta**0.
-    steps = torch._foreach_clamp_min([state["step"].to(batch.params[0].device) for state in batch.states], 1.0)
+    # What depends on it is computed for all parameters at once: the host launches each operation.
+    steps = batch.counts().clamp_min(1.0)
     if group["weight_decay"]:
         torch._foreach_mul_(batch.values, batch.factor(1 - lr * group["weight_decay"]))
     torch._foreach_mul_(first, batch.factor(beta1))
@@ -160,10 +161,10 @@ def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> No
     torch._foreach_mul_(second, batch.factor(beta2))
     torch._foreach_addcmul_(second, batch.grads, batch.grads, 1 - beta2)
     below = list(torch._foreach_sqrt(second))
-    torch._foreach_div_(below, [(1 - beta2**step).sqrt() for step in steps])
+    torch._foreach_div_(below, (1 - beta2**steps).sqrt().unbind())
     torch._foreach_add_(below, group["eps"])
     updates = torch._foreach_div(first, below)
-    torch._foreach_mul_(updates, [batch.amount(-lr / (1 - beta1**step)) for step in steps])
+    torch._foreach_mul_(updates, batch.amount(-lr / (1 - beta1**steps)).unbind())
     torch._foreach_add_(batch.values, updates)
 
 

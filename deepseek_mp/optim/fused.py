@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.ops.block_states import Blocks
-from deepseek_mp.ops.pointer_table import sent
 from deepseek_mp.optim.states import blocks_of
 from deepseek_mp.optim.stored import COMPENSATION, STREAM, Batch, StoredOptimizer
 
@@ -108,9 +107,7 @@ class FusedBatch:
 
         A step that is skipped may be the first one, whose correction would be 1 - beta**0.
         """
-        device = self.batch.params[0].device
-        # Either all are on the host or all on the device: `Batch.advance` has seen to that.
-        steps = sent(torch.stack([state["step"] for state in self.batch.states]), device)
+        steps = self.batch.counts()
         return steps.long(), steps.float().clamp_min_(1.0)
 
     def on_device(self, value: float | Tensor) -> Tensor:

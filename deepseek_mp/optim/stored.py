@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.ops.pointer_table import PointerTable
+from deepseek_mp.ops.pointer_table import PointerTable, sent
 from deepseek_mp.ops.storage_marks import mark_storage, storage_of
 from deepseek_mp.ops.stored import joined, random_bits, round_by_bits
 from deepseek_mp.ops.updates import update_fate
@@ -65,6 +65,11 @@ class Batch:
                 state["step"] = step.to(device, non_blocking=True)
         torch._foreach_add_([state["step"] for state in self.states], 1.0 if self.keep is None else self.keep)
         return None
+
+    def counts(self) -> Tensor:
+        """On the device, the number of the step of each parameter, [n], once it was counted."""
+        # All are on the host or all on the device: `advance` has seen to that.
+        return sent(torch.stack([state["step"] for state in self.states]), self.params[0].device)
 
     def factor(self, value: float | Tensor) -> Any:
         """`value`, or 1 where the step is skipped; a number or a tensor, as foreach operations take both."""
