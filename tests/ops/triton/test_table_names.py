@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LARGE = [] if INTERPRETED else [(512, 1024), (3000, 1111), (256, 128, 3, 3), (64, 3, 7, 7), (512, 512, 1, 1)]
-SHAPES = [(64, 64), (33, 129), (16, 30, 3, 3), (16, 29, 3, 3), *LARGE, (32,), (20,)]
+SHAPES = [(64, 64), (33, 129), (16, 30, 3, 3), (65, 64), (16, 29, 3, 3), *LARGE, (32,), (20,)]
 STORAGES = ["fp32", "bf16_kahan", "bf16_sr"]
 
 
