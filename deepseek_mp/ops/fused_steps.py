@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepseek_mp.backends import capabilities
 from deepseek_mp.ops.block_states import Blocks
+from deepseek_mp.ops.pointer_table import PointerTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,25 +80,81 @@ class MomentumStep(Stored):
     """1 in the first step, later 1 - dampening."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Many:
+    """The step of all parameters of a table, which are stored alike; see `Stored` for what is not said here."""
+
+    table: PointerTable
+    storage: str
+    gradient: torch.dtype
+    """Of each of the gradients."""
+    in_blocks: bool
+    """Whether moments are in blocks, or fp32 in the order of `flatten()`."""
+    permuted: bool
+    """Whether parameters, compensations and gradients lie in channels_last."""
+    step: int | Tensor
+    """One for all, or int64 [n] on the device."""
+    seed: int
+    scale: Tensor | None
+    skip: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyAdamW(Many):
+    """As `AdamWStep`; `decay`, `size` and `root` are numbers, or tensors [], [n] and [n] on the device."""
+
+    betas: tuple[float, float]
+    eps: float
+    decay: float | Tensor
+    size: float | Tensor
+    root: float | Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyMomentum(Many):
+    """As `MomentumStep`; `rate` and `entering` are numbers, or tensors [] and [n] on the device."""
+
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+    rate: float | Tensor
+    entering: float | Tensor
+
+
 FusedAdamW = Callable[[Tensor, Tensor, AdamWStep], None]
 """Steps a parameter on its gradient, in place."""
 FusedSGD = Callable[[Tensor, Tensor, MomentumStep], None]
+AdamWOfMany = Callable[[ManyAdamW], None]
+"""Steps the parameters of a table, in place and bit by bit as one by one."""
+SGDOfMany = Callable[[ManyMomentum], None]
 
 
 def fused_adamw(device: torch.device) -> FusedAdamW | None:
     """The kernel for a device; None where there is none, and plain PyTorch does the step."""
-    run: FusedAdamW | None = _kernel(device, "adamw")
+    run: FusedAdamW | None = _kernel(device, "adamw", "adamw_in_blocks")
     return run
 
 
 def fused_sgd(device: torch.device) -> FusedSGD | None:
     """As `fused_adamw`."""
-    run: FusedSGD | None = _kernel(device, "sgd")
+    run: FusedSGD | None = _kernel(device, "sgd", "sgd_in_blocks")
+    return run
+
+
+def adamw_of_many(device: torch.device) -> AdamWOfMany | None:
+    """The kernel for many parameters at once; None where there is none."""
+    run: AdamWOfMany | None = _kernel(device, "adamw", "adamw_of_many")
+    return run
+
+
+def sgd_of_many(device: torch.device) -> SGDOfMany | None:
+    """As `adamw_of_many`."""
+    run: SGDOfMany | None = _kernel(device, "sgd", "sgd_of_many")
     return run
 
 
 @cache
-def _kernel(device: torch.device, rule: str) -> Any:
+def _kernel(device: torch.device, rule: str, name: str) -> Any:
     if capabilities(device).backend not in ("cuda", "rocm") or find_spec("triton") is None:
         return None
-    return getattr(import_module(f"deepseek_mp.ops.triton.{rule}"), f"{rule}_in_blocks")
+    return getattr(import_module(f"deepseek_mp.ops.triton.{rule}"), name)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED, UNSIGNED
-from deepseek_mp.ops.fused_steps import AdamWStep, fused_adamw
-from deepseek_mp.optim.fused import FusedBatch, step_fused
+from deepseek_mp.ops.fused_steps import AdamWStep, ManyAdamW, adamw_of_many, fused_adamw
+from deepseek_mp.optim.fused import FusedBatch, Numbers, step_fused
+from deepseek_mp.optim.many import ManyRule, step_many
 from deepseek_mp.optim.states import Moments
 from deepseek_mp.optim.stored import Batch, StoredOptimizer
 
@@ -19,7 +20,8 @@ from deepseek_mp.optim.stored import Batch, StoredOptimizer
 class AdamW(StoredOptimizer):
     """Decoupled weight decay ("Decoupled weight decay regularization", arXiv 1711.05101), as `torch.optim.AdamW`.
 
-    FP32 parameters get the numbers of PyTorch's `foreach` implementation. Moments are FP32 for BF16 parameters too, or
+    FP32 parameters get the numbers of PyTorch's `foreach` implementation; but for the last bit where a GPU has others
+    with moments in blocks in the same group. Moments are FP32 for BF16 parameters too, or
     8-bit blocks.
 
     Args:
@@ -60,38 +62,28 @@ class AdamW(StoredOptimizer):
     def _moments(self, _group: Mapping[str, Any]) -> Moments:
         return {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
 
+    def _step_together(
+        self,
+        group: Mapping[str, Any],
+        whole: list[Tensor],
+        in_blocks: list[Tensor],
+        scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        rule = ManyRule(
+            kernel_of=lambda device: None if fused_adamw(device) is None else adamw_of_many(device), make=ManyAdamW,
+            moments=("exp_avg", "exp_avg_sq"), options={"betas": group["betas"], "eps": group["eps"]},
+            numbers_of=lambda about: _numbers(group, about),
+        )  # fmt: skip
+        return step_many(self, group, (whole, in_blocks), rule, lambda p: FusedBatch.of(self, group, p, scale, skip))
+
     def _fused(
         self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
     ) -> list[Tensor]:
-        return step_fused(self, params, fused_adamw, lambda some: self._fused_steps(group, some, scale, skip))
+        def steps_of(some: Sequence[Tensor]) -> Iterator[Any]:
+            return _fused_steps(group, FusedBatch.of(self, group, some, scale, skip))
 
-    def _fused_steps(
-        self, group: Mapping[str, Any], params: Sequence[Tensor], scale: Tensor | None, skip: Tensor | None
-    ) -> Iterator[AdamWStep]:
-        """The next step of some parameters of one device, counted."""
-        about = FusedBatch.of(self, group, params, scale, skip)
-        lr, counts = _advance(group, about.batch)
-        beta1, beta2 = group["betas"]
-        numbers: Sequence[Sequence[Any]]
-        if counts is None:
-            number, known = about.numbers()
-            decay = about.on_device(1 - lr * group["weight_decay"])
-            of_rate = (lr / (1 - beta1**known)).float().unbind(), (1 - beta2**known).sqrt().unbind()
-            numbers = [[decay] * len(params), *of_rate, number.unbind()]
-        else:
-            known_steps = [int(count) for count in counts]
-            numbers = [
-                [1 - lr * group["weight_decay"]] * len(params),
-                [lr / (1 - beta1**count) for count in known_steps],
-                [(1 - beta2**count) ** 0.5 for count in known_steps],
-                known_steps,
-            ]
-        for parameter, decay, size, root, step in zip(params, *numbers, strict=True):
-            yield AdamWStep(
-                first=about.blocks(parameter, "exp_avg"), second=about.blocks(parameter, "exp_avg_sq"),
-                betas=group["betas"], eps=group["eps"], decay=decay, size=size, root=root,
-                step=step, **about.stored(parameter),
-            )  # fmt: skip
+        return step_fused(self, params, fused_adamw, steps_of)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         lr, counts = _advance(group, batch)
@@ -99,6 +91,32 @@ class AdamW(StoredOptimizer):
             _on_device(group, batch, lr)
         else:
             _on_host(group, batch, lr, counts)
+
+
+def _fused_steps(group: Mapping[str, Any], about: FusedBatch) -> Iterator[AdamWStep]:
+    """The next step of each parameter, counted."""
+    for parameter, numbers in about.of_each(_numbers(group, about)):
+        yield AdamWStep(
+            first=about.blocks(parameter, "exp_avg"), second=about.blocks(parameter, "exp_avg_sq"),
+            betas=group["betas"], eps=group["eps"], **numbers, **about.stored(parameter),
+        )  # fmt: skip
+
+
+def _numbers(group: Mapping[str, Any], about: FusedBatch) -> Numbers:
+    """Those of the next step, which is counted."""
+    lr, counts = _advance(group, about.batch)
+    beta1, beta2 = group["betas"]
+    if counts is None:
+        number, known = about.counts()
+        size, root = (lr / (1 - beta1**known)).float(), (1 - beta2**known).sqrt()
+        return {"decay": about.on_device(1 - lr * group["weight_decay"]), "size": size, "root": root, "step": number}
+    steps = [int(count) for count in counts]
+    return {
+        "decay": [1 - lr * group["weight_decay"]] * len(steps),
+        "size": [lr / (1 - beta1**count) for count in steps],
+        "root": [(1 - beta2**count) ** 0.5 for count in steps],
+        "step": steps,
+    }
 
 
 def _advance(group: Mapping[str, Any], batch: Batch) -> tuple[Any, list[float] | None]:
@@ -134,7 +152,8 @@ def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> No
     beta1, beta2 = group["betas"]
     first, second = _moments(batch)
     # A step that is skipped may be the first one, whose correction is 1 - beta**0.
-    steps = torch._foreach_clamp_min([state["step"].to(batch.params[0].device) for state in batch.states], 1.0)
+    # What depends on it is computed for all parameters at once: the host launches each operation.
+    steps = batch.counts().clamp_min(1.0)
     if group["weight_decay"]:
         torch._foreach_mul_(batch.values, batch.factor(1 - lr * group["weight_decay"]))
     torch._foreach_mul_(first, batch.factor(beta1))
@@ -142,10 +161,10 @@ def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> No
     torch._foreach_mul_(second, batch.factor(beta2))
     torch._foreach_addcmul_(second, batch.grads, batch.grads, 1 - beta2)
     below = list(torch._foreach_sqrt(second))
-    torch._foreach_div_(below, [(1 - beta2**step).sqrt() for step in steps])
+    torch._foreach_div_(below, (1 - beta2**steps).sqrt().unbind())
     torch._foreach_add_(below, group["eps"])
     updates = torch._foreach_div(first, below)
-    torch._foreach_mul_(updates, [batch.amount(-lr / (1 - beta1**step)) for step in steps])
+    torch._foreach_mul_(updates, batch.amount(-lr / (1 - beta1**steps)).unbind())
     torch._foreach_add_(batch.values, updates)
 
 

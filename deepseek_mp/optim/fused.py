@@ -1,9 +1,9 @@
-"""Parameters of one device that kernels step one by one: what they have in common is computed once for all."""
+"""Parameters of one device that kernels step: what they have in common is computed once for all."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,10 @@ from deepseek_mp.optim.stored import COMPENSATION, STREAM, Batch, StoredOptimize
 
 Kernel = Callable[[Tensor, Tensor, Any], None]
 """Steps a parameter on its gradient, in place."""
+Numbers = Mapping[str, Any]
+"""Numbers of a step by name. All are on the device, [] if they are one for all parameters and else [n]; or all are
+lists of n numbers, equal where 'step', the number of the step, is.
+"""
 
 
 def step_fused(
@@ -63,9 +67,9 @@ class FusedBatch:
     """Some parameters, and what their steps share."""
 
     optimizer: StoredOptimizer
+    group: Mapping[str, Any]
     batch: Batch
     """Of their states alone, to count the step."""
-    seed: int
     scale: Tensor | None
     skip: Tensor | None
 
@@ -84,15 +88,26 @@ class FusedBatch:
         keep = None if skip is None else 1 - skip.reshape(())
         states = [optimizer.state[parameter] for parameter in params]
         batch = Batch(params=list(params), states=states, values=[], grads=[], keep=keep)
-        return cls(optimizer=optimizer, batch=batch, seed=group["seed"], scale=scale, skip=skip)
+        return cls(optimizer=optimizer, group=group, batch=batch, scale=scale, skip=skip)
 
-    def numbers(self) -> tuple[Tensor, Tensor]:
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding."""
+        return int(self.group["seed"])
+
+    def of_each(self, numbers: Numbers) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter with its numbers."""
+        params = self.batch.params
+        columns = [_each(value, len(params)) for value in numbers.values()]
+        for parameter, *values in zip(params, *columns, strict=True):
+            yield parameter, dict(zip(numbers, values, strict=True))
+
+    def counts(self) -> tuple[Tensor, Tensor]:
         """On the device, for each parameter: the number of its step, int64 [n], and the same in fp32, at least 1.
 
         A step that is skipped may be the first one, whose correction would be 1 - beta**0.
         """
-        device = self.batch.params[0].device
-        steps = torch.stack([state["step"].to(device) for state in self.batch.states])
+        steps = self.batch.counts()
         return steps.long(), steps.float().clamp_min_(1.0)
 
     def on_device(self, value: float | Tensor) -> Tensor:
@@ -119,3 +134,10 @@ class FusedBatch:
             "scale": self.scale,
             "skip": self.skip,
         }
+
+
+def _each(value: Any, count: int) -> Sequence[Any]:
+    if isinstance(value, Tensor):
+        return value.unbind() if value.dim() else [value] * count
+    found: Sequence[Any] = value
+    return found

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED
-from deepseek_mp.ops.fused_steps import MomentumStep, fused_sgd
-from deepseek_mp.optim.fused import FusedBatch, step_fused
+from deepseek_mp.ops.fused_steps import ManyMomentum, MomentumStep, fused_sgd, sgd_of_many
+from deepseek_mp.optim.fused import FusedBatch, Numbers, step_fused
+from deepseek_mp.optim.many import ManyRule, step_many
 from deepseek_mp.optim.states import Moments
 from deepseek_mp.optim.stored import Batch, StoredOptimizer
 
@@ -61,39 +62,34 @@ class SGD(StoredOptimizer):
     def _moments(self, group: Mapping[str, Any]) -> Moments:
         return {MOMENTUM: SIGNED} if group["momentum"] else {}
 
+    def _step_together(
+        self,
+        group: Mapping[str, Any],
+        whole: list[Tensor],
+        in_blocks: list[Tensor],
+        scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        rule = ManyRule(
+            kernel_of=lambda device: None if fused_sgd(device) is None else sgd_of_many(device), make=ManyMomentum,
+            moments=(MOMENTUM,) if group["momentum"] else (), options=_options(group),
+            numbers_of=lambda about: _numbers(group, about),
+        )  # fmt: skip
+        return step_many(self, group, (whole, in_blocks), rule, lambda p: FusedBatch.of(self, group, p, scale, skip))
+
     def _fused(
         self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
     ) -> list[Tensor]:
-        return step_fused(self, params, fused_sgd, lambda some: self._fused_steps(group, some, scale, skip))
+        def steps_of(some: Sequence[Tensor]) -> Iterator[Any]:
+            return _fused_steps(group, FusedBatch.of(self, group, some, scale, skip))
 
-    def _fused_steps(
-        self, group: Mapping[str, Any], params: Sequence[Tensor], scale: Tensor | None, skip: Tensor | None
-    ) -> Iterator[MomentumStep]:
-        """The next step of some parameters of one device, counted."""
-        about = FusedBatch.of(self, group, params, scale, skip)
-        rate, dampening, counts = group["lr"], group["dampening"], about.batch.advance()
-        if isinstance(rate, Tensor) and rate.device.type == "cpu":
-            rate = rate.item()
-        numbers: Sequence[Sequence[Any]]
-        if counts is None or isinstance(rate, Tensor):
-            number, known = about.numbers()
-            rate = about.on_device(rate)
-            entering = torch.where(known <= 1, 1.0, 1 - dampening)
-            numbers = [[rate] * len(params), entering.unbind(), number.unbind()]
-        else:
-            entering_now = [1.0 if count <= 1 else 1 - dampening for count in counts]
-            numbers = [[rate] * len(params), entering_now, [int(count) for count in counts]]
-        for parameter, size, entering, step in zip(params, *numbers, strict=True):
-            yield MomentumStep(
-                buffer=about.blocks(parameter, MOMENTUM), momentum=group["momentum"], nesterov=group["nesterov"],
-                weight_decay=group["weight_decay"], rate=size, entering=entering, step=step, **about.stored(parameter),
-            )  # fmt: skip
+        return step_fused(self, params, fused_sgd, steps_of)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         batch.advance()
         grads: Sequence[Tensor] = batch.grads
         if group["weight_decay"]:
-            grads = torch._foreach_add(batch.grads, batch.values, alpha=group["weight_decay"])
+            grads = _with_decay(batch, batch.amount(group["weight_decay"]))
         if group["momentum"]:
             grads = _with_momentum(group, batch, list(grads))
         rate = batch.amount(-group["lr"])
@@ -101,6 +97,36 @@ class SGD(StoredOptimizer):
             torch._foreach_add_(batch.values, torch._foreach_mul(list(grads), rate))
         else:
             torch._foreach_add_(batch.values, list(grads), alpha=float(rate))
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("momentum", "weight_decay", "nesterov")}
+
+
+def _fused_steps(group: Mapping[str, Any], about: FusedBatch) -> Iterator[MomentumStep]:
+    """The next step of each parameter, counted."""
+    options = _options(group)
+    for parameter, numbers in about.of_each(_numbers(group, about)):
+        yield MomentumStep(buffer=about.blocks(parameter, MOMENTUM), **options, **numbers, **about.stored(parameter))
+
+
+def _numbers(group: Mapping[str, Any], about: FusedBatch) -> Numbers:
+    """Those of the next step, which is counted."""
+    rate, dampening, counts = group["lr"], group["dampening"], about.batch.advance()
+    if isinstance(rate, Tensor) and rate.device.type == "cpu":
+        rate = rate.item()
+    if counts is None or isinstance(rate, Tensor):
+        number, known = about.counts()
+        return {"rate": about.on_device(rate), "entering": torch.where(known <= 1, 1.0, 1 - dampening), "step": number}
+    entering = [1.0 if count <= 1 else 1 - dampening for count in counts]
+    return {"rate": [rate] * len(counts), "entering": entering, "step": [int(count) for count in counts]}
+
+
+def _with_decay(batch: Batch, decay: float | Tensor) -> Sequence[Tensor]:
+    """The gradients and the decay of the weights; nothing where the step is skipped."""
+    if isinstance(decay, Tensor):
+        return torch._foreach_add(batch.grads, torch._foreach_mul(batch.values, decay))
+    return torch._foreach_add(batch.grads, batch.values, alpha=decay)
 
 
 def _with_momentum(group: Mapping[str, Any], batch: Batch, grads: list[Tensor]) -> Sequence[Tensor]:

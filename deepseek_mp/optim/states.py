@@ -82,10 +82,10 @@ def moment_rows(
 def convert(state: dict[str, Any], parameter: Tensor, moments: Moments, *, in_blocks: bool) -> None:
     """Bring moments into the form they are to be kept in, in place; nothing if they are. Blocks round to nearest."""
     for name, kind in moments.items():
-        blocks = blocks_of(state, name)
-        if in_blocks and blocks is None and name in state:
-            _keep(state, name, encode(state.pop(name).float().reshape(-1), kind))
-        elif not in_blocks and blocks is not None:
+        if in_blocks:
+            if name in state:
+                _keep(state, name, encode(state.pop(name).float().reshape(-1), kind))
+        elif (blocks := blocks_of(state, name)) is not None:
             del state[name + CODES], state[name + SCALES]
             state[name] = torch.empty_like(parameter, dtype=torch.float32).copy_(decode(blocks).view(parameter.shape))
 

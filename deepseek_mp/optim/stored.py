@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.pointer_table import PointerTable, sent
 from deepseek_mp.ops.storage_marks import mark_storage, storage_of
 from deepseek_mp.ops.stored import joined, random_bits, round_by_bits
 from deepseek_mp.ops.updates import update_fate
@@ -54,14 +55,21 @@ class Batch:
     def advance(self) -> list[float] | None:
         """Count this step; gives the number of steps of each parameter, None where only the device knows."""
         steps = [state["step"] for state in self.states]
-        if self.keep is None and all(step.device.type == "cpu" for step in steps):
-            torch._foreach_add_(steps, 1)
+        if self.keep is None and all(step.is_cpu for step in steps):
+            # A number would be made a tensor for each of them.
+            torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype))
             return [step.item() for step in steps]
-        device = self.params[0].device
-        for state in self.states:
-            state["step"] = state["step"].to(device, non_blocking=True)
+        device, index = self.params[0].device, self.params[0].get_device()
+        for state, step in zip(self.states, steps, strict=True):
+            if step.get_device() != index:
+                state["step"] = step.to(device, non_blocking=True)
         torch._foreach_add_([state["step"] for state in self.states], 1.0 if self.keep is None else self.keep)
         return None
+
+    def counts(self) -> Tensor:
+        """On the device, the number of the step of each parameter, [n], once it was counted."""
+        # All are on the host or all on the device: `advance` has seen to that.
+        return sent(torch.stack([state["step"] for state in self.states]), self.params[0].device)
 
     def factor(self, value: float | Tensor) -> Any:
         """`value`, or 1 where the step is skipped; a number or a tensor, as foreach operations take both."""
@@ -89,6 +97,7 @@ class StoredOptimizer(Optimizer):
         """
         self.fates: dict[Tensor, Tensor] = {}
         self._watched: dict[int, float] = {}
+        self.tables: dict[object, PointerTable] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -107,7 +116,7 @@ class StoredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After unpickling, copying and loading. Copies of parameters have lost their marks."""
         super().__setstate__(state)
-        self.fates, self._watched = {}, {}
+        self.fates, self._watched, self.tables = {}, {}, {}
         for group in self.param_groups:
             group.setdefault("states", StateFormat.FP32.value)
             for parameter in group["params"]:
@@ -167,15 +176,13 @@ class StoredOptimizer(Optimizer):
                 loss = closure()
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for params in self._parts(group, in_blocks=False):
-                states = [self._state_of(parameter, group) for parameter in params]
+            whole, in_blocks = self._ready(group)
+            whole, in_blocks = self._step_together(group, whole, in_blocks, scale, skip)
+            for params in _parts(group, whole):
+                states = [self.state[parameter] for parameter in params]
                 grads = [parameter.grad for parameter in params if parameter.grad is not None]
                 self._step_batch(group, _opened(params, states, grads, scale, skip))
-            in_blocks = list(self._parts(group, in_blocks=True))
-            for params in in_blocks:
-                for parameter in params:
-                    self._state_of(parameter, group)
-            for parameter in self._fused(group, [p for params in in_blocks for p in params], scale, skip):
+            for parameter in self._fused(group, in_blocks, scale, skip):
                 self._step_in_blocks(group, parameter, scale, skip)
         self._watched = {}
         return loss
@@ -192,10 +199,21 @@ class StoredOptimizer(Optimizer):
         """Whether the parameter's moments are kept in blocks."""
         return goes_in_blocks(parameter, group) and bool(self._moments(group))
 
+    def _step_together(
+        self,
+        _group: Mapping[str, Any],
+        whole: list[Tensor],
+        in_blocks: list[Tensor],
+        _scale: Tensor | None,
+        _skip: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Step many parameters by one kernel; gives those of both lists that there is none for."""
+        return whole, in_blocks
+
     def _fused(
         self, _group: Mapping[str, Any], params: list[Tensor], _scale: Tensor | None, _skip: Tensor | None
     ) -> list[Tensor]:
-        """Step parameters whose moments are in blocks by one kernel each; gives those that there is none for."""
+        """Step parameters whose moments are in blocks by kernels; gives those that there is none for."""
         return params
 
     def is_fusable(self, parameter: Tensor) -> bool:
@@ -206,29 +224,23 @@ class StoredOptimizer(Optimizer):
         """Advance the states and the values of a batch in place."""
         raise NotImplementedError
 
-    def _parts(self, group: Mapping[str, Any], *, in_blocks: bool) -> Iterator[list[Tensor]]:
-        """The parameters with gradients by device and precision, in parts of bounded size.
-
-        Those whose moments are in blocks, one by one, or all others.
-        """
-        kinds: dict[object, list[Tensor]] = defaultdict(list)
+    def _ready(self, group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters with gradients, their states made: those whose moments are whole, and those in blocks."""
+        moments = self._moments(group)
+        whole: list[Tensor] = []
+        blocks: list[Tensor] = []
         for parameter in group["params"]:
-            if parameter.grad is not None and in_blocks == self._in_blocks(parameter, group):
-                if parameter.grad.layout != torch.strided:
-                    passed = f"a gradient of layout {parameter.grad.layout}"
-                    raise ConfigError(explain(passed, "dense gradients", "Build the embedding with sparse=False"))
-                kinds[parameter.device, parameter.dtype is torch.float64].append(parameter)
-        for params in kinds.values():
-            part: list[Tensor] = []
-            size = 0
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                passed = f"a gradient of layout {grad.layout}"
+                raise ConfigError(explain(passed, "dense gradients", "Build the embedding with sparse=False"))
+            (blocks if moments and goes_in_blocks(parameter, group) else whole).append(parameter)
+        for params in (whole, blocks):
             for parameter in params:
-                if part and (in_blocks or size + parameter.numel() > BATCH_ELEMENTS or not group["foreach"]):
-                    yield part
-                    part, size = [], 0
-                part.append(parameter)
-                size += parameter.numel()
-            if part:
-                yield part
+                self._make_ready(parameter, group, moments, in_blocks=params is blocks)
+        return whole, blocks
 
     def _step_batch(self, group: Mapping[str, Any], batch: Batch) -> None:
         before = self._before(batch)
@@ -258,16 +270,15 @@ class StoredOptimizer(Optimizer):
             close(state, held, moments, start=start, step=step_number(step), keep=batch.keep)
         state["step"] = step
 
-    def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of a parameter, made where it is missing."""
+    def _make_ready(self, parameter: Tensor, group: Mapping[str, Any], moments: Moments, *, in_blocks: bool) -> None:
+        """Make the state of a parameter where it is missing, and bring it into its form."""
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros(())
             state |= self._new_state(parameter, group)
-        convert(state, parameter, self._moments(group), in_blocks=self._in_blocks(parameter, group))
+        convert(state, parameter, moments, in_blocks=in_blocks)
         if parameter.dtype is torch.bfloat16 and STORAGE not in state:
             self.describe(parameter, self.storage(parameter), None)
-        return state
 
     def describe(self, parameter: Tensor, format: StorageFormat, compensation: Tensor | None) -> None:
         """Write into the state how the parameter is stored; a missing compensation is zero."""
@@ -315,6 +326,24 @@ class StoredOptimizer(Optimizer):
         drawn = random_bits(sizes, streams, steps, seed=seed, start=batch.start, device=values[0].device)
         for index, value, bits in zip(indices, values, drawn, strict=True):
             batch.params[index].copy_(round_by_bits(value, bits))
+
+
+def _parts(group: Mapping[str, Any], params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters by device and precision, in parts of bounded size."""
+    kinds: dict[object, list[Tensor]] = defaultdict(list)
+    for parameter in params:
+        kinds[parameter.device, parameter.dtype is torch.float64].append(parameter)
+    for alike in kinds.values():
+        part: list[Tensor] = []
+        size = 0
+        for parameter in alike:
+            if part and (size + parameter.numel() > BATCH_ELEMENTS or not group["foreach"]):
+                yield part
+                part, size = [], 0
+            part.append(parameter)
+            size += parameter.numel()
+        if part:
+            yield part
 
 
 def _opened(

@@ -73,7 +73,7 @@ def take_over(optimizer: Optimizer, *, states: str = "fp32") -> Callable[[], Non
     for group, theirs in zip(optimizer.param_groups, made.param_groups, strict=True):
         _replace(group, theirs)
     optimizer.__class__ = new
-    vars(optimizer).update(defaults=made.defaults, fates={}, _watched={})
+    vars(optimizer).update(defaults=made.defaults, fates={}, _watched={}, tables={})
     _keep_counted(optimizer)
 
     def undo() -> None:

@@ -1,6 +1,7 @@
 """Memory on a GPU: the loss in chunks, its peak, steps that run out of memory, and the largest batch that fits."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -177,9 +178,48 @@ def test_a_step_of_moments_in_blocks_that_may_be_skipped_never_waits(kind, stora
     options = {"momentum": 0.9} if kind is SGD else {}
     optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1, storage=storage, states="8bit", **options)
     optimizer.found_inf = torch.zeros((), device="cuda")
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter, dtype=torch.float32)
-    for _ in range(2):
-        optimizer.step()
-    with no_waiting():
-        optimizer.step()
+    kept = []
+    for number in range(4):
+        kept += [parameter.grad for parameter in model.parameters()]  # so that others get other memory
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter, dtype=torch.float32)
+        with no_waiting() if number > 1 else nullcontext():
+            optimizer.step()
+    assert optimizer.tables
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_rate_on_the_device_does_not_make_a_step_wait(kind):
+    weights = [nn.Parameter(torch.randn(64, 64, device="cuda")) for _ in range(3)]
+    options = {"momentum": 0.9} if kind is SGD else {}
+    optimizer = kind(weights, lr=torch.tensor(0.01, device="cuda"), states="8bit", **options)
+    for parameter in weights:
+        parameter.grad = torch.randn_like(parameter)
+    for number in range(3):
+        with no_waiting() if number else nullcontext():
+            optimizer.step()
+    assert [float(optimizer.state[parameter]["step"]) for parameter in weights] == [3.0] * 3
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_captured_step_has_the_bits_of_one_that_is_not(kind):
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((64, 64), (33, 129))]
+        options = {"momentum": 0.9} if kind is SGD else {}
+        optimizer = kind(weights, lr=0.01, weight_decay=0.1, states="8bit", **options)
+        optimizer.found_inf = torch.zeros((), device="cuda")
+        for parameter in weights:
+            parameter.grad = torch.randn_like(parameter)
+        for _ in range(2):
+            optimizer.step()
+        if captured:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for _ in range(3):
+            graph.replay() if captured else optimizer.step()
+        found.append([parameter.detach().clone() for parameter in weights])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

@@ -68,7 +68,7 @@ def test_each_parameter_has_its_own_number():
     two.grad = None
     optimizer.step()
     about = FusedBatch.of(optimizer, optimizer.param_groups[0], [one, two, three], None, torch.zeros(()))
-    number, known = about.numbers()
+    number, known = about.counts()
     assert number.tolist() == [2, 1, 2]
     assert number.dtype is torch.int64
     assert known.tolist() == [2.0, 1.0, 2.0]

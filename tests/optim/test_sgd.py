@@ -1,5 +1,6 @@
 import pytest
 import torch
+from whole_state import everything, same, skip_a_step
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.optim import SGD
@@ -25,6 +26,16 @@ def test_fp32_parameters_move_as_in_pytorch(net, train, options, skippable):
     train(theirs, torch.optim.SGD(theirs.parameters(), **{"lr": 0.1, **options}))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_skipped_step_leaves_the_momentum_without_weight_decay(net, train, nesterov):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
+    train(model, optimizer, 3)
+    before = everything(model, optimizer)
+    skip_a_step(model, optimizer)
+    assert same(before, everything(model, optimizer))
 
 
 @pytest.mark.parametrize(

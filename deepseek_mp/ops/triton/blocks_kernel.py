@@ -34,6 +34,25 @@ def opened(codes, scales, place, inside, row, row_inside, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def read(moment, scales, place, inside, row, row_inside, SIGNED: tl.constexpr, BLOCKS: tl.constexpr):
+    """The moments of some blocks in fp32, which they are in memory unless BLOCKS."""
+    if BLOCKS:
+        found = opened(moment, scales, place, inside, row, row_inside, SIGNED)
+    else:
+        found = tl.load(moment + place, mask=inside, other=0.0)
+    return found
+
+
+@triton.jit
+def keep(x, limit, moment, scales, place, inside, row, row_inside, SIGNED: tl.constexpr, BLOCKS: tl.constexpr):
+    """Moments of some blocks to where `read` has them from."""
+    if BLOCKS:
+        close(x, limit, moment, scales, place, inside, row, row_inside, SIGNED)
+    else:
+        tl.store(moment + place, x, mask=inside)
+
+
+@triton.jit
 def close(x, limit, codes, scales, place, inside, row, row_inside, SIGNED: tl.constexpr):
     """Moments of some blocks [rows, 256], zero beyond the end, to codes and scales."""
     LARGEST: tl.constexpr = 127 if SIGNED else 255
@@ -84,8 +103,8 @@ def _random_bits(row, step, seed, stream):
 
 
 @triton.jit
-def write(w, weight, lacking, place, inside, row, step, seed, stream, WRITE: tl.constexpr):
-    """New values of a weight, as it is stored.
+def write(w, weight, lacking, at, inside, row, step, seed, stream, WRITE: tl.constexpr):
+    """New values of a weight, as it is stored, to where `at` says that they lie.
 
     WRITE is 'fp32', 'bf16_kahan' with its compensation in `lacking`, or 'bf16_sr' with the random bits of seed and
     stream.
@@ -95,6 +114,6 @@ def write(w, weight, lacking, place, inside, row, step, seed, stream, WRITE: tl.
         cut = (bits & -65536).to(tl.float32, bitcast=True)
         w = tl.where(tl.abs(w) < float("inf"), cut, w)
     stored = w.to(weight.dtype.element_ty)
-    tl.store(weight + place, stored, mask=inside)
+    tl.store(weight + at, stored, mask=inside)
     if WRITE == "bf16_kahan":
-        tl.store(lacking + place, (w - stored.to(tl.float32)).to(tl.bfloat16), mask=inside)
+        tl.store(lacking + at, (w - stored.to(tl.float32)).to(tl.bfloat16), mask=inside)

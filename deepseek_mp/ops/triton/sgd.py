@@ -1,4 +1,6 @@
-"""A step of SGD with its momentum in 8-bit blocks as one Triton kernel, which reads and writes everything once.
+"""A step of SGD with its momentum in 8-bit blocks by a Triton kernel, which reads and writes everything once.
+
+One kernel steps one parameter, the other all parameters of a table, bit by bit alike.
 
 The numbers are those of `optim.sgd` in plain PyTorch, but for the last bit: a compiler may contract a product and a
 sum.
@@ -9,11 +11,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from deepseek_mp.ops.block_states import BLOCK
-from deepseek_mp.ops.fused_steps import MomentumStep
-from deepseek_mp.ops.triton.sgd_kernel import sgd_in_blocks_kernel
-
-_ROWS = 4
-"""Blocks of a program, so that each of its 128 threads has eight values. Not measured."""
+from deepseek_mp.ops.fused_steps import ManyMomentum, MomentumStep
+from deepseek_mp.ops.pointer_table import ROWS
+from deepseek_mp.ops.triton.sgd_kernel import sgd_in_blocks_kernel, sgd_of_many_kernel
+from deepseek_mp.ops.triton.table_names import constants
 
 
 def sgd_in_blocks(parameter: Tensor, grad: Tensor, now: MomentumStep) -> None:
@@ -23,10 +24,23 @@ def sgd_in_blocks(parameter: Tensor, grad: Tensor, now: MomentumStep) -> None:
     numbers = [x if isinstance(x, Tensor) else float(x) for x in (now.rate, now.entering)]
     missing = parameter  # a pointer that is not read
     if count := parameter.numel():
-        sgd_in_blocks_kernel[(-(-count // (BLOCK * _ROWS)),)](
+        sgd_in_blocks_kernel[(-(-count // (BLOCK * ROWS)),)](
             parameter, missing if now.compensation is None else now.compensation, grad, *now.buffer,
             missing if now.skip is None else now.skip, missing if now.scale is None else now.scale,
             *numbers, now.step, now.seed, now.stream, count, float(now.momentum), float(now.weight_decay),
             WRITE=now.storage, NESTEROV=now.nesterov, ON_DEVICE=on_device, SCALED=now.scale is not None,
-            SKIPPABLE=now.skip is not None, ROWS=_ROWS, num_warps=4,
+            SKIPPABLE=now.skip is not None, ROWS=ROWS, num_warps=4,
         )  # fmt: skip
+
+
+def sgd_of_many(now: ManyMomentum) -> None:
+    """Step the parameters of a table in place; see `ops.fused_steps`."""
+    table = now.table
+    numbers = [x if isinstance(x, Tensor) else float(x) for x in (now.rate, now.entering)]
+    missing = table.lines  # a pointer that is not read
+    sgd_of_many_kernel[(table.programs,)](
+        table.lines, table.owners, table.grads, missing if now.skip is None else now.skip,
+        missing if now.scale is None else now.scale, *numbers, now.step, now.seed, float(now.momentum),
+        float(now.weight_decay), NESTEROV=now.nesterov, ON_DEVICE=isinstance(now.rate, Tensor), ROWS=ROWS,
+        num_warps=4, **constants(now),
+    )  # fmt: skip
