@@ -32,12 +32,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deepseek_mp.nn.graph_pooling import replace_pools
 from deepseek_mp.nn.joint_graph import FuseProducers
+from deepseek_mp.trainer.recompute_costs import Roofline
 
 _FUSE = FuseProducers()
+_TIME = Roofline()
 _PRODUCTS = (
     torch.ops.deepseek_mp.product,
     torch.ops.aten._scaled_dot_product_cudnn_attention,  # noqa: SLF001 - ops that graphs of ours contain
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,  # noqa: SLF001
+    torch.ops.deepseek_mp.max_pool2d,
+    torch.ops.prims._low_memory_max_pool_with_offsets,  # noqa: SLF001
 )
 _MASK = 3
 """Position of `attn_mask` among the arguments."""
@@ -68,7 +72,10 @@ def backend(activation_memory_budget: float | None) -> Backend:
 
 
 def _within(budget: float, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    with partitioner.patch(activation_memory_budget=budget), _products_known():
+    settings: dict[str, Any] = {"activation_memory_budget": budget}
+    if partitioner.activation_memory_budget_runtime_estimator == "flops":  # the caller's own keeps its place
+        settings["activation_memory_budget_runtime_estimator"] = _TIME
+    with partitioner.patch(settings), _products_known():
         return inductor(graph, inputs)
 
 
