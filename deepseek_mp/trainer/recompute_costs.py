@@ -13,10 +13,14 @@ a launch. A reduction, into which the compiler fuses what is elementwise before 
 
 from __future__ import annotations
 
+import torch
 import torch._functorch.config as partitioner
 from torch import Tensor, fx
 from torch._functorch import partitioners
 from torch._inductor.custom_graph_pass import CustomRuntimeEstimator, get_hash_for_files
+from torch.utils.flop_counter import flop_registry
+
+from deepseek_mp.trainer import recompute_rules
 
 FLOPS_PER_BYTE = {1: 240.0, 2: 120.0, 4: 30.0, 8: 10.0}
 """Operations of a product in the time in which one byte is moved, by the bytes of an element of its operands.
@@ -39,7 +43,7 @@ class Roofline(CustomRuntimeEstimator):
         return max(_flops(node) / _flops_per_byte(node), moved) + LAUNCH_BYTES
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, recompute_rules.__file__))  # what is cached was made by both
 
 
 def _bytes(node: fx.Node) -> int:
@@ -47,6 +51,8 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _flops(node: fx.Node) -> float:
+    if getattr(node.target, "overloadpacket", None) not in flop_registry:
+        return 0.0
     with partitioner.patch(activation_memory_budget_runtime_estimator="flops"):
         return partitioners.estimate_runtime(node)
 
@@ -65,7 +71,7 @@ class _Graph:
 
     def moved_for(self, node: fx.Node) -> int:
         """Bytes that are moved so that `node` has its arguments."""
-        if self._ops.is_fusible(node):
+        if self._takes_in(node):
             return sum(map(_bytes, self._read(node)))
         return sum(self._moved_for_argument(argument, node) for argument in node.all_input_nodes)
 
@@ -105,9 +111,13 @@ class _Graph:
         for user in waiting:
             if self._ops.is_view(user):
                 waiting.extend(user.users)
-            elif user.op != "output" and not self._ops.is_fusible(user):
+            elif user.op != "output" and not self._takes_in(user):
                 found.append(user)
         return found
+
+    def _takes_in(self, node: fx.Node) -> bool:
+        """Whether what is computed just before `node` becomes part of its kernel."""
+        return self._ops.is_fusible(node) or node.target is torch.ops.aten.cat.default
 
     def _reduces(self, node: fx.Node) -> bool:
         return REDUCES * _bytes(node) < sum(map(_bytes, node.all_input_nodes))
