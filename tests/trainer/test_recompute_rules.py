@@ -82,26 +82,35 @@ def test_attention_draws_where_it_drops():
     assert found == {"aten.rand_like.default": True, "aten.exp.default": False}
 
 
+def test_what_must_be_kept_of_several_results_is_each_of_them(monkeypatch):
+    """The partitioner names attention with dropout as a whole where it is all that there is to keep."""
+    with FakeTensorMode():
+        graph = make_fx(lambda x: torch.ops.aten.native_dropout(x, 0.5, True))(torch.empty(8)).graph
+    argument, dropout = (node for node in graph.nodes if node.name in ("x_1", "native_dropout"))
+    monkeypatch.setattr(partitioners, "choose_saved_values_set", lambda *_: [argument, dropout])
+    with rules():
+        saved = partitioners.choose_saved_values_set(graph, None, 0.5)
+    assert saved == [argument, *dropout.users]
+    assert len(saved) == 3
+
+
 class Joined(nn.Module):
     """Concatenated activations of two layers, for two more: what joins them is no elementwise work."""
 
     def __init__(self):
         super().__init__()
         self.parts = nn.ModuleList(nn.Linear(32, 256) for _ in range(2))
-        self.last = nn.Linear(512, 8)
+        self.last = nn.Linear(512, 32)
 
     def forward(self, x):
         return self.last(torch.cat([part(x).sin() for part in self.parts], 1).cos())
 
 
-def test_what_is_not_fused_is_computed_again_one_by_one(backward):
-    model, x = Joined(), torch.randn(512, 32)
-    compiled = torch.compile(model, backend=backend(0.9))
-    compiled(x).sum().backward()
-    assert "aten.cat.default" not in backward
-    torch._dynamo.reset()
-    torch.compile(model, backend=backend(0.1))(x).sum().backward()
-    assert "aten.cat.default" in backward
+@pytest.mark.parametrize(("budget", "joined"), [(0.8, 0), (0.6, 1), (0.5, 2), (0.2, 4)])
+def test_what_is_not_fused_is_computed_again_one_by_one(backward, budget, joined):
+    model, x = nn.Sequential(*[Joined() for _ in range(4)]), torch.randn(512, 32)
+    torch.compile(model, backend=backend(budget))(x).sum().backward()
+    assert backward.count("aten.cat.default") == joined
 
 
 def fail_inside():
