@@ -9,16 +9,13 @@ twice the memory. The mask is made contiguous, without the copies that stand for
 **Max pooling.** What Inductor makes of it is slow on GPUs; kernels of ours take its place (`nn.graph_pooling`).
 
 **Activation memory.** Under a budget the compiler's partitioner (torch._functorch.partitioners) computes again in the
-backward what costs least by byte that it frees: elementwise work first, then products by their operations. It tells
-products by a list, and takes what it does not know for elementwise work. Products in FP8 and cuDNN's attention are
-added to that list: taken for free, all of them ran twice, which on an H200 made a decoder of 1.3 billion parameters
-slower in FP8 than in BF16.
+backward what costs least by byte that it frees: elementwise work first, then the rest by its time. What it may compute
+again says `trainer.recompute_rules`, how long that takes `trainer.recompute_costs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -26,19 +23,16 @@ import torch
 import torch._dynamo  # so that its backends can be looked up before anything was compiled
 import torch._functorch.config as partitioner
 from torch import Tensor, fx
-from torch._functorch import partitioners
 from torch._inductor import config
 from torch.nn.functional import scaled_dot_product_attention
 
 from deepseek_mp.nn.graph_pooling import replace_pools
 from deepseek_mp.nn.joint_graph import FuseProducers
+from deepseek_mp.trainer.recompute_costs import Roofline
+from deepseek_mp.trainer.recompute_rules import rules
 
 _FUSE = FuseProducers()
-_PRODUCTS = (
-    torch.ops.deepseek_mp.product,
-    torch.ops.aten._scaled_dot_product_cudnn_attention,  # noqa: SLF001 - ops that graphs of ours contain
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,  # noqa: SLF001
-)
+_TIME = Roofline()
 _MASK = 3
 """Position of `attn_mask` among the arguments."""
 
@@ -68,25 +62,11 @@ def backend(activation_memory_budget: float | None) -> Backend:
 
 
 def _within(budget: float, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    with partitioner.patch(activation_memory_budget=budget), _products_known():
+    settings: dict[str, Any] = {"activation_memory_budget": budget}
+    if partitioner.activation_memory_budget_runtime_estimator == "flops":  # the caller's own keeps its place
+        settings["activation_memory_budget_runtime_estimator"] = _TIME
+    with partitioner.patch(settings), rules():
         return inductor(graph, inputs)
-
-
-@contextmanager
-def _products_known() -> Iterator[None]:
-    """Inside, the partitioner knows the products that its list lacks; there is no public way to tell it."""
-    listed = partitioners.get_default_op_list
-
-    def all_listed() -> partitioners.OpTypes:
-        ops = listed()
-        ops.compute_intensive_ops.update(_PRODUCTS)
-        return ops
-
-    partitioners.get_default_op_list = all_listed
-    try:
-        yield
-    finally:
-        partitioners.get_default_op_list = listed
 
 
 def _repair_masks(graph: fx.GraphModule) -> None:
