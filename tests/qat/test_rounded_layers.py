@@ -23,13 +23,13 @@ def widened(weight, format):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_multiplies_the_stored_weight(format, bias):
     plain = nn.Linear(16, 8, bias=bias)
-    layer, x = rounded(plain, format, learn_step=False), torch.randn(2, 3, 16)
+    layer, x = rounded(plain, f"{format}_weights", learn_step=False), torch.randn(2, 3, 16)
     assert torch.equal(layer(x), F.linear(x, widened(plain.weight, format), plain.bias))
     assert layer.weight is plain.weight
     assert list(layer.state_dict()) == list(plain.state_dict())
     layer(x).square().sum().backward()
     assert all(param.grad is not None for param in plain.parameters())
-    q, scale = layer.kept()
+    q, scale = layer.kept().values()
     expected = quantised_weight(plain.weight, format)
     assert torch.equal(q.float(), expected[0].float())
     assert torch.equal(scale, expected[1])
@@ -38,8 +38,8 @@ def test_a_linear_layer_multiplies_the_stored_weight(format, bias):
 @pytest.mark.parametrize("learn_step", [False, True])
 def test_an_embedding_gives_rows_of_the_stored_table(learn_step):
     plain = nn.Embedding(20, 16, padding_idx=3)
-    layer, index = rounded(plain, "int8", learn_step=learn_step), torch.tensor([[1, 3, 19], [1, 0, 7]])
-    q, scale = layer.kept()
+    layer, index = rounded(plain, "int8_weights", learn_step=learn_step), torch.tensor([[1, 3, 19], [1, 0, 7]])
+    q, scale = layer.kept().values()
     assert torch.equal(layer(index), F.embedding(index, q.float() * scale[:, None]))
     assert learn_step or torch.equal(layer(index), F.embedding(index, widened(plain.weight, "int8")))
     layer(index).sum().backward()
@@ -51,7 +51,7 @@ def test_an_embedding_gives_rows_of_the_stored_table(learn_step):
 
 def test_the_mode_stays_and_all_are_found():
     plain = nn.Linear(4, 4).eval()
-    model = nn.Sequential(nn.Linear(4, 4), rounded(plain, "int8", learn_step=True))
+    model = nn.Sequential(nn.Linear(4, 4), rounded(plain, "int8_weights", learn_step=True))
     assert list(rounded_layers(model)) == ["1"]
     assert not model[1].training
     assert list(dict(model[1].named_parameters())) == ["weight", "bias", "log_step"]
@@ -59,11 +59,11 @@ def test_the_mode_stays_and_all_are_found():
 
 def test_a_step_begins_at_that_of_the_largest_weight_and_is_learned_as_a_logarithm():
     plain = nn.Linear(16, 8)
-    layer, x = rounded(plain, "int8", learn_step=True), torch.randn(3, 16)
+    layer, x = rounded(plain, "int8_weights", learn_step=True), torch.randn(3, 16)
     assert torch.equal(layer(x), F.linear(x, widened(plain.weight, "int8"), plain.bias))
     with torch.no_grad():
         layer.log_step.fill_(-0.7)
-    q, scale = layer.kept()
+    q, scale = layer.kept().values()
     torch.testing.assert_close(scale, quantised_weight(plain.weight, "int8")[1] * math.exp(-0.7))
     assert torch.equal(layer(x), F.linear(x, q.float() * scale[:, None], plain.bias))
     layer(x).sum().backward()
