@@ -199,11 +199,15 @@ def test_the_model_passed_stays_and_a_checkpoint_loads_into_it():
     assert not torch.equal(plain.hidden.weight, before["hidden.weight"])
 
 
-def test_resumed_it_is_bit_for_bit_the_run_without_a_break(tmp_path):
-    whole = make(learned_step_size=True)
+@pytest.mark.parametrize("precision", ["int8_weights", "int4_weights"])
+def test_resumed_it_is_bit_for_bit_the_run_without_a_break(tmp_path, precision):
+    def run(**options):
+        return make(precision, learned_step_size=True, **options)
+
+    whole = run()
     whole.fit(batches(), epochs=2)
-    make(learned_step_size=True, run_dir=tmp_path / "run").fit(batches(), epochs=1)
-    second = make(learned_step_size=True, run_dir=tmp_path / "run")
+    run(run_dir=tmp_path / "run").fit(batches(), epochs=1)
+    second = run(run_dir=tmp_path / "run")
     second.fit(batches(), epochs=2, resume=tmp_path / "run")
     assert same_models(whole, second)
 
