@@ -1,6 +1,6 @@
 """INT8 on a CPU: how fast it is beside FP32, BF16 and torchao's own flow, and how much it loses after which training.
 
-    python benchmarks/qat.py [--cases ...] [--threads N] [--seeds N] [--rounds N] [--out FILE]
+    python benchmarks/qat.py [--cases ...] [--threads N] [--seeds N] [--rounds N] [--merge FILE] [--out FILE]
 
 Times: all arms in one process in turn, at each batch size. `torchao` is its flow for trained models as it comes
 (0.18): prepare_pt2e, X86InductorQuantizer, convert_pt2e, torch.compile with frozen weights; `int8` is
@@ -9,16 +9,23 @@ with frozen weights too; `bf16 graph` is called as `int8` is, without guards.
 
 Accuracy, in points, by seed: FP32; torchao's and our INT8 of the same weights, without training; our INT8 trained, also
 with learned steps. All had the same number of steps: where INT8 learns with its rounding, FP32 is trained on.
+
+Cases named `... int4` are of accuracy alone, with the weights of large linear layers in 4 bits and all else in FP32:
+FP32, its weights rounded without training, and trained with their rounding, also with learned steps. `mlp-folded` has a
+BatchNorm at its inputs while it is trained, which then becomes a part of the first layer.
+
+`--merge` keeps the cases of an earlier file that are not run now, each with its commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +42,7 @@ from deepseek_mp import MixedPrecisionTrainer, QuantizationAwareTrainer
 from deepseek_mp.inference import latencies, relative
 from deepseek_mp.nn import revert
 from deepseek_mp.qat import FloatingModel, Int8Model, SimulatedModel
+from deepseek_mp.trainer.qat_weights import WeightsModel
 from deepseek_mp.workloads.data import Data, digits, library_windows
 from deepseek_mp.workloads.gpt import GPTConfig, byte_gpt, next_byte_loss
 from deepseek_mp.workloads.resnet import class_loss, small_resnet
@@ -52,8 +60,10 @@ SHARE = 0.2
 """Of the learning rate, in the last epochs: those with the rounding, and FP32's."""
 TRAINED = {"int8 trained": False, "int8 trained, learned steps": True}
 """Whether the steps are learned, by arm."""
+TRAINED4 = {"int4 trained": False, "int4 trained, learned steps": True}
+"""The same, of weights in 4 bits."""
 POINTS = 0.5
-"""That INT8 may lose after training."""
+"""That a smaller format may lose after training."""
 DISPARITY = 5.0
 """Channels of `mlp-disparate` are scaled by 2 to the power of minus this to this."""
 
@@ -97,6 +107,24 @@ def disparate(model: nn.Module) -> None:
             two.weight.div_(scales)
 
 
+def normalised_mlp(seed: int) -> nn.Module:
+    """With a BatchNorm at its inputs, in the place of features that are standardised beforehand."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+@torch.no_grad()
+def fold_first_norm(model: nn.Module) -> None:
+    """The BatchNorm at the inputs as a part of the layer behind it: the same function in evaluation."""
+    assert isinstance(model, nn.Sequential)
+    norm: Any = model[1]
+    layer: Any = model[2]
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    layer.bias.add_(layer.weight @ (norm.bias - norm.running_mean * gain))
+    layer.weight.mul_(gain)
+    model[1] = nn.Identity()
+
+
 CASES = {
     "mlp": Case(build=mlp, data=lambda seed: digits(seed=seed), loss_fn=class_loss, lr=1e-3, epochs=15, tuning=4),
     "mlp-disparate": Case(
@@ -113,6 +141,18 @@ CASES = {
         loss_fn=next_byte_loss, lr=2e-3, epochs=4, tuning=1, batches=(1, 16),
     ),
 }  # fmt: skip
+
+
+WEIGHTS = {
+    "mlp int4": CASES["mlp"],
+    "mlp-folded int4": Case(
+        build=normalised_mlp, data=lambda seed: digits(seed=seed), loss_fn=class_loss, lr=1e-3, epochs=15, tuning=25,
+        change=fold_first_norm,
+    ),
+    "mlp-disparate int4": CASES["mlp-disparate"],
+    "gpt int4": CASES["gpt"],
+}  # fmt: skip
+"""Cases of weights in 4 bits."""
 
 
 def adamw(case: Case, share: float) -> Callable[[Any], torch.optim.Optimizer]:
@@ -192,6 +232,41 @@ def accuracies(case: Case, seed: int, small: bool) -> dict[str, float]:
         "int8 calibrated": points(int8_of(our_trainer(case, model, batches)).reference, data),
         **{name: points(int8_of(trainer).reference, data) for name, trainer in ours.items()},
     }
+
+
+def int4_trainer(case: Case, model: nn.Module, *, learned: bool = False) -> QuantizationAwareTrainer:
+    return QuantizationAwareTrainer(
+        model, "int4_weights", optimizer=adamw(case, SHARE), loss_fn=case.loss_fn, learned_step_size=learned,
+        device=CPU, progress=False,
+    )  # fmt: skip
+
+
+def int4_accuracies(case: Case, seed: int, small: bool) -> dict[str, float]:
+    data, epochs, tuning = case.data(seed), 1 if small else case.epochs, 1 if small else case.tuning
+    start = trained(case, case.build(seed), data, epochs)
+    case.change(start)
+    ours = {name: int4_trainer(case, start, learned=learned) for name, learned in TRAINED4.items()}
+    for trainer in ours.values():
+        trainer.fit(case.data(seed).train, epochs=tuning)
+    model = trained(case, deepcopy(start), case.data(seed), tuning, share=SHARE)
+    arms = {"int4 rounded": int4_trainer(case, model), **ours}
+    return {
+        "fp32": points(model, data),
+        **{name: points(_int4_of(trainer), data) for name, trainer in arms.items()},
+    }
+
+
+def _int4_of(trainer: QuantizationAwareTrainer) -> Callable[[Tensor], Tensor]:
+    made = trainer.convert(torch.float32)
+    assert isinstance(made, WeightsModel)
+    return made
+
+
+def measure_int4(name: str, args: Any) -> dict[str, Any]:
+    by_seed = [int4_accuracies(WEIGHTS[name], seed, args.small) for seed in range(args.seeds)]
+    means = {arm: statistics.mean(one[arm] for one in by_seed) for arm in by_seed[0]}
+    targets = _accuracy_targets(means, TRAINED4, ["int4 rounded"])
+    return {"accuracy": {"by_seed": by_seed, "mean": means}, "targets": targets, "check": "passed"}
 
 
 def without_gradients(model: nn.Module, x: Tensor) -> Any:
@@ -284,12 +359,16 @@ def _targets(by_batch: dict[str, Any], means: dict[str, float]) -> dict[str, str
         chosen = next(why for why in found["compare"] if why.startswith("taken"))
         said = _said(gain >= BF16, f"{gain:.3f}; compare: {chosen}")
         targets[f"batch {size}: {BF16} times as fast as the best BF16"] = said
-    best = max(means[name] for name in TRAINED)
-    lost = means["fp32"] - best
-    targets[f"at most {POINTS} points below FP32"] = _said(lost <= POINTS, f"{lost:.2f}")
-    won = best - max(means["torchao"], means["int8 calibrated"])
-    targets["better than without training"] = _said(won > 0, f"{won:.2f} points")
-    return targets
+    return targets | _accuracy_targets(means, TRAINED, ["torchao", "int8 calibrated"])
+
+
+def _accuracy_targets(means: dict[str, float], trained: Iterable[str], untrained: Iterable[str]) -> dict[str, str]:
+    best = max(means[name] for name in trained)
+    lost, won = means["fp32"] - best, best - max(means[name] for name in untrained)
+    return {
+        f"at most {POINTS} points below FP32": _said(lost <= POINTS, f"{lost:.2f}"),
+        "better than without training": _said(won > 0, f"{won:.2f} points"),
+    }
 
 
 def _said(reached: bool, number: str) -> str:
@@ -309,12 +388,13 @@ def rows(report: Report) -> list[tuple[str, ...]]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *WEIGHTS])
     parser.add_argument("--threads", type=positive, default=1, help="of PyTorch (default %(default)s)")
     parser.add_argument("--seeds", type=positive, default=3, help="for accuracy (default %(default)s)")
     parser.add_argument("--rounds", type=positive, default=12, help="of A B A B (default %(default)s)")
     parser.add_argument("--steps", type=positive, help="calls in a block (default: some 50 ms)")
     parser.add_argument("--small", action="store_true", help="short training, to try the script")
+    parser.add_argument("--merge", type=Path, help="a file of this benchmark whose other cases are kept")
     parser.add_argument("--out", type=Path, help="file to write (default: benchmarks/results/qat-DEVICE.json)")
     return parser.parse_args()
 
@@ -324,8 +404,11 @@ def main() -> int:
     args = arguments()
     torch.set_num_threads(args.threads)
     report = Report("qat", CPU, vars(args))
-    for name in args.cases or CASES:
-        report.run(name, partial(measure, name, args))
+    if args.merge:
+        earlier = json.loads(args.merge.read_text(encoding="utf-8"))
+        report.cases.update({name: {"commit": earlier["commit"]} | case for name, case in earlier["cases"].items()})
+    for name in args.cases or (*CASES, *WEIGHTS):
+        report.run(name, partial(measure_int4 if name in WEIGHTS else measure, name, args))
     return report.finish(args.out, rows(report))
 
 

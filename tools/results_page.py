@@ -196,6 +196,7 @@ def _qat_tables(report: Json) -> Iterator[list[Row]]:
     arms = ("fp32 eager", "fp32", "bf16", "bf16 graph", "torchao", "int8")
     times: list[Row] = [("case", "batch", *arms, "INT8 / torchao", "best BF16 / INT8")]
     points: list[Row] = [("case", "fp32", "torchao", "int8 calibrated", "int8 trained", "int8 trained, learned steps")]
+    four: list[Row] = [("case", "fp32", "int4 rounded", "int4 trained", "int4 trained, learned steps")]
     asked: list[Row] = [("case", "asked", "found")]
     for name, case in report["cases"].items():
         for size, found in case.get("times", {}).items():
@@ -203,11 +204,12 @@ def _qat_tables(report: Json) -> Iterator[list[Row]]:
             times.append((_named(name, case), size, *(_spread(found["ms"][arm]) for arm in arms), *ratios))
         means = case.get("accuracy", {}).get("mean")
         if means:
-            points.append((_named(name, case), *(f"{means[arm]:.2f}" for arm in points[0][1:])))
+            table = four if "int4 rounded" in means else points
+            table.append((_named(name, case), *(f"{means[arm]:.2f}" for arm in table[0][1:])))
         asked += [(_named(name, case), target, said) for target, said in case.get("targets", {}).items()]
         if case["check"] != "passed":
             asked.append((_named(name, case), "to run", case["check"]))
-    yield from (times, points, asked)
+    yield from (table for table in (times, points, four, asked) if len(table) > 1)
 
 
 def _stress_tables(report: Json) -> Iterator[list[Row]]:

@@ -28,7 +28,7 @@ from deepseek_mp.backends import capabilities
 from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.ops.choose import fp8_linear_of, why_not
 from deepseek_mp.ops.layouts import alignment
-from deepseek_mp.ops.native.fp8_linear import plain
+from deepseek_mp.ops.native.fp8_linear import plain, plain_row_cast
 from deepseek_mp.ops.weight_only import quantised_weight
 
 log = logging.getLogger("deepseek_mp")
@@ -65,6 +65,13 @@ def fp8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, *, impl
         return plain(x, q, scale, bias)
     out: Tensor = torch.ops.deepseek_mp.fp8_linear(x, q, scale, bias, implementation)
     return out
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """x' of `fp8_linear`, what rows of x [M, K] stand for once they are rounded: [M, K] in fp32; it has no gradient."""
+    with torch.no_grad():
+        values, scale = plain_row_cast(x)
+        return values.float() * scale
 
 
 def fastest(device: torch.device, dtype: torch.dtype, channels: int, width: int) -> str | None:

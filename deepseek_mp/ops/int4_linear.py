@@ -48,7 +48,9 @@ def group_of(width: int) -> int | None:
     return next((group for group in GROUPS if width and width % group == 0), None)
 
 
-def int4_weight(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor, Tensor]:
+def int4_weight(
+    weight: Tensor, name: str = "a weight", *, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """A weight in 4 bits with a scale and a zero for each group of a row: (code - 8) * scale + zero.
 
     With the least and the largest value of a group, scale = (largest - least) / 15 and zero = least + 8 * scale, both
@@ -58,6 +60,8 @@ def int4_weight(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor,
     Args:
         weight: [N, K], floating.
         name: what the message calls it.
+        factor: [N, K / group] in fp32, positive: what scales are multiplied by, as training learned them; the zeros
+            stay. None: 1.
 
     Returns:
         codes, two a byte (uint8 [N, K / 2], as above), scale and zero [K / group, N] in BF16.
@@ -73,15 +77,29 @@ def int4_weight(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor,
     wide = weight.detach().float().view(len(weight), -1, group)
     if not bool(wide.isfinite().all()):
         raise ConfigError(explain(f"{name} with values that are not finite", "finite weights", "Leave it as it is"))
+    scale, zero = grid_of(wide)
+    scale = scale if factor is None else (scale.float() * factor).to(scale.dtype)
+    if not bool((scale.isfinite() & zero.isfinite()).all()):
+        raise ConfigError(explain(f"{name} with values beyond BF16", "smaller weights", "Leave it as it is"))
+    q = packed((codes_by(wide, scale, zero) + MIDDLE).to(torch.uint8))
+    return q, scale.t().contiguous(), zero.t().contiguous()
+
+
+def grid_of(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero [N, groups] in BF16 of fp32 values [N, groups, group], as `int4_weight` says; nothing is checked.
+
+    A group with an infinity or NaN has a scale or a zero that is none either.
+    """
     least, largest = wide.aminmax(dim=2)
     scale = (largest / LARGEST - least / LARGEST).to(torch.bfloat16)
     zero = (least + MIDDLE * scale.float()).to(torch.bfloat16)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    if not bool((scale.isfinite() & zero.isfinite()).all()):
-        raise ConfigError(explain(f"{name} with values beyond BF16", "smaller weights", "Leave it as it is"))
-    codes = (wide - zero.float()[:, :, None]) / scale.float()[:, :, None] + MIDDLE
-    q = packed(codes.round_().clamp_(0, LARGEST).to(torch.uint8))
-    return q, scale.t().contiguous(), zero.t().contiguous()
+    return torch.where(scale > 0, scale, torch.ones_like(scale)), zero
+
+
+def codes_by(wide: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Codes less 8, fp32 [N, groups, group] from -8 to 7, of values beside a grid; nothing is checked."""
+    ratio = (wide - zero.float()[:, :, None]) / scale.float()[:, :, None]
+    return ratio.add_(MIDDLE).round_().clamp_(0, LARGEST).sub_(MIDDLE)
 
 
 def int4_linear(

@@ -22,7 +22,7 @@ from deepseek_mp.trainer.result import StepResult
 from deepseek_mp.trainer.setup import check_arguments
 
 PRECISIONS = ("int8", *WEIGHTS)
-INTEGERS = ("int8", "int8_weights")
+INTEGERS = ("int8", "int8_weights", "int4_weights")
 REFUSED = (
     "precision_mode", "pin", "adapt", "emulate", "kernels", "compile", "fused_loss", "activations",
     "activation_memory_budget", "memory",
@@ -34,7 +34,7 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
     """Trains with the rounding of INT8 in the forward, straight-through gradients and FP32 weights (docs/qat.md).
 
     `fit`, `step`, `evaluate`, `save` and resuming are those of `MixedPrecisionTrainer`; `model` is a copy with fake
-    quantisation: for 'int8' a graph that is exported, for weights alone a module like the original. The model passed
+    quantisation: for 'int8' a graph that is exported, otherwise a module like the original. The model passed
     stays as it is.
 
     Example:
@@ -44,7 +44,8 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
 
     Args:
         model: trained in FP32 before, as a rule; for 'int8' on the CPU, as `torch.export` can take it.
-        precision: 'int8'; or weights alone of large linear layers and embeddings, 'int8_weights' or 'fp8_weights'.
+        precision: 'int8'; or weights alone of large linear layers and embeddings, 'int8_weights', 'fp8_weights' or
+            'int4_weights' (embeddings in int8); or 'fp8', weights and inputs of large linear layers.
         simulate_fp32: compute around the rounding in FP32, where the integers' sums are exact; False: in BF16.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, of two samples or more; for
             'int8' only.
@@ -108,7 +109,7 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
         """The model in the precision, with the averaged weights if there are any; this one may be trained on.
 
         Args:
-            dtype: for weights alone: of activations and all other weights; None: BF16.
+            dtype: for all but 'int8': of activations and all other weights; None: BF16.
 
         Raises:
             ConfigError: for 'int8': PyTorch has no oneDNN here, or a dtype is passed.
@@ -150,8 +151,8 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
         """
         if not isinstance(self.model, SimulatedModel):
             allowed = "a trainer of precision='int8'"
-            change = "Convert, and time it, or see optimize_for_inference for forms with weights in 8 bits"
-            raise ConfigError(explain("compare for weights alone", allowed, change))
+            change = "Convert, and time it, or see optimize_for_inference for kinds of linear layers"
+            raise ConfigError(explain("compare of a trainer for another precision", allowed, change))
         self.settle()
         with nullcontext() if self.ema is None else self.ema.applied():
             return compare(self.model, inputs, budget=budget, metric=metric, gain=gain, seconds=seconds)
@@ -185,7 +186,7 @@ def _check_fit(
         raise ConfigError(explain(passed, f"it with {allowed}", "Leave it out, or change the precision"))
     if precision != "int8" and (example_inputs is not None or calibration is not None):
         passed = f"example_inputs or calibration with precision={precision!r}"
-        raise ConfigError(explain(passed, "none: no activation is rounded", "Leave them out"))
+        raise ConfigError(explain(passed, "none: no ranges are observed", "Leave them out"))
     if precision == "int8" and torch.device(options.get("device") or "cpu").type != "cpu":
         passed = f"device={options['device']!r}"
         raise ConfigError(explain(passed, "'cpu', where INT8 is computed", "Leave it out"))

@@ -1,6 +1,6 @@
-"""Quantisation-aware training of weights alone: a copy that rounds them in training, and the model that stores them so.
+"""Quantisation-aware training of single layers: a copy that rounds them in training, and the model that stores them so.
 
-The layers that are rounded are those that `inference.linear_layers` lets be stored in 8 bits, by the same rounding.
+The linear layers that are rounded are those that `inference.linear_layers` takes for the kind, by the same rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.form import LINEAR_KINDS
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
 from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, linear_layers
 from deepseek_mp.nn import revert
@@ -24,14 +25,20 @@ from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import KINDS, OTHERS, is_kept
 from deepseek_mp.qat.preparation import all_finite, copied
-from deepseek_mp.qat.rounded_layers import rounded, rounded_layers
+from deepseek_mp.qat.rounded_layers import TABLES, rounded, rounded_layers
 
-WEIGHTS: Mapping[str, str] = MappingProxyType({"int8_weights": "int8", "fp8_weights": "fp8"})
-"""Precisions of weights alone, and how the weights are stored."""
+WEIGHTS = LINEAR_KINDS
+"""Precisions that are kinds of linear layers: the model's code stays, and large layers are rounded by themselves."""
+_WHY_TABLES: Mapping[str, str] = MappingProxyType(
+    {
+        "fp8": "rows of a table are looked up, not multiplied: stored in FP8",
+        "int4_weights": "tables have no form in 4 bits here: stored in int8 by row",
+    }
+)
 
 
 class WeightsModel(nn.Module):
-    """Is called as the original is, without gradients; rounded weights are stored in 8 bits, the rest in `dtype`.
+    """Is called as the original is, without gradients; rounded weights are stored in 8 or 4 bits, the rest in `dtype`.
 
     Tensors of floating type go in as `dtype` and come out in FP32. Its state is `state_dict`, as of any module.
     """
@@ -43,7 +50,7 @@ class WeightsModel(nn.Module):
 
     @property
     def not_converted(self) -> tuple[Decision, ...]:
-        """The layers whose weights are not in 8 bits, with the reason of each."""
+        """The layers whose weights are not in fewer bits, with the reason of each."""
         return tuple(decision for decision in self.decisions if decision.reason is not Reason.REQUESTED)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +62,7 @@ class WeightsModel(nn.Module):
     def train(self, mode: bool = True) -> WeightsModel:
         """Refused: integers have no gradients."""
         if mode:
-            passed = "train() of a model with weights in 8 bits"
+            passed = "train() of a model with weights in fewer bits"
             raise ConfigError(explain(passed, "inference", "Train on with the trainer, and convert again"))
         return self
 
@@ -63,7 +70,7 @@ class WeightsModel(nn.Module):
 def with_rounded_weights(
     model: nn.Module, precision: str, *, keep: Collection[str] | PrecisionPlan | Path, learn_step: bool
 ) -> tuple[nn.Module, tuple[Decision, ...]]:
-    """A copy of the model whose large linear layers and embeddings round their weights, and a decision for each layer.
+    """A copy of the model whose large linear layers and embeddings are rounded, and a decision for each layer.
 
     Raises:
         ConfigError: the model cannot be copied, has no such layer, or weights that are not finite.
@@ -78,13 +85,10 @@ def with_rounded_weights(
     for name, layer in list(copy.named_modules()):
         if not isinstance(layer, KINDS + OTHERS):
             continue
-        reason, detail = _why_not(layer, name, left, kept)
-        decisions.append(Decision(
-            layer=name, old="fp32", new="fp32" if detail else precision, reason=reason, detail=detail,
-        ))  # fmt: skip
-        if not detail:
+        decisions.append(_decision(layer, name, precision, left, kept))
+        if decisions[-1].reason is Reason.REQUESTED:
             assert isinstance(layer, nn.Linear | nn.Embedding)
-            copy = replaced(copy, name, rounded(layer, WEIGHTS[precision], learn_step=learn_step))
+            copy = replaced(copy, name, rounded(layer, precision, learn_step=learn_step))
     if not rounded_layers(copy):
         reasons = "; ".join(f"{decision.layer}: {decision.detail}" for decision in decisions[:5]) or "it has none"
         passed = f"a model with nothing to quantise ({reasons})"
@@ -95,15 +99,17 @@ def with_rounded_weights(
 
 @torch.no_grad()
 def deployed(model: nn.Module, decisions: tuple[Decision, ...], dtype: torch.dtype) -> WeightsModel:
-    """A copy of the trained copy in which the rounded weights are stored in 8 bits, and all else in `dtype`."""
+    """A copy of the trained copy in which the rounded weights are stored in fewer bits, and all else in `dtype`."""
     copy = deepcopy(model)
     revert(copy)
-    kept = {name: (layer, *layer.kept()) for name, layer in rounded_layers(copy).items()}
+    kept = {name: (layer, layer.kept()) for name, layer in rounded_layers(copy).items()}
     copy = copy.to(dtype)
-    for name, (layer, q, scale) in kept.items():
-        made: nn.Module = QuantisedEmbedding(q, scale, dtype)
+    for name, (layer, parts) in kept.items():
+        made: nn.Module
         if isinstance(layer, nn.Linear):
-            made = QuantisedLinear({"q": q, "scale": scale}, layer.bias, f"{layer.format}_weights", dtype)
+            made = QuantisedLinear(parts, layer.bias, layer.precision, dtype)
+        else:
+            made = QuantisedEmbedding(parts["q"], parts["scale"], dtype)
         copy = replaced(copy, name, made)
     return WeightsModel(copy, dtype, decisions)
 
@@ -117,14 +123,17 @@ def replaced(model: nn.Module, name: str, made: nn.Module) -> nn.Module:
     return model
 
 
-def _why_not(layer: nn.Module, name: str, left: Mapping[str, str], kept: Collection[str]) -> tuple[Reason, str]:
+def _decision(layer: nn.Module, name: str, precision: str, left: Mapping[str, str], kept: Collection[str]) -> Decision:
+    new, reason, detail = "fp32", Reason.NO_KERNEL, left.get(name, "")
     if is_kept(name, kept):
-        return Reason.PINNED, "named in keep"
-    if not isinstance(layer, nn.Linear | nn.Embedding):
-        return Reason.NO_KERNEL, f"{type(layer).__name__} has no form with weights in 8 bits here"
-    if name in left:
-        return Reason.NO_KERNEL, left[name]
-    return Reason.REQUESTED, ""
+        reason, detail = Reason.PINNED, "named in keep"
+    elif not isinstance(layer, nn.Linear | nn.Embedding):
+        detail = f"{type(layer).__name__} has no form with weights in fewer bits here"
+    elif not detail:
+        table = isinstance(layer, nn.Embedding)
+        new, reason = TABLES[precision] if table else precision, Reason.REQUESTED
+        detail = _WHY_TABLES.get(precision, "") if table else ""
+    return Decision(layer=name, old="fp32", new=new, reason=reason, detail=detail)
 
 
 def _embeddings_left(model: nn.Module) -> dict[str, str]:

@@ -9,7 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_mp.errors import ConfigError, ShapeError
 from deepseek_mp.ops import fp8_linear as module
-from deepseek_mp.ops.fp8_linear import fastest, fp8_linear
+from deepseek_mp.ops.fp8_linear import fastest, fp8_linear, rounded_rows
+from deepseek_mp.ops.operands import Cast
+from deepseek_mp.ops.reference.product import dequantise
+from deepseek_mp.ops.reference.quantise import quantise
 from deepseek_mp.ops.weight_only import quantised_weight
 
 CPU = torch.device("cpu")
@@ -32,6 +35,18 @@ def test_it_is_the_linear_layer_with_both_rounded(operands):
     values = torch.tensor([[448.0, -3.5, 0.015625, 20.0]]).repeat(2, 16) * torch.tensor([[1.0], [4.0]])
     exactly = fp8_linear(values, q, scale, bias, implementation="reference")
     torch.testing.assert_close(exactly, F.linear(values, q.float() * scale[:, None], bias), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_rows_are_what_the_reference_multiplies(dtype):
+    x = (torch.randn(6, 64) * torch.tensor([1.0, 1e-6, 0, 1e4, 3e-7, 1])[:, None]).to(dtype)
+    x[5, 5] = torch.nan
+    cast = Cast("fp8_e4m3", "row", power_of_two=False, rows=True, columns=False)
+    values, scale, _, _ = quantise(x, cast)
+    found = rounded_rows(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found[:5], dequantise(values, scale, "row")[:5])
+    assert found[5].isnan().all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

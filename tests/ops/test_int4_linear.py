@@ -10,8 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepseek_mp.errors import ConfigError, ShapeError
 from deepseek_mp.ops import int4_linear as module
 from deepseek_mp.ops.choose import int4_linear_of
-from deepseek_mp.ops.int4_linear import fastest, group_of, int4_linear, int4_weight, prepared, unprepared
-from deepseek_mp.ops.reference.int4_linear import unpacked, widened
+from deepseek_mp.ops.int4_linear import (
+    codes_by,
+    fastest,
+    grid_of,
+    group_of,
+    int4_linear,
+    int4_weight,
+    prepared,
+    unprepared,
+)
+from deepseek_mp.ops.reference.int4_linear import unpacked, values_of, widened
 
 CPU = torch.device("cpu")
 
@@ -38,6 +47,26 @@ def test_a_weight_is_the_nearest_of_its_group_s_values(width):
     # Half a step, and at the ends of the range what BF16 takes from scale and zero.
     slack = (step * 16 + groups.abs().amax(2)) * 2**-8
     assert bool(((found - groups).abs() <= (step / 2 + slack)[:, :, None] * 1.01).all())
+
+
+def test_a_factor_multiplies_scales_and_leaves_zeros():
+    weight, factor = torch.randn(6, 192), torch.rand(6, 3) + 0.5
+    plain, (q, scale, zero) = int4_weight(weight), int4_weight(weight, factor=factor)
+    assert torch.equal(zero, plain[2])
+    assert torch.equal(scale, (plain[1].float() * factor.t()).to(torch.bfloat16))
+    codes = ((weight.view(6, 3, 64) - zero.t().float()[..., None]) / scale.t().float()[..., None] + 8).round()
+    assert torch.equal(unpacked(q, 3), codes.clamp(0, 15).to(torch.uint8))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_group_that_is_not_finite_has_no_finite_value(bad):
+    wide = torch.randn(2, 3, 32)
+    wide[1, 2, 5] = bad
+    scale, zero = grid_of(wide)
+    finite = values_of(codes_by(wide, scale, zero), scale, zero).view(2, 3, 32).isfinite()
+    assert not finite[1, 2].any()
+    finite[1, 2] = True
+    assert finite.all()
 
 
 def test_codes_lie_in_halves_of_their_group():

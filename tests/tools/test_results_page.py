@@ -81,8 +81,12 @@ def test_int8_has_times_points_and_what_was_asked() -> None:
         "times": {"64": found}, "accuracy": {"mean": means | {"int8 trained, learned steps": 96.0}},
         "targets": {"at most 0.5 points below FP32": "reached: 0.50"}, "check": "passed",
     }  # fmt: skip
-    cases = {"mlp": case, "gpt": {"check": "failed", "error": "x"}}
+    four = {"fp32": 97.5, "int4 rounded": 90.25, "int4 trained": 96.5, "int4 trained, learned steps": 97.0}
+    narrow = {"accuracy": {"mean": four}, "targets": {}, "check": "passed", "commit": "0123456789"}
+    cases = {"mlp": case, "gpt": {"check": "failed", "error": "x"}, "mlp int4": narrow}
     page = results_page.render([("qat.json", report("qat", **cases))])
+    assert "| mlp int4 (commit 0123456) | 97.50 | 90.25 | 96.50 | 97.00 |" in page
+    assert "torchao" not in results_page.render([("qat.json", report("qat", **{"mlp int4": narrow}))])
     assert "| mlp | 64" + " | 20 (19-21)" * 8 in page
     assert "| mlp | 97.50 | 94.00 | 94.50 | 97.00 | 96.00 |" in page
     assert "| mlp | at most 0.5 points below FP32 | reached: 0.50 |" in page

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
-from small_runs import same_models
+from small_runs import accuracy, same_models
 from torch import nn
 
-from deepseek_mp import QuantizationAwareTrainer
+from deepseek_mp import MixedPrecisionTrainer, QuantizationAwareTrainer
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.precision import PrecisionPlan
@@ -47,9 +49,27 @@ def batches(count=6):
     return [(x, x[:, 0] % 4) for x in tokens]
 
 
+def stored_weight(layer):
+    """In fp32, of a deployed layer or embedding."""
+    if isinstance(layer, QuantisedEmbedding):
+        return layer.q.float() * layer.scale[:, None]
+    return KINDS[layer.kind].widened(layer._kind.unprepared(layer._prepared(), layer.implementation))
+
+
+def forward_weight(layer):
+    """What training multiplied or looked up."""
+    if isinstance(layer, nn.Embedding):
+        return layer(torch.arange(layer.num_embeddings))
+    seen = []
+    with patch("deepseek_mp.qat.rounded_layers.F.linear", lambda x, weight, bias: seen.append(weight) or x):
+        layer(torch.zeros(1, layer.in_features))
+    return seen[0]
+
+
 @pytest.mark.parametrize("options", [
     {"precision": "int8_weights"}, {"precision": "fp8_weights"},
     {"precision": "int8_weights", "learned_step_size": True}, {"precision": "int8_weights", "ema_decay": 0.5},
+    {"precision": "int4_weights"}, {"precision": "int4_weights", "learned_step_size": True}, {"precision": "fp8"},
 ])  # fmt: skip
 def test_the_deployed_model_gives_what_training_saw(options):
     trainer = make(**options)
@@ -62,8 +82,7 @@ def test_the_deployed_model_gives_what_training_saw(options):
     assert isinstance(trainer.model.hidden, nn.Linear)
     if "ema_decay" not in options:
         for name, layer in rounded_layers(trainer.model).items():
-            stored = deployed.model.get_submodule(name)
-            assert torch.equal(stored.q.float() * stored.scale[:, None], layer._rounded(layer.weight, layer.log_step))
+            assert torch.equal(stored_weight(deployed.model.get_submodule(name)), forward_weight(layer))
 
 
 def test_in_bf16_all_that_is_not_stored_in_8_bits_is_bf16():
@@ -74,7 +93,7 @@ def test_in_bf16_all_that_is_not_stored_in_8_bits_is_bf16():
     found = deployed(x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, make().predict((x, None)), rtol=5e-2, atol=2e-2)
-    with pytest.raises(ConfigError, match="weights in 8 bits"):
+    with pytest.raises(ConfigError, match="weights in fewer bits"):
         deployed.train()
     assert deployed.eval() is deployed
 
@@ -89,6 +108,75 @@ def test_each_layer_has_a_decision_with_its_reason(tmp_path):
     assert [decision.layer for decision in trainer.convert().not_converted] == ["last", "small"]
     trainer.fit(batches(1))
     assert "int8_weights" in (tmp_path / "run" / "decisions.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("precision", "table", "why"), [
+    ("int4_weights", "int8_weights", "no form in 4 bits"), ("fp8", "fp8_weights", "looked up, not multiplied"),
+])  # fmt: skip
+def test_embeddings_stay_in_8_bits_and_it_is_said(precision, table, why):
+    odd = model()
+    odd.last, odd.small = nn.Linear(512, 130), nn.Linear(130, 520)
+    trainer = QuantizationAwareTrainer(odd, precision, optimizer=sgd, device="cpu", keep=["hidden"])
+    said = {decision.layer: (decision.new, decision.detail) for decision in trainer.decisions}
+    assert said["table"][0] == table
+    assert why in said["table"][1]
+    assert said["hidden"] == ("fp32", "named in keep")
+    assert said["small"][0] == "fp32"
+    assert "are not in whole" in said["small"][1]
+    left = [decision.layer for decision in trainer.convert().not_converted]
+    assert left == (["hidden", "small"] if precision == "int4_weights" else ["hidden", "last", "small"])
+
+
+def test_in_fp8_a_token_that_is_not_finite_has_its_step_skipped():
+    torch.manual_seed(0)
+    trainer = QuantizationAwareTrainer(nn.Sequential(nn.Linear(256, 256)), "fp8", optimizer=sgd, device="cpu")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    x, y = torch.randn(4, 256), torch.arange(4)
+    bad = x.clone()
+    bad[1, 3] = math.inf
+    result = trainer.fit([(bad, y)])
+    assert (result.steps_attempted, result.steps_applied) == (1, 0)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert trainer.fit([(x, y)], epochs=2).steps_applied == 1
+
+
+@pytest.mark.parametrize("precision", ["int4_weights", "fp8"])
+def test_in_bf16_a_deployed_layer_is_of_the_kind(precision):
+    deployed, x = make(precision).convert(), batches(1)[0][0]
+    assert deployed.model.hidden.kind == precision
+    torch.testing.assert_close(deployed(x), make(precision).predict((x, None)), rtol=5e-2, atol=2e-2)
+
+
+def features_of_other_sizes(count=1024, spread=3):
+    """Inputs whose columns have scales of 2 ** -spread to 2 ** spread, their classes, and the scales."""
+    made = torch.Generator().manual_seed(3)
+    x = torch.randn(count, 128, generator=made)
+    score = (x @ torch.randn(128, 256, generator=made)).relu() @ torch.randn(256, 8, generator=made)
+    sizes = torch.exp2(spread * (2 * torch.rand(128, generator=made) - 1))
+    return x, (score - score.mean(0)).argmax(1), sizes
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_training_wins_back_what_rounding_to_4_bits_lost(learned):
+    x, y, sizes = features_of_other_sizes()
+
+    def pairs(x):
+        return list(zip(x.split(64), y.split(64), strict=True))
+
+    def adam(params):
+        return torch.optim.Adam(params, lr=1e-3)
+
+    plain = nn.Sequential(nn.Linear(128, 512), nn.ReLU(), nn.Linear(512, 8))
+    MixedPrecisionTrainer(plain, "fp32", optimizer=adam, device="cpu").fit(pairs(x), epochs=10)
+    with torch.no_grad():
+        plain[0].weight.div_(sizes)  # as where the division by a feature's spread becomes a part of the first layer
+    x = x * sizes
+    trainer = QuantizationAwareTrainer(plain, "int4_weights", learned_step_size=learned, optimizer=adam, device="cpu")
+    exact, rounded = (float(accuracy(model(x), y)) for model in (plain, trainer.convert(torch.float32)))
+    trainer.fit(pairs(x), epochs=6)
+    trained = float(accuracy(trainer.convert(torch.float32)(x), y))
+    assert exact - rounded > 0.1
+    assert exact - trained < 0.25 * (exact - rounded)
 
 
 def test_steps_are_learned():
@@ -111,11 +199,15 @@ def test_the_model_passed_stays_and_a_checkpoint_loads_into_it():
     assert not torch.equal(plain.hidden.weight, before["hidden.weight"])
 
 
-def test_resumed_it_is_bit_for_bit_the_run_without_a_break(tmp_path):
-    whole = make(learned_step_size=True)
+@pytest.mark.parametrize("precision", ["int8_weights", "int4_weights"])
+def test_resumed_it_is_bit_for_bit_the_run_without_a_break(tmp_path, precision):
+    def run(**options):
+        return make(precision, learned_step_size=True, **options)
+
+    whole = run()
     whole.fit(batches(), epochs=2)
-    make(learned_step_size=True, run_dir=tmp_path / "run").fit(batches(), epochs=1)
-    second = make(learned_step_size=True, run_dir=tmp_path / "run")
+    run(run_dir=tmp_path / "run").fit(batches(), epochs=1)
+    second = run(run_dir=tmp_path / "run")
     second.fit(batches(), epochs=2, resume=tmp_path / "run")
     assert same_models(whole, second)
 
@@ -163,6 +255,10 @@ def test_embeddings_that_cannot_be_replaced_are_left():
         ({"keep": PrecisionPlan.of("fp32")}, "a plan of the base fp32"),
         ({"example_inputs": torch.zeros(2, 2)}, "example_inputs or calibration with precision='int8_weights'"),
         ({"calibration": []}, "example_inputs or calibration"),
+        ({"precision": "int4_weights", "keep": ["table", "hidden", "last"]}, r"nothing to quantise \(table: named in"),
+        ({"precision": "fp8", "keep": ["table", "hidden", "last"]}, r"nothing to quantise \(table: named in keep"),
+        ({"precision": "fp8", "example_inputs": torch.zeros(2, 2)}, "none: no ranges are observed"),
+        ({"precision": "fp8", "learned_step_size": True}, "it with 'int8', 'int8_weights', 'int4_weights'"),
         ({"precision": "fp8_weights", "learned_step_size": True}, "learned_step_size with precision='fp8_weights'"),
         ({"learned_step_size": 1}, "learned_step_size=1"),
         ({"precision": "int8_weight"}, "Did you mean 'int8_weights'"),
@@ -182,7 +278,7 @@ def test_weights_that_are_not_finite_are_refused():
 
 
 def test_compare_and_dtypes_are_of_one_precision_only():
-    with pytest.raises(ConfigError, match="compare for weights alone"):
+    with pytest.raises(ConfigError, match="compare of a trainer for another precision"):
         make().compare(torch.zeros(2, 2))
     trainer = QuantizationAwareTrainer(nn.Sequential(nn.Linear(4, 4)), example_inputs=torch.randn(2, 4))
     assert isinstance(trainer.convert(), Int8Model)

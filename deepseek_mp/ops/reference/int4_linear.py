@@ -24,8 +24,12 @@ def unpacked(q: Tensor, groups: int) -> Tensor:
 
 def widened(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The weight [N, K] in fp32 that codes [N, K / 2], scale and zero [K / group, N] stand for."""
-    codes = unpacked(q, len(scale)).float() - MIDDLE
-    return (codes * scale.float().t()[:, :, None] + zero.float().t()[:, :, None]).flatten(1)
+    return values_of(unpacked(q, len(scale)).float() - MIDDLE, scale.t(), zero.t())
+
+
+def values_of(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The same of codes less 8, fp32 [N, groups, group], beside scale and zero [N, groups]."""
+    return (codes * scale.float()[:, :, None] + zero.float()[:, :, None]).flatten(1)
 
 
 @torch.no_grad()
