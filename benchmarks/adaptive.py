@@ -172,7 +172,7 @@ class Lowered:
             if recipe not in reading.effects:
                 continue
             loss = predictor.loss(name, RECIPES[recipe]) / own.loss_budget
-            noise = {role: predictor.noise(name, RECIPES[recipe], role) / own.noise for role in Role}
+            noise = {role: predictor.noise(name, RECIPES[recipe], role) / own.noise_budget for role in Role}
             if own.by_role:
                 costs |= {f"{name} {role}": max(noise[role], loss * (role is Role.FPROP)) for role in Role}
             else:

@@ -323,7 +323,7 @@ class AdaptiveController:
         least = [found.least for found in judged.values()]
         return Budget(
             loss=max(self.settings.loss_budget * self.scale, math.fsum(each.loss for each in least)),
-            noise=max(self.settings.noise * self.scale, math.fsum(each.noise for each in least)),
+            noise=max(self.settings.noise_budget * self.scale, math.fsum(each.noise for each in least)),
         )
 
     @property

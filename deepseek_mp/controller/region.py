@@ -59,7 +59,7 @@ def shares(name: str, predictor: Predictor, settings: AdaptiveSettings) -> Share
     for recipe in plain:
         products = rounding(name, recipe, predictor).values()
         rise, noise = math.fsum(p.loss for p in products), math.fsum(p.noise for p in products)
-        found[recipe.name] = max(rise / settings.loss_budget, noise / settings.noise)
+        found[recipe.name] = max(rise / settings.loss_budget, noise / settings.noise_budget)
     unsafe = {recipe.name: out_of_range(reading, recipe) for recipe in plain}
     return Shares(of=found, unsafe={own: words for own, words in unsafe.items() if words})
 

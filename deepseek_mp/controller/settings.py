@@ -17,7 +17,6 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType({"time": "seconds", "memo
 """What the allocation minimises, by its name in the settings."""
 PLAIN = ("fp32", "tf32", "bf16", "fp16")
 """Recipes without scales that layers may go to; FP64 and HF32 are not among them."""
-NOISE_FOR_BYTES = 0.002
 ALLOWED = (*PLAIN, *(name for name, recipe in RECIPES.items() if not recipe.is_plain))
 
 
@@ -28,10 +27,8 @@ class AdaptiveSettings:
     loss_budget: float = SMALL_LOSS
     """Relative rise of the loss that all lowered products together may cause: 40 % of the 0.25 % that the DeepSeek-V3
     report accepted of FP8 (arXiv 2412.19437, appendix B)."""
-    noise_budget: float | None = None
-    """Variance that rounding may add to the gradient, relative to that of a batch. None: as much as the profiler allows
-    where it buys time, by which it is judged layer by layer too (`pays`); for bytes 0.2 %, since late in a decaying
-    schedule the loss is what the noise of the gradients leaves, and rises by as much."""
+    noise_budget: float = NOISE_BUDGET
+    """Variance that rounding may add to the gradient, relative to that of a batch."""
     recipes: tuple[str, ...] | None = None
     """What layers may run in beside the format of the region: scaled recipes, and 'fp32', 'tf32', 'bf16', 'fp16'. None:
     the FP8 recipes that the device multiplies, and above a bf16 region fp32 (tf32 where the device has it). A list is
@@ -65,9 +62,8 @@ class AdaptiveSettings:
     """Steps between two comparisons of the loss with that in FP32, on the batch of a probe."""
 
     def __post_init__(self) -> None:
-        for name in ("loss_budget", "noise", "share", "probe_share", "most_at_once", "pays"):
+        for name in ("loss_budget", "noise_budget", "share", "probe_share", "most_at_once", "pays"):
             value = getattr(self, name)
-            name = "noise_budget" if name == "noise" else name
             if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
                 raise ConfigError(explain(f"{name}={value!r}", "a number above zero", f"Change {name}"))
         for name in ("probe_every", "confirmations", "patience", "longest_patience", "compare_every"):
@@ -88,13 +84,6 @@ class AdaptiveSettings:
             raise ConfigError(explain(f"objective={shown(self.objective)}", allowed, "Change objective"))
         if self.recipes is not None:
             object.__setattr__(self, "recipes", _checked_recipes(self.recipes))
-
-    @property
-    def noise(self) -> float:
-        """The noise budget that counts."""
-        if self.noise_budget is not None:
-            return self.noise_budget
-        return NOISE_FOR_BYTES if self.objective == "memory" else NOISE_BUDGET
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)

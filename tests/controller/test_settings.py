@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from deepseek_mp.controller.settings import NOISE_FOR_BYTES, AdaptiveSettings
+from deepseek_mp.controller.settings import AdaptiveSettings
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.precision.planning import NOISE_BUDGET
 
 
 @pytest.mark.parametrize(
@@ -74,11 +73,3 @@ def test_a_run_decides_some_64_times(steps, every):
 
 def test_they_are_plain_values():
     assert json.loads(json.dumps(AdaptiveSettings(recipes=("row",)).to_json()))["recipes"] == ["row"]
-
-
-def test_noise_that_buys_no_time_has_a_budget_of_its_own():
-    assert AdaptiveSettings().noise == NOISE_BUDGET
-    assert AdaptiveSettings(objective="memory").noise == NOISE_FOR_BYTES < NOISE_BUDGET
-    assert AdaptiveSettings(objective="memory", noise_budget=0.01).noise == 0.01
-    with pytest.raises(ConfigError, match="noise_budget=0"):
-        AdaptiveSettings(noise_budget=0)
