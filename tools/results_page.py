@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -180,9 +181,9 @@ def _max_pool_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
-def _weight_only_tables(report: Json) -> Iterator[list[Row]]:
-    """One table: a row for each layer and number of rows by each implementation."""
-    rows: list[Row] = [("layer", "by", "ms", "TB/s", "error", "check")]
+def _bytes_tables(report: Json, what: str = "layer") -> Iterator[list[Row]]:
+    """One table: a row for each case, a layer with some rows or attention to some keys, by each implementation."""
+    rows: list[Row] = [(what, "by", "ms", "TB/s", "error", "check")]
     for name, case in report["cases"].items():
         for who, spread in case.get("ms", {}).items():
             rate, error = _number(case["tb_per_s"][who]), f"{case['error'][who]:.2g}"
@@ -318,13 +319,14 @@ _TABLES = {
     "adaptive-overhead": _live_tables,
     "fp8-switch": _switch_tables,
     "offload": _offload_tables,
+    "few-query-attention": partial(_bytes_tables, what="attention"),
     "fp8-fusions": _fusions_tables,
     "fp8-kernels": _kernels_tables,
     "max-pool": _max_pool_tables,
     "memory": _memory_tables,
     "memory-quality": _memory_quality_tables,
     "stress": _stress_tables,
-    "weight-only": _weight_only_tables,
+    "weight-only": _bytes_tables,
 }
 """By a report's name, or by its first word."""
 

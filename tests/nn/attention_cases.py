@@ -77,8 +77,8 @@ def mask_of(kind: str, case: Case, dtype: torch.dtype, device: str | torch.devic
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's attention in FP64, on a CPU."""
-    wide = [part.cpu().double() for part in (query, key, value)]
-    if mask is not None:
-        mask = mask.cpu() if mask.dtype is torch.bool else mask.cpu().double()
-    return F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True)
+    """PyTorch's attention in FP64, as a tensor on the CPU."""
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.double()
+    wide = (query.double(), key.double(), value.double())
+    return F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True).cpu()

@@ -51,6 +51,7 @@ STAYING = {
     "few keys": lambda: ours(QUERY, KEY[:, :, :255], VALUE[:, :, :255], SEEN[..., :255]),
     "heads that are not grouped": lambda: ours(QUERY, KEY[:, :1], VALUE[:, :1], SEEN),
     "heads of no whole groups": lambda: ours(QUERY, KEY[:, :3], VALUE[:, :3], SEEN, enable_gqa=True),
+    "no heads of keys": lambda: ours(QUERY, KEY[:, :0], VALUE[:, :0], SEEN, enable_gqa=True),
     "a batch that is broadcast": lambda: ours(QUERY, KEY[:1], VALUE[:1], SEEN),
     "another type": lambda: ours(QUERY, KEY, VALUE.half(), SEEN),
     "no implementation": lambda: ours(QUERY.float(), KEY.float(), VALUE.float(), SEEN),

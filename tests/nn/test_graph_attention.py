@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -61,16 +62,17 @@ def attend(query, key, value, seen):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=seen) * 2
 
 
-def given(keys, queries=1):
-    parts = [torch.randn(2, 4, length, 16).to(BF16) for length in (queries, keys, keys)]
-    return (*parts, torch.rand(2, 1, queries, keys) < 0.5)
+def given(keys, queries=1, batch=2):
+    parts = [torch.randn(batch, 4, length, 16).to(BF16) for length in (queries, keys, keys)]
+    return (*parts, torch.rand(batch, 1, queries, keys) < 0.5)
 
 
 @torch.no_grad()
-def test_caches_that_grow_are_served_by_one_graph():
+@pytest.mark.parametrize("sizes", [((300, 2), (301, 2), (350, 2), (420, 2)), ((300, 2), (300, 3), (300, 5))])
+def test_caches_and_batches_that_grow_are_served_by_one_graph(sizes):
     compiled = Compiled(attend)
-    for keys in (300, 301, 350, 420):
-        parts = given(keys)
+    for keys, batch in sizes:
+        parts = given(keys, batch=batch)
         torch.testing.assert_close(compiled.call(*parts), attend(*parts), rtol=2**-6, atol=2**-6)
     assert compiled.replaced == [1, 1]
 
@@ -98,12 +100,26 @@ def test_what_does_not_suit_stays():
             compiled = Compiled(call)
             compiled.call(*parts)
             assert compiled.replaced == [0]
+
+
+def test_what_has_a_gradient_stays():
     compiled = Compiled(attend)
     query, *rest = given(300)
-    query.requires_grad_()
-    compiled.call(query, *rest).sum().backward()
+    compiled.call(query.requires_grad_(), *rest).sum().backward()
     assert compiled.replaced == [0]
     assert query.grad is not None
+
+
+def test_what_has_a_gradient_inside_stays():
+    def differentiable(*parts):
+        with torch.enable_grad():
+            return attend(*parts)
+
+    compiled = Compiled(differentiable)
+    query, *rest = given(300)
+    with torch.no_grad():
+        compiled.call(query.requires_grad_(), *rest)
+    assert compiled.replaced == [0]
 
 
 def test_graphs_inside_the_graph():

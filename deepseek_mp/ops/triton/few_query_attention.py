@@ -131,6 +131,6 @@ def _padded(width: int) -> int:
 
 @lru_cache
 def _processors(device: torch.device) -> int:
-    if device.type == "cpu":  # kernels are interpreted: enough to have parts
-        return 4
+    if device.type == "cpu":  # kernels are interpreted: few, so that some programs have parts and some several blocks
+        return 2
     return torch.cuda.get_device_properties(device).multi_processor_count

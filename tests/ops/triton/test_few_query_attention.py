@@ -67,10 +67,12 @@ def test_scores_of_any_size():
         agree(Case(keys=200, queries=3), "heads", torch.float16, scale)
 
 
+@pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_what_no_query_sees_is_not_read(queries):
+def test_what_no_query_sees_is_not_read(queries, alike):
     query, key, value = operands(Case(queries=queries), torch.float16, DEVICE)
-    seen = torch.arange(300, device=DEVICE) < 100
+    seen = (torch.arange(300, device=DEVICE) < 100).expand(queries, 300)
+    seen = seen if alike else seen.contiguous()
     expected = exact(query, key[:, :, :100], value[:, :, :100], None, 0.2)
     key[:, :, 100:], value[:, :, 100:] = torch.nan, torch.inf
     found = few_query_attention(query, key, value, seen, 0.2, implementation="triton")
