@@ -4,8 +4,8 @@
     python benchmarks/few_query_attention.py --small --device cpu     # to try the script
 
 Heads of 128 values in BF16: 32 of them with keys of their own, or 8 key heads for 32. A mask lets all keys be seen, as
-at the end of a static cache, or a quarter of them, as early in one. PyTorch's attention takes no groups beside a mask in
-its fused kernels, so that with groups it is timed with repeated keys too, as many models do it.
+at the end of a static cache, or a quarter of them, as early in one. Not all of PyTorch's fused kernels take groups
+beside a mask, so that with groups it is timed with repeated keys too, as many models do it.
 
 TB/s are those of all keys and values that the query sees. Calls go through copies that are larger than a GPU's cache,
 are recorded and replayed. Nothing counts where ours is further than a rounding from FP32. `error` is the distance to
