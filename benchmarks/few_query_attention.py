@@ -62,7 +62,7 @@ def measure(sizes: tuple[int, int, int, int], device: torch.device, rounds: int)
     """Times of everyone for one size, and whether ours is right."""
     batch, heads, shared, keys = sizes
     query = torch.randn(batch, heads, 1, WIDTH, device=device).to(torch.bfloat16)
-    both = [torch.randn(batch, shared, keys, WIDTH, device=device).to(torch.bfloat16) for _ in range(2)]
+    key, value = (torch.randn(batch, shared, keys, WIDTH, device=device).to(torch.bfloat16) for _ in range(2))
     masks = {"all": keys, "a quarter": keys // 4}
     ways: dict[str, tuple[Attention, int]] = {}
     for name, seen in masks.items():
@@ -70,11 +70,11 @@ def measure(sizes: tuple[int, int, int, int], device: torch.device, rounds: int)
         for who, way in _ways(mask, heads != shared, device).items():
             ways[f"{who}, mask of {name}"] = way, seen
     ways |= {f"{who}, no mask": (way, keys) for who, way in _ways(None, heads != shared, device).items()}
-    calls = {name: partial(turns(way, both), query) for name, (way, _) in ways.items()}
+    calls = {name: partial(turns(way, [key, value]), query) for name, (way, _) in ways.items()}
     found, failed = times(calls, device, rounds)
     ms = {name: Spread.of(values) for name, values in found.items()}
     read = {name: 2 * 2 * batch * shared * ways[name][1] * WIDTH + 2 * query.nbytes for name in ms}
-    error = {name: _distance(ways[name][0](query, *both), _exact(query, *both, ways[name][1])) for name in ms}
+    error = {name: _distance(ways[name][0](query, key, value), _exact(query, key, value, ways[name][1])) for name in ms}
     wrong = [f"{name} is off by {off:.2g}" for name, off in error.items() if not off <= ROUNDING]
     broken = [f"{name}: {why}" for name, why in failed.items() if name.startswith("ours")]
     return {

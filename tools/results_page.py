@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -182,7 +181,7 @@ def _max_pool_tables(report: Json) -> Iterator[list[Row]]:
 
 
 def _bytes_tables(report: Json, what: str = "layer") -> Iterator[list[Row]]:
-    """One table: a row for each case, a layer with some rows or attention to some keys, by each implementation."""
+    """One table: a row for each case, `what` with its sizes, by each implementation."""
     rows: list[Row] = [(what, "by", "ms", "TB/s", "error", "check")]
     for name, case in report["cases"].items():
         for who, spread in case.get("ms", {}).items():
@@ -190,6 +189,11 @@ def _bytes_tables(report: Json, what: str = "layer") -> Iterator[list[Row]]:
             rows.append((name, who, _spread(spread), rate, error, case["check"]))
         rows += [(name, who, "-", "-", "-", why) for who, why in case.get("failed", {}).items()]
     yield rows
+
+
+def _attention_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each size and mask by each implementation."""
+    return _bytes_tables(report, "attention")
 
 
 def _stress_tables(report: Json) -> Iterator[list[Row]]:
@@ -319,7 +323,7 @@ _TABLES = {
     "adaptive-overhead": _live_tables,
     "fp8-switch": _switch_tables,
     "offload": _offload_tables,
-    "few-query-attention": partial(_bytes_tables, what="attention"),
+    "few-query-attention": _attention_tables,
     "fp8-fusions": _fusions_tables,
     "fp8-kernels": _kernels_tables,
     "max-pool": _max_pool_tables,
