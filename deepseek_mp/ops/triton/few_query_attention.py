@@ -25,13 +25,14 @@ MOST_POSITIONS = 128
 MOST_ROWS = 64
 """Of queries in a program; more have programs of their own, which read the keys again."""
 PER_PROCESSOR = 2
-"""Programs that run at the same time: 168 registers a thread leave room for three with a single row."""
+"""Programs that run at the same time: 101 registers a thread leave room for two with a single row (sm_90)."""
 MOST_PARTS = 128
 COMBINED = 32
 """Values of a row in a program that combines."""
 WARPS = 4
-WARPS_FOR_ROWS = 8
-"""From 32 rows: four would not hold their sums in registers."""
+WARPS_FOR_MORE = 8
+"""From 32 rows, whose sums four would not hold in registers; and for one, whose loads are then all under way at once,
+while the compiler takes turns between them and sums for four (sm_90)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def cut(heads: int, rows: int, length: int, width: int, processors: int) -> Part
     blocks = max(1, -(-length // positions))
     programs = max(1, heads * -(-rows // block_rows))
     parts = min(-(-PER_PROCESSOR * processors // programs), MOST_PARTS, blocks)
-    warps = WARPS if block_rows <= 16 else WARPS_FOR_ROWS
+    warps = WARPS if 1 < rows <= 16 else WARPS_FOR_MORE
     return Parts(block_rows, positions, -(-blocks // -(-blocks // parts)), warps)
 
 

@@ -111,6 +111,7 @@ def test_parts_are_alike_and_fill_the_processors():
     assert cut(1, 8, 1 << 20, 128, 132).parts == 128
     assert cut(8, 4, 1024, 128, 132).parts == 16
     assert cut(1, 128, 1024, 128, 132).rows == 64
+    assert [cut(8, rows, 1024, 128, 132).warps for rows in (1, 2, 16, 17)] == [8, 4, 4, 8]
     for keys in (0, 1, 63, 64, 65, 5000):
         for heads in (1, 7, 40):
             plan = cut(heads, 1, keys, 128, 132)
