@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
 from harness import Contender, interleave
+from torch import Tensor
 
 from deepseek_mp.backends import synchronize
 
 STEPS = 20
+COPIES_BYTES = 256 * 2**20
+"""Of all copies of what a call reads: several times the cache of an H200."""
+MOST_COPIES = 20
 
 
 def times(
@@ -27,6 +32,14 @@ def times(
             ready[name] = Contender(call=block)
     taken = interleave(ready, device, rounds=rounds, steps=1)
     return {name: [ms / steps for ms in values] for name, values in taken.items()}, only_failed(failed)
+
+
+def turns(run: Callable[..., Tensor], operands: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """The call, which takes another copy of its last operands each time: none is in a cache when it is read."""
+    bytes_each = sum(tensor.nbytes for tensor in operands)
+    count = min(MOST_COPIES, -(-COPIES_BYTES // bytes_each)) if operands[0].device.type != "cpu" else 1
+    copies = cycle([operands, *([tensor.clone() for tensor in operands] for _ in range(count - 1))])
+    return lambda *first: run(*first, *next(copies))
 
 
 class _Block:

@@ -17,14 +17,13 @@ weight before it was rounded, relative to it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import torch
 from harness import Report, Spread, arguments
-from replayed import problem, times
+from replayed import problem, times, turns
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,9 +36,6 @@ SHAPES = {"attention": (4096, 4096), "q, k, v": (12288, 4096), "up": (11008, 409
 ROWS = (1, 8, 64, 512)
 ROUNDS_SMALL = 2
 SMALLER = 16
-COPIES_BYTES = 256 * 2**20
-"""Of all copies of a weight: several times the cache of an H200."""
-MOST_COPIES = 20
 ROUNDING = 4e-3
 """Norm of what rounding to BF16, twice, does to a result, relative to it: 2e-3 at most where errors are uniform."""
 
@@ -64,7 +60,7 @@ def measure(shape: tuple[int, int], rows: int, device: torch.device, rounds: int
     x = torch.randn(rows, shape[1], device=device).to(torch.bfloat16)
     torch._dynamo.reset()  # noqa: SLF001 - each case is compiled for its own sizes
     bf16 = weight.to(torch.bfloat16)
-    layers: dict[str, tuple[Layer, int]] = {"bf16": (_turns(F.linear, [bf16]), bf16.nbytes)}
+    layers: dict[str, tuple[Layer, int]] = {"bf16": (turns(F.linear, [bf16]), bf16.nbytes)}
     checks: dict[str, float] = {}
     for kind, of in _kinds(device, shape):
         kept = of.keep(weight, "the weight")
@@ -73,12 +69,12 @@ def measure(shape: tuple[int, int], rows: int, device: torch.device, rounds: int
             prepared = of.prepared(kept, name)
             bytes_ = sum(part.nbytes for part in prepared.values())
             ours = partial(_linear, of, list(prepared), name)
-            layers[f"ours {kind} ({name})"] = _turns(ours, list(prepared.values())), bytes_
+            layers[f"ours {kind} ({name})"] = turns(ours, list(prepared.values())), bytes_
             checks[f"{kind} ({name})"] = _distance(ours(x, *prepared.values()), expected.double())
             if compile and kind == "fp8":
-                layers["compiled fp8"] = _turns(_compiled(ours), list(prepared.values())), bytes_
+                layers["compiled fp8"] = turns(_compiled(ours), list(prepared.values())), bytes_
         if compile and kind in ("int8_weights", "fp8_weights"):
-            layers[f"compiled {kind}"] = _turns(_compiled(_widened), [kept["q"], kept["scale"]]), kept["q"].nbytes
+            layers[f"compiled {kind}"] = turns(_compiled(_widened), [kept["q"], kept["scale"]]), kept["q"].nbytes
     failed = {"torchao int8": why} if (why := problem(lambda: layers.update(_torchao(bf16, compile)))) else {}
     found, broken = times({name: partial(layer, x) for name, (layer, _) in layers.items()}, device, rounds)
     exact = F.linear(x.double(), weight.double())
@@ -120,14 +116,6 @@ def _linear(kind: LinearKind, names: list[str], implementation: str, x: Tensor, 
     return kind.linear(x, kept, None, implementation)
 
 
-def _turns(run: Callable[..., Tensor], operands: Sequence[Tensor]) -> Layer:
-    """The layer, which takes another copy of its operands at each call: none is in a cache when it is read."""
-    bytes_each = sum(tensor.nbytes for tensor in operands)
-    count = min(MOST_COPIES, -(-COPIES_BYTES // bytes_each)) if operands[0].device.type != "cpu" else 1
-    copies = cycle([operands, *([tensor.clone() for tensor in operands] for _ in range(count - 1))])
-    return lambda x: run(x, *next(copies))
-
-
 def _widened(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)
 
@@ -146,7 +134,7 @@ def _torchao(weight: Tensor, compile: bool) -> dict[str, tuple[Layer, int]]:
     quantize_(layer, Int8WeightOnlyConfig())
     kept = layer.weight.detach()
     run = _compiled(F.linear) if compile else F.linear
-    return {"torchao int8": (_turns(run, [kept]), weight.numel() + 4 * len(weight))}
+    return {"torchao int8": (turns(run, [kept]), weight.numel() + 4 * len(weight))}
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

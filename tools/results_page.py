@@ -180,9 +180,9 @@ def _max_pool_tables(report: Json) -> Iterator[list[Row]]:
     yield rows
 
 
-def _weight_only_tables(report: Json) -> Iterator[list[Row]]:
-    """One table: a row for each layer and number of rows by each implementation."""
-    rows: list[Row] = [("layer", "by", "ms", "TB/s", "error", "check")]
+def _bytes_tables(report: Json, what: str = "layer") -> Iterator[list[Row]]:
+    """One table: a row for each case, `what` with its sizes, by each implementation."""
+    rows: list[Row] = [(what, "by", "ms", "TB/s", "error", "check")]
     for name, case in report["cases"].items():
         for who, spread in case.get("ms", {}).items():
             rate, error = _number(case["tb_per_s"][who]), f"{case['error'][who]:.2g}"
@@ -210,6 +210,11 @@ def _qat_tables(report: Json) -> Iterator[list[Row]]:
         if case["check"] != "passed":
             asked.append((_named(name, case), "to run", case["check"]))
     yield from (table for table in (times, points, four, asked) if len(table) > 1)
+
+
+def _attention_tables(report: Json) -> Iterator[list[Row]]:
+    """One table: a row for each size and mask by each implementation."""
+    return _bytes_tables(report, "attention")
 
 
 def _stress_tables(report: Json) -> Iterator[list[Row]]:
@@ -339,6 +344,7 @@ _TABLES = {
     "adaptive-overhead": _live_tables,
     "fp8-switch": _switch_tables,
     "offload": _offload_tables,
+    "few-query-attention": _attention_tables,
     "fp8-fusions": _fusions_tables,
     "fp8-kernels": _kernels_tables,
     "max-pool": _max_pool_tables,
@@ -346,7 +352,7 @@ _TABLES = {
     "memory-quality": _memory_quality_tables,
     "qat": _qat_tables,
     "stress": _stress_tables,
-    "weight-only": _weight_only_tables,
+    "weight-only": _bytes_tables,
 }
 """By a report's name, or by its first word."""
 

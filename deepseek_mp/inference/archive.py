@@ -14,6 +14,7 @@ from torch.export.passes import move_to_device_pass
 
 from deepseek_mp.backends import capabilities, default_device, math_mode
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
+from deepseek_mp.inference import attention
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.form import Form
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
@@ -85,7 +86,7 @@ class LoadedModel(nn.Module):
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self.graph(args, kwargs)
 
-        return torch.compile(with_own_code(run))
+        return attention.compiled(with_own_code(run), self.device, self.form.format)
 
 
 def save(served: Served, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,)) -> None:

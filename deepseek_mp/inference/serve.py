@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from deepseek_mp.backends import math_mode
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference import attention
 from deepseek_mp.inference.archive import save
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.form import Form
@@ -36,6 +37,7 @@ class Served(nn.Module):
 
     Tensors of floating type go in as the form has them and come out in FP32, unless the original's are FP64.
 
+    Compiled and graphed forms run attention of few queries by kernels of ours (`inference.attention`).
     In a graphed form each kind of inputs (`Graphed`) is recorded at its first call.
 
     Args:
@@ -68,7 +70,8 @@ class Served(nn.Module):
             self._plain = self._compiled() if form.compiled else self._converted
         self._graphed: Graphed | None = None
         if form.graphed:
-            self._graphed = Graphed(self._plain, self.model, device, fixed=self._weights, out=self._result)
+            call = self._plain if form.compiled else attention.recorded(self._plain, device, form.format)
+            self._graphed = Graphed(call, self.model, device, fixed=self._weights, out=self._result)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
@@ -123,7 +126,7 @@ class Served(nn.Module):
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._converted(args, kwargs)
 
-        return torch.compile(with_own_code(run))
+        return attention.compiled(with_own_code(run), self.device, self.form.format)
 
     def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_leaves((args, kwargs), self._given)

@@ -37,6 +37,7 @@ IMPLEMENTATIONS = {
     "fp8_linear": ("native", "reference"),
     "row_cast": ("triton",),
     "int4_linear": ("native", "triton", "reference"),
+    "few_query_attention": ("triton", "reference"),
 }
 """By op, the preferred first; "made" are the casts that compute their tensor themselves."""
 _NATIVE_NAMES = {
@@ -58,6 +59,8 @@ WeightOnly = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Of x [M, K], a weight [N, K] in 8 bits, its scales [N], and a bias [N]."""
 Int4Linear = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """Of x [M, K], a weight in 4 bits with its scales and zeros, and a bias [N]."""
+FewQueryAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+"""Of queries, keys and values by head, a mask, and the scale of the scores."""
 CrossEntropy = Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor | None]]
 """Of logits [R, V], labels [R], smoothing, and factors [R] for a gradient."""
 Granularities = Sequence[str] | Sequence[tuple[str, str]]
@@ -217,6 +220,12 @@ def row_cast_of(name: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 def int4_linear_of(name: str) -> Int4Linear:
     """The function behind an implementation's name."""
     run: Int4Linear = _module("int4_linear", name).int4_linear
+    return run
+
+
+def few_query_attention_of(name: str) -> FewQueryAttention:
+    """The function behind an implementation's name."""
+    run: FewQueryAttention = _module("few_query_attention", name).few_query_attention
     return run
 
 

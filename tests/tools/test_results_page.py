@@ -212,6 +212,13 @@ def test_weights_in_8_bits_have_a_table() -> None:
     assert "| up | torchao int8 | - | - | - | no |" in page
 
 
+def test_attention_of_few_queries_has_a_table() -> None:
+    case = {"ms": {"ours": SPREAD}, "tb_per_s": {"ours": 3.21}, "error": {"ours": 0.00912}, "check": "passed"}
+    page = results_page.render([("few-query-attention.json", report("few-query-attention", heads=case))])
+    assert "| attention | by | ms |" in page
+    assert "| heads | ours | 20 (19-21) | 3.2 | 0.0091 | passed |" in page
+
+
 def test_losses_are_paired_with_those_of_bf16_at_the_same_seed() -> None:
     def arm(loss: float, ms: float, *lowered: str) -> dict[str, Any]:
         return {
