@@ -16,6 +16,8 @@ from deepseek_mp.backends import capabilities, default_device, math_mode
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.layer_errors import in_place
+from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
 from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
 from deepseek_mp.nn.own_code import with_own_code
@@ -128,8 +130,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
     """The model of a file that `save` wrote, on a device; nothing but the operations of its graph is ever run.
 
     What was in TF32 or HF32 is in FP32 where the device has no such products. FP8 weights of the kind that the device
-    does not have, OCP's or AMD's fnuz, are converted (`ops/fp8_kinds.py`), and products with weights in 8 bits get the
-    implementation that is the device's fastest.
+    does not have, OCP's or AMD's fnuz, are converted (`ops/fp8_kinds.py`), and linear layers of other kinds get the
+    implementation that is the device's fastest, with weights in its order.
 
     Args:
         path: of the file.
@@ -146,7 +148,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         check_formats(program, about["tensors"])
         if place.type != "cpu":
             program = move_to_device_pass(program, place)
-        adapt(program, place, about["origin"]["device"])
+        adapt(program, place)
         return LoadedModel(program, signature, form, place, about)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -159,6 +161,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
 def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, widen: bool = False) -> Exported:
     """What a served model computes, from its inputs to its outputs, as one program on its device; see `save`.
 
+    Layers of other kinds are in it by their reference: `stored_formats.adapt` chooses what a device has.
+
     Args:
         widen: BF16 in it becomes FP32.
     """
@@ -167,7 +171,9 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
         passed, allowed = "a model to be saved without example inputs", "inputs of the sizes that will be served"
         raise ConfigError(explain(passed, allowed, "Pass example_inputs"))
     args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
-    with math_mode(served.device, fp32="ieee", search=True):
+    layers = {name: layer for name, layer in served.named_modules() if isinstance(layer, QuantisedLinear)}
+    portable = {name: layer.portable() for name, layer in layers.items()}
+    with math_mode(served.device, fp32="ieee", search=True), in_place(served, portable):
         made = exported(_Whole(served), args, kwargs, dynamic=dynamic)
         if not widen:
             return made
