@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.inference.arguments import Shapes, arguments_of, shapes_of
+from deepseek_mp.inference.arguments import Shapes, arguments_of, shapes_of, undoing
 from deepseek_mp.inference.by_shape import ServedByShape
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.layer_errors import undone
@@ -78,6 +78,7 @@ def _names(shapes: list[Shapes]) -> list[str]:
 
 def _warmed(served: Served, inputs: Any) -> None:
     """Its first call with other weights' memory is made here, since code may be compiled or recorded for it again."""
-    args, kwargs = arguments_of(inputs)
+    (args, kwargs), undo = arguments_of(inputs), undoing(inputs)
     with undone(served.model, served.device):
         served(*args, **kwargs)
+    undo()

@@ -18,7 +18,7 @@ from deepseek_mp.backends import math_mode
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.archive import save
 from deepseek_mp.inference.card import Card
-from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.form import FORMATS, INT8, Form
 from deepseek_mp.inference.graphed import Graphed, kept_state
 from deepseek_mp.inference.onnx_export import export_onnx
 from deepseek_mp.inference.quantised_linear import QuantisedLinear, linear_layers, quantised
@@ -58,6 +58,9 @@ class Served(nn.Module):
 
     def __init__(self, model: nn.Module, form: Form, device: torch.device, like: Served | None = None) -> None:
         super().__init__()
+        if form.format == INT8:
+            change = "Train for it with QuantizationAwareTrainer, or use linear='int8_weights'"
+            raise ConfigError(explain("a model to be served in 'int8'", ", ".join(map(repr, FORMATS)), change))
         self.form, self.device = form, device
         self.name = type(model).__name__
         self.model = _formed(copied(model).eval(), form) if like is None else like.model

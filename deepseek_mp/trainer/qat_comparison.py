@@ -84,7 +84,7 @@ def _tried(simulated: SimulatedModel, inputs: Any, metric: Metric) -> tuple[dict
                 raise BatchError(explain(passed, "finite outputs", "Pass other inputs"))
         graph: Any = model.graph
         held = distinct_bytes([*graph.parameters(), *graph.buffers()])
-        trials.append(Trial(form=form, error=metric(outputs, reference), weight_bytes=held))
+        trials.append(Trial(form=form, error=float(metric(outputs, reference)), weight_bytes=held))
         built[form] = model
     return built, trials
 

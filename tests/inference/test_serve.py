@@ -155,3 +155,8 @@ def test_layers_by_name_are_of_their_kinds():
     assert found == {"0": "int8_weights", "1": None, "2": "fp8_weights"}
     assert served.model[1].weight.dtype is torch.bfloat16
     assert served.left_alone == {}
+
+
+def test_int8_is_not_served_here():
+    with pytest.raises(ConfigError, match=r"served in 'int8'.*QuantizationAwareTrainer"):
+        Served(nn.Linear(4, 2), Form(format="int8"), torch.device("cpu"))
