@@ -65,13 +65,7 @@ class Served(nn.Module):
         self.name = type(model).__name__
         self.model = _formed(copied(model).eval(), form) if like is None else like.model
         self.left_alone = linear_layers(self.model, form.linear)[1] if form.linear else {}
-        if like is not None and replace(like.form, graphed=form.graphed) == form:
-            self._plain = like._plain  # noqa: SLF001 - of its own class
-        else:
-            self._plain = self._compiled() if form.compiled else self._converted
-        self._graphed: Graphed | None = None
-        if form.graphed:
-            self._graphed = Graphed(self._plain, self.model, device, fixed=self._weights, out=self._result)
+        self._prepare(like)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
@@ -79,6 +73,24 @@ class Served(nn.Module):
             if self._graphed is not None:
                 return self._graphed(args, kwargs)
             return map_leaves(self._plain(args, kwargs), self._result)
+
+    def _prepare(self, like: Served | None = None) -> None:
+        """What calls go through."""
+        if like is not None and replace(like.form, graphed=self.form.graphed) == self.form:
+            self._plain = like._plain  # noqa: SLF001 - of its own class
+        else:
+            self._plain = self._compiled() if self.form.compiled else self._converted
+        self._graphed: Graphed | None = None
+        if self.form.graphed:
+            self._graphed = Graphed(self._plain, self.model, self.device, fixed=self._weights, out=self._result)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled and recorded code, which is of this model's weights and not of a copy's."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_plain", "_graphed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
 
     def train(self, mode: bool = True) -> Served:
         """Refused: BatchNorms and dropout are those of evaluation here."""

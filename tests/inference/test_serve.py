@@ -1,6 +1,7 @@
 """A served copy computes what the model computes in evaluation, and the model stays as it was."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -160,3 +161,18 @@ def test_layers_by_name_are_of_their_kinds():
 def test_int8_is_not_served_here():
     with pytest.raises(ConfigError, match=r"served in 'int8'.*QuantizationAwareTrainer"):
         Served(nn.Linear(4, 2), Form(format="int8"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_runs_its_own_weights(monkeypatch, again):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend="eager"))
+    served, x = Served(nn.Linear(4, 2), Form(compiled=True), torch.device("cpu")), torch.randn(3, 4)
+    expected = served(x)
+    made = again(served)
+    assert torch.equal(made(x), expected)
+    with torch.no_grad():
+        made.model.weight.zero_()
+        made.model.bias.zero_()
+    assert not made(x).any()
+    assert torch.equal(served(x), expected)

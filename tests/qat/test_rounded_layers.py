@@ -70,3 +70,9 @@ def test_a_step_begins_at_that_of_the_largest_weight_and_is_learned_as_a_logarit
     step = scale.clone().requires_grad_()
     F.linear(x, learned_step(plain.weight, step, "int8")).sum().backward()
     torch.testing.assert_close(layer.log_step.grad, step.grad * scale)
+
+
+@pytest.mark.parametrize("learn_step", [False, True])
+def test_an_embedding_takes_a_single_index(learn_step):
+    layer = rounded(nn.Embedding(20, 16), "int8", learn_step=learn_step)
+    assert torch.equal(layer(torch.tensor(3)), layer(torch.tensor([3]))[0])
