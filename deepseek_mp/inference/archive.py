@@ -139,8 +139,10 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
 
     Raises:
         CheckpointError: the file is missing, damaged, of another version or origin, or asks for code.
+        ConfigError: there is no such device.
     """
     place = default_device() if device is None else torch.device(device)
+    capabilities(place)  # says so where there is none
     program, about = read(path, ABOUT)
     _check_version(path, about)
     try:

@@ -137,13 +137,19 @@ def quantised(model: nn.Module, kinds: Mapping[str, str] | str, dtype: torch.dty
     """
     chosen = _chosen(model, kinds)
     kept = {name: KINDS[kind].keep(layer.weight, f"weight of {name!r}") for name, (layer, kind) in chosen.items()}
-    model = model.to(dtype)
+    model = cast(model, dtype)
     for name, (layer, kind) in chosen.items():
         made = QuantisedLinear(kept[name], layer.bias, kind, dtype).eval()
         if not name:
             return made
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
+    return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with all floating tensors in `dtype`, in place. `nn.Module.to` also makes complex ones real."""
+    model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)  # noqa: SLF001
     return model
 
 

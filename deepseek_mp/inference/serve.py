@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.form import FORMATS, INT8, Form
 from deepseek_mp.inference.graphed import Graphed, kept_state
 from deepseek_mp.inference.onnx_export import export_onnx
-from deepseek_mp.inference.quantised_linear import QuantisedLinear, linear_layers, quantised
+from deepseek_mp.inference.quantised_linear import QuantisedLinear, cast, linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.own_code import with_own_code
 
@@ -89,7 +90,7 @@ class Served(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in ("_plain", "_graphed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._prepare()
 
     def train(self, mode: bool = True) -> Served:
@@ -182,7 +183,7 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
     if form.linear is not None or form.layers:
         model = quantised(model, form.linear or dict(form.layers), NARROW[form.format])
     elif form.format in NARROW:
-        model = model.to(NARROW[form.format])
+        model = cast(model, NARROW[form.format])
     else:  # FP32 is more than a checkpoint in 16 bits has, and what it is measured against
         model._apply(lambda tensor: tensor.float() if tensor.dtype in NARROW.values() else tensor)  # noqa: SLF001
     for module in model.modules() if form.channels_last else ():
@@ -191,9 +192,23 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
     return model
 
 
+def _check_norms(model: nn.Module) -> None:
+    """`ValueError` for a convolution before a BatchNorm that is called again: PyTorch's pass changes both calls."""
+    modules = dict(model.named_modules())
+    nodes = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
+    calls = Counter(node.target for node in nodes)
+    for node in nodes:
+        before = node.args[0] if node.args else None
+        if not isinstance(modules.get(node.target), nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
+            continue
+        if isinstance(before, fx.Node) and calls[before.target] > 1:
+            raise ValueError(f"{before.target} is called more than once")
+
+
 def _folded(model: nn.Module) -> nn.Module:
     """BatchNorm folded into convolutions by PyTorch's own pass, which traces the model symbolically."""
     try:
+        _check_norms(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Imported when it is needed, since that compiles TorchScript and warns.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
-from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, linear_layers
+from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, cast, linear_layers
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
@@ -99,7 +99,7 @@ def deployed(model: nn.Module, decisions: tuple[Decision, ...], dtype: torch.dty
     copy = deepcopy(model)
     revert(copy)
     kept = {name: (layer, *layer.kept()) for name, layer in rounded_layers(copy).items()}
-    copy = copy.to(dtype)
+    copy = cast(copy, dtype)
     for name, (layer, q, scale) in kept.items():
         made: nn.Module = QuantisedEmbedding(q, scale, dtype)
         if isinstance(layer, nn.Linear):

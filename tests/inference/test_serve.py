@@ -176,3 +176,34 @@ def test_a_copy_runs_its_own_weights(monkeypatch, again):
         made.model.bias.zero_()
     assert not made(x).any()
     assert torch.equal(served(x), expected)
+
+
+@pytest.mark.parametrize("kind", [None, "int8_weights"])
+def test_complex_buffers_stay_complex(kind):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(256, 256)
+            self.register_buffer("turns", torch.polar(torch.ones(128), torch.arange(128.0)))
+
+        def forward(self, x):
+            pairs = self.layer(x).float().unflatten(-1, (128, 2))
+            return torch.view_as_real(torch.view_as_complex(pairs) * self.turns).flatten(-2)
+
+    model, x = Turned(), torch.randn(3, 256)
+    served = Served(model, Form(format="bf16", linear=kind), torch.device("cpu"))
+    assert torch.equal(served.model.turns, model.turns)
+    torch.testing.assert_close(served(x), model(x), rtol=5e-2, atol=5e-2)
+
+
+def test_a_norm_is_not_folded_into_a_convolution_that_is_called_again():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + self.conv(x)
+
+    with pytest.raises(ConfigError, match="conv is called more than once"):
+        Served(Twice(), Form(folded=True), torch.device("cpu"))
