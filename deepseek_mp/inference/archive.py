@@ -70,6 +70,16 @@ class LoadedModel(nn.Module):
         self._fp32: Any = form.format if fast else "ieee"
         self._call: Any = self._compiled() if form.compiled else self.graph
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code, which is of this model's weights and not of a copy's."""
+        left_out = "_call" if self.form.compiled else ""
+        return {name: value for name, value in self.__dict__.items() if name != left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.form.compiled:
+            self._call = self._compiled()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs; `BatchError` for inputs that the program was not made for."""
         self.signature.check(args, kwargs)

@@ -67,6 +67,9 @@ def _named(example_inputs: Any) -> tuple[dict[str, Any], dict[str, Shapes]]:
         passed = f"two example inputs of the shapes {next(of for of in shapes if shapes.count(of) > 1)}"
         raise ConfigError(explain(passed, "inputs of different shapes", "Leave one of them out"))
     names = list(map(str, example_inputs)) if isinstance(example_inputs, Mapping) else _names(shapes)
+    if len(set(names)) < len(names):
+        passed = f"example inputs named {', '.join(names)}"
+        raise ConfigError(explain(passed, "a name once", "Name them by different text"))
     return dict(zip(names, values, strict=True)), dict(zip(names, shapes, strict=True))
 
 

@@ -251,3 +251,19 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
     Served(nn.Linear(4, 2), Form(), CPU).save(tmp_path / "model.pt2", torch.randn(2, 4))
     with pytest.raises(ConfigError, match=f"no '{missing}' device can be used"):
         load(tmp_path / "model.pt2", missing)
+
+
+def test_a_copy_of_a_compiled_model_runs_its_own_weights(tmp_path, monkeypatch):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend="eager"))
+    x = torch.randn(2, 4)
+    Served(nn.Linear(4, 2), Form(compiled=True), CPU).save(tmp_path / "model.pt2", x)
+    loaded = load(tmp_path / "model.pt2", "cpu")
+    expected = loaded(x)
+    made = copy.deepcopy(loaded)
+    assert torch.equal(made(x), expected)
+    with torch.no_grad():
+        for weight in made.graph.parameters():
+            weight.zero_()
+    assert not made(x).any()
+    assert torch.equal(loaded(x), expected)
