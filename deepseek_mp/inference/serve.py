@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from deepseek_mp.backends import math_mode
+from deepseek_mp.costs.attributes import Attributes
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.archive import save
 from deepseek_mp.inference.card import Card
@@ -112,9 +113,15 @@ class Served(nn.Module):
             self._graphed.forget()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def kept_state(self) -> AbstractContextManager[list[str]]:
-        """A region at whose end the model's buffers are what they were before (`graphed.kept_state`)."""
-        return kept_state(self.model, self._weights())
+    @contextmanager
+    def kept_state(self) -> Iterator[None]:
+        """A region at whose end the model's buffers, and its modules' attributes, are what they were before."""
+        attributes = Attributes(self.model.modules())
+        with kept_state(self.model, self._weights()):
+            try:
+                yield
+            finally:
+                attributes.put_back()
 
     def _weights(self) -> list[Tensor]:
         """Buffers that no call writes to."""

@@ -166,6 +166,23 @@ def test_outputs_that_are_state_are_compared_as_they_came_out(layers, times):
     assert max(trial.error for trial in plan.trials) < 1, [(trial.form.name, trial.error) for trial in plan.trials]
 
 
+def test_what_modules_keep_in_attributes_is_as_it_was(times):
+    class Remembers(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.seen, self.calls = [], 0
+
+        def forward(self, x):
+            self.seen.append(super().forward(x).float())
+            self.calls += 1
+            return torch.stack(self.seen).sum(0)
+
+    model, x = Remembers(), torch.randn(3, 4)
+    served, plan, _ = run(model, x, metric="relative")
+    assert (served.model.seen, served.model.calls) == ([], 0)
+    assert next(trial.error for trial in plan.trials if trial.form.name == "bf16") < 0.02
+
+
 def test_a_forward_that_writes_to_its_inputs_leaves_the_examples_as_they_were(times):
     class Centres(nn.Module):
         def __init__(self):
