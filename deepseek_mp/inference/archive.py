@@ -17,6 +17,8 @@ from deepseek_mp.errors import CheckpointError, ConfigError, explain
 from deepseek_mp.inference import attention
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.layer_errors import in_place
+from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
 from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
 from deepseek_mp.nn.own_code import with_own_code
@@ -68,6 +70,16 @@ class LoadedModel(nn.Module):
         fast = form.format in ("tf32", "hf32") and form.format in capabilities(device).matmul_formats
         self._fp32: Any = form.format if fast else "ieee"
         self._call: Any = self._compiled() if form.compiled else self.graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code, which is of this model's weights and not of a copy's."""
+        left_out = "_call" if self.form.compiled else ""
+        return {name: value for name, value in self.__dict__.items() if name != left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.form.compiled:
+            self._call = self._compiled()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs; `BatchError` for inputs that the program was not made for."""
@@ -129,8 +141,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
     """The model of a file that `save` wrote, on a device; nothing but the operations of its graph is ever run.
 
     What was in TF32 or HF32 is in FP32 where the device has no such products. FP8 weights of the kind that the device
-    does not have, OCP's or AMD's fnuz, are converted (`ops/fp8_kinds.py`), and products with weights in 8 bits get the
-    implementation that is the device's fastest.
+    does not have, OCP's or AMD's fnuz, are converted (`ops/fp8_kinds.py`), and linear layers of other kinds get the
+    implementation that is the device's fastest, with weights in its order.
 
     Args:
         path: of the file.
@@ -138,8 +150,10 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
 
     Raises:
         CheckpointError: the file is missing, damaged, of another version or origin, or asks for code.
+        ConfigError: there is no such device.
     """
     place = default_device() if device is None else torch.device(device)
+    capabilities(place)  # says so where there is none
     program, about = read(path, ABOUT)
     _check_version(path, about)
     try:
@@ -147,7 +161,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         check_formats(program, about["tensors"])
         if place.type != "cpu":
             program = move_to_device_pass(program, place)
-        adapt(program, place, about["origin"]["device"])
+        adapt(program, place)
         return LoadedModel(program, signature, form, place, about)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -160,6 +174,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
 def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, widen: bool = False) -> Exported:
     """What a served model computes, from its inputs to its outputs, as one program on its device; see `save`.
 
+    Layers of other kinds are in it by their reference: `stored_formats.adapt` chooses what a device has.
+
     Args:
         widen: BF16 in it becomes FP32.
     """
@@ -168,7 +184,9 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
         passed, allowed = "a model to be saved without example inputs", "inputs of the sizes that will be served"
         raise ConfigError(explain(passed, allowed, "Pass example_inputs"))
     args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
-    with math_mode(served.device, fp32="ieee", search=True):
+    layers = {name: layer for name, layer in served.named_modules() if isinstance(layer, QuantisedLinear)}
+    portable = {name: layer.portable() for name, layer in layers.items()}
+    with math_mode(served.device, fp32="ieee", search=True), in_place(served, portable):
         made = exported(_Whole(served), args, kwargs, dynamic=dynamic)
         if not widen:
             return made

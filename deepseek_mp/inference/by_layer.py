@@ -83,7 +83,7 @@ def by_layer(
     offered = {kind: linear_layers(bench.base, kind)[0] for kind in kinds}
     layers = {name: layer for found in offered.values() for name, layer in found.items()}
     if len(layers) < FEWEST:
-        return LayerPlan(why=f"not tried: {len(layers)} linear layers that can be of another kind")
+        return LayerPlan(why=f"not tried: fewer than {FEWEST} linear layers can be of another kind")
     started = clock()
     with undone(bench.base, bench.device):
         shapes = recorded_shapes(layers, bench.call)

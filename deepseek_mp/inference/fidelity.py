@@ -30,11 +30,9 @@ def kl(outputs: Any, reference: Any) -> float:
 
 
 def relative(outputs: Any, reference: Any) -> float:
-    """The norm of the difference over that of the reference, the largest over the floating tensors."""
-    found = [
-        float((one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-300))
-        for one, two in zip(_tensors(outputs), _tensors(reference), strict=True)
-    ]
+    """The norm of the difference over that of the reference, the largest over the floating and complex tensors."""
+    pairs = zip(map(_wide, _numbers(outputs)), map(_wide, _numbers(reference)), strict=True)
+    found = [float((one - two).norm() / two.norm().clamp_min(1e-300)) for one, two in pairs]
     return max(found, key=lambda value: math.inf if math.isnan(value) else value)
 
 
@@ -52,7 +50,7 @@ def find_metric(metric: str | Metric) -> Metric:
 
 
 def is_finite(outputs: Any) -> bool:
-    """Whether all floating tensors of the outputs are."""
+    """Whether all tensors of the outputs are; whole numbers always are. `ConfigError` if there is no tensor."""
     return all(bool(tensor.isfinite().all()) for tensor in _tensors(outputs))
 
 
@@ -67,17 +65,31 @@ def _logits(outputs: Any) -> Tensor:
     return outputs
 
 
+def _numbers(outputs: Any) -> list[Tensor]:
+    """The floating and complex tensors, in order; `ConfigError` if there is none."""
+    found = [tensor for tensor in _tensors(outputs) if tensor.is_floating_point() or tensor.is_complex()]
+    if not found:
+        passed = f"metric='relative' for outputs without a floating tensor, of type {type(outputs).__name__}"
+        raise ConfigError(explain(passed, "floating or complex tensors", "Pass a metric of your own"))
+    return found
+
+
 def _tensors(outputs: Any) -> list[Tensor]:
-    """The floating tensors, in order; `ConfigError` if there is none."""
+    """All tensors, in order; `ConfigError` if there is none."""
     found: list[Tensor] = []
 
     def see(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        if isinstance(leaf, Tensor):
             found.append(leaf)
         return leaf
 
     map_leaves(outputs, see)
     if not found:
-        passed = f"outputs without a floating tensor, of type {type(outputs).__name__}"
-        raise ConfigError(explain(passed, "tensors, in tuples, lists or mappings", "Pass a metric of your own"))
+        passed = f"outputs without a tensor, of type {type(outputs).__name__}"
+        change = "Let the model's forward return one of these"
+        raise ConfigError(explain(passed, "tensors, in tuples, lists or mappings", change))
     return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

@@ -6,10 +6,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import ConfigError, explain, suggest
 
 FORMATS = ("fp32", "tf32", "hf32", "bf16", "fp16")
 """Of weights and products; the more precise ones first."""
+INT8 = "int8"
+"""Of weights and activations: a form of models trained for it (`QuantizationAwareTrainer`); none of `Served`."""
 LINEAR_KINDS = ("int8_weights", "fp8_weights", "fp8", "int4_weights")
 """Of large linear layers, with activations in 16 bits around them: what `inference.linear_kinds` describes."""
 
@@ -19,12 +21,12 @@ class Form:
     """How weights are kept and multiplied, and how the code runs.
 
     Raises:
-        ConfigError: a kind of linear layers that there is not, or beside a format that is not of 16 bits; or both one
-            for all layers and some by name.
+        ConfigError: another format; a kind of linear layers that there is not, or beside a format that is not of 16
+            bits; or both one for all layers and some by name.
     """
 
     format: str = "fp32"
-    """'fp32', 'tf32', 'hf32' (weights in FP32), 'bf16' or 'fp16' (weights and activations in that)."""
+    """'fp32', 'tf32', 'hf32' (weights in FP32), 'bf16' or 'fp16' (weights and activations in that), or `INT8`."""
     linear: str | None = None
     """The kind of all large linear layers, one of `LINEAR_KINDS`; None: as the format says."""
     layers: tuple[tuple[str, str], ...] = ()
@@ -38,6 +40,9 @@ class Form:
     """Calls are recorded as CUDA graphs, one for each kind of input, and replayed."""
 
     def __post_init__(self) -> None:
+        if self.format not in (*FORMATS, INT8):
+            change = f"Use one of these.{suggest(str(self.format), FORMATS)}"
+            raise ConfigError(explain(f"format={self.format!r}", ", ".join(map(repr, FORMATS)), change))
         kinds = {kind for _, kind in self.layers} | ({self.linear} if self.linear is not None else set())
         if kinds and (not kinds <= set(LINEAR_KINDS) or self.format not in ("bf16", "fp16")):
             passed = f"linear layers of {', '.join(sorted(map(repr, kinds)))} with format={self.format!r}"

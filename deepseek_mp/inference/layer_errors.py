@@ -49,9 +49,9 @@ class LayerErrors:
         with torch.no_grad():
             made = {name: self._layer(name, kind) for name, kind in kinds.items()}
         self.looks += 1
-        with undone(self._base, self._device), _in_place(self._base, made):
+        with undone(self._base, self._device), in_place(self._base, made):
             outputs = self._call()
-        found = self._metric(outputs, self._reference)
+        found = float(self._metric(outputs, self._reference))
         return found if math.isfinite(found) else math.inf
 
     def _layer(self, name: str, kind: str) -> nn.Module:
@@ -70,7 +70,7 @@ def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place(model: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]:
+def in_place(model: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]:
     """The modules stand in the places of those of their names."""
     places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in made}
     own = {name: model.get_submodule(name) for name in made}

@@ -17,7 +17,7 @@ from deepseek_mp.costs.memory import distinct_bytes, peak_during
 from deepseek_mp.costs.restore import random_states, set_random_states
 from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.inference.arguments import arguments_of
+from deepseek_mp.inference.arguments import arguments_of, clones, undoing
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
 from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
@@ -85,7 +85,7 @@ def optimize_for_inference(
     device = _device_of(model, tensor)
     batch = 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
     forms = _forms(model, device, formats, compile, graphs)
-    mixed = MixedForms(model, forms, lambda served: _caller(served, example_inputs)(), measured, budget, layer_seconds)
+    mixed = MixedForms(model, forms, lambda served: _outputs(served, example_inputs), measured, budget, layer_seconds)
     randomness = random_states(device)
     try:
         trials, served = _tried(
@@ -134,12 +134,9 @@ def _tried(
     for form in _in_turn(mixed, served):
         trial, one, outputs = _built(model, form, inputs, device, _alike(form, served))
         if reference is None:  # FP32 as it is comes first
-            if trial.problem or not is_finite(outputs):
-                passed = trial.problem or "a model whose FP32 outputs are not finite"
-                raise ConfigError(explain(passed, "example inputs that it runs on", "Pass other inputs"))
-            reference = outputs
+            reference = _reference(trial, outputs, metric)
         if one is not None and not trial.problem:
-            error = metric(outputs, reference)
+            error = float(metric(outputs, reference))
             trial = replace(trial, error=error, problem="" if math.isfinite(error) else "its outputs are not finite")
         trials.append(trial)
         if one is not None and not trial.problem:
@@ -147,6 +144,7 @@ def _tried(
         gc.collect()
     runs = {form.name: _caller(one, inputs) for form, one in served.items()}
     with ExitStack() as states:
+        states.callback(undoing(inputs))
         for one in {id(one.model): one for one in served.values()}.values():
             states.enter_context(one.kept_state())
         times = latencies(runs, device, seconds=seconds)
@@ -155,6 +153,22 @@ def _tried(
     return [
         replace(trial, latency=times.get(trial.form.name), energy=joules.get(trial.form)) for trial in trials
     ], served
+
+
+def _reference(trial: Trial, outputs: Any, metric: Metric) -> Any:
+    """What all forms are measured against: the outputs in FP32, if there are some that can be."""
+    if trial.problem:
+        passed = f"a model that does not run in FP32 ({trial.problem.rstrip('.')})"
+        allowed = "one that can be copied, and example inputs that it runs on"
+        raise ConfigError(explain(passed, allowed, "Change what is named there"))
+    if not is_finite(outputs):
+        passed = "a model whose FP32 outputs are not finite"
+        raise ConfigError(explain(passed, "example inputs that it runs on", "Pass other inputs"))
+    if not math.isfinite(error := float(metric(outputs, outputs))):
+        passed = f"a metric that is {error} between outputs and themselves"
+        change = "Pass inputs of one sample or more, or another metric"
+        raise ConfigError(explain(passed, "0 for equal ones", change))
+    return outputs
 
 
 def _alike(form: Form, served: Mapping[Form, Served]) -> Served | None:
@@ -182,15 +196,18 @@ def _built(
     trial = Trial(form=form)
     try:
         served = Served(model, form, device, like)
-        call = _caller(served, inputs)
+        call, undo = _caller(served, inputs), undoing(inputs)
         weights = [*served.parameters(), *served.buffers()]
         resident = [tensor for tensor in weights if tensor.device == device]
         with served.kept_state():
             for _ in range(WARM):
                 outputs = call()
+                undo()
+            outputs = clones(outputs)
             synchronize(device)
             before = _held(device)
             peak = peak_during(call, device, resident=resident)
+            undo()
     except ConfigError as error:
         return replace(trial, problem=str(error)), None, None
     except Exception as error:  # noqa: BLE001 - a form that the model does not bear is an answer, whatever it raises
@@ -212,6 +229,14 @@ def _held(device: torch.device) -> int:
 def _caller(served: Served, inputs: Any) -> Callable[[], Any]:
     args, kwargs = arguments_of(inputs)
     return lambda: served(*args, **kwargs)
+
+
+def _outputs(served: Served, inputs: Any) -> Any:
+    """Of one call, which changes nothing of the inputs."""
+    undo = undoing(inputs)
+    outputs = clones(_caller(served, inputs)())
+    undo()
+    return outputs
 
 
 def _check(budget: float, **times: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.inference.arguments import Shapes, arguments_of, shapes_of
+from deepseek_mp.inference.arguments import Shapes, arguments_of, shapes_of, undoing
 from deepseek_mp.inference.by_shape import ServedByShape
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.layer_errors import undone
@@ -67,6 +67,9 @@ def _named(example_inputs: Any) -> tuple[dict[str, Any], dict[str, Shapes]]:
         passed = f"two example inputs of the shapes {next(of for of in shapes if shapes.count(of) > 1)}"
         raise ConfigError(explain(passed, "inputs of different shapes", "Leave one of them out"))
     names = list(map(str, example_inputs)) if isinstance(example_inputs, Mapping) else _names(shapes)
+    if len(set(names)) < len(names):
+        passed = f"example inputs named {', '.join(names)}"
+        raise ConfigError(explain(passed, "a name once", "Name them by different text"))
     return dict(zip(names, values, strict=True)), dict(zip(names, shapes, strict=True))
 
 
@@ -78,6 +81,7 @@ def _names(shapes: list[Shapes]) -> list[str]:
 
 def _warmed(served: Served, inputs: Any) -> None:
     """Its first call with other weights' memory is made here, since code may be compiled or recorded for it again."""
-    args, kwargs = arguments_of(inputs)
+    (args, kwargs), undo = arguments_of(inputs), undoing(inputs)
     with undone(served.model, served.device):
         served(*args, **kwargs)
+    undo()

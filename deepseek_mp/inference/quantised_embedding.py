@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class QuantisedEmbedding(nn.Module):
@@ -26,7 +27,8 @@ class QuantisedEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] to rows [..., D]."""
-        return (self.q[input].float() * self.scale[input][..., None]).to(self.dtype)
+        scale = F.embedding(input, self.scale[:, None])  # which refuses indices below 0, as `nn.Embedding` does
+        return (self.q[input].float() * scale).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, weights={self.q.dtype}"

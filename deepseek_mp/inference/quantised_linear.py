@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,19 +28,26 @@ class QuantisedLinear(nn.Module):
         bias: that of the layer, or None.
         kind: one of `LINEAR_KINDS`.
         dtype: of the activations, bf16 or fp16.
+        implementation: None: the device's fastest.
     """
 
     q: Tensor
     scale: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, kept: Mapping[str, Tensor], bias: nn.Parameter | None, kind: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        kept: Mapping[str, Tensor],
+        bias: nn.Parameter | None,
+        kind: str,
+        dtype: torch.dtype,
+        implementation: str | None = None,
+    ) -> None:
         super().__init__()
         self.kind, self.dtype, self._kind = kind, dtype, KINDS[kind]
         self.out_features, self.in_features = self._kind.sizes(kept)
-        self.implementation = (
-            self._kind.fastest(kept["q"].device, dtype, self.out_features, self.in_features) or "reference"
-        )
+        fastest = partial(self._kind.fastest, kept["q"].device, dtype, self.out_features, self.in_features)
+        self.implementation = implementation or fastest() or "reference"
         for name, tensor in self._kind.prepared(kept, self.implementation).items():
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
@@ -54,6 +62,11 @@ class QuantisedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         out = self._kind.linear(rows, self._prepared(), self.bias, self.implementation)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def portable(self) -> QuantisedLinear:
+        """The same by the reference, with what it keeps in the form of all devices; it shares tensors where it can."""
+        kept = self._kind.unprepared(self._prepared(), self.implementation)
+        return QuantisedLinear(kept, self.bias, self.kind, self.dtype, "reference").eval()
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -124,13 +137,19 @@ def quantised(model: nn.Module, kinds: Mapping[str, str] | str, dtype: torch.dty
     """
     chosen = _chosen(model, kinds)
     kept = {name: KINDS[kind].keep(layer.weight, f"weight of {name!r}") for name, (layer, kind) in chosen.items()}
-    model = model.to(dtype)
+    model = cast(model, dtype)
     for name, (layer, kind) in chosen.items():
         made = QuantisedLinear(kept[name], layer.bias, kind, dtype).eval()
         if not name:
             return made
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
+    return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with all floating tensors in `dtype`, in place. `nn.Module.to` also makes complex ones real."""
+    model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)  # noqa: SLF001
     return model
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from deepseek_mp.backends import math_mode
+from deepseek_mp.costs.attributes import Attributes
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference import attention
 from deepseek_mp.inference.archive import save
 from deepseek_mp.inference.card import Card
-from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.form import FORMATS, INT8, Form
 from deepseek_mp.inference.graphed import Graphed, kept_state
 from deepseek_mp.inference.onnx_export import export_onnx
-from deepseek_mp.inference.quantised_linear import QuantisedLinear, linear_layers, quantised
+from deepseek_mp.inference.quantised_linear import QuantisedLinear, cast, linear_layers, quantised
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.own_code import with_own_code
 
@@ -60,18 +62,14 @@ class Served(nn.Module):
 
     def __init__(self, model: nn.Module, form: Form, device: torch.device, like: Served | None = None) -> None:
         super().__init__()
+        if form.format == INT8:
+            change = "Train for it with QuantizationAwareTrainer, or use linear='int8_weights'"
+            raise ConfigError(explain("a model to be served in 'int8'", ", ".join(map(repr, FORMATS)), change))
         self.form, self.device = form, device
         self.name = type(model).__name__
         self.model = _formed(copied(model).eval(), form) if like is None else like.model
         self.left_alone = linear_layers(self.model, form.linear)[1] if form.linear else {}
-        if like is not None and replace(like.form, graphed=form.graphed) == form:
-            self._plain = like._plain  # noqa: SLF001 - of its own class
-        else:
-            self._plain = self._compiled() if form.compiled else self._converted
-        self._graphed: Graphed | None = None
-        if form.graphed:
-            call = self._plain if form.compiled else attention.recorded(self._plain, device, form.format)
-            self._graphed = Graphed(call, self.model, device, fixed=self._weights, out=self._result)
+        self._prepare(like)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
@@ -79,6 +77,27 @@ class Served(nn.Module):
             if self._graphed is not None:
                 return self._graphed(args, kwargs)
             return map_leaves(self._plain(args, kwargs), self._result)
+
+    def _prepare(self, like: Served | None = None) -> None:
+        """What calls go through."""
+        if like is not None and replace(like.form, graphed=self.form.graphed) == self.form:
+            self._plain = like._plain  # noqa: SLF001 - of its own class
+        else:
+            self._plain = self._compiled() if self.form.compiled else self._converted
+        self._graphed: Graphed | None = None
+        if self.form.graphed:
+            call = self._plain
+            if not self.form.compiled:
+                call = attention.recorded(call, self.device, self.form.format)
+            self._graphed = Graphed(call, self.model, self.device, fixed=self._weights, out=self._result)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled and recorded code, which is of this model's weights and not of a copy's."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_plain", "_graphed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._prepare()
 
     def train(self, mode: bool = True) -> Served:
         """Refused: BatchNorms and dropout are those of evaluation here."""
@@ -99,9 +118,15 @@ class Served(nn.Module):
             self._graphed.forget()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def kept_state(self) -> AbstractContextManager[list[str]]:
-        """A region at whose end the model's buffers are what they were before (`graphed.kept_state`)."""
-        return kept_state(self.model, self._weights())
+    @contextmanager
+    def kept_state(self) -> Iterator[None]:
+        """A region at whose end the model's buffers, and its modules' attributes, are what they were before."""
+        attributes = Attributes(self.model.modules())
+        with kept_state(self.model, self._weights()):
+            try:
+                yield
+            finally:
+                attributes.put_back()
 
     def _weights(self) -> list[Tensor]:
         """Buffers that no call writes to."""
@@ -170,7 +195,7 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
     if form.linear is not None or form.layers:
         model = quantised(model, form.linear or dict(form.layers), NARROW[form.format])
     elif form.format in NARROW:
-        model = model.to(NARROW[form.format])
+        model = cast(model, NARROW[form.format])
     else:  # FP32 is more than a checkpoint in 16 bits has, and what it is measured against
         model._apply(lambda tensor: tensor.float() if tensor.dtype in NARROW.values() else tensor)  # noqa: SLF001
     for module in model.modules() if form.channels_last else ():
@@ -179,9 +204,23 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
     return model
 
 
+def _check_norms(model: nn.Module) -> None:
+    """`ValueError` for a convolution before a BatchNorm that is called again: PyTorch's pass changes both calls."""
+    modules = dict(model.named_modules())
+    nodes = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
+    calls = Counter(node.target for node in nodes)
+    for node in nodes:
+        before = node.args[0] if node.args else None
+        if not isinstance(modules.get(node.target), nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
+            continue
+        if isinstance(before, fx.Node) and calls[before.target] > 1:
+            raise ValueError(f"{before.target} is called more than once")
+
+
 def _folded(model: nn.Module) -> nn.Module:
     """BatchNorm folded into convolutions by PyTorch's own pass, which traces the model symbolically."""
     try:
+        _check_norms(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Imported when it is needed, since that compiles TorchScript and warns.

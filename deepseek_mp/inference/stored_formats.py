@@ -11,13 +11,15 @@ from torch.export import ExportedProgram
 
 from deepseek_mp.backends import capabilities
 from deepseek_mp.errors import CheckpointError, FormatError, explain
+from deepseek_mp.ops import fp8_linear, int4_linear, weight_only
 from deepseek_mp.ops.dtypes import format_of
 from deepseek_mp.ops.fp8_kinds import KINDS, to_kind
-from deepseek_mp.ops.weight_only import fastest
 from deepseek_mp.programs.signature import dtype_name
 
 _FP8 = {dtype: kind for kind, dtype in KINDS.items()}
 _WEIGHT_ONLY = torch.ops.deepseek_mp.weight_only_linear.default
+_FP8_LINEAR = torch.ops.deepseek_mp.fp8_linear.default
+_INT4 = torch.ops.deepseek_mp.int4_linear.default
 
 
 def formats_of(program: ExportedProgram) -> dict[str, dict[str, Any]]:
@@ -35,22 +37,49 @@ def check_formats(program: ExportedProgram, expected: Mapping[str, Any]) -> None
             raise CheckpointError(explain(passed, "the formats that it was saved in", "Save the model again"))
 
 
-def adapt(program: ExportedProgram, device: torch.device, saved_on: str) -> None:
+def adapt(program: ExportedProgram, device: torch.device) -> None:
     """Change the program, which is on the device, to the FP8 kind and the implementations that the device has.
 
-    Args:
-        saved_on: the type of the device that its implementations were chosen for.
+    Weights in 4 bits are brought into the order of the implementation. `CheckpointError` where they are in one already:
+    what order that is depends on the machine that wrote it.
     """
     _convert_fp8(program, _kind_of(device))
+    prepared: set[str] = set()
     for node in _layers(program):
-        place = _place(node, "implementation")
-        if node.target is _WEIGHT_ONLY:
-            q = program.state_dict[_name_of(program, node.args[_place(node, "q")])]
-            format = "int8" if q.dtype is torch.int8 else "fp8"
-            best = fastest(device, node.meta["val"].dtype, format, q.shape[1])
-            node.update_arg(place, best or "reference")
-        elif device.type != saved_on:
-            node.update_arg(place, "reference")
+        names = {name: _name_of(program, node.args[_place(node, name)]) for name in _kept_names(node)}
+        best = _fastest(node, program.state_dict[names["q"]], device) or "reference"
+        if node.target is _INT4 and best == "native":
+            _prepare_int4(program, names, is_done=names["q"] in prepared)
+            prepared.add(names["q"])
+            node.update_arg(_place(node, "zero"), None)
+        node.update_arg(_place(node, "implementation"), best)
+
+
+def _fastest(node: fx.Node, q: Tensor, device: torch.device) -> str | None:
+    dtype = node.meta["val"].dtype
+    channels, width = q.shape
+    if node.target is _WEIGHT_ONLY:
+        return weight_only.fastest(device, dtype, "int8" if q.dtype is torch.int8 else "fp8", width)
+    if node.target is _FP8_LINEAR:
+        return fp8_linear.fastest(device, dtype, channels, width)
+    return int4_linear.fastest(device, dtype, channels, 2 * width) if node.target is _INT4 else None
+
+
+def _prepare_int4(program: ExportedProgram, names: Mapping[str, str], *, is_done: bool) -> None:
+    if not is_done:  # a layer that is called twice has two nodes
+        kept = (program.state_dict[names[name]].detach() for name in ("q", "scale", "zero"))
+        q, scale, _ = int4_linear.prepared(*kept, implementation="native")
+        program.state_dict.update({names["q"]: q, names["scale"]: scale})
+
+
+def _kept_names(node: fx.Node) -> list[str]:
+    """Of the arguments that are what a layer keeps of its weight."""
+    if node.target is not _INT4:
+        return ["q", "scale"]
+    if node.args[_place(node, "zero")] is None:
+        passed, allowed = "weights in 4 bits in the order of the machine that saved them", "the order of all devices"
+        raise CheckpointError(explain(passed, allowed, "Save the model again"))
+    return ["q", "scale", "zero"]
 
 
 def _convert_fp8(program: ExportedProgram, kind: str) -> None:

@@ -51,13 +51,8 @@ def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
     """
     passed, allowed = f"{str(path)!r}", "a .pt2 file that was saved with this package"
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(explain(f"{passed} ({error.strerror})", allowed, "Name another file")) from error
-    try:
-        with ZipFile(io.BytesIO(data)) as archive:
-            if damaged := archive.testzip():
-                raise BadZipFile(f"{damaged} is damaged")
+        data = _written_again(path)
+        with ZipFile(data) as archive:
             root = archive.namelist()[0].split("/")[0]
             if f"{root}/extra/{name}" not in archive.namelist():
                 change = "Read programs of another origin with torch.export.load"
@@ -66,13 +61,31 @@ def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
             about = json.loads(archive.read(f"{root}/extra/{name}"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.load(io.BytesIO(data)), about
+            data.seek(0)
+            return torch.export.load(data), about
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(explain(f"{passed} ({error.strerror})", allowed, "Name another file")) from error
     except Exception as error:  # whatever a damaged file makes its readers raise
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         change = "Save it again, or read it with the version of PyTorch that wrote it"
         raise CheckpointError(explain(f"{passed}, which cannot be read ({why})", allowed, change)) from error
+
+
+def _written_again(path: str | Path) -> io.BytesIO:
+    """The archive with the files that Python's reader finds in it, each once.
+
+    PyTorch's reader looks for them in other ways: an archive can be made in which it finds others than were inspected.
+    """
+    made = io.BytesIO()
+    with ZipFile(path) as archive, ZipFile(made, "w") as copy:
+        names = archive.namelist()
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise BadZipFile(f"{twice} is in it twice")
+        for name in names:
+            copy.writestr(name, archive.read(name))
+    return made
 
 
 def _bytes(program: ExportedProgram, about: dict[str, str]) -> bytes:

@@ -51,6 +51,15 @@ def named(guard: str, places: Mapping[str, int]) -> str:
     return made
 
 
+def known(condition: str) -> str:
+    """The condition itself; `ValueError` for what `holds` does not evaluate."""
+    try:
+        _known(ast.parse(condition, mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"{condition[:100]!r} as a condition") from error
+    return condition
+
+
 def holds(condition: str, sizes: Mapping[str, int]) -> bool:
     """Whether it is true of the sizes, by name.
 

@@ -23,10 +23,13 @@ FILES = re.compile(
 )
 """All that an archive has, below its one folder; compiled code, custom objects and torch 2.7's format are not in."""
 OPERATIONS = re.compile(
-    r"torch\.ops\.(aten|prims|deepseek_mp|quantized_decomposed|higher_order)(\.\w+)+"
+    r"torch\.ops\.aten(?!\.(from_file|save|set_grad_enabled|manual_seed|seed)\b)(\.\w+)+"
+    r"|torch\.ops\.(prims|deepseek_mp|quantized_decomposed)(\.\w+)+"
+    r"|torch\.ops\.higher_order\.(wrap\w*|cond|while_loop|map_impl|scan|associative_scan|flex_attention|\w*functionalized\w*)"
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
     r"|torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt)"
 )
+"""Not among them: what reads or writes files, changes the process, or takes code for the device as text."""
 PLAIN = re.compile(r"[\w.+ -]*")
 """Names of modules, tensors and versions: nothing that could end a string of Python, or call."""
 CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")

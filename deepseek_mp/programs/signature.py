@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.precision.checks import shown
-from deepseek_mp.programs.conditions import holds
+from deepseek_mp.programs.conditions import holds, known
 
 Size = int | str
 """A number, or the name of one that is free, the same wherever the name stands."""
@@ -89,7 +89,7 @@ class Signature:
         return cls(
             leaves=tuple(Leaf(**{**leaf, "shape": tuple(leaf.get("shape", ()))}) for leaf in data["leaves"]),
             ranges={name: (least, most) for name, (least, most) in data["ranges"].items()},
-            conditions=tuple(data["conditions"]),
+            conditions=tuple(map(known, data["conditions"])),
             fixed_because=data["fixed_because"],
         )
 

@@ -7,14 +7,16 @@ change, so that here only the inputs are looked at: of small models this is a go
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._inductor import compile as inductor_compile
 from torch._inductor import config as inductor
+
+from deepseek_mp.qat.modes import quiet_copy
 
 Program = Callable[..., Any]
 
@@ -42,16 +44,18 @@ class CompiledGraph:
         return program(*inputs)
 
     def _compiled(self, inputs: tuple[Tensor, ...]) -> Program:
-        copy = fx.GraphModule(self._body, deepcopy(self._body.graph))  # the compiler changes it; weights are shared
+        copy = fx.GraphModule(self._body, quiet_copy(self._body.graph))  # the compiler changes it; weights are shared
+        autocast = torch.autocast(inputs[0].device.type if inputs else "cpu", enabled=False)
         # oneDNN packs only weights that cannot change.
-        with inductor.patch(freezing=True), torch.autocast(inputs[0].device.type if inputs else "cpu", enabled=False):
+        with inductor.patch(freezing=True), autocast, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the compiler about how it copies zero points
             program: Program = inductor_compile(copy, list(inputs))
         return program
 
 
 def _body(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph as a function of its tensors, one by one, to a tuple of tensors."""
-    body = deepcopy(graph.graph)
+    body = quiet_copy(graph.graph)
     body.set_codegen(fx.graph.CodeGen())
     for node in body.find_nodes(op="placeholder"):
         if not _is_tensor(node):
@@ -64,7 +68,7 @@ def _body(graph: fx.GraphModule) -> fx.GraphModule:
 def _shell(graph: fx.GraphModule, run: Program) -> fx.GraphModule:
     """Takes and gives what the graph does, in the same containers; what is between is one call."""
     shell = fx.Graph()
-    shell.set_codegen(deepcopy(graph.graph._codegen))  # noqa: SLF001 - it holds the containers
+    shell.set_codegen(quiet_copy(graph.graph._codegen))  # noqa: SLF001 - it holds the containers
     places: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.find_nodes(op="placeholder"):
         places[node] = shell.node_copy(node)

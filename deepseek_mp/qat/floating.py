@@ -35,7 +35,8 @@ class FloatingModel(nn.Module):
         fold_norms(graph)
         with torch.no_grad():
             fold_constants(graph)
-        self.graph, self.dtype = graph.to(dtype), dtype
+        graph._apply(lambda tensor: _cast(tensor, dtype))  # noqa: SLF001 - `to` would make complex tensors real
+        self.graph, self.dtype = graph, dtype
         self._compiled = CompiledGraph(self.graph)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,8 @@ def kept_names(model: nn.Module, keep: Collection[str] | PrecisionPlan | Path) -
     if isinstance(keep, str) or not all(name in names for name in keep):
         wrong = keep if isinstance(keep, str) else next(name for name in keep if name not in names)
         hint = suggest(wrong, names) if isinstance(wrong, str) else ""
+        if isinstance(keep, str) and keep in names:
+            hint = f" Pass [{keep!r}]."
         allowed = "a list of names of the model's modules, a PrecisionPlan, or the Path of one"
         raise ConfigError(explain(f"keep={keep!r}", allowed, f"Change {wrong!r}.{hint}"))
     return list(keep)

@@ -7,9 +7,10 @@ are changed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -19,6 +20,7 @@ OTHER_MODES = {"train": False, "training": False, "dropout_p": 0.0}
 """Arguments of operations other than BatchNorm that say the mode (dropout, attention, LSTM, RReLU), in evaluation."""
 
 Forward = Callable[..., Any]
+Part = TypeVar("Part")
 
 
 def norms_of(graph: fx.Graph) -> list[fx.Node]:
@@ -51,9 +53,16 @@ def evaluate_others(graph: fx.Graph) -> None:
                 node.update_kwarg(argument.name, OTHER_MODES[argument.name])
 
 
+def quiet_copy(part: Part) -> Part:
+    """A copy of a graph or a part of it, without what PyTorch says of its own containers while they are copied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return deepcopy(part)
+
+
 def forward_with(module: fx.GraphModule, *changes: Callable[[fx.Graph], None]) -> Forward:
     """The forward of a changed copy of the module's graph, a function of the module itself: it holds no tensor."""
-    graph = deepcopy(module.graph)
+    graph = quiet_copy(module.graph)
     for change in changes:
         change(graph)
     forward: Forward = type(fx.GraphModule(module, graph)).forward

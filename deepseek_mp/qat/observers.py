@@ -106,7 +106,8 @@ class FiniteFakeQuantize(FakeQuantize):  # type: ignore[misc]
         return made
 
     def _learned(self, scale: Tensor) -> Tensor:
-        return scale if self.log_step is None else scale * self.log_step.exp()
+        # A copy: of a range that several tensors share the scale changes again before the backward.
+        return scale if self.log_step is None else scale.clone() * self.log_step.exp()
 
 
 def finite_range(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class RoundedEmbedding(_ByRow, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """[...] to [..., D]."""
-        rows = nn.Embedding.forward(self, input).flatten(0, -2)
+        rows = nn.Embedding.forward(self, input).reshape(-1, self.embedding_dim)
         rounded = self._rounded(rows, None if self.log_step is None else self.log_step[input.flatten()])
         return rounded.view(*input.shape, self.embedding_dim)
 

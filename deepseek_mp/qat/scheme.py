@@ -47,7 +47,12 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
             if QUANT_ANNOTATION_KEY in node.meta:
                 node.meta[QUANT_ANNOTATION_KEY].output_qspec = None
         for node in marked.graph.nodes:
-            if node.target not in PRODUCTS or QUANT_ANNOTATION_KEY in node.meta or is_kept(layer_of(node), self.keep):
+            if node.target not in PRODUCTS:
+                continue
+            if is_kept(layer_of(node), self.keep):  # torchao marks it as empty, and fails at that before a BatchNorm
+                node.meta.pop(QUANT_ANNOTATION_KEY, None)
+                continue
+            if QUANT_ANNOTATION_KEY in node.meta:
                 continue
             linear = node.target is torch.ops.aten.linear.default
             mark = self._annotate_linear_node_helper if linear else self._annotate_conv_node_helper

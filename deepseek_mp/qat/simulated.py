@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from deepseek_mp.precision import Decision
-from deepseek_mp.qat.modes import evaluate_norms, evaluate_others, forward_with
+from deepseek_mp.qat.modes import evaluate_norms, evaluate_others, forward_with, quiet_copy
 
 
 class SimulatedModel(nn.Module):
@@ -88,7 +87,7 @@ class SimulatedModel(nn.Module):
 
     def evaluated(self) -> fx.GraphModule:
         """A copy of the graph as it runs in evaluation."""
-        copy = deepcopy(self.graph)
+        copy = quiet_copy(self.graph)
         evaluate_norms(copy.graph)
         evaluate_others(copy.graph)
         copy.recompile()

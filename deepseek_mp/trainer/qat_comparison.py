@@ -71,8 +71,8 @@ def _tried(simulated: SimulatedModel, inputs: Any, metric: Metric) -> tuple[dict
             model = build(simulated)
             call = _caller(model, inputs)
             outputs = [call() for _ in range(WARM)][-1]
-        except Exception as error:  # what a model does not bear in BF16 is an answer, whatever it raises
-            if form.format != "bf16":
+        except Exception as error:  # what is not borne, or not compiled, is an answer, whatever it raises
+            if form.format == "fp32" or isinstance(error, ConfigError):
                 raise
             problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             trials.append(Trial(form=form, problem=problem))
@@ -84,7 +84,7 @@ def _tried(simulated: SimulatedModel, inputs: Any, metric: Metric) -> tuple[dict
                 raise BatchError(explain(passed, "finite outputs", "Pass other inputs"))
         graph: Any = model.graph
         held = distinct_bytes([*graph.parameters(), *graph.buffers()])
-        trials.append(Trial(form=form, error=metric(outputs, reference), weight_bytes=held))
+        trials.append(Trial(form=form, error=float(metric(outputs, reference)), weight_bytes=held))
         built[form] = model
     return built, trials
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.form import LINEAR_KINDS
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
-from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, linear_layers
+from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, cast, linear_layers
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
@@ -103,7 +103,7 @@ def deployed(model: nn.Module, decisions: tuple[Decision, ...], dtype: torch.dty
     copy = deepcopy(model)
     revert(copy)
     kept = {name: (layer, layer.kept()) for name, layer in rounded_layers(copy).items()}
-    copy = copy.to(dtype)
+    copy = cast(copy, dtype)
     for name, (layer, parts) in kept.items():
         made: nn.Module
         if isinstance(layer, nn.Linear):

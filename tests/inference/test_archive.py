@@ -244,3 +244,26 @@ def test_a_file_that_says_something_else_is_refused(wide, case, tmp_path):
     rewritten(path, BAD[case][0])
     with pytest.raises(CheckpointError, match=BAD[case][1]):
         load(path)
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    missing = next(kind for kind in ("cuda", "xpu") if not torch.get_device_module(kind).is_available())
+    Served(nn.Linear(4, 2), Form(), CPU).save(tmp_path / "model.pt2", torch.randn(2, 4))
+    with pytest.raises(ConfigError, match=f"no '{missing}' device can be used"):
+        load(tmp_path / "model.pt2", missing)
+
+
+def test_a_copy_of_a_compiled_model_runs_its_own_weights(tmp_path, monkeypatch):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend="eager"))
+    x = torch.randn(2, 4)
+    Served(nn.Linear(4, 2), Form(compiled=True), CPU).save(tmp_path / "model.pt2", x)
+    loaded = load(tmp_path / "model.pt2", "cpu")
+    expected = loaded(x)
+    made = copy.deepcopy(loaded)
+    assert torch.equal(made(x), expected)
+    with torch.no_grad():
+        for weight in made.graph.parameters():
+            weight.zero_()
+    assert not made(x).any()
+    assert torch.equal(loaded(x), expected)

@@ -41,8 +41,17 @@ def test_relative_is_the_largest_over_the_tensors():
 def test_finite_is_asked_of_floating_tensors():
     assert is_finite([torch.ones(2), torch.tensor([1])])
     assert not is_finite({"x": torch.tensor([1.0, torch.inf])})
-    with pytest.raises(ConfigError, match="outputs without a floating tensor"):
+    assert is_finite(torch.tensor([1]))
+    assert not is_finite(torch.tensor([1, complex(0, float("nan"))]))
+    with pytest.raises(ConfigError, match=r"outputs without a tensor, of type str.*Let the model's forward return"):
         is_finite("text")
+
+
+def test_relative_is_of_floating_and_complex_tensors():
+    reference = torch.tensor([3 + 4j, 0])
+    assert relative(reference * (1 + 0.1j), reference) == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match="metric='relative' for outputs without a floating tensor, of type Tensor"):
+        relative(torch.tensor([1]), torch.tensor([1]))
 
 
 def test_metrics_by_name_or_as_they_are():

@@ -91,3 +91,9 @@ def test_weights_in_8_bits_are_tried_last_in_one_format_of_activations():
     assert narrow({"fp32"}) is None
     forms = candidates({"fp32"}, images=False, norms=False, compiled=True, linear=["int8_weights"])
     assert not any(form.linear for form in forms)
+
+
+def test_other_formats_are_refused():
+    with pytest.raises(ConfigError, match=r"format='bf61'\. Allowed: 'fp32'.*Did you mean 'bf16'"):
+        Form(format="bf61")
+    assert Form(format="int8").name == "int8"

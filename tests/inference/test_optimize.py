@@ -151,6 +151,65 @@ def test_state_is_as_it_was_for_each_form_and_at_the_end(times):
     assert 0 < errors["bf16"] < 1e-2  # by a call more the scores would be apart by far more
 
 
+def test_outputs_that_are_state_are_compared_as_they_came_out(layers, times):
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+            self.register_buffer("last", torch.zeros(layers[0].in_features))
+
+        def forward(self, x):
+            self.last.copy_(x[0].float())
+            return self.layers(x), self.last
+
+    _, plan, _ = run(Keeps(), torch.randn(3, layers[0].in_features), metric="relative")
+    assert max(trial.error for trial in plan.trials) < 1, [(trial.form.name, trial.error) for trial in plan.trials]
+
+
+def test_what_modules_keep_in_attributes_is_as_it_was(times):
+    class Remembers(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.seen, self.calls = [], 0
+
+        def forward(self, x):
+            self.seen.append(super().forward(x).float())
+            self.calls += 1
+            return torch.stack(self.seen).sum(0)
+
+    model, x = Remembers(), torch.randn(3, 4)
+    served, plan, _ = run(model, x, metric="relative")
+    assert (served.model.seen, served.model.calls) == ([], 0)
+    assert next(trial.error for trial in plan.trials if trial.form.name == "bf16") < 0.02
+
+
+def test_a_forward_that_writes_to_its_inputs_leaves_the_examples_as_they_were(times):
+    class Centres(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(x.sub_(1))
+
+    x = torch.randn(3, 4)
+    before = x.clone()
+    served, plan, _ = run(Centres(), x, metric="relative")
+    assert torch.equal(x, before)
+    assert torch.equal(served.example_inputs, before)
+    assert next(trial.error for trial in plan.trials if trial.form.name == "bf16") < 0.02
+
+
+def test_outputs_without_floating_numbers_and_a_metric_that_gives_a_tensor(times, tmp_path):
+    class Best(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).argmax(-1)
+
+    served, plan, _ = run(Best(4, 3), torch.randn(5, 4), metric=lambda one, two: (one != two).float().mean())
+    assert [type(trial.error) for trial in plan.trials] == [float] * len(plan.trials)
+    served.save(tmp_path / "model.pt2")
+
+
 def test_keyword_arguments_and_structures(times):
     class Tokens(nn.Module):
         def __init__(self):
@@ -181,7 +240,9 @@ def test_what_is_refused(classifier, times):
             run(classifier, x, **options)
     with pytest.raises(ConfigError, match="FP32 outputs are not finite"):
         run(classifier, x * torch.nan)
-    with pytest.raises(ConfigError, match="expected input"):
+    with pytest.raises(ConfigError, match=r"a metric that is nan between.*inputs of one sample or more"):
+        run(classifier, x[:0])
+    with pytest.raises(ConfigError, match=r"does not run in FP32 \(.*expected input.*Change what is named there"):
         run(classifier, torch.randn(2, 5, 8, 8))
     with pytest.raises(ConfigError, match="a model and inputs on no device"):
         run(nn.ReLU(), "text")

@@ -115,3 +115,8 @@ def test_what_is_refused(fastest, model, inputs, message):
         run(model, inputs)
     with pytest.raises(ConfigError, match="budget=-1"):
         optimize_for_shapes(model, [torch.randn(1, 256)], budget=-1)
+
+
+def test_names_that_are_the_same_text_are_refused():
+    with pytest.raises(ConfigError, match=r"example inputs named 1, 1\. Allowed: a name once"):
+        optimize_for_shapes(nn.Linear(4, 2), {1: torch.randn(2, 4), "1": torch.randn(3, 4)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
@@ -19,3 +20,10 @@ def test_rows_are_those_of_the_widened_table():
         "q": torch.int8,
         "scale": torch.float32,
     }
+
+
+def test_indices_that_are_none_are_refused():
+    layer = QuantisedEmbedding(*quantised_weight(torch.randn(10, 8), "fp8"), torch.bfloat16)
+    for index in (-1, 10):
+        with pytest.raises((IndexError, RuntimeError), match="out of range"):
+            layer(torch.tensor([index]))

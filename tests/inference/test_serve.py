@@ -1,6 +1,7 @@
 """A served copy computes what the model computes in evaluation, and the model stays as it was."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -155,3 +156,54 @@ def test_layers_by_name_are_of_their_kinds():
     assert found == {"0": "int8_weights", "1": None, "2": "fp8_weights"}
     assert served.model[1].weight.dtype is torch.bfloat16
     assert served.left_alone == {}
+
+
+def test_int8_is_not_served_here():
+    with pytest.raises(ConfigError, match=r"served in 'int8'.*QuantizationAwareTrainer"):
+        Served(nn.Linear(4, 2), Form(format="int8"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_runs_its_own_weights(monkeypatch, again):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend="eager"))
+    served, x = Served(nn.Linear(4, 2), Form(compiled=True), torch.device("cpu")), torch.randn(3, 4)
+    expected = served(x)
+    made = again(served)
+    assert torch.equal(made(x), expected)
+    with torch.no_grad():
+        made.model.weight.zero_()
+        made.model.bias.zero_()
+    assert not made(x).any()
+    assert torch.equal(served(x), expected)
+
+
+@pytest.mark.parametrize("kind", [None, "int8_weights"])
+def test_complex_buffers_stay_complex(kind):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(256, 256)
+            self.register_buffer("turns", torch.polar(torch.ones(128), torch.arange(128.0)))
+
+        def forward(self, x):
+            pairs = self.layer(x).float().unflatten(-1, (128, 2))
+            return torch.view_as_real(torch.view_as_complex(pairs) * self.turns).flatten(-2)
+
+    model, x = Turned(), torch.randn(3, 256)
+    served = Served(model, Form(format="bf16", linear=kind), torch.device("cpu"))
+    assert torch.equal(served.model.turns, model.turns)
+    torch.testing.assert_close(served(x), model(x), rtol=5e-2, atol=5e-2)
+
+
+def test_a_norm_is_not_folded_into_a_convolution_that_is_called_again():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + self.conv(x)
+
+    with pytest.raises(ConfigError, match="conv is called more than once"):
+        Served(Twice(), Form(folded=True), torch.device("cpu"))

@@ -14,9 +14,22 @@ from deepseek_mp.inference import stored_formats as module
 from deepseek_mp.inference.archive import as_program
 from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
 from deepseek_mp.ops.fp8_kinds import to_kind
+from deepseek_mp.ops.int4_linear import has_native
+from deepseek_mp.programs import read
 
 CPU = torch.device("cpu")
 X = torch.randn(2, 256, generator=torch.Generator().manual_seed(1))
+
+
+class Twice(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(256, 256)
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
 
 
 def served(linear="fp8_weights"):
@@ -59,7 +72,7 @@ def test_fp8_of_the_other_kind_is_converted_with_its_scales(monkeypatch):
     before = {name: tensor.clone() for name, tensor in program.state_dict.items()}
     expected = outputs(program)
     device_with(monkeypatch, "bf16", "fp8_e4m3fnuz")
-    adapt(program, CPU, "cpu")
+    adapt(program, CPU)
     assert formats_of(program)["model.0.q"]["kind"] == "fnuz"
     q, scale = to_kind(before["model.0.q"], before["model.0.scale"], "fnuz")
     assert torch.equal(program.state_dict["model.0.q"].view(torch.uint8), q.view(torch.uint8))
@@ -88,28 +101,58 @@ def test_ocp_s_kind_stays_wherever_fnuz_is_not_the_only_one(monkeypatch, formats
     program = program_of(served())
     q = program.state_dict["model.0.q"]
     device_with(monkeypatch, *formats)
-    adapt(program, CPU, "cpu")
+    adapt(program, CPU)
     assert program.state_dict["model.0.q"] is q
 
 
 def test_the_implementation_is_the_device_s_own(monkeypatch):
     program = program_of(served("int8_weights"))
-    monkeypatch.setattr(module, "fastest", lambda device, dtype, format, width: f"{device}-{dtype}-{format}-{width}")
-    adapt(program, CPU, "cpu")
     layers = program.graph.find_nodes(op="call_function", target=torch.ops.deepseek_mp.weight_only_linear.default)
+    assert [node.args[4] for node in layers] == ["reference"] * 2
+    asked = lambda device, dtype, format, width: f"{device}-{dtype}-{format}-{width}"  # noqa: E731
+    monkeypatch.setattr(module.weight_only, "fastest", asked)
+    adapt(program, CPU)
     assert [node.args[4] for node in layers] == ["cpu-torch.bfloat16-int8-256"] * 2
 
 
-def test_products_of_other_kinds_run_by_their_reference_elsewhere(monkeypatch):
-    """Here one that looks like another op, since the table of implementations names one alone."""
-    program = program_of(served("int8_weights"))
-    layers = program.graph.find_nodes(op="call_function", target=torch.ops.deepseek_mp.weight_only_linear.default)
-    monkeypatch.setattr(module, "_WEIGHT_ONLY", None)
-    adapt(program, CPU, "cpu")
-    assert [node.args[4] for node in layers] == ["native"] * 2
-    adapt(program, CPU, "cuda")
-    assert [node.args[4] for node in layers] == ["reference"] * 2
+def test_products_in_fp8_stay_one_operation_and_get_the_device_s_own(monkeypatch):
+    model = served("fp8")
+    for layer in (model.model[0], model.model[1]):
+        layer.implementation = "native"  # which a compiler, and so the exporter, sees through
+    program = program_of(model)
     assert formats_of(program)["model.0.q"]["scale"] == "model.0.scale"
+    layers = program.graph.find_nodes(op="call_function", target=torch.ops.deepseek_mp.fp8_linear.default)
+    monkeypatch.setattr(module.fp8_linear, "fastest", lambda device, dtype, channels, width: f"{channels}x{width}")
+    adapt(program, CPU)
+    assert [node.args[4] for node in layers] == ["256x256"] * 2
+
+
+@pytest.mark.parametrize("reads", ["reference", "native"])
+def test_weights_in_4_bits_are_stored_as_every_device_reads_them(monkeypatch, tmp_path, reads):
+    """Whatever the library's order is on this machine, it is not in the file."""
+    torch.manual_seed(0)
+    model, path = Served(Twice(), Form(format="bf16", linear="int4_weights"), CPU), tmp_path / "model.pt2"
+    kept = model.model.layer.portable()
+    expected = model(X)
+    model.save(path, X)
+    assert torch.equal(model(X), expected)
+    stored = read(path, "served.json")[0].state_dict
+    for name, tensor in kept.named_buffers():
+        assert torch.equal(stored[f"model.layer.{name}"], tensor)
+    monkeypatch.setattr(module.int4_linear, "fastest", lambda *_: None if reads == "reference" else reads)
+    if reads == "native" and not has_native(CPU, 256, 128):
+        pytest.skip("PyTorch has no product of BF16 and 4 bits for this CPU")
+    found = load(path, "cpu")(X)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert reads == "reference" or torch.equal(found, expected)
+
+
+def test_weights_in_4_bits_in_the_order_of_a_machine_are_refused():
+    program = program_of(served("int4_weights"))
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.deepseek_mp.int4_linear.default):
+        node.update_arg(3, None)
+    with pytest.raises(CheckpointError, match="in the order of the machine that saved them"):
+        adapt(program, CPU)
 
 
 def test_formats_other_than_said_are_refused():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
 import zipfile
 
 import pytest
@@ -110,7 +112,7 @@ def test_a_byte_that_changed_is_found(tmp_path):
     weight = kept.state_dict["weight"].detach().numpy().tobytes()
     data[bytes(data).index(weight)] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="Bad CRC-32"):
         read(path, "about.json")
 
 
@@ -126,4 +128,54 @@ def test_a_program_of_another_version_of_pytorch_is_refused(tmp_path):
         for name, data in files.items():
             archive.writestr(name, json.dumps(changed) if name == model else data)
     with pytest.raises(CheckpointError, match=r"which cannot be read .*read it with the version of PyTorch"):
+        read(path, "about.json")
+
+
+def parts(data):
+    """Files, directory and end of an archive; the end says how large the directory is, and where it begins."""
+    end = data.rfind(b"PK\5\6")
+    size, start = struct.unpack("<II", data[end + 12 : end + 20])
+    return data[:start], data[start : start + size], data[end:]
+
+
+def moved(directory, by):
+    """A directory whose files all begin that much later."""
+    made, at = b"", 0
+    while at < len(directory):
+        length = 46 + sum(struct.unpack("<HHH", directory[at + 28 : at + 34]))
+        start = struct.unpack("<I", directory[at + 42 : at + 46])[0] + by
+        made += directory[at : at + 42] + struct.pack("<I", start) + directory[at + 46 : at + length]
+        at += length
+    return made
+
+
+def test_pytorch_reads_the_files_that_were_inspected(tmp_path):
+    """Python takes the directory right before the end, PyTorch's reader the one where the end says it begins."""
+    path = tmp_path / "model.pt2"
+    write(path, program(), {"about.json": 1})
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+
+    def packed(change):
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, change(data) if name.endswith("models/model.json") else data)
+        return parts(made.getvalue())
+
+    seen, other = packed(bytes), packed(lambda data: data.replace(b"aten.linear.default", b"hub.load"))
+    room = len(seen[0])
+    start = len(other[0]) + room  # so that no file begins before the whole
+    end = seen[2][:12] + struct.pack("<II", len(other[1]), start) + seen[2][20:]
+    path.write_bytes(other[0] + bytes(room) + other[1] + seen[0] + moved(seen[1], start - len(seen[0])) + end)
+    targets = [str(node.target) for node in read(path, "about.json")[0].graph.nodes]
+    assert "aten.linear.default" in targets
+
+
+def test_a_file_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "model.pt2"
+    write(path, program(), {"about.json": 1})
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(archive.namelist()[0], b"other")
+    with pytest.raises(CheckpointError, match="is in it twice"):
         read(path, "about.json")

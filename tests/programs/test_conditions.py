@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_mp.programs.conditions import holds, named
+from deepseek_mp.programs.conditions import holds, known, named
 
 PLACES = {"['args'][0]": 0, "['kwargs']['mask']": 1}
 
@@ -58,3 +58,10 @@ def test_a_condition_never_calls():
         holds("print(1) == 2", {})
     with pytest.raises(ValueError, match="a condition with b"):
         holds("b == 2", {"a": 1})
+
+
+@pytest.mark.parametrize("condition", ["__import__('os')", "t0_0 ==", "(" * 500 + "1" + ")" * 500, "t0_0.real == 1"])
+def test_what_is_no_condition_is_not_known(condition):
+    assert known("t0_0 % 4 == 0") == "t0_0 % 4 == 0"
+    with pytest.raises(ValueError, match="condition"):
+        known(condition)

@@ -80,6 +80,12 @@ def pickled():
 HOSTILE = {
     "operation": (graph(lambda g: g["nodes"][0].update(target="torch.hub.load")), r"the operation 'torch\.hub\.load'"),
     "package": (graph(lambda g: g["nodes"][0].update(target="torch.ops.other.f.default")), "the operation"),
+    "file": (graph(lambda g: g["nodes"][0].update(target="torch.ops.aten.from_file.default")), "the operation"),
+    "writer": (graph(lambda g: g["nodes"][0].update(target="torch.ops.aten.save")), "the operation"),
+    "assembler": (
+        graph(lambda g: g["nodes"][0].update(target="torch.ops.higher_order.inline_asm_elementwise")),
+        "the operation",
+    ),
     "attribute": (graph(lambda g: g["nodes"][0].update(target="torch.ops.aten.add.default;x")), "the operation"),
     "no text": (graph(lambda g: g["nodes"][0].update(target={"a": 1})), "the operation"),
     "function": (graph(lambda g: g["nodes"][0].update(target="_operator.methodcaller")), "the operation"),

@@ -72,3 +72,9 @@ def test_containers_become_plain_and_named_ones_are_in_order():
     assert list(args[0]) == ["a", "b"]
     assert list(kwargs) == ["y", "z"]
     assert list(kwargs["y"][0]) == ["c", "d"]
+
+
+def test_conditions_that_are_none_are_refused_when_they_are_read():
+    data = {"leaves": [], "ranges": {}, "conditions": ["__import__('os')"], "fixed_because": ""}
+    with pytest.raises(ValueError, match="a condition with"):
+        Signature.from_json(data)

@@ -41,3 +41,8 @@ def test_a_plan_that_found_nothing_out_or_does_not_fit_is_refused(tmp_path):
 def test_names_that_the_model_does_not_have_are_refused(keep):
     with pytest.raises(ConfigError, match="a list of names of the model's modules"):
         kept_names(model(), keep)
+
+
+def test_a_name_that_is_no_list_is_shown_as_one():
+    with pytest.raises(ConfigError, match=r"keep='1\.1'.*Pass \['1\.1'\]"):
+        kept_names(model(), "1.1")

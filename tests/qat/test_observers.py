@@ -114,3 +114,13 @@ def test_a_learned_step_is_a_share_of_the_observed_one_with_the_gradients_of_lsq
         expected = used.grad * used.detach() / math.sqrt(numel * observer.quant_max)
         torch.testing.assert_close(module.log_step.grad, expected)
         torch.testing.assert_close(module.calculate_qparams()[0].flatten(), used.detach().flatten())
+
+
+def test_a_range_that_two_tensors_share_has_steps_to_learn():
+    quantise = FiniteFakeQuantize(observer=FiniteRange, quant_min=0, quant_max=255)
+    quantise(torch.randn(4, 3))
+    quantise.learn_step()
+    x = torch.randn(4, 3, requires_grad=True)
+    (quantise(x).relu() + quantise(2 * x)).sum().backward()
+    assert x.grad is not None
+    assert quantise.log_step.grad is not None

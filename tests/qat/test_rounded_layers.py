@@ -119,3 +119,9 @@ def test_tables_beside_them_are_stored_in_8_bits():
         layer = rounded(plain, precision, learn_step=False)
         assert layer.precision == f"{format}_weights"
         assert torch.equal(layer(torch.arange(20)), widened(plain.weight, format))
+
+
+@pytest.mark.parametrize("learn_step", [False, True])
+def test_an_embedding_takes_a_single_index(learn_step):
+    layer = rounded(nn.Embedding(20, 16), "int8_weights", learn_step=learn_step)
+    assert torch.equal(layer(torch.tensor(3)), layer(torch.tensor([3]))[0])

@@ -72,3 +72,12 @@ def test_elementwise_products_are_left_alone():
     found = rounded(prepare(Gated(), torch.randn(4, 8)))
     assert "aten.mul.Tensor" in found  # the input of `down`
     assert not {"aten.sigmoid.default", "aten.linear.default"} & found
+
+
+def test_a_convolution_before_a_norm_is_kept_too(model, example):
+    simulated = prepare(model, example, keep=["stem.0", "conv"])
+    assert {decision.layer for decision in simulated.decisions if decision.new == "fp32"} == {"stem.0", "conv"}
+    with torch.no_grad():
+        same = prepare(model, example, keep=["stem", "conv", "row", "hidden"])
+        model.eval(), same.eval()
+        assert torch.allclose(same.evaluated()(example), same(example), atol=1e-5)

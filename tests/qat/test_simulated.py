@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 
@@ -51,3 +53,9 @@ def test_any_batch_size_runs_and_every_parameter_gets_a_gradient(simulated, exam
 
 def test_labels_that_the_original_does_not_take_are_left_out(simulated, example):
     assert simulated(example, labels=torch.zeros(8)).shape == (8, 10)
+
+
+def test_a_copy_in_evaluation_says_nothing_of_pytorch_s_containers(simulated):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulated.evaluated()

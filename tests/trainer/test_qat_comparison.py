@@ -106,6 +106,20 @@ def test_a_model_that_does_not_run_in_bf16_has_that_said(monkeypatch):
     assert "dtype" in str(card)
 
 
+def test_integers_that_cannot_be_compiled_leave_the_floating_forms(monkeypatch):
+    def compile(graph, inputs):
+        if any("quantize" in str(node.target) for node in graph.graph.nodes):
+            raise RuntimeError("no compiler for integers")
+        return graph
+
+    monkeypatch.setattr(compiled, "inductor_compile", compile)
+    trainer, x = trained()
+    model, plan, card = trainer.compare(x, seconds=0)
+    assert isinstance(model, FloatingModel)
+    assert plan.trials[2].why == "RuntimeError: no compiler for integers"
+    assert "no compiler for integers" in str(card)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"budget": -1}, "budget=-1"), ({"gain": 0.9}, "gain=0.9"), ({"seconds": math.inf}, "seconds=inf"),
