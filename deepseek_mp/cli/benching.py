@@ -10,6 +10,7 @@ from deepseek_mp.errors import ConfigError, LoaderError, explain
 from deepseek_mp.inference import Card, optimize_for_inference
 from deepseek_mp.inference.samples import inputs_of
 from deepseek_mp.nn import call as calls
+from deepseek_mp.trainer.progress import Progress
 from deepseek_mp.trainer.setup import choose_device, seed_everything
 
 
@@ -47,13 +48,16 @@ def cards(target: str, question: Question) -> Iterator[Card]:
         raise LoaderError(explain(f"a loader of {target} without batches", "one batch", "Let it give one"))
     call = calls.move(calls.parse_batch(first), device)
     for size in question.sizes:
-        yield optimize_for_inference(
-            found.model,
-            inputs_of(found.model, call, size),
-            budget=question.budget,
-            metric=question.metric,
-            compile=question.compiled,
-            formats=question.formats,
-            seconds=question.seconds,
-            energy_seconds=question.energy_seconds,
-        ).card
+        with Progress(None) as shown:
+            card = optimize_for_inference(
+                found.model,
+                inputs_of(found.model, call, size),
+                budget=question.budget,
+                metric=question.metric,
+                compile=question.compiled,
+                formats=question.formats,
+                seconds=question.seconds,
+                energy_seconds=question.energy_seconds,
+                progress=shown.stage,
+            ).card
+        yield card

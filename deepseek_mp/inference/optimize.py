@@ -29,6 +29,9 @@ from deepseek_mp.inference.recorder import records
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
 from deepseek_mp.nn.nested import first_tensor
 
+Progress = Callable[[str, float], None]
+BUILDING, TIMING = 0.7, 0.85
+"""Shares of the work that are done after them, as `progress` is told: most of the time is the compiler's."""
 WARM = 3
 """Calls before anything is measured: compilers and libraries choose in the first ones."""
 
@@ -53,6 +56,7 @@ def optimize_for_inference(
     energy_seconds: float = 0.0,
     layer_seconds: float = 20.0,
     formats: tuple[str, ...] | None = None,
+    progress: Progress | None = None,
 ) -> Optimised:
     """A copy of the model in the fastest form whose outputs stay within the budget, on the model's own device.
 
@@ -75,6 +79,7 @@ def optimize_for_inference(
         layer_seconds: for choosing kinds by layer (`inference.by_layer`); 0 leaves it out.
         formats: only these, of 'fp32', 'tf32', 'hf32', 'bf16', 'fp16'; FP32 is always among them. Other kinds of
             linear layers are tried beside BF16, or beside FP16 where there is no BF16.
+        progress: called with what is being done and the share of it that is done; `print` will do.
 
     Raises:
         ConfigError: an argument that is not allowed, a model that cannot be copied, or outputs that are not finite.
@@ -89,8 +94,9 @@ def optimize_for_inference(
     randomness = random_states(device)
     try:
         trials, served = _tried(
-            model, example_inputs, device, measured, mixed, seconds=seconds, energy_seconds=energy_seconds
-        )
+            model, example_inputs, device, measured, mixed, seconds=seconds, energy_seconds=energy_seconds,
+            report=progress or (lambda text, share: None),
+        )  # fmt: skip
         form, explained = choose(trials, budget)
     finally:
         set_random_states(randomness, device)
@@ -126,12 +132,14 @@ def _tried(
     *,
     seconds: float,
     energy_seconds: float,
+    report: Progress,
 ) -> tuple[list[Trial], dict[Form, Served]]:
     """What was found of each form, and those that run."""
     reference: Any = None
     trials: list[Trial] = []
     served: dict[Form, Served] = {}
-    for form in _in_turn(mixed, served):
+    for number, form in enumerate(_in_turn(mixed, served, report)):
+        report(f"building {form.name}", BUILDING * min(1.0, number / len(mixed.others)))
         trial, one, outputs = _built(model, form, inputs, device, _alike(form, served))
         if reference is None:  # FP32 as it is comes first
             reference = _reference(trial, outputs, metric)
@@ -147,9 +155,12 @@ def _tried(
         states.callback(undoing(inputs))
         for one in {id(one.model): one for one in served.values()}.values():
             states.enter_context(one.kept_state())
+        report(f"timing {len(runs)} forms", BUILDING)
         times = latencies(runs, device, seconds=seconds)
         shown = {form for form in served if energy_seconds > 0}
+        report(f"measuring the energy of {len(shown)} forms", TIMING)
         joules = {form: energy(runs[form.name], device, seconds=energy_seconds) for form in shown}
+    report("done", 1.0)
     return [
         replace(trial, latency=times.get(trial.form.name), energy=joules.get(trial.form)) for trial in trials
     ], served
@@ -183,9 +194,10 @@ def _weights_of(form: Form) -> Form:
     return replace(form, format=kept, compiled=False, graphed=False)
 
 
-def _in_turn(mixed: MixedForms, served: Mapping[Form, Served]) -> Iterator[Form]:
+def _in_turn(mixed: MixedForms, served: Mapping[Form, Served], report: Progress) -> Iterator[Form]:
     """The forms that there are anyway, and when these are built those with kinds by layer."""
     yield from mixed.others
+    report("choosing kinds by layer", BUILDING)
     yield from mixed.forms(served)
 
 

@@ -344,3 +344,15 @@ def test_compiled_forms_run():
     assert names <= {trial.form.name for trial in plan.trials}
     assert not any(trial.problem for trial in plan.trials)
     torch.testing.assert_close(served(x), model(x), rtol=5e-2, atol=5e-2)
+
+
+def test_progress_is_told_form_by_form(classifier):
+    told = []
+    x = torch.randn(2, 3, 8, 8)
+    _, plan, _ = optimize_for_inference(
+        classifier, x, compile=False, seconds=0.01, metric="relative", progress=lambda *what: told.append(what)
+    )
+    assert [text for text, _ in told if text.startswith("building")] == [f"building {t.form.name}" for t in plan.trials]
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert told[-1] == ("done", 1.0)
