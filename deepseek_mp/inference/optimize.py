@@ -139,7 +139,7 @@ def _tried(
     trials: list[Trial] = []
     served: dict[Form, Served] = {}
     for number, form in enumerate(_in_turn(mixed, served, report)):
-        report(f"building {form.name}", BUILDING * min(1.0, number / len(mixed.others)))
+        report(f"building {form.name}", round(BUILDING * min(1.0, number / len(mixed.others)), 3))
         trial, one, outputs = _built(model, form, inputs, device, _alike(form, served))
         if reference is None:  # FP32 as it is comes first
             reference = _reference(trial, outputs, metric)
@@ -158,7 +158,8 @@ def _tried(
         report(f"timing {len(runs)} forms", BUILDING)
         times = latencies(runs, device, seconds=seconds)
         shown = {form for form in served if energy_seconds > 0}
-        report(f"measuring the energy of {len(shown)} forms", TIMING)
+        if shown:
+            report(f"measuring the energy of {len(shown)} forms", TIMING)
         joules = {form: energy(runs[form.name], device, seconds=energy_seconds) for form in shown}
     report("done", 1.0)
     return [
