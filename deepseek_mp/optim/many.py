@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepseek_mp.ops.pointer_table import Lines, PointerTable
 from deepseek_mp.optim.fused import FusedBatch, Numbers
+from deepseek_mp.optim.many_check import is_right
 from deepseek_mp.optim.states import CODES, SCALES, StateFormat
 from deepseek_mp.optim.stored import COMPENSATION, STREAM, StoredOptimizer
 
@@ -71,7 +72,8 @@ def step_many(
         for parameter in params:
             device = parameter.get_device()  # a whole number is looked up faster
             if device not in kernels:
-                kernels[device] = None if _is_capturing(parameter.device) else rule.kernel_of(parameter.device)
+                run = None if _is_capturing(parameter.device) else rule.kernel_of(parameter.device)
+                kernels[device] = None if run is None or not is_right(optimizer, parameter.device) else run
             kind = None
             if kernels[device] is not None and optimizer.is_fusable(parameter):
                 kind = _kind(optimizer, parameter, rule.moments, in_blocks=blocks)
@@ -80,9 +82,9 @@ def step_many(
             else:
                 able[device].append((parameter, kind))
     for device, found in able.items():
-        run = kernels[device]
-        assert run is not None, "only what has a kernel is stepped by it"
-        _step_device(batch_of([parameter for parameter, _ in found]), [kind for _, kind in found], rule, run)
+        kernel = kernels[device]
+        assert kernel is not None, "only what has a kernel is stepped by it"
+        _step_device(batch_of([parameter for parameter, _ in found]), [kind for _, kind in found], rule, kernel)
     return left
 
 
