@@ -34,6 +34,9 @@ MOST_QUERIES = 16
 MOST_WIDTH = 256
 """Values of a head that a program of ours holds."""
 
+CLOSE = 2e-2
+"""Of the kernels' numbers in 16 bits to those in FP32, relative, when they are compared."""
+
 _library = torch.library.Library("deepseek_mp", "FRAGMENT")
 
 
@@ -63,7 +66,7 @@ def few_query_attention(
 
 
 def fastest(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """The implementation for heads of `width` values; None: only the slow reference."""
+    """The implementation for heads of `width` values, compared with the reference once; None: only that, which is slow."""
     fits = dtype in (torch.bfloat16, torch.float16) and 0 < width <= MOST_WIDTH
     return "triton" if fits and _kernels_run(device, dtype, width) else None
 
@@ -71,11 +74,16 @@ def fastest(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
 @cache
 def _kernels_run(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     def once() -> None:
-        key = torch.ones(1, 2, 300, width, device=device, dtype=dtype)
-        seen = torch.ones(MOST_QUERIES, 300, device=device, dtype=torch.bool)
+        draw = torch.Generator().manual_seed(0)
+        key, value = (torch.randn(1, 2, 300, width, generator=draw).to(device, dtype) for _ in range(2))
         for heads, queries in ((2, 1), (8, 1), (8, MOST_QUERIES)):
-            query = key.new_ones(1, heads, queries, width)
-            few_query_attention_of("triton")(query, key, key, seen[:queries], 0.125)
+            query = torch.randn(1, heads, queries, width, generator=draw).to(device, dtype)
+            seen = (torch.rand(queries, 300, generator=draw) < 0.5).to(device)
+            found = few_query_attention_of("triton")(query, key, value, seen, 0.125)
+            wide = (part.float() for part in (query, key, value))
+            exact = few_query_attention_of("reference")(*wide, seen, 0.125)
+            if not torch.allclose(found.float(), exact, rtol=CLOSE, atol=CLOSE / 5):
+                raise ArithmeticError(f"{queries} queries of {heads} heads give other numbers than the reference")
 
     return kernel_runs(device, "attention of few queries", once)
 

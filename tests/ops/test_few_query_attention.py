@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_mp.errors import ConfigError, ShapeError
+from deepseek_mp.ops import choose
 from deepseek_mp.ops import few_query_attention as module
 from deepseek_mp.ops.choose import few_query_attention_of
 from deepseek_mp.ops.few_query_attention import fastest, few_query_attention
@@ -74,3 +75,20 @@ def test_kernels_are_taken_where_they_run(monkeypatch):
 
 def test_a_cpu_has_no_kernels():
     assert fastest(CPU, torch.bfloat16, 64) is None
+
+
+@pytest.mark.parametrize(("off", "found"), [(0.0, "triton"), (0.1, None)])
+def test_kernels_that_give_other_numbers_are_not_used(monkeypatch, caplog, off, found):
+    reference = module.few_query_attention_of("reference")
+
+    def kernel(*given):
+        return reference(*given) + off
+
+    monkeypatch.setattr(module, "few_query_attention_of", lambda name: kernel if name == "triton" else reference)
+    monkeypatch.setattr(choose, "has_kernels", lambda _: True)
+    module._kernels_run.cache_clear()
+    try:
+        assert fastest(CPU, torch.bfloat16, 64) == found
+    finally:
+        module._kernels_run.cache_clear()
+    assert ("other numbers" in caplog.text) == (found is None)
