@@ -66,7 +66,7 @@ def few_query_attention(
 
 
 def fastest(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """The implementation for heads of `width` values, compared with the reference once; None: only that, which is slow."""
+    """The implementation for heads of `width` values, once compared with the reference; None: only that slow one."""
     fits = dtype in (torch.bfloat16, torch.float16) and 0 < width <= MOST_WIDTH
     return "triton" if fits and _kernels_run(device, dtype, width) else None
 
