@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends import debugging
 from torch._functorch import config as partitioner
 from torch._functorch import partitioners
 from torch._subclasses import FakeTensorMode
@@ -63,25 +62,6 @@ def test_an_argument_that_nothing_else_stores_is_made_for_a_product():
 
     shared = costs(gradient_too, (4096, 64), (64, 64))
     assert shared[aten.mm.default] == 2 * size + weight
-
-
-@pytest.fixture
-def backward(monkeypatch):
-    """What the backwards of compiled code call; code is parted as Inductor parts it, and runs as it is."""
-    called = []
-
-    def parted(*args, **settings):
-        forward, backward = part(*args, **settings)
-        called.extend(str(node.target) for node in backward.graph.nodes if node.op == "call_function")
-        return forward, backward
-
-    part = debugging.min_cut_rematerialization_partition
-    monkeypatch.setattr(debugging, "min_cut_rematerialization_partition", parted)
-    parting = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: parting(graph, inputs))
-    torch._dynamo.reset()
-    yield called
-    torch._dynamo.reset()
 
 
 def convolutions():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends import debugging
 from torch._functorch import partitioners
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,25 +14,6 @@ from deepseek_mp.trainer.graph_backend import backend
 from deepseek_mp.trainer.recompute_rules import draws, rules
 
 BUDGETS = [0.0, 0.3, 0.6]
-
-
-@pytest.fixture
-def backward(monkeypatch):
-    """What the backwards of compiled code call; code is parted as Inductor parts it, and runs as it is."""
-    called = []
-
-    def parted(*args, **settings):
-        forward, backward = part(*args, **settings)
-        called.extend(str(node.target) for node in backward.graph.nodes if node.op == "call_function")
-        return forward, backward
-
-    part = debugging.min_cut_rematerialization_partition
-    monkeypatch.setattr(debugging, "min_cut_rematerialization_partition", parted)
-    parting = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: parting(graph, inputs))
-    torch._dynamo.reset()
-    yield called
-    torch._dynamo.reset()
 
 
 def dropped(x, weights, shift):

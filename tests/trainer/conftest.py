@@ -1,0 +1,24 @@
+"""What several tests of training share."""
+
+import pytest
+import torch
+from torch._dynamo.backends import debugging
+
+
+@pytest.fixture
+def backward(monkeypatch):
+    """What the backwards of compiled code call; code is parted as Inductor parts it, and runs as it is."""
+    called = []
+
+    def parted(*args, **settings):
+        forward, backward = part(*args, **settings)
+        called.extend(str(node.target) for node in backward.graph.nodes if node.op == "call_function")
+        return forward, backward
+
+    part = debugging.min_cut_rematerialization_partition
+    monkeypatch.setattr(debugging, "min_cut_rematerialization_partition", parted)
+    parting = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: parting(graph, inputs))
+    torch._dynamo.reset()
+    yield called
+    torch._dynamo.reset()
