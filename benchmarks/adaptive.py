@@ -24,7 +24,6 @@ import json
 import math
 import random
 import statistics
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 from harness import Report, Spread, commit, positive
+from python_text import text
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -57,17 +57,6 @@ LEARNING_RATE, WARM_UP, FLOOR = 3e-4, 100, 0.1
 VALIDATION_WINDOWS = 16
 MARGIN = 0.0025
 """Relative loss over BF16's within which an arm counts."""
-
-
-def text(limit: int) -> Tensor:
-    """The first `limit` bytes of the Python files of the standard library and of the installed packages."""
-    found = bytearray()
-    for folder in dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib")):
-        for path in sorted(Path(folder).rglob("*.py")):
-            found += path.read_bytes()
-            if len(found) >= limit:
-                return torch.frombuffer(found[:limit], dtype=torch.uint8)
-    return torch.frombuffer(found, dtype=torch.uint8)
 
 
 class Laps(Callback):

@@ -56,7 +56,8 @@ def measure(case: str, device: torch.device, rounds: int, small: bool) -> dict[s
         shape = (2, *shape[1:])
     x = torch.randn(shape, device=device).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
     implementation = fastest(device, x.dtype) or "reference"
-    values, offsets = max_pool2d(x, *window, implementation=implementation)
+    with torch.no_grad():  # a graph kept alive would tie the leaf to this stream, and no other could record
+        values, offsets = max_pool2d(x, *window, implementation=implementation)
     g = torch.randn_like(values)
     problem = _differs(x.detach(), g, window, implementation)
     torch._dynamo.reset()  # noqa: SLF001 - each case is compiled for its own sizes

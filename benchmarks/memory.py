@@ -236,7 +236,8 @@ def installed(cases: Sequence[str]) -> list[str]:
 def arguments() -> argparse.Namespace:
     """The options of the command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE", help=f"some of: {', '.join(CASES)}")
+    known = dict.fromkeys((*CASES, *memory_quality.TASKS))
+    parser.add_argument("--cases", nargs="+", choices=list(known), metavar="CASE", help=f"some of: {', '.join(known)}")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"some of: {', '.join(ARMS)}; also with -compiled")
     parser.add_argument("--compile", action="store_true", help="a compiled arm beside each but fp32")
     parser.add_argument("--rounds", type=positive, help="visits to each arm (default 2, with --small 1)")
@@ -252,8 +253,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     try:
         args.chosen = chosen(args)
-        if args.quality:
-            memory_quality.check(args.cases or ())
+        allowed = memory_quality.TASKS if args.quality else CASES
+        memory_quality.check(args.cases or (), list(allowed))
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -305,21 +305,22 @@ def _batch_size_tables(report: Json) -> Iterator[list[Row]]:
 
 
 def _memory_quality_tables(report: Json) -> Iterator[list[Row]]:
-    """One table: a row for each arm of each task, with its losses and judgements by seed."""
+    """One table: a row for each arm of each task, with its losses and judgements, by seed."""
     arms: dict[tuple[str, str], dict[str, Json]] = {}
     for name, case in report["cases"].items():
         task, arm, _, seed = name.split()
         arms.setdefault((task, arm), {})[seed] = case
-    rows: list[Row] = [("task", "arm", "final loss, by seed", "% over FP32's", "mAP or accuracy", "check")]
+    rows: list[Row] = [("task", "arm", "final loss", "unseen loss", "% over BF16's", "mAP or accuracy", "check")]
     for (task, arm), cases in arms.items():
-        base = arms.get((task, "fp32"), {})
+        base = arms.get((task, "bf16"), {})
         done = {seed: case for seed, case in cases.items() if case.get("final_loss") is not None}
-        gaps = [100 * (case["final_loss"] / base[seed]["final_loss"] - 1) for seed, case in done.items()
-                if base.get(seed, {}).get("final_loss")]  # fmt: skip
+        gaps = [100 * (case["unseen_loss"] / base[seed]["unseen_loss"] - 1) for seed, case in done.items()
+                if base.get(seed, {}).get("unseen_loss")]  # fmt: skip
         rows.append((
             task,
             arm,
             ", ".join(f"{case['final_loss']:.4f}" for case in done.values()) or "-",
+            ", ".join(f"{case['unseen_loss']:.4f}" for case in done.values()) or "-",
             ", ".join(f"{gap:+.2f}" for gap in gaps) or "-",
             ", ".join(f"{case['quality']:.3f}" for case in done.values()) or "-",
             "; ".join(dict.fromkeys(case["check"] for case in cases.values())),

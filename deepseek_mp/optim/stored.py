@@ -63,7 +63,9 @@ class Batch:
         for state, step in zip(self.states, steps, strict=True):
             if step.get_device() != index:
                 state["step"] = step.to(device, non_blocking=True)
-        torch._foreach_add_([state["step"] for state in self.states], 1.0 if self.keep is None else self.keep)
+        steps = [state["step"] for state in self.states]
+        # As a list: a single tensor would be read on the host as a number.
+        torch._foreach_add_(steps, 1.0 if self.keep is None else [self.keep] * len(steps))
         return None
 
     def counts(self) -> Tensor:

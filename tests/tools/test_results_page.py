@@ -107,16 +107,16 @@ def test_memory_has_a_row_for_each_arm() -> None:
     assert "| decoder | far | 20 (19-21) | - | 1000 | - | 1100 | - | 90 | void: a loss |" in page
 
 
-def test_what_trainings_come_to_is_paired_with_fp32_at_the_same_seed() -> None:
+def test_what_trainings_come_to_is_paired_with_bf16_at_the_same_seed() -> None:
     cases = {
-        "resnet50 fp32 seed 0": {"final_loss": 1.0, "quality": 0.5, "check": "passed"},
-        "resnet50 fp32 seed 1": {"final_loss": 2.0, "quality": 0.25, "check": "passed"},
-        "resnet50 bf16 seed 0": {"final_loss": None, "quality": 0.1, "check": "a loss is not finite"},
-        "resnet50 bf16 seed 1": {"final_loss": 2.02, "quality": 0.3, "check": "passed"},
+        "gpt bf16 seed 0": {"final_loss": 1.0, "unseen_loss": 1.5, "quality": 0.5, "check": "passed"},
+        "gpt bf16 seed 1": {"final_loss": 2.0, "unseen_loss": 2.5, "quality": 0.25, "check": "passed"},
+        "gpt ours seed 0": {"final_loss": None, "unseen_loss": 9.0, "quality": 0.1, "check": "a loss is not finite"},
+        "gpt ours seed 1": {"final_loss": 2.02, "unseen_loss": 2.525, "quality": 0.3, "check": "passed"},
     }
     page = results_page.render([("memory-quality.json", report("memory-quality", **cases))])
-    assert "| resnet50 | fp32 | 1.0000, 2.0000 | +0.00, +0.00 | 0.500, 0.250 | passed |" in page
-    assert "| resnet50 | bf16 | 2.0200 | +1.00 | 0.300 | a loss is not finite; passed |" in page
+    assert "| gpt | bf16 | 1.0000, 2.0000 | 1.5000, 2.5000 | +0.00, +0.00 | 0.500, 0.250 | passed |" in page
+    assert "| gpt | ours | 2.0200 | 2.5250 | +1.00 | 0.300 | a loss is not finite; passed |" in page
 
 
 def test_offloading_has_a_row_for_each_case_and_one_for_each_step_of_the_host() -> None:

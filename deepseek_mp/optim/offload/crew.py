@@ -1,8 +1,10 @@
-"""`Crew`: threads of one core each that share out the host's work, block by block.
+"""`Crew`: teams of threads that share out the host's work, block by block.
 
 PyTorch's own threads take equal parts of one operation and meet at its end, so that one of them that has to wait for a
-core (beside backward, another thread's pool, other processes) lets all wait, in every operation on every block. Threads
-that each take the next block when they are done with theirs meet once.
+core (beside backward, another thread's pool, other processes) lets all wait, in every operation on every block. Teams
+that each take the next block when they are done with theirs meet once. On a few cores a team is a single thread. On
+many it has several, which share an operation: what Python does between operations is done by one team at a time, and
+with a team for each core the teams would wait for each other there.
 """
 
 from __future__ import annotations
@@ -131,6 +133,10 @@ def _end_all() -> None:
             thread.join()
 
 
+TEAMS = 4
+"""At most, from twice as many threads."""
+
+
 class Crew:
     """Threads that start with the first job and end with the crew.
 
@@ -141,6 +147,8 @@ class Crew:
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or torch.get_num_threads()
+        self.width = max(1, self.threads // TEAMS)
+        """Threads of a team."""
         self._board = Board()
         self._starting = threading.Lock()
         self._is_started = False
@@ -171,29 +179,30 @@ class Crew:
     def _start(self) -> None:
         with self._starting:
             if not self._is_started:
-                _start(self._board, self.threads)
+                _start(self._board, self.threads // self.width, self.width)
                 weakref.finalize(self, self._board.close).atexit = False
                 _BOARDS.add(self._board)
                 self._is_started = True
 
 
-def _start(board: Board, threads: int) -> None:
-    """Threads that run operations on one core.
+def _start(board: Board, teams: int, width: int) -> None:
+    """Threads that run operations on `width` cores, themselves among them.
 
     The number that a thread sets is its own, and that of threads which PyTorch meets later: so it is set back here.
     """
-    mine, all_are_there = torch.get_num_threads(), threading.Barrier(threads + 1)
-    for number in range(threads):
+    mine, all_are_there = torch.get_num_threads(), threading.Barrier(teams + 1)
+    for number in range(teams):
         name = f"offload-crew-{number}"
-        board.threads.append(threading.Thread(target=_work, args=(board, all_are_there), name=name, daemon=True))
+        given = (board, all_are_there, width)
+        board.threads.append(threading.Thread(target=_work, args=given, name=name, daemon=True))
         board.threads[-1].start()
     all_are_there.wait()
     torch.set_num_threads(mine)
 
 
-def _work(board: Board, all_are_there: threading.Barrier) -> None:
+def _work(board: Board, all_are_there: threading.Barrier, width: int) -> None:
     torch.get_num_threads()  # a thread's first question sets the number of others
-    torch.set_num_threads(1)
+    torch.set_num_threads(width)
     all_are_there.wait()
     with torch.no_grad():
         board.work()

@@ -19,8 +19,8 @@ from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.verdict import Scaling
 
 BLOCK = 1 << 18
-"""Values that one thread works on before it takes the next ones: many for each call, and still shared out evenly. A
-multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
+"""Values for each thread of a team, which works on them before it takes the next ones: many for each call, and still
+shared out evenly. A multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """What one thread steps by one call: a part of a large parameter, or small parameters of a group in a row."""
+    """What one team steps by one call: a part of a large parameter, or small parameters of a group in a row."""
 
     group: int
     pieces: list[Piece]
@@ -205,7 +205,7 @@ class HostChunk:
             )
             for i, member in enumerate(members)
         ]
-        self._blocks = list(_blocks(self.slots))
+        self._blocks = list(_blocks(self.slots, BLOCK * self._crew.width))
         self._pieces: dict[Slot, list[Piece]] = {slot: [] for slot in self.slots}
         for block in self._blocks:
             for piece in block.pieces:
@@ -453,18 +453,18 @@ def _gradient(slot: Slot) -> Tensor:
     return slot.master.grad
 
 
-def _blocks(slots: Sequence[Slot]) -> Iterator[Block]:
-    """All values of a chunk."""
+def _blocks(slots: Sequence[Slot], most: int) -> Iterator[Block]:
+    """All values of a chunk, so many in a block at most."""
     small: list[Piece] = []
     filled = 0
     for slot in slots:
         values = slot.master.numel()
-        if small and (small[0].slot.group != slot.group or filled + values > BLOCK):
+        if small and (small[0].slot.group != slot.group or filled + values > most):
             yield Block(small[0].slot.group, small)
             small, filled = [], 0
-        if values > BLOCK:
-            for start in range(0, values, BLOCK):
-                yield Block(slot.group, [_piece(slot, slice(start, min(start + BLOCK, values)))])
+        if values > most:
+            for start in range(0, values, most):
+                yield Block(slot.group, [_piece(slot, slice(start, min(start + most, values)))])
             continue
         small.append(_piece(slot, slice(0, values)))
         filled += values

@@ -1,4 +1,4 @@
-"""`Crew`: every task is done once, on one core each; after a failure or an interrupt nobody is at work."""
+"""`Crew`: every task is done once, by a team of its own; after a failure or an interrupt nobody is at work."""
 
 import subprocess
 import sys
@@ -33,6 +33,20 @@ def test_tasks_run_beside_each_other_each_on_one_core():
     finally:
         torch.set_num_threads(before)
     assert found == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("threads", "teams", "width"), [(7, 7, 1), (8, 4, 2), (15, 5, 3), (32, 4, 8)])
+def test_many_threads_work_in_few_teams(threads, teams, width):
+    """Python lets one team at a time go on to its next operation."""
+    meeting, found = threading.Barrier(teams, timeout=10), []
+
+    def task():
+        meeting.wait()
+        found.append(torch.get_num_threads())
+
+    crew = Crew(threads)
+    crew.run([task] * teams)
+    assert (crew.width, found) == (width, [width] * teams)
 
 
 def test_the_cores_of_others_stay_as_they_are():

@@ -8,7 +8,7 @@ from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.grad_norm import SAMPLES, Landed, total_norm
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_total_norm_is_pytorchs_to_the_bit(threads, dtype):
     grads = [torch.randn(size, dtype=dtype) for size in (100_003, 7, 1, 5000)]

@@ -228,7 +228,7 @@ def test_gradients_larger_than_a_block_add_up(monkeypatch):
     assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 256.5)) for slot in chunk.slots)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 8])
 def test_several_threads_give_the_numbers_of_one(monkeypatch, threads):
     """And what somebody else has put into states and gradients counts."""
     found = []
@@ -254,6 +254,26 @@ def test_several_threads_give_the_numbers_of_one(monkeypatch, threads):
         numbers = [value for slot in chunk.slots for value in states[slot.master].values()]
         found.append([*numbers, *(slot.master.detach() for slot in chunk.slots)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_team_has_the_bits_of_pytorch_s_adamw():
+    """Its threads share the operations on a block, which is as many times as large."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((1200, 1000), (700, 33), (5,))]
+    expected = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    crew = Crew(8)
+    chunk, states = chunk_of(*weights, crew=crew), {}
+    optimizer = torch.optim.AdamW(expected, lr=GROUP["lr"], fused=True)
+    optimizer.param_groups[0].update({key: value for key, value in GROUP.items() if key != "params"})
+    assert crew.width == 2
+    with torch.no_grad():
+        for _ in range(2):
+            for slot, parameter in zip(chunk.slots, expected, strict=True):
+                parameter.grad = torch.randn_like(parameter)
+                slot.master.grad = slot.total.copy_(parameter.grad)
+            chunk.step([GROUP], states, chunk.gradients(), AS_IT_IS)
+            optimizer.step()
+    assert all(torch.equal(slot.master, parameter) for slot, parameter in zip(chunk.slots, expected, strict=True))
 
 
 def test_a_failure_of_one_thread_is_put_back_with_what_others_did(monkeypatch):
