@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.ops.pointer_table import PointerTable, sent
 from deepseek_mp.ops.storage_marks import mark_storage, storage_of
 from deepseek_mp.ops.stored import joined, random_bits, round_by_bits
@@ -236,6 +236,11 @@ class StoredOptimizer(Optimizer):
             if grad.layout is not torch.strided:
                 passed = f"a gradient of layout {grad.layout}"
                 raise ConfigError(explain(passed, "dense gradients", "Build the embedding with sparse=False"))
+            if grad.shape != parameter.shape or grad.device != parameter.device:
+                passed = f"a gradient {list(grad.shape)} on {grad.device} for a parameter"
+                passed = f"{passed} {list(parameter.shape)} on {parameter.device}"
+                change = "Call zero_grad() after a parameter is moved or changed, and before the next backward"
+                raise ShapeError(explain(passed, "one of the parameter's shape on its device", change))
             (blocks if moments and goes_in_blocks(parameter, group) else whole).append(parameter)
         for params in (whole, blocks):
             for parameter in params:
@@ -277,7 +282,14 @@ class StoredOptimizer(Optimizer):
             state["step"] = torch.zeros(())
             state |= self._new_state(parameter, group)
         convert(state, parameter, moments, in_blocks=in_blocks)
-        if parameter.dtype is torch.bfloat16 and STORAGE not in state:
+        self._follow_dtype(parameter, group)
+
+    def _follow_dtype(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        """See that a parameter whose model was cast, by `model.bfloat16()` say, is written as what it is now."""
+        is_bf16, is_described = parameter.dtype is torch.bfloat16, STORAGE in self.state[parameter]
+        if is_bf16 and storage_of(parameter) is None:
+            look_after(parameter, StorageFormat(group["storage"]))
+        if is_bf16 is not is_described:
             self.describe(parameter, self.storage(parameter), None)
 
     def describe(self, parameter: Tensor, format: StorageFormat, compensation: Tensor | None) -> None:
