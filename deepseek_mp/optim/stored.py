@@ -57,7 +57,7 @@ class Batch:
         steps = [state["step"] for state in self.states]
         if self.keep is None and all(step.is_cpu for step in steps):
             # A number would be made a tensor for each of them.
-            torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype))
+            torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype, device="cpu"))
             return [step.item() for step in steps]
         device, index = self.params[0].device, self.params[0].get_device()
         for state, step in zip(self.states, steps, strict=True):
@@ -279,7 +279,7 @@ class StoredOptimizer(Optimizer):
         """Make the state of a parameter where it is missing, and bring it into its form."""
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device="cpu")
             state |= self._new_state(parameter, group)
         convert(state, parameter, moments, in_blocks=in_blocks)
         self._follow_dtype(parameter, group)

@@ -261,3 +261,15 @@ def test_momentum_that_is_set_later_begins_then(states):
     optimizer.step()
     torch.testing.assert_close(weight.detach(), before - 0.1 * weight.grad)
     assert any(key.startswith("momentum_buffer") for key in optimizer.state[weight])
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_step_is_the_same_whatever_the_default_device_is(kind):
+    weight, optimizer = made(kind)
+    other = copy.deepcopy(optimizer)
+    (twin,) = other.param_groups[0]["params"]
+    twin.grad = weight.grad
+    optimizer.step()
+    with torch.device("meta"):
+        other.step()
+    assert torch.equal(twin, weight)
