@@ -177,12 +177,12 @@ class StoredOptimizer(Optimizer):
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             whole, in_blocks = self._ready(group)
-            whole, in_blocks = self._step_together(group, whole, in_blocks, scale, skip)
+            whole, in_blocks = self._run_kernels(group, whole, in_blocks, scale, skip)
             for params in _parts(group, whole):
                 states = [self.state[parameter] for parameter in params]
                 grads = [parameter.grad for parameter in params if parameter.grad is not None]
                 self._step_batch(group, _opened(params, states, grads, scale, skip))
-            for parameter in self._fused(group, in_blocks, scale, skip):
+            for parameter in in_blocks:
                 self._step_in_blocks(group, parameter, scale, skip)
         self._watched = {}
         return loss
@@ -199,7 +199,7 @@ class StoredOptimizer(Optimizer):
         """Whether the parameter's moments are kept in blocks."""
         return goes_in_blocks(parameter, group) and bool(self._moments(group))
 
-    def _step_together(
+    def _run_kernels(
         self,
         _group: Mapping[str, Any],
         whole: list[Tensor],
@@ -207,14 +207,8 @@ class StoredOptimizer(Optimizer):
         _scale: Tensor | None,
         _skip: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Step many parameters by one kernel; gives those of both lists that there is none for."""
+        """Step parameters by kernels; gives those of both lists that there is none for."""
         return whole, in_blocks
-
-    def _fused(
-        self, _group: Mapping[str, Any], params: list[Tensor], _scale: Tensor | None, _skip: Tensor | None
-    ) -> list[Tensor]:
-        """Step parameters whose moments are in blocks by kernels; gives those that there is none for."""
-        return params
 
     def is_fusable(self, parameter: Tensor) -> bool:
         """Whether a kernel can step it: it has a gradient, and nothing is measured."""
@@ -420,6 +414,14 @@ def _write_split(batch: Batch, index: int) -> None:
         lacking = torch.where(batch.keep > 0, lacking, compensation)
     parameter.copy_(new)
     compensation.copy_(lacking)
+
+
+def rate_of(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of a group: a number, also of a tensor on the host; or a tensor [] on a device."""
+    rate: float | Tensor = group["lr"]
+    if not isinstance(rate, Tensor):
+        return rate
+    return rate.item() if rate.device.type == "cpu" else rate.reshape(())
 
 
 def step_number(step: Tensor) -> int | Tensor:

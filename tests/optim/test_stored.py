@@ -9,7 +9,7 @@ from whole_state import everything, same, skip_a_step
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError, ShapeError
 from deepseek_mp.optim import SGD, AdamW, set_storage
-from deepseek_mp.optim.stored import SMALL, gated
+from deepseek_mp.optim.stored import SMALL, gated, rate_of
 from deepseek_mp.precision.storage import StorageFormat
 
 BF16 = [format.value for format in StorageFormat if format.is_bf16]
@@ -273,3 +273,10 @@ def test_a_step_is_the_same_whatever_the_default_device_is(kind):
     with torch.device("meta"):
         other.step()
     assert torch.equal(twin, weight)
+
+
+def test_a_rate_is_a_number_or_a_tensor_without_dimensions():
+    """Operations over lists take no others."""
+    assert rate_of({"lr": 0.5}) == 0.5
+    assert rate_of({"lr": torch.tensor([0.5])}) == 0.5
+    assert rate_of({"lr": torch.ones(1, device="meta")}).shape == ()
