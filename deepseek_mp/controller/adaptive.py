@@ -186,14 +186,15 @@ class AdaptiveController:
             evidence = {"guard": "learning_rate", "rate": rate, "highest": known.highest}
             words = f"the learning rate is {rate:.3g}, {known.highest:.3g} at most before"
             made = [self._guarded(name, step, words, evidence) for name in self.lowered]
-        for spike in self.spikes.see(step, seen, self.lowered, units=len(self.units)):
+        spikes = self.spikes.see(step, seen, self.lowered, units=len(self.units))
+        for spike in spikes:
             evidence, until = {**spike.evidence, "step": step}, self.spikes.held[spike.layer]
             made.append(self._held(spike.layer, self.base.name, until, Reason.GUARDED, spike.words, evidence))
+        for spike in spikes:
+            words = f"raised with {spike.layer}: their block is compiled for {self.base.name}"
+            evidence, until = {"guard": "block", "step": step}, self.spikes.held[spike.layer]
             for name in compiled_with(self.units, {spike.layer}, self.lowered):
-                words = f"raised with {spike.layer}: their block is compiled for {self.base.name}"
-                made.append(
-                    self._held(name, self.base.name, until, Reason.GUARDED, words, {"guard": "block", "step": step})
-                )
+                made.append(self._held(name, self.base.name, until, Reason.GUARDED, words, evidence))
         return made
 
     def compare(self, step: int, found: Comparison) -> Decision | None:

@@ -169,6 +169,7 @@ def _bends_at_zero(node: fx.Node) -> bool:
 def _numbers(count: int) -> list[Tensor]:
     """Vectors of numbers to compare two functions of `count` arguments on: any, and each combination of some."""
     generator = torch.Generator().manual_seed(0)
-    some = torch.tensor([-60.0, -8.0, -1.0, -1e-3, 0.0, 1e-3, 0.5, 3.0, 20.0, 60.0], dtype=torch.float64)
+    some = torch.tensor([-60.0, -8.0, -1.0, -1e-3, 0.0, 1e-3, 0.5, 3.0, 20.0, 60.0], dtype=torch.float64, device="cpu")
     grid = torch.cartesian_prod(*[some] * count).view(-1, count).unbind(1)
-    return [torch.cat([torch.randn(64, dtype=torch.float64, generator=generator) * 2, part]) for part in grid]
+    drawn = torch.randn(count, 64, dtype=torch.float64, generator=generator, device="cpu") * 2
+    return [torch.cat(parts) for parts in zip(drawn, grid, strict=True)]

@@ -10,27 +10,38 @@ stand for its broadcast dimensions.
 from __future__ import annotations
 
 from torch import Tensor, fx
-from torch.nn.functional import scaled_dot_product_attention
+
+from deepseek_mp.nn.attention_calls import ATTENTION
 
 _MASK = 3
 """Position of `attn_mask` among the arguments."""
 
 
 def repair_masks(graph: fx.GraphModule) -> None:
-    """In place, where the graph's attention has masks that would be refused."""
+    """In place, where the graph's attention has masks that would be refused.
+
+    A mask is copied where it is read, as code may write into it after it was made; once for all layers that read one
+    that nothing writes into.
+    """
     repaired: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
-        if node.op != "call_function" or node.target is not scaled_dot_product_attention:
+        if node.op != "call_function" or node.target not in ATTENTION:
             continue
         mask = node.args[_MASK] if len(node.args) > _MASK else node.kwargs.get("attn_mask")
         if not isinstance(mask, fx.Node) or not _is_refused(mask):
             continue
-        if mask not in repaired:
-            with graph.graph.inserting_after(mask):
+        if mask not in repaired or _is_written(mask):
+            with graph.graph.inserting_before(node):
                 repaired[mask] = graph.graph.call_function(contiguous_mask, (mask,))
         node.replace_input_with(mask, repaired[mask])
     if repaired:
         graph.recompile()
+
+
+def _is_written(mask: fx.Node) -> bool:
+    """Whether the graph writes into the memory of a mask: its tensor without values has been through all of it."""
+    version: int = mask.meta["example_value"]._version  # noqa: SLF001 - one counter for a tensor and its views
+    return version > 0
 
 
 def _is_refused(mask: fx.Node) -> bool:

@@ -75,10 +75,10 @@ def fastest(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
 def _kernels_run(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     def once() -> None:
         draw = torch.Generator().manual_seed(0)
-        key, value = (torch.randn(1, 2, 300, width, generator=draw).to(device, dtype) for _ in range(2))
+        key, value = (torch.randn(1, 2, 300, width, generator=draw, device="cpu").to(device, dtype) for _ in range(2))
         for heads, queries in ((2, 1), (8, 1), (8, MOST_QUERIES)):
-            query = torch.randn(1, heads, queries, width, generator=draw).to(device, dtype)
-            seen = (torch.rand(queries, 300, generator=draw) < 0.5).to(device)
+            query = torch.randn(1, heads, queries, width, generator=draw, device="cpu").to(device, dtype)
+            seen = (torch.rand(queries, 300, generator=draw, device="cpu") < 0.5).to(device)
             found = few_query_attention_of("triton")(query, key, value, seen, 0.125)
             exact = few_query_attention_of("reference")(query.float(), key.float(), value.float(), seen, 0.125)
             if not torch.allclose(found.float(), exact, rtol=CLOSE, atol=CLOSE / 5):

@@ -85,10 +85,11 @@ def fastest(device: torch.device, dtype: torch.dtype, channels: int, width: int)
 def _native_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the library has its product there for this dtype, and it gives what it should."""
     generator = torch.Generator().manual_seed(0)
-    q, scale = (part.to(device) for part in quantised_weight(torch.randn(32, 64, generator=generator), "fp8"))
-    bias = torch.randn(32, generator=generator).to(device, dtype)
+    weight = torch.randn(32, 64, generator=generator, device="cpu")
+    q, scale = (part.to(device) for part in quantised_weight(weight, "fp8"))
+    bias = torch.randn(32, generator=generator, device="cpu").to(device, dtype)
     for rows in (1, 17):
-        x = torch.randn(rows, 64, generator=generator).to(device, dtype)
+        x = torch.randn(rows, 64, generator=generator, device="cpu").to(device, dtype)
         try:
             found = [fp8_linear_of("native")(x, q, scale, bias), plain(x, q, scale, bias)]
         except Exception as error:  # noqa: BLE001 - no such product, no compiler: the reference runs

@@ -23,7 +23,7 @@ class HostCopy:
         self._shapes = [tensor.shape for tensor in tensors]
         self._event = None
         if not tensors:
-            self._host = torch.zeros(0)
+            self._host = torch.zeros(0, device="cpu")
             return
         home = tensors[0].device
         moved = [tensor.detach().to(home, torch.float32, non_blocking=True) for tensor in tensors]
@@ -36,7 +36,7 @@ class HostCopy:
         if module is None or not hasattr(module, "Event") or home.type == "mps":  # mps has no pinned host memory
             self._host = flat
             return
-        self._host = torch.empty(flat.shape, pin_memory=True)
+        self._host = torch.empty(flat.shape, device="cpu", pin_memory=True)
         self._host.copy_(flat, non_blocking=True)
         self._event = module.Event()
         self._event.record()

@@ -156,9 +156,9 @@ def _native_is_right(device: torch.device, group: int) -> bool:
     """Whether PyTorch has its product for this device and groups, and it gives what it should."""
     generator = torch.Generator().manual_seed(0)
     for groups in (2, 5):
-        weight = torch.randn(32, groups * group, generator=generator)
+        weight = torch.randn(32, groups * group, generator=generator, device="cpu")
         q, scale, zero = (part.to(device) for part in int4_weight(weight))
-        x = torch.randn(3, groups * group, generator=generator).to(device, torch.bfloat16)
+        x = torch.randn(3, groups * group, generator=generator, device="cpu").to(device, torch.bfloat16)
         expected = int4_linear_of("reference")(x.float(), q, scale, zero, None)
         try:
             found = int4_linear_of("native")(x, *prepared(q, scale, zero, implementation="native"), None)

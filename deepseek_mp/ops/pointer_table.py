@@ -23,6 +23,8 @@ ROWS = 4
 """Blocks of a program, so that each of its 128 threads has eight values. Not measured."""
 WIDTH = 12
 """Columns: those of `Lines`, with the first program after the count, and codes and scales of up to two moments."""
+_HOST = torch.device("cpu")
+"""Said each time: a user may have set another default."""
 _ALIGNMENT = 16
 """Bytes of the widest access of a thread, and values from which on a mask does not cut one apart."""
 
@@ -59,7 +61,7 @@ class PointerTable:
         self._known: Lines | None = None
         self._known_grads: list[int] = []
         self._lines_aligned = self._grads_aligned = False
-        self.lines = self.owners = self.grads = torch.empty(0, dtype=torch.int64)
+        self.lines = self.owners = self.grads = torch.empty(0, dtype=torch.int64, device=_HOST)
 
     @property
     def programs(self) -> int:
@@ -84,16 +86,17 @@ class PointerTable:
         if grads != self._known_grads:
             self._known_grads = grads
             self._grads_aligned = _aligned(grads)
-            self.grads = sent(torch.tensor(grads, dtype=torch.int64), self._device)
+            self.grads = sent(torch.tensor(grads, dtype=torch.int64, device=_HOST), self._device)
 
     def _make(self, lines: Lines) -> None:
         programs = [-(-count // (BLOCK * ROWS)) for count in lines.counts]
         first = [0, *accumulate(programs)][:-1]
         laid = [lines.streams, lines.channels, lines.pixels, lines.numbers]
-        columns = torch.tensor([lines.weights, lines.compensations, lines.counts, first, *laid, *lines.moments])
-        whole = torch.zeros(len(first), WIDTH, dtype=torch.int64)
-        whole[:, : len(columns)] = columns.t()
-        owners = torch.arange(len(first), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+        columns = [lines.weights, lines.compensations, lines.counts, first, *laid, *lines.moments]
+        whole = torch.zeros(len(first), WIDTH, dtype=torch.int64, device=_HOST)
+        whole[:, : len(columns)] = torch.tensor(columns, device=_HOST).t()
+        owners = torch.arange(len(first), dtype=torch.int32, device=_HOST)
+        owners = owners.repeat_interleave(torch.tensor(programs, device=_HOST))
         self.lines, self.owners = sent(whole, self._device), sent(owners, self._device)
         addresses = [lines.weights, lines.compensations, lines.counts, *lines.moments]
         self._lines_aligned = all(map(_aligned, addresses))

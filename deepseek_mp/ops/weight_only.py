@@ -127,8 +127,8 @@ def _native_is_right() -> bool:
     if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 96, generator=generator).to(torch.bfloat16)
-    q, scale = quantised_weight(torch.randn(40, 96, generator=generator), "int8")
+    x = torch.randn(3, 96, generator=generator, device="cpu").to(torch.bfloat16)
+    q, scale = quantised_weight(torch.randn(40, 96, generator=generator, device="cpu"), "int8")
     try:
         found = weight_only_of("native")(x, q, scale, None)
     except (RuntimeError, NotImplementedError):

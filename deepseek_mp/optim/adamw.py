@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED, UNSIGNED
 from deepseek_mp.ops.fused_steps import AdamWStep, ManyAdamW, adamw_of_many, fused_adamw
-from deepseek_mp.optim.fused import FusedBatch, Numbers, step_fused
-from deepseek_mp.optim.many import ManyRule, step_many
+from deepseek_mp.optim.fused import FusedBatch, KernelRule, Numbers
+from deepseek_mp.optim.kernels import KernelOptimizer
 from deepseek_mp.optim.states import Moments
-from deepseek_mp.optim.stored import Batch, StoredOptimizer
+from deepseek_mp.optim.stored import Batch, rate_of
 
 
-class AdamW(StoredOptimizer):
+class AdamW(KernelOptimizer):
     """Decoupled weight decay ("Decoupled weight decay regularization", arXiv 1711.05101), as `torch.optim.AdamW`.
 
     FP32 parameters get the numbers of PyTorch's `foreach` implementation; but for the last bit where a GPU has others
@@ -62,28 +63,12 @@ class AdamW(StoredOptimizer):
     def _moments(self, _group: Mapping[str, Any]) -> Moments:
         return {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
 
-    def _step_together(
-        self,
-        group: Mapping[str, Any],
-        whole: list[Tensor],
-        in_blocks: list[Tensor],
-        scale: Tensor | None,
-        skip: Tensor | None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        rule = ManyRule(
-            kernel_of=lambda device: None if fused_adamw(device) is None else adamw_of_many(device), make=ManyAdamW,
-            moments=("exp_avg", "exp_avg_sq"), options={"betas": group["betas"], "eps": group["eps"]},
-            numbers_of=lambda about: _numbers(group, about),
+    def _kernel_rule(self, group: Mapping[str, Any]) -> KernelRule:
+        return KernelRule(
+            alone=fused_adamw, together=adamw_of_many, make=ManyAdamW, moments=("exp_avg", "exp_avg_sq"),
+            options={"betas": group["betas"], "eps": group["eps"]}, numbers_of=partial(_numbers, group),
+            steps_of=partial(_fused_steps, group),
         )  # fmt: skip
-        return step_many(self, group, (whole, in_blocks), rule, lambda p: FusedBatch.of(self, group, p, scale, skip))
-
-    def _fused(
-        self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
-    ) -> list[Tensor]:
-        def steps_of(some: Sequence[Tensor]) -> Iterator[Any]:
-            return _fused_steps(group, FusedBatch.of(self, group, some, scale, skip))
-
-        return step_fused(self, params, fused_adamw, steps_of)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         lr, counts = _advance(group, batch)
@@ -121,10 +106,7 @@ def _numbers(group: Mapping[str, Any], about: FusedBatch) -> Numbers:
 
 def _advance(group: Mapping[str, Any], batch: Batch) -> tuple[Any, list[float] | None]:
     """Count a step. Gives its rate, and its number for each parameter: None where one of them is the device's alone."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
-        lr = lr.item()
-    counts = batch.advance()
+    lr, counts = rate_of(group), batch.advance()
     return lr, None if isinstance(lr, Tensor) else counts
 
 

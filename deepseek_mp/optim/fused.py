@@ -136,6 +136,25 @@ class FusedBatch:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelRule:
+    """How kernels run an optimizer's rule for parameters of a group."""
+
+    alone: Callable[[torch.device], Kernel | None]
+    """A device's kernel that steps one parameter."""
+    together: Callable[[torch.device], Callable[[Any], None] | None]
+    """That for many, which takes what `make` makes."""
+    numbers_of: Callable[[FusedBatch], Numbers]
+    """Counts the step."""
+    steps_of: Callable[[FusedBatch], Iterable[Any]]
+    """What `alone` is given of each parameter; counts the step."""
+    make: Callable[..., Any]
+    """`ops.fused_steps.ManyAdamW`, say."""
+    moments: Sequence[str]
+    options: Mapping[str, Any]
+    """What `make` is given besides the numbers, and what `ops.fused_steps.Many` has."""
+
+
 def _each(value: Any, count: int) -> Sequence[Any]:
     if isinstance(value, Tensor):
         return value.unbind() if value.dim() else [value] * count

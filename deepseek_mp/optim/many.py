@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepseek_mp.ops.pointer_table import Lines, PointerTable
-from deepseek_mp.optim.fused import FusedBatch, Numbers
+from deepseek_mp.optim.fused import FusedBatch, KernelRule
 from deepseek_mp.optim.many_check import is_right
 from deepseek_mp.optim.states import CODES, SCALES, StateFormat
 from deepseek_mp.optim.stored import COMPENSATION, STREAM, StoredOptimizer
@@ -32,26 +31,11 @@ class Kind(NamedTuple):
     """Whether their values are multiples of 16, so that threads may read several at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ManyRule:
-    """How an optimizer's rule is run by one kernel for many parameters of a group."""
-
-    kernel_of: Callable[[torch.device], Callable[[Any], None] | None]
-    """The kernel of a device, which takes what `make` makes."""
-    make: Callable[..., Any]
-    """`ops.fused_steps.ManyAdamW`, say."""
-    moments: Sequence[str]
-    options: Mapping[str, Any]
-    """What `make` is given besides the numbers, and what `ops.fused_steps.Many` has."""
-    numbers_of: Callable[[FusedBatch], Numbers]
-    """Counts the step."""
-
-
 def step_many(
     optimizer: StoredOptimizer,
     group: Mapping[str, Any],
     lists: tuple[list[Tensor], list[Tensor]],
-    rule: ManyRule,
+    rule: KernelRule,
     batch_of: Callable[[Sequence[Tensor]], FusedBatch],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Step what can be stepped together of two lists; gives the rest of both.
@@ -72,7 +56,7 @@ def step_many(
         for parameter in params:
             device = parameter.get_device()  # a whole number is looked up faster
             if device not in kernels:
-                run = None if _is_capturing(parameter.device) else rule.kernel_of(parameter.device)
+                run = _kernel(rule, parameter.device)
                 kernels[device] = None if run is None or not is_right(optimizer, parameter.device) else run
             kind = None
             if kernels[device] is not None and optimizer.is_fusable(parameter):
@@ -88,7 +72,7 @@ def step_many(
     return left
 
 
-def _step_device(about: FusedBatch, kinds: list[Kind], rule: ManyRule, run: Callable[[Any], None]) -> None:
+def _step_device(about: FusedBatch, kinds: list[Kind], rule: KernelRule, run: Callable[[Any], None]) -> None:
     """A launch for each kind, and for each number of a step where the host knows it."""
     numbers = rule.numbers_of(about)
     steps = numbers["step"]
@@ -166,6 +150,11 @@ def _refresh(table: PointerTable, about: FusedBatch, places: list[int], keys: Se
         moments=[[0] * len(states) if key is None else [state[key].data_ptr() for state in states] for key in keys],
     )
     table.refresh(lines, [parameter.grad.data_ptr() for parameter in params if parameter.grad is not None])
+
+
+def _kernel(rule: KernelRule, device: torch.device) -> Callable[[Any], None] | None:
+    """None where there is none that steps parameters one by one, either, and while a graph is recorded."""
+    return None if rule.alone(device) is None or _is_capturing(device) else rule.together(device)
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -63,5 +63,5 @@ def stepped(kind: Make, device: torch.device, momentum: bool, *, together: bool)
 
 
 def _drawn(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
-    drawn = torch.randn(shape, generator=draw)
+    drawn = torch.randn(shape, generator=draw, device="cpu")
     return drawn.to(memory_format=torch.channels_last) if len(shape) == 4 else drawn

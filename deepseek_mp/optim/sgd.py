@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,15 @@ from torch import Tensor
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.block_states import SIGNED
 from deepseek_mp.ops.fused_steps import ManyMomentum, MomentumStep, fused_sgd, sgd_of_many
-from deepseek_mp.optim.fused import FusedBatch, Numbers, step_fused
-from deepseek_mp.optim.many import ManyRule, step_many
+from deepseek_mp.optim.fused import FusedBatch, KernelRule, Numbers
+from deepseek_mp.optim.kernels import KernelOptimizer
 from deepseek_mp.optim.states import Moments
-from deepseek_mp.optim.stored import Batch, StoredOptimizer
+from deepseek_mp.optim.stored import Batch, rate_of
 
 MOMENTUM = "momentum_buffer"
 
 
-class SGD(StoredOptimizer):
+class SGD(KernelOptimizer):
     """Gradient descent with momentum, weight decay and Nesterov's look ahead, as `torch.optim.SGD`.
 
     Args:
@@ -62,28 +63,11 @@ class SGD(StoredOptimizer):
     def _moments(self, group: Mapping[str, Any]) -> Moments:
         return {MOMENTUM: SIGNED} if group["momentum"] else {}
 
-    def _step_together(
-        self,
-        group: Mapping[str, Any],
-        whole: list[Tensor],
-        in_blocks: list[Tensor],
-        scale: Tensor | None,
-        skip: Tensor | None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        rule = ManyRule(
-            kernel_of=lambda device: None if fused_sgd(device) is None else sgd_of_many(device), make=ManyMomentum,
-            moments=(MOMENTUM,) if group["momentum"] else (), options=_options(group),
-            numbers_of=lambda about: _numbers(group, about),
+    def _kernel_rule(self, group: Mapping[str, Any]) -> KernelRule:
+        return KernelRule(
+            alone=fused_sgd, together=sgd_of_many, make=ManyMomentum, moments=(MOMENTUM,) if group["momentum"] else (),
+            options=_options(group), numbers_of=partial(_numbers, group), steps_of=partial(_fused_steps, group),
         )  # fmt: skip
-        return step_many(self, group, (whole, in_blocks), rule, lambda p: FusedBatch.of(self, group, p, scale, skip))
-
-    def _fused(
-        self, group: Mapping[str, Any], params: list[Tensor], scale: Tensor | None, skip: Tensor | None
-    ) -> list[Tensor]:
-        def steps_of(some: Sequence[Tensor]) -> Iterator[Any]:
-            return _fused_steps(group, FusedBatch.of(self, group, some, scale, skip))
-
-        return step_fused(self, params, fused_sgd, steps_of)
 
     def _update(self, group: Mapping[str, Any], batch: Batch) -> None:
         batch.advance()
@@ -92,7 +76,7 @@ class SGD(StoredOptimizer):
             grads = _with_decay(batch, batch.amount(group["weight_decay"]))
         if group["momentum"]:
             grads = _with_momentum(group, batch, list(grads))
-        rate = batch.amount(-group["lr"])
+        rate = batch.amount(-rate_of(group))
         if isinstance(rate, Tensor) and rate.device.type != "cpu":
             torch._foreach_add_(batch.values, torch._foreach_mul(list(grads), rate))
         else:
@@ -112,9 +96,7 @@ def _fused_steps(group: Mapping[str, Any], about: FusedBatch) -> Iterator[Moment
 
 def _numbers(group: Mapping[str, Any], about: FusedBatch) -> Numbers:
     """Those of the next step, which is counted."""
-    rate, dampening, counts = group["lr"], group["dampening"], about.batch.advance()
-    if isinstance(rate, Tensor) and rate.device.type == "cpu":
-        rate = rate.item()
+    rate, dampening, counts = rate_of(group), group["dampening"], about.batch.advance()
     if counts is None or isinstance(rate, Tensor):
         number, known = about.counts()
         return {"rate": about.on_device(rate), "entering": torch.where(known <= 1, 1.0, 1 - dampening), "step": number}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from deepseek_mp.errors import ShapeError, explain
 from deepseek_mp.ops.block_states import BLOCK, Blocks, decode, dither, empty_blocks, encode, part
 
 SMALLEST = 4096
@@ -80,14 +81,37 @@ def moment_rows(
 
 
 def convert(state: dict[str, Any], parameter: Tensor, moments: Moments, *, in_blocks: bool) -> None:
-    """Bring moments into the form they are to be kept in, in place; nothing if they are. Blocks round to nearest."""
+    """Bring moments into the form they are to be kept in, in place; nothing if they are. Blocks round to nearest.
+
+    What the rule has kept no moment of yet gets zeros.
+
+    Raises:
+        ShapeError: moments of another number of values than the parameter has, or on another device.
+    """
+    count, device = parameter.numel(), parameter.device
     for name, kind in moments.items():
-        if in_blocks:
-            if name in state:
-                _keep(state, name, encode(state.pop(name).float().reshape(-1), kind))
-        elif (blocks := blocks_of(state, name)) is not None:
-            del state[name + CODES], state[name + SCALES]
-            state[name] = torch.empty_like(parameter, dtype=torch.float32).copy_(decode(blocks).view(parameter.shape))
+        codes, whole = state.get(name + CODES), state.get(name)
+        kept = whole if codes is None else codes
+        if kept is None:
+            state |= new_moments(parameter, {name: kind}, in_blocks=in_blocks)
+            continue
+        if kept.numel() != count or kept.device != device:  # kernels are given addresses, and would go beyond
+            _refuse(kept, parameter)
+        if whole is None:
+            if not in_blocks:
+                found = decode(Blocks(state.pop(name + CODES), state.pop(name + SCALES))).view(parameter.shape)
+                state[name] = torch.empty_like(parameter, dtype=torch.float32).copy_(found)
+        elif in_blocks:
+            _keep(state, name, encode(state.pop(name).float().reshape(-1), kind))
+        elif whole.dtype is not torch.float32:
+            state[name] = whole.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _refuse(moment: Tensor, parameter: Tensor) -> NoReturn:
+    passed = f"moments of {moment.numel()} values on {moment.device} for a parameter"
+    change = "Make the optimizer after the model is moved or changed, or load its state again"
+    passed = f"{passed} {list(parameter.shape)} on {parameter.device}"
+    raise ShapeError(explain(passed, "as many values on the same device", change))
 
 
 def _keep(state: dict[str, Any], name: str, blocks: Blocks) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.ops.pointer_table import PointerTable, sent
 from deepseek_mp.ops.storage_marks import mark_storage, storage_of
 from deepseek_mp.ops.stored import joined, random_bits, round_by_bits
@@ -57,7 +57,7 @@ class Batch:
         steps = [state["step"] for state in self.states]
         if self.keep is None and all(step.is_cpu for step in steps):
             # A number would be made a tensor for each of them.
-            torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype))
+            torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype, device="cpu"))
             return [step.item() for step in steps]
         device, index = self.params[0].device, self.params[0].get_device()
         for state, step in zip(self.states, steps, strict=True):
@@ -179,12 +179,12 @@ class StoredOptimizer(Optimizer):
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             whole, in_blocks = self._ready(group)
-            whole, in_blocks = self._step_together(group, whole, in_blocks, scale, skip)
+            whole, in_blocks = self._run_kernels(group, whole, in_blocks, scale, skip)
             for params in _parts(group, whole):
                 states = [self.state[parameter] for parameter in params]
                 grads = [parameter.grad for parameter in params if parameter.grad is not None]
                 self._step_batch(group, _opened(params, states, grads, scale, skip))
-            for parameter in self._fused(group, in_blocks, scale, skip):
+            for parameter in in_blocks:
                 self._step_in_blocks(group, parameter, scale, skip)
         self._watched = {}
         return loss
@@ -201,7 +201,7 @@ class StoredOptimizer(Optimizer):
         """Whether the parameter's moments are kept in blocks."""
         return goes_in_blocks(parameter, group) and bool(self._moments(group))
 
-    def _step_together(
+    def _run_kernels(
         self,
         _group: Mapping[str, Any],
         whole: list[Tensor],
@@ -209,14 +209,8 @@ class StoredOptimizer(Optimizer):
         _scale: Tensor | None,
         _skip: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Step many parameters by one kernel; gives those of both lists that there is none for."""
+        """Step parameters by kernels; gives those of both lists that there is none for."""
         return whole, in_blocks
-
-    def _fused(
-        self, _group: Mapping[str, Any], params: list[Tensor], _scale: Tensor | None, _skip: Tensor | None
-    ) -> list[Tensor]:
-        """Step parameters whose moments are in blocks by kernels; gives those that there is none for."""
-        return params
 
     def is_fusable(self, parameter: Tensor) -> bool:
         """Whether a kernel can step it: it has a gradient, and nothing is measured."""
@@ -238,6 +232,11 @@ class StoredOptimizer(Optimizer):
             if grad.layout is not torch.strided:
                 passed = f"a gradient of layout {grad.layout}"
                 raise ConfigError(explain(passed, "dense gradients", "Build the embedding with sparse=False"))
+            if grad.shape != parameter.shape or grad.device != parameter.device:
+                passed = f"a gradient {list(grad.shape)} on {grad.device} for a parameter"
+                passed = f"{passed} {list(parameter.shape)} on {parameter.device}"
+                change = "Call zero_grad() after a parameter is moved or changed, and before the next backward"
+                raise ShapeError(explain(passed, "one of the parameter's shape on its device", change))
             (blocks if moments and goes_in_blocks(parameter, group) else whole).append(parameter)
         for params in (whole, blocks):
             for parameter in params:
@@ -276,10 +275,17 @@ class StoredOptimizer(Optimizer):
         """Make the state of a parameter where it is missing, and bring it into its form."""
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device="cpu")
             state |= self._new_state(parameter, group)
         convert(state, parameter, moments, in_blocks=in_blocks)
-        if parameter.dtype is torch.bfloat16 and STORAGE not in state:
+        self._follow_dtype(parameter, group)
+
+    def _follow_dtype(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        """See that a parameter whose model was cast, by `model.bfloat16()` say, is written as what it is now."""
+        is_bf16, is_described = parameter.dtype is torch.bfloat16, STORAGE in self.state[parameter]
+        if is_bf16 and storage_of(parameter) is None:
+            look_after(parameter, StorageFormat(group["storage"]))
+        if is_bf16 is not is_described:
             self.describe(parameter, self.storage(parameter), None)
 
     def describe(self, parameter: Tensor, format: StorageFormat, compensation: Tensor | None) -> None:
@@ -410,6 +416,14 @@ def _write_split(batch: Batch, index: int) -> None:
         lacking = torch.where(batch.keep > 0, lacking, compensation)
     parameter.copy_(new)
     compensation.copy_(lacking)
+
+
+def rate_of(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of a group: a number, also of a tensor on the host; or a tensor [] on a device."""
+    rate: float | Tensor = group["lr"]
+    if not isinstance(rate, Tensor):
+        return rate
+    return rate.item() if rate.device.type == "cpu" else rate.reshape(())
 
 
 def step_number(step: Tensor) -> int | Tensor:

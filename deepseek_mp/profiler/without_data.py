@@ -39,7 +39,7 @@ def output_errors(module: nn.Module, recipes: Sequence[Recipe]) -> dict[str, flo
 def normal_error(side: OperandRecipe) -> float:
     """The relative error energy of normal values in an operand recipe."""
     generator = torch.Generator().manual_seed(0)
-    return _error(torch.randn(_NORMAL, generator=generator), side)
+    return _error(torch.randn(_NORMAL, generator=generator, device="cpu"), side)
 
 
 def _error(matrix: Tensor, side: OperandRecipe) -> float:

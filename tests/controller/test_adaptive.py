@@ -657,6 +657,25 @@ def test_a_spike_raises_the_whole_block_that_is_compiled_together_and_it_comes_b
     )
 
 
+def test_two_spikes_in_one_block_raise_each_layer_once():
+    units = {
+        name: AdaptiveUnit(macs=1e9, seconds=SECONDS, recipes=("row",), inputs=1000, block=name[0])
+        for name in (f"{block}{index}" for block in "abcde" for index in range(4))
+    }
+    made = AdaptiveController(units, RECIPES["bf16"], SETTINGS, total_steps=1000)
+    for _ in range(2):
+        made.learn(measured(**{name: {} for name in units}), 15)
+    made.decide(10)
+    usual = {name: Gradient(norm=1.0) for name in units}
+    for step in range(16, 60):
+        made.see_gradients(step, usual, 1e-3)
+    found = made.see_gradients(60, {**usual, "a1": Gradient(norm=50.0), "a2": Gradient(norm=40.0)}, 1e-3)
+    assert sorted(change.layer for change in found) == ["a0", "a1", "a2", "a3"]
+    assert all((change.old, change.new) == ("row", "bf16") for change in found)
+    assert {change.layer for change in found if change.evidence["guard"] == "gradient_spike"} == {"a1", "a2"}
+    assert {made.states[change.layer].locked_until for change in found} == {60 + HELD}
+
+
 def test_a_spike_of_a_layer_outside_of_blocks_raises_it_alone():
     made = in_blocks()
     usual = {name: Gradient(norm=1.0) for name in made.units}

@@ -76,6 +76,11 @@ def mask_of(kind: str, case: Case, dtype: torch.dtype, device: str | torch.devic
     return None
 
 
+def least_mask(keys: int, device: str | torch.device = "cpu") -> Tensor:
+    """Added to scores, it leaves nothing of them but no infinity."""
+    return torch.full((keys,), torch.finfo(torch.float32).min, device=device)
+
+
 def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """PyTorch's attention in FP64, as a tensor on the CPU."""
     if mask is not None and mask.dtype is not torch.bool:

@@ -6,7 +6,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from deepseek_mp.nn.graph_activations import read_by_casts_only, recognised
+from deepseek_mp.nn.graph_activations import _numbers, read_by_casts_only, recognised
 from deepseek_mp.nn.graph_casts import casts_of
 from deepseek_mp.ops.schema import quantise
 
@@ -71,3 +71,8 @@ def test_a_tensor_that_is_stored_anyway_is_read_instead():
     (cast,) = casts_of(graph_of(f, 1, shown=True))
     assert not read_by_casts_only(cast.x)
     assert recognised(cast) is None
+
+
+def test_functions_are_compared_on_the_host():
+    with torch.device("meta"):
+        assert all(column.is_cpu for column in _numbers(2))

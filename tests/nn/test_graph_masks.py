@@ -26,22 +26,64 @@ def test_the_repaired_mask_broadcasts_to_the_same(mask):
     )
 
 
+class Compiled:
+    """`torch.compile` with repaired masks; counts them, for each graph."""
+
+    def __init__(self, function):
+        torch._dynamo.reset()
+        self.repaired = []
+        self.call = torch.compile(function, backend=self._backend, fullgraph=True)
+
+    def _backend(self, graph, inputs):
+        repair_masks(graph)
+        graph.graph.lint()
+        self.repaired.append(sum(node.target is contiguous_mask for node in graph.graph.nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def operands():
+    return [torch.randn(B, H, n, D) for n in (Q, K, K)]
+
+
+@pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_what_is_written_into_a_mask_before_it_is_read_is_in_it(region):
+    def attention(bias, hidden, q, k, v):
+        mask = bias.clone().mT
+        mask.masked_fill_(hidden, -torch.inf)
+        one = F.scaled_dot_product_attention(q, k, v, mask)
+        mask[:, :, :, 0] = 3.0
+        return one + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    given = torch.randn(B, H, K, Q), torch.rand(B, 1, 1, K) < 0.5, *operands()
+    with region():
+        compiled = Compiled(attention)
+        torch.testing.assert_close(compiled.call(*given), attention(*given))
+    assert compiled.repaired == [2]
+
+
+@torch.no_grad()
+def test_programs_that_were_exported():
+    class Attend(torch.nn.Module):
+        def forward(self, column, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=column.expand(B, 1, Q, K))
+
+    given = torch.rand(1, 1, Q, 1) < 0.9, *operands()
+    program = torch.export.export(Attend(), given).module()
+    compiled = Compiled(program)
+    torch.testing.assert_close(compiled.call(*given), program(*given))
+    assert compiled.repaired == [1]
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_graph_without_gradients_is_repaired_once(mask):
-    mask, seen = MASKS[mask](), []
-    q, k, v = (torch.randn(B, H, n, D) for n in (Q, K, K))
-
-    def backend(graph, _inputs):
-        repair_masks(graph)
-        seen.append(sum(node.target is contiguous_mask for node in graph.graph.nodes))
-        return graph.forward
+    mask = MASKS[mask]()
 
     def attention(q, k, v, mask):
         one = F.scaled_dot_product_attention(q, k, v, mask)
         return one + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    torch._dynamo.reset()
+    compiled = Compiled(attention)
     with torch.no_grad():
-        found = torch.compile(attention, backend=backend)(q, k, v, mask)
-        torch.testing.assert_close(found, attention(q, k, v, mask))
-    assert seen == [1]
+        q, k, v = operands()
+        torch.testing.assert_close(compiled.call(q, k, v, mask), attention(q, k, v, mask))
+    assert compiled.repaired == [1]

@@ -178,3 +178,10 @@ def test_only_the_library_has_an_order_of_its_own(operands):
         made = prepared(*kept, implementation=name)
         assert all(one is other for one, other in zip(made, kept, strict=True))
         assert all(one is other for one, other in zip(unprepared(*made), kept, strict=True))
+
+
+def test_a_trial_is_the_same_whatever_the_default_device_is():
+    tried = module._native_is_right.__wrapped__
+    expected = tried(CPU, 128)
+    with torch.device("meta"):
+        assert tried(CPU, 128) is expected

@@ -85,3 +85,10 @@ def test_one_address_or_count_off_sixteen_is_not_aligned():
     assert not table.aligned
     table.refresh(LINES, GRADS)
     assert table.aligned
+
+
+def test_the_default_device_changes_nothing():
+    with torch.device("meta"):
+        table = filled()
+    for here, expected in zip(*([t.lines, t.owners, t.grads] for t in (table, filled())), strict=True):
+        assert torch.equal(here, expected)

@@ -119,3 +119,10 @@ def test_a_library_that_is_wrong_is_not_used(monkeypatch):
         module._native_is_right.cache_clear()
         assert module._native_is_right() is expected
     module._native_is_right.cache_clear()
+
+
+def test_a_trial_is_the_same_whatever_the_default_device_is():
+    tried = module._native_is_right.__wrapped__
+    expected = tried()
+    with torch.device("meta"):
+        assert tried() is expected

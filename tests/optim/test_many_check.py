@@ -69,3 +69,11 @@ def test_a_trial_steps_as_it_is_told(monkeypatch, kind, together):
     assert [list(tensor.shape) for tensor in tensors[:2]] == [list(shape) for shape in many_check.SHAPES]
     assert tensors[1].is_contiguous(memory_format=torch.channels_last)
     assert len(tensors) > 6
+
+
+def test_a_trial_is_the_same_whatever_the_default_device_is(monkeypatch):
+    monkeypatch.setattr(many_check, "SHAPES", ((64, 64),))
+    expected = many_check.stepped(AdamW, torch.device("cpu"), False, together=True)
+    with torch.device("meta"):
+        found = many_check.stepped(AdamW, torch.device("cpu"), False, together=True)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -7,9 +7,9 @@ from torch import nn
 from whole_state import everything, same, skip_a_step
 
 from deepseek_mp.controller import LossScaler
-from deepseek_mp.errors import ConfigError
+from deepseek_mp.errors import ConfigError, ShapeError
 from deepseek_mp.optim import SGD, AdamW, set_storage
-from deepseek_mp.optim.stored import SMALL, gated
+from deepseek_mp.optim.stored import SMALL, gated, rate_of
 from deepseek_mp.precision.storage import StorageFormat
 
 BF16 = [format.value for format in StorageFormat if format.is_bf16]
@@ -186,3 +186,97 @@ def test_gradients_of_a_skipped_step_are_zeros_small_or_large_and_as_they_lie_in
         torch.testing.assert_close(now, expected, rtol=0, atol=0, equal_nan=True)
         assert now.dtype is grad.dtype
         assert now.stride() == grad.stride()
+
+
+@pytest.mark.parametrize("storage", BF16)
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_a_model_that_is_cast_later_is_stored_as_its_group_says(storage, states):
+    weight = nn.Parameter(torch.randn(64, 128))
+    optimizer = AdamW([weight], storage=storage, states=states)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        weight.grad = None
+        weight.data = weight.data.to(dtype)
+        weight.grad_dtype = torch.float32
+        weight.grad = torch.randn(64, 128)
+        optimizer.step()
+        bf16 = dtype is torch.bfloat16
+        assert optimizer.storage(weight).value == (storage if bf16 else "fp32")
+        state = optimizer.state[weight]
+        assert state.get("storage") == (storage if bf16 else None)
+        assert ("compensation" in state) == (bf16 and storage == "bf16_kahan")
+
+
+def made(kind=AdamW, shape=(128, 64), **options):
+    weight = nn.Parameter(torch.randn(shape))
+    optimizer = kind([weight], **options)
+    weight.grad = torch.randn(shape)
+    optimizer.step()
+    return weight, optimizer
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("shape", [(63, 64), (64, 128), (256, 64)])
+def test_moments_of_a_parameter_that_was_smaller_or_larger_are_an_error(states, shape):
+    """Kernels are given addresses: they would read and write beyond."""
+    weight, optimizer = made(shape=(65, 64), states=states)
+    weight.grad = None
+    weight.data = torch.randn(shape)
+    weight.grad = torch.randn(shape)
+    with pytest.raises(ShapeError, match=rf"moments of 4160 values on cpu for a parameter \[{shape[0]}, {shape[1]}\]"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_moments_that_stayed_where_a_model_was_are_an_error(states):
+    weight, optimizer = made(states=states)
+    state = optimizer.state[weight]
+    state.update({name: value.to("meta") for name, value in state.items() if name != "step"})
+    with pytest.raises(ShapeError, match=r"moments of 8192 values on meta for a parameter \[128, 64\] on cpu"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 128), (256, 64)])
+def test_a_gradient_of_another_shape_is_an_error(shape):
+    weight, optimizer = made()
+    weight.data = torch.randn(shape)
+    with pytest.raises(ShapeError, match=rf"a gradient \[128, 64\] on cpu for a parameter \[{shape[0]}, {shape[1]}\]"):
+        optimizer.step()
+
+
+def test_moments_that_were_saved_in_16_bits_become_fp32():
+    weight, optimizer = made()
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].bfloat16()
+    optimizer.load_state_dict(saved)
+    expected = saved["state"][0]["exp_avg"].float().lerp(weight.grad, 0.1)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], expected)
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_momentum_that_is_set_later_begins_then(states):
+    weight, optimizer = made(SGD, states=states, lr=0.1)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    before = weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before - 0.1 * weight.grad)
+    assert any(key.startswith("momentum_buffer") for key in optimizer.state[weight])
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_step_is_the_same_whatever_the_default_device_is(kind):
+    weight, optimizer = made(kind)
+    other = copy.deepcopy(optimizer)
+    (twin,) = other.param_groups[0]["params"]
+    twin.grad = weight.grad
+    optimizer.step()
+    with torch.device("meta"):
+        other.step()
+    assert torch.equal(twin, weight)
+
+
+def test_a_rate_is_a_number_or_a_tensor_without_dimensions():
+    """Operations over lists take no others."""
+    assert rate_of({"lr": 0.5}) == 0.5
+    assert rate_of({"lr": torch.tensor([0.5])}) == 0.5
+    assert rate_of({"lr": torch.ones(1, device="meta")}).shape == ()

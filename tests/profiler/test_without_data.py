@@ -30,3 +30,10 @@ def test_formats_are_in_order():
 def test_units_without_products_have_none():
     assert output_errors(nn.LayerNorm(4), [RECIPES["bf16"]]) == {}
     assert set(output_errors(nn.Conv2d(2, 2, 3), [RECIPES["bf16"], RECIPES["block"]])) == {"bf16"}
+
+
+def test_the_default_device_changes_nothing():
+    side = RECIPES["row"].fprop.left
+    with torch.device("meta"):
+        found = normal_error(side)
+    assert found == normal_error(side)

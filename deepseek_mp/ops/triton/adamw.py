@@ -16,23 +16,24 @@ from deepseek_mp.ops.block_states import BLOCK
 from deepseek_mp.ops.fused_steps import AdamWStep, ManyAdamW
 from deepseek_mp.ops.pointer_table import ROWS
 from deepseek_mp.ops.triton.adamw_kernel import adamw_in_blocks_kernel, adamw_of_many_kernel
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.table_names import constants
 
 
 def adamw_in_blocks(parameter: Tensor, grad: Tensor, now: AdamWStep) -> None:
     """Step a parameter in place; see `ops.fused_steps`."""
-    on_device = isinstance(now.size, Tensor)
     # A whole number would be another type to the kernel.
     numbers = [x if isinstance(x, Tensor) else float(x) for x in (now.decay, now.size, now.root)]
     missing = parameter  # a pointer that is not read
     if count := parameter.numel():
-        adamw_in_blocks_kernel[(-(-count // (BLOCK * ROWS)),)](
-            parameter, missing if now.compensation is None else now.compensation, grad, *now.first, *now.second,
-            missing if now.skip is None else now.skip, missing if now.scale is None else now.scale,
-            *numbers, now.step, now.seed, now.stream, count, *map(float, now.betas), float(now.eps),
-            WRITE=now.storage, ON_DEVICE=on_device, SCALED=now.scale is not None, SKIPPABLE=now.skip is not None,
-            ROWS=ROWS, num_warps=4,
-        )  # fmt: skip
+        with on_device(parameter.device):
+            adamw_in_blocks_kernel[(-(-count // (BLOCK * ROWS)),)](
+                parameter, missing if now.compensation is None else now.compensation, grad, *now.first, *now.second,
+                missing if now.skip is None else now.skip, missing if now.scale is None else now.scale,
+                *numbers, now.step, now.seed, now.stream, count, *map(float, now.betas), float(now.eps),
+                WRITE=now.storage, ON_DEVICE=isinstance(now.size, Tensor), SCALED=now.scale is not None,
+                SKIPPABLE=now.skip is not None, ROWS=ROWS, num_warps=4,
+            )  # fmt: skip
 
 
 def adamw_of_many(now: ManyAdamW) -> None:
@@ -40,8 +41,9 @@ def adamw_of_many(now: ManyAdamW) -> None:
     table = now.table
     numbers = [x if isinstance(x, Tensor) else float(x) for x in (now.decay, now.size, now.root)]
     missing = table.lines  # a pointer that is not read
-    adamw_of_many_kernel[(table.programs,)](
-        table.lines, table.owners, table.grads, missing if now.skip is None else now.skip,
-        missing if now.scale is None else now.scale, *numbers, now.step, now.seed, *map(float, now.betas),
-        float(now.eps), ON_DEVICE=isinstance(now.size, Tensor), ROWS=ROWS, num_warps=4, **constants(now),
-    )  # fmt: skip
+    with on_device(table.lines.device):
+        adamw_of_many_kernel[(table.programs,)](
+            table.lines, table.owners, table.grads, missing if now.skip is None else now.skip,
+            missing if now.scale is None else now.scale, *numbers, now.step, now.seed, *map(float, now.betas),
+            float(now.eps), ON_DEVICE=isinstance(now.size, Tensor), ROWS=ROWS, num_warps=4, **constants(now),
+        )  # fmt: skip

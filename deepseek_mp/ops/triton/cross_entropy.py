@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.ops.triton.cross_entropy_kernel import cross_entropy_kernel
+from deepseek_mp.ops.triton.current_device import on_device
 
 BLOCK = 4096
 
@@ -18,7 +19,7 @@ def cross_entropy_rows(
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         sizes = {"GRADIENT": factors is not None, "BLOCKS": -(-classes // BLOCK), "BLOCK": BLOCK}
-        with torch.cuda.device(logits.device):  # of a model on several devices, it may be on another than the current
+        with on_device(logits.device):
             cross_entropy_kernel[(rows,)](
                 logits, labels, losses if factors is None else factors, losses, classes, logits.stride(0),
                 float(smoothing), **sizes, num_warps=8,

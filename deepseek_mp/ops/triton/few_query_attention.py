@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.few_query_attention_kernel import combine_kernel, one_row_kernel, rows_kernel
-from deepseek_mp.ops.triton.packing import on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK_VALUES = 8192

@@ -10,12 +10,21 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-3.4e38)
+"""Nearly that of fp32."""
 
 
 @triton.jit
 def _shift(top):
     """What is subtracted before the exponential: the largest score, 0 where nothing was seen."""
     return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _for_powers_of_two(added):
+    """What a mask adds, times log2(e). A model may hide keys by the least number, which must not become infinite."""
+    found = added * LOG2_E
+    return tl.where(found == float("-inf"), LEAST, found)
 
 
 @triton.jit
@@ -57,7 +66,7 @@ def one_row_kernel(
         values = tl.load(v + place[:, None] * VL + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0.0)
         scores = tl.sum(keys.to(tl.float32) * query[None, :], axis=1)
         if MASK == "added":
-            scores += added * LOG2_E
+            scores += _for_powers_of_two(added)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, scores)
         kept = tl.exp2(top - _shift(higher))
@@ -134,7 +143,7 @@ def rows_kernel(
         values = tl.load(v + place[:, None] * VL + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0)
         scores = tl.dot(query, keys) * factor
         if MASK == "added":
-            scores += added * LOG2_E
+            scores += _for_powers_of_two(added)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         kept = tl.exp2(top - _shift(higher))

@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.int4_kernel import int4_matrix_kernel, int4_vector_kernel
-from deepseek_mp.ops.triton.packing import on_device
 from deepseek_mp.ops.triton.weight_only import DTYPES, Tiling
 
 _CHANNELS = 8

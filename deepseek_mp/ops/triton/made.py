@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deepseek_mp.ops.operands import Cast, Operands, cast_of_value, empty_operands
 from deepseek_mp.ops.sources import SOURCES
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.made_kernel import (
     cast_gate_grads_kernel,
     cast_made_kernel,
@@ -31,10 +32,11 @@ def quantise_made_delayed(inputs: Sequence[Tensor], source: str, top: Tensor, am
     x = inputs[0]
     own = x.new_zeros((), dtype=torch.float32)
     if x.numel():
-        unknown_made_amax_kernel[_amax_grid(x)](
-            *_arguments(inputs, source), own, top, x.numel(), **_source_constants(source), PTX=_ptx(),
-            BLOCK=AMAX_BLOCK, num_warps=8,
-        )  # fmt: skip
+        with on_device(x.device):
+            unknown_made_amax_kernel[_amax_grid(x)](
+                *_arguments(inputs, source), own, top, x.numel(), **_source_constants(source), PTX=_ptx(),
+                BLOCK=AMAX_BLOCK, num_warps=8,
+            )  # fmt: skip
     return _cast_made(inputs, source, (own, top, amax), cast, "delayed")
 
 
@@ -60,10 +62,11 @@ def quantise_gate_grads_delayed(
     x_top, up_top, value_top = tops
     known = x_top, up_top, own if value_top is None else value_top
     if x.numel():
-        unknown_gate_amax_kernel[_amax_grid(x)](
-            *inputs, own, *known, x.numel(), ACTIVATION=activation, VALUE=value_format is not None, PTX=_ptx(),
-            BLOCK=AMAX_BLOCK, num_warps=8,
-        )  # fmt: skip
+        with on_device(x.device):
+            unknown_gate_amax_kernel[_amax_grid(x)](
+                *inputs, own, *known, x.numel(), ACTIVATION=activation, VALUE=value_format is not None, PTX=_ptx(),
+                BLOCK=AMAX_BLOCK, num_warps=8,
+            )  # fmt: skip
     return _cast_gate_grads(inputs, activation, own, known, maxima, cast, kind="delayed", value_format=value_format)
 
 
@@ -73,10 +76,11 @@ def _cast_made(inputs: Sequence[Tensor], source: str, maxima: _Three, cast: Cast
     made = empty_operands(x, cast)
     across, down, padded = tiles_of(x, cast)
     if across * down:
-        cast_made_kernel[(across, down)](
-            *_arguments(inputs, source), *maxima, *bytes_and_words(made), *x.shape, padded,
-            **_source_constants(source), **cast_constants(cast, kind), **_registers(kind),
-        )  # fmt: skip
+        with on_device(x.device):
+            cast_made_kernel[(across, down)](
+                *_arguments(inputs, source), *maxima, *bytes_and_words(made), *x.shape, padded,
+                **_source_constants(source), **cast_constants(cast, kind), **_registers(kind),
+            )  # fmt: skip
     return made
 
 
@@ -98,12 +102,13 @@ def _cast_gate_grads(
     across, down, padded = tiles_of(x, cast)
     if across * down:
         of_value = cast_constants(value_cast, kind)
-        cast_gate_grads_kernel[((2 + value_cast.columns) * across, down)](
-            *inputs, own, tops[0], maxima[0], *bytes_and_words(of_x), tops[1], maxima[1], *bytes_and_words(of_up),
-            tops[2], *bytes_and_words(value)[2:], *x.shape, padded,
-            ACTIVATION=activation, VALUE_FORMAT=of_value["FORMAT"] if value_cast.columns else None,
-            VALUE_LARGEST=of_value["LARGEST"], **cast_constants(cast, kind), **_registers(kind),
-        )  # fmt: skip
+        with on_device(x.device):
+            cast_gate_grads_kernel[((2 + value_cast.columns) * across, down)](
+                *inputs, own, tops[0], maxima[0], *bytes_and_words(of_x), tops[1], maxima[1], *bytes_and_words(of_up),
+                tops[2], *bytes_and_words(value)[2:], *x.shape, padded,
+                ACTIVATION=activation, VALUE_FORMAT=of_value["FORMAT"] if value_cast.columns else None,
+                VALUE_LARGEST=of_value["LARGEST"], **cast_constants(cast, kind), **_registers(kind),
+            )  # fmt: skip
     return *of_x, *of_up, *value[2:]
 
 

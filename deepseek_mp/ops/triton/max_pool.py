@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deepseek_mp.errors import ShapeError, explain
 from deepseek_mp.ops.pool_window import Pair, PoolWindow, channels_last
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.max_pool_kernel import max_pool_backward_kernel, max_pool_kernel
-from deepseek_mp.ops.triton.packing import on_device
 
 WARPS = 4
 _LANES = 32

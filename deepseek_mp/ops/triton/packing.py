@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.packing_kernel import pack_bits_kernel, unpack_bits_kernel, unpack_groups_kernel
 
 VALUES = 4096
@@ -47,9 +46,3 @@ def unpack_bits(packed: Tensor, count: int, dtype: torch.dtype, one: Tensor | No
             HAS_ONE=one is not None, BLOCK=VALUES // 8, num_warps=WARPS,
         )  # fmt: skip
     return out
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the device the current one: of a model on several, a tensor may be on another."""
-    here = device.type == "cpu" or device.index == torch.cuda.current_device()  # a CPU interprets the kernels
-    return nullcontext() if here else torch.cuda.device(device)

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.layouts import PAIRS
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.product_kernel import product_kernel
 
 
@@ -63,14 +64,15 @@ def product(
     tiling = TILINGS.get(pair, Tiling())
     tiles = -(-outer // tiling.a) * -(-inner // tiling.b)
     if tiles:
-        product_kernel[(min(tiles, tiling.per_processor * _processors(left.device)),)](
-            TensorDescriptor.from_tensor(left, [tiling.a, tiling.c]), left_scale,
-            TensorDescriptor.from_tensor(right, [tiling.b, tiling.c]), right_scale,
-            bias, TensorDescriptor.from_tensor(out, [tiling.a, tiling.b]), outer, inner, contraction,
-            LEFT=pair[0], RIGHT=pair[1], HAS_BIAS=bias is not None,
-            BLOCK_A=tiling.a, BLOCK_B=tiling.b, BLOCK_C=tiling.c, GROUP=tiling.group,
-            SCALES_AHEAD=tiling.scales_ahead, num_warps=tiling.warps, num_stages=tiling.stages,
-        )  # fmt: skip
+        with on_device(left.device):
+            product_kernel[(min(tiles, tiling.per_processor * _processors(left.device)),)](
+                TensorDescriptor.from_tensor(left, [tiling.a, tiling.c]), left_scale,
+                TensorDescriptor.from_tensor(right, [tiling.b, tiling.c]), right_scale,
+                bias, TensorDescriptor.from_tensor(out, [tiling.a, tiling.b]), outer, inner, contraction,
+                LEFT=pair[0], RIGHT=pair[1], HAS_BIAS=bias is not None,
+                BLOCK_A=tiling.a, BLOCK_B=tiling.b, BLOCK_C=tiling.c, GROUP=tiling.group,
+                SCALES_AHEAD=tiling.scales_ahead, num_warps=tiling.warps, num_stages=tiling.stages,
+            )  # fmt: skip
     return out
 
 

@@ -16,6 +16,7 @@ from deepseek_mp.ops.layouts import padded_rows
 from deepseek_mp.ops.operands import Cast, Operands, empty_operands
 from deepseek_mp.ops.triton.amax_kernel import matrix_amax_kernel, tensor_amax_kernel, unknown_amax_kernel
 from deepseek_mp.ops.triton.cast_kernel import TILE, cast_kernel
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.pair_kernel import cast_pairs_kernel
 from deepseek_mp.precision import find_format
 
@@ -51,7 +52,8 @@ def quantise_delayed(x: Tensor, top: Tensor, amax: Tensor, cast: Cast) -> Operan
     own = x.new_zeros((), dtype=torch.float32)
     if x.numel():
         grid = (-(-x.numel() // AMAX_BLOCK),)
-        unknown_amax_kernel[grid](x, own, top, x.numel(), BLOCK=AMAX_BLOCK, num_warps=8)
+        with on_device(x.device):
+            unknown_amax_kernel[grid](x, own, top, x.numel(), BLOCK=AMAX_BLOCK, num_warps=8)
     return _cast(x, (own, own, top, amax), cast, "delayed")
 
 
@@ -66,10 +68,11 @@ def _cast(
     made = empty_operands(x, cast)
     across, down, padded = tiles_of(x, cast)
     if down:
-        cast_kernel[(across, down)](
-            x, x if seed is None else seed, *maxima, *bytes_and_words(made), *x.shape, padded,
-            **cast_constants(cast, kind) | _rounding_constants(cast, stochastic=seed is not None),
-        )  # fmt: skip
+        with on_device(x.device):
+            cast_kernel[(across, down)](
+                x, x if seed is None else seed, *maxima, *bytes_and_words(made), *x.shape, padded,
+                **cast_constants(cast, kind) | _rounding_constants(cast, stochastic=seed is not None),
+            )  # fmt: skip
     return made
 
 
@@ -85,11 +88,12 @@ def _cast_pairs(x: Tensor, cast: Cast) -> Operands:
     q, s, qt, st = made
     target = find_format(cast.format)
     if across * down and (cast.rows or cast.columns):
-        cast_pairs_kernel[((cast.rows + cast.columns) * across, down)](
-            x.view(torch.int32), q.view(torch.int16), s, qt.view(torch.int32), st, *x.shape, padded,
-            FORMAT=_TRITON_FORMATS[target.name], LARGEST=target.max, POWER_OF_TWO=cast.power_of_two,
-            ROWS=cast.rows, COLUMNS=cast.columns, num_warps=PAIR_WARPS,
-        )  # fmt: skip
+        with on_device(x.device):
+            cast_pairs_kernel[((cast.rows + cast.columns) * across, down)](
+                x.view(torch.int32), q.view(torch.int16), s, qt.view(torch.int32), st, *x.shape, padded,
+                FORMAT=_TRITON_FORMATS[target.name], LARGEST=target.max, POWER_OF_TWO=cast.power_of_two,
+                ROWS=cast.rows, COLUMNS=cast.columns, num_warps=PAIR_WARPS,
+            )  # fmt: skip
     return made
 
 
@@ -128,7 +132,8 @@ def _amax(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     if cast.granularity == "tensor":
         amax = x.new_zeros((), dtype=torch.float32)
         if x.numel():
-            tensor_amax_kernel[(-(-x.numel() // AMAX_BLOCK),)](x, amax, x.numel(), BLOCK=AMAX_BLOCK, num_warps=8)
+            with on_device(x.device):
+                tensor_amax_kernel[(-(-x.numel() // AMAX_BLOCK),)](x, amax, x.numel(), BLOCK=AMAX_BLOCK, num_warps=8)
         return amax, amax
     if cast.granularity != "row":
         return x, x
@@ -136,8 +141,9 @@ def _amax(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     padded = padded_rows(count, cast.granularity)
     both = x.new_zeros(padded + width, dtype=torch.float32)
     if count:
-        matrix_amax_kernel[(-(-width // TILE), -(-count // TILE))](
-            x, both, both[padded:], count, width,
-            ROWS=cast.rows, COLUMNS=cast.columns, BLOCK_M=TILE, BLOCK_K=TILE, num_warps=8,
-        )  # fmt: skip
+        with on_device(x.device):
+            matrix_amax_kernel[(-(-width // TILE), -(-count // TILE))](
+                x, both, both[padded:], count, width,
+                ROWS=cast.rows, COLUMNS=cast.columns, BLOCK_M=TILE, BLOCK_K=TILE, num_warps=8,
+            )  # fmt: skip
     return both, both[padded:]

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from deepseek_mp.ops.layouts import padded_rows
-from deepseek_mp.ops.triton.packing import on_device
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.row_cast_kernel import row_cast_kernel
 from deepseek_mp.precision import find_format
 

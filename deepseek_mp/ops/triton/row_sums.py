@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.row_sums_kernel import row_sums_kernel
 
 FIELDS = 11
@@ -23,6 +24,6 @@ def row_sums(x: Tensor, rounded: Tensor) -> Tensor:
     if out.numel():
         width = x.shape[1]
         sizes = {"FIELDS": FIELDS, "BLOCKS": -(-width // BLOCK), "BLOCK": BLOCK}
-        with torch.cuda.device(x.device):  # of a model on several devices, a tensor may be on another than the current
+        with on_device(x.device):
             row_sums_kernel[(x.shape[0], len(ways))](x, ways, out, width, *x.stride(), ways.stride(0), **sizes)
     return out if rounded.dim() > x.dim() else out[0]

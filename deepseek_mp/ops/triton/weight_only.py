@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.ops.triton.packing import on_device
+from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.weight_only_kernel import matrix_kernel, vector_kernel
 
 DTYPES = (torch.bfloat16, torch.float16)

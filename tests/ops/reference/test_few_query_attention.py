@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import CASES, MASKS, Case, exact, mask_of, operands
+from attention_cases import CASES, MASKS, Case, exact, least_mask, mask_of, operands
 from torch.nn import functional as F
 
 from deepseek_mp.ops.few_query_attention import few_query_attention
@@ -32,6 +32,20 @@ def test_a_query_that_sees_nothing_gets_what_pytorch_gives_it():
         expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None])
         assert torch.equal(found, expected)
         assert torch.equal(found, torch.zeros_like(found))
+
+
+def test_a_query_that_nearly_sees_nothing_gets_the_mean():
+    """Some models hide keys by the least number of their dtype instead of infinity."""
+    query, key, value = operands(Case(), torch.float32)
+    found = few_query_attention(query, key, value, least_mask(300), 0.1, implementation="reference")
+    torch.testing.assert_close(found, value.mean(2, keepdim=True))
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 1, 300), (2, 0, 300), (2, 1, 0), (0, 0, 0)])
+def test_nothing_at_all(batch, queries, keys):
+    query, key, value = operands(Case(batch=batch, queries=queries, keys=keys), torch.float32)
+    found = few_query_attention(query, key, value, None, 0.1, implementation="reference")
+    assert torch.equal(found, torch.zeros(batch, 2, queries, 64))
 
 
 def test_what_is_not_finite_stays_where_it_is():

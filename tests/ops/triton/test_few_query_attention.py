@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from attention_cases import CASES, MASKS, Case, exact, mask_of, operands
+from attention_cases import CASES, MASKS, Case, exact, least_mask, mask_of, operands
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.ops.few_query_attention import few_query_attention
@@ -65,6 +65,15 @@ def test_scores_of_any_size():
     for scale in (30.0, 1e-4, -0.5):
         agree(Case(keys=200), "heads", torch.float16, scale)
         agree(Case(keys=200, queries=3), "heads", torch.float16, scale)
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_a_query_that_nearly_sees_nothing_gets_the_mean(queries):
+    """Some models hide keys by the least number of their dtype instead of infinity."""
+    query, key, value = operands(Case(queries=queries), torch.float16, DEVICE)
+    found = few_query_attention(query, key, value, least_mask(300, DEVICE), 0.2, implementation="triton")
+    mean = value.float().mean(2, keepdim=True).expand_as(found)
+    torch.testing.assert_close(found.float(), mean, rtol=2**-10, atol=2**-10)
 
 
 @pytest.mark.parametrize("alike", [True, False])
