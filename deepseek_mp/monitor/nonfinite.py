@@ -26,6 +26,8 @@ from deepseek_mp.nn.nested import numbers, tensors
 from deepseek_mp.ops.own_work import own_work
 
 _FORWARD, _BACKWARD = range(len(PHASES))
+PIECE = 1 << 24
+"""Values that are looked at together."""
 
 
 class NonFiniteWatch:
@@ -133,8 +135,16 @@ class NonFiniteWatch:
         version = tensor._version  # noqa: SLF001 - there is no public one
         if known is not None and known[0]() is tensor and known[1] == version:
             return known[2]
-        values = peeked(tensor)
         # The difference is zero for what is finite, and NaN for the rest.
-        found = (values - values).count_nonzero().to(self._store.device, torch.float32, non_blocking=True)
+        counts = [(piece - piece).count_nonzero() for piece in _pieces(peeked(tensor))]
+        found = sum(counts[1:], counts[0]).to(self._store.device, torch.float32, non_blocking=True)
         self._seen[id(tensor)] = (weakref.ref(tensor), version, found)
         return found
+
+
+def _pieces(values: Tensor) -> tuple[Tensor, ...]:
+    """All values, in views of so many that what is computed of one takes little memory: scores may be most of it."""
+    if values.numel() <= PIECE:
+        return (values,)
+    longest = max(range(values.dim()), key=lambda dim: values.shape[dim])
+    return torch.split(values, max(1, PIECE * values.shape[longest] // values.numel()), longest)

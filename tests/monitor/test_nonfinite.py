@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deepseek_mp.costs.memory import peak_during
+from deepseek_mp.monitor import nonfinite
 from deepseek_mp.monitor.module_calls import ModuleCalls
 from deepseek_mp.monitor.nonfinite import NonFiniteWatch
 from deepseek_mp.monitor.store import PHASES, SEEN, Layout, Store
@@ -224,3 +226,17 @@ def test_the_first_ever_stays_and_the_latest_is_that_of_the_step() -> None:
         assert store.parts.origin[1].tolist() == latest
     assert store.parts.origin[0].tolist() == [2.0, 2.0, 0.0]
     assert store.parts.produced[:, 0].tolist() == [0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "numbers"])
+def test_large_tensors_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Scores of a vocabulary may be most of a step's memory, and a copy of them would not fit beside."""
+    monkeypatch.setattr(nonfinite, "PIECE", 1000)
+    values = torch.randn(300, 100) if layout != "numbers" else torch.randn(30_000)
+    values.view(-1)[torch.tensor([0, 12_345, 29_999])] = float("nan")
+    values = values.t() if layout == "columns" else values
+    watch = NonFiniteWatch(Store(Layout(units=0, ways=1, modules=0), torch.device("cpu"), 0.5), {}, 7)
+    assert watch._count(values) == 3
+    peak = peak_during(lambda: watch._count(values.clone()), torch.device("cpu"), resident=())
+    assert peak is not None
+    assert peak < 1.5 * values.nbytes

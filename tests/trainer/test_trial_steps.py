@@ -28,6 +28,14 @@ def test_a_call_goes_through_or_runs_out_of_memory_and_other_errors_are_the_call
         goes_through(lambda: (_ for _ in ()).throw(RuntimeError("mine")), CPU)
 
 
+def test_what_pytorch_has_lost_in_a_backward_did_not_go_through() -> None:
+    """A checkpointed part that runs out of memory ends so; another `SystemError` is the caller's."""
+    lost = SystemError("<built-in method run_backward of ...> returned NULL without setting an exception")
+    assert not goes_through(lambda: (_ for _ in ()).throw(lost), CPU)
+    with pytest.raises(SystemError, match="bad argument"):
+        goes_through(lambda: (_ for _ in ()).throw(SystemError("bad argument to internal function")), CPU)
+
+
 def test_a_batch_that_is_too_large_is_halved_until_the_call_goes_through() -> None:
     sizes: list[int] = []
 

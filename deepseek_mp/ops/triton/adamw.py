@@ -1,6 +1,7 @@
 """An AdamW step with moments in 8-bit blocks by a Triton kernel, which reads and writes everything once.
 
-One kernel steps one parameter, the other all parameters of a table, bit by bit alike.
+One kernel steps one parameter, the other all parameters of a table, bit by bit alike: both are compiled without
+contracting products and sums, which a compiler does in one kernel this way and in another that way.
 
 The numbers are those of `optim.adamw` in plain PyTorch, but for the last bit: a compiler may contract a product and a
 sum, so a code may differ by one, rarely. Bits of rounding are checked on a GPU only; Triton's interpreter has checked
@@ -33,6 +34,7 @@ def adamw_in_blocks(parameter: Tensor, grad: Tensor, now: AdamWStep) -> None:
                 *numbers, now.step, now.seed, now.stream, count, *map(float, now.betas), float(now.eps),
                 WRITE=now.storage, ON_DEVICE=isinstance(now.size, Tensor), SCALED=now.scale is not None,
                 SKIPPABLE=now.skip is not None, ROWS=ROWS, num_warps=4,
+                enable_fp_fusion=False,
             )  # fmt: skip
 
 
@@ -45,5 +47,6 @@ def adamw_of_many(now: ManyAdamW) -> None:
         adamw_of_many_kernel[(table.programs,)](
             table.lines, table.owners, table.grads, missing if now.skip is None else now.skip,
             missing if now.scale is None else now.scale, *numbers, now.step, now.seed, *map(float, now.betas),
-            float(now.eps), ON_DEVICE=isinstance(now.size, Tensor), ROWS=ROWS, num_warps=4, **constants(now),
+            float(now.eps), ON_DEVICE=isinstance(now.size, Tensor), ROWS=ROWS, num_warps=4,
+            enable_fp_fusion=False, **constants(now),
         )  # fmt: skip

@@ -1,9 +1,10 @@
 """A step of SGD with its momentum in 8-bit blocks by a Triton kernel, which reads and writes everything once.
 
-One kernel steps one parameter, the other all parameters of a table, bit by bit alike.
+One kernel steps one parameter, the other all parameters of a table, bit by bit alike: both are compiled without
+contracting products and sums, which a compiler does in one kernel this way and in another that way.
 
-The numbers are those of `optim.sgd` in plain PyTorch, but for the last bit: a compiler may contract a product and a
-sum.
+The numbers are those of `optim.sgd` in plain PyTorch, but for the last bit: PyTorch contracts some products and
+sums.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def sgd_in_blocks(parameter: Tensor, grad: Tensor, now: MomentumStep) -> None:
                 *numbers, now.step, now.seed, now.stream, count, float(now.momentum), float(now.weight_decay),
                 WRITE=now.storage, NESTEROV=now.nesterov, ON_DEVICE=isinstance(now.rate, Tensor),
                 SCALED=now.scale is not None, SKIPPABLE=now.skip is not None, ROWS=ROWS, num_warps=4,
+                enable_fp_fusion=False,
             )  # fmt: skip
 
 
@@ -44,5 +46,6 @@ def sgd_of_many(now: ManyMomentum) -> None:
             table.lines, table.owners, table.grads, missing if now.skip is None else now.skip,
             missing if now.scale is None else now.scale, *numbers, now.step, now.seed, float(now.momentum),
             float(now.weight_decay), NESTEROV=now.nesterov, ON_DEVICE=isinstance(now.rate, Tensor), ROWS=ROWS,
-            num_warps=4, **constants(now),
+            num_warps=4,
+            enable_fp_fusion=False, **constants(now),
         )  # fmt: skip
