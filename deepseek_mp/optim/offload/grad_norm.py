@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from deepseek_mp.optim.offload.crew import Crew
-
 SAMPLES = 64
 """Values of a gradient that are looked at again: some write without PyTorch counting it, as `GradScaler.unscale_`."""
+LEAST = 1 << 16
+"""Values from which on several threads take a norm."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Landed:
     """A gradient as it landed."""
 
     norms: Sequence[Tensor]
-    """Of its blocks, [] each."""
+    """Of its blocks, [n] each."""
     gradient: Tensor
     version: int
     sample: Tensor
@@ -42,15 +42,27 @@ def sample(gradient: Tensor) -> Tensor:
     return flat[:: -(-flat.numel() // SAMPLES) or 1].clone()
 
 
-def total_norm(grads: Sequence[Tensor], crew: Crew) -> Tensor:
+def norms_of(values: Tensor, threads: int) -> Tensor:
+    """[n]: L2 norms of parts of a flat tensor. PyTorch takes one core for the norm of a part, and one for each part."""
+    if threads == 1 or values.numel() < LEAST:
+        norm: Tensor = torch.linalg.vector_norm(values).view(1)
+        return norm
+    length = values.numel() // threads
+    even = torch.linalg.vector_norm(values[: length * threads].view(threads, length), dim=1)
+    return torch.cat([even, torch.linalg.vector_norm(values[length * threads :]).view(1)])
+
+
+def total_norm(grads: Sequence[Tensor], threads: int) -> Tensor:
     """`torch.nn.utils.get_total_norm` to the bit. It takes one core for all tensors; here each thread takes some."""
-    if crew.threads == 1 or any(grad.device.type != "cpu" or grad.dtype is not torch.float32 for grad in grads):
+    if threads == 1 or any(grad.device.type != "cpu" or grad.dtype is not torch.float32 for grad in grads):
         return get_total_norm(grads)
-    found = [torch.empty(())] * len(grads)
-
-    def take(place: int) -> None:
-        found[place] = torch.linalg.vector_norm(grads[place], 2.0)
-
-    crew.run([partial(take, place) for place in range(len(grads))])
+    with ThreadPoolExecutor(min(threads, len(grads))) as pool:
+        found = list(pool.map(_norm, grads))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(found), 2.0)
+    return norm
+
+
+@torch.no_grad()
+def _norm(grad: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(grad, 2.0)
     return norm

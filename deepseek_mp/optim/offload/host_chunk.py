@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.arena import Arena, HostMemory, Scratch
 from deepseek_mp.optim.offload.crew import Crew, Job
-from deepseek_mp.optim.offload.grad_norm import Landed
+from deepseek_mp.optim.offload.grad_norm import Landed, norms_of
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.master_weights import Pair
 from deepseek_mp.optim.offload.verdict import Scaling
@@ -101,10 +101,9 @@ class Piece:
         else:  # widened first: PyTorch adds mixed formats on a CPU much more slowly
             total.add_(scratch.of(wire.numel()).copy_(wire))
 
-    def norm(self, gradient: Tensor) -> Tensor:
-        """[]: L2 norm of these values of the slot's gradient."""
-        norm: Tensor = torch.linalg.vector_norm(self.of(gradient))
-        return norm
+    def norms(self, gradient: Tensor, threads: int) -> Tensor:
+        """[n]: L2 norms of parts of these values of the slot's gradient."""
+        return norms_of(self.of(gradient), threads)
 
     def keep(self) -> None:
         """Copy what a step will change."""
@@ -231,7 +230,7 @@ class HostChunk:
                 if piece.slot.pending:
                     piece.add(self._scratch, first=piece.slot in first)
                     if measure:
-                        norms[piece] = piece.norm(piece.slot.total)
+                        norms[piece] = piece.norms(piece.slot.total, self._crew.width)
 
         self._crew.run([partial(add, block) for block in self._blocks] if arrived else [])
         for slot in arrived:
@@ -242,14 +241,14 @@ class HostChunk:
                 self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
 
     def norms(self) -> list[Tensor]:
-        """L2 norms, [] each, of parts that are all of the gradients; those that were taken when they landed."""
+        """L2 norms, [n] each, of parts that are all of the gradients; those that were taken when they landed."""
         gradients = self.gradients()
         known = {slot: self._landed[slot] for slot, own in gradients.items() if self._is_as_landed(slot, own)}
         others = [piece for slot in gradients if slot not in known for piece in self._pieces[slot]]
         found: dict[Piece, Tensor] = {}
 
         def take(piece: Piece) -> None:
-            found[piece] = piece.norm(gradients[piece.slot])
+            found[piece] = piece.norms(gradients[piece.slot], self._crew.width)
 
         self._crew.run([partial(take, piece) for piece in others])
         return [norm for landed in known.values() for norm in landed.norms] + [found[piece] for piece in others]

@@ -460,10 +460,10 @@ class OffloadedOptimizer(Optimizer):
     def _norm(self) -> Tensor:
         """Of all gradients, as they stand in the masters."""
         if self.settings.max_grad_norm is not None:
-            return total_norm(self._gradients(), self._crew)
+            return total_norm(self._gradients(), self._crew.threads)
         on_device = [pair.master.grad for pair in self._device_part.pairs if pair.master.grad is not None]
         found = [norm for chunk in self._chunks for norm in chunk.norms()]
-        return l2_norm_of(torch.stack([*found, *([l2_norm(on_device).to("cpu")] if on_device else [])]))
+        return l2_norm_of(torch.cat([*found, *([l2_norm(on_device).to("cpu").view(1)] if on_device else [])]))
 
     def _gradients(self) -> list[Tensor]:
         found = [parameter.grad for group in self.param_groups for parameter in group["params"]]
