@@ -1,0 +1,53 @@
+"""Weights of linear layers in fewer bits, laid beside each other in memory where layers may read the same input.
+
+Compiled code joins such layers to one product (`nn.graph_linear`), which reads their weights as one. Which layers do
+read the same input is seen there; here those are laid together that could: layers of one parent, of one kind and width,
+all with a bias or all without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from deepseek_mp.inference.quantised_linear import QuantisedLinear
+from deepseek_mp.ops.adjacent import laid_out
+
+_CHANNELS = 16
+"""Channels are a multiple of it, so that every part starts at whole 16 bytes, as kernels want it."""
+
+
+def lay_beside(model: nn.Module) -> None:
+    """Move the weights in place: values, shapes and names stay, and so do the parameters as objects."""
+    done: set[int] = set()
+    for parent in model.modules():
+        if isinstance(parent, nn.Sequential):  # where each reads what the one before gave
+            continue
+        found: dict[object, list[QuantisedLinear]] = {}
+        for layer in _layers(parent):
+            if id(layer) not in done and layer.out_features % _CHANNELS == 0:
+                done.add(id(layer))
+                found.setdefault(_what(layer), []).append(layer)
+        for group in found.values():
+            if len(group) > 1 and group[0].channel_dims():
+                _lay(group)
+
+
+def _layers(parent: nn.Module) -> Iterator[QuantisedLinear]:
+    return (child for child in parent.children() if isinstance(child, QuantisedLinear))
+
+
+def _what(layer: QuantisedLinear) -> object:
+    """What layers have to have in common."""
+    bias = None if layer.bias is None else layer.bias.dtype
+    return layer.kind, layer.implementation, layer.in_features, layer.dtype, layer.q.device, bias
+
+
+def _lay(group: list[QuantisedLinear]) -> None:
+    for name, dim in group[0].channel_dims().items():
+        for layer, part in zip(group, laid_out([getattr(layer, name) for layer in group], dim), strict=True):
+            setattr(layer, name, part)
+    biases = [layer.bias for layer in group if layer.bias is not None]
+    for bias, part in zip(biases, laid_out(biases, 0) if biases else [], strict=True):
+        bias.data = part
