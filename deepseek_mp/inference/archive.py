@@ -14,6 +14,7 @@ from torch.export.passes import move_to_device_pass
 
 from deepseek_mp.backends import capabilities, default_device, math_mode
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
+from deepseek_mp.inference.beside import lay_program_beside
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.compiling import compiled, compiler_for
 from deepseek_mp.inference.form import Form
@@ -162,6 +163,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         if place.type != "cpu":
             program = move_to_device_pass(program, place)
         adapt(program, place)
+        lay_program_beside(program)
         return LoadedModel(program, signature, form, place, about)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]

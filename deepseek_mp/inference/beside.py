@@ -7,12 +7,14 @@ all with a bias or all without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
-from deepseek_mp.ops.adjacent import laid_out
+from deepseek_mp.nn.graph_products import same_input
+from deepseek_mp.ops.adjacent import laid_out, together
 
 _CHANNELS = 16
 """Channels are a multiple of it, so that every part starts at whole 16 bytes, as kernels want it."""
@@ -32,6 +34,31 @@ def lay_beside(model: nn.Module) -> None:
         for group in found.values():
             if len(group) > 1 and group[0].channel_dims():
                 _lay(group)
+
+
+def lie_beside(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the weights of the named layers of fewer bits lie beside each other, in this order."""
+    layers = [model.get_submodule(name) for name in names]
+    assert isinstance(layers[0], QuantisedLinear)
+    dims = {**layers[0].channel_dims(), **({} if layers[0].bias is None else {"bias": 0})}
+    return all(together([getattr(layer, name) for layer in layers], dim) is not None for name, dim in dims.items())
+
+
+def lay_program_beside(program: ExportedProgram) -> None:
+    """The same in a program from a file, on its device, whose graph says which layers do read the same input."""
+    signature, state = program.graph_signature, program.state_dict
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    done: set[str] = set()
+    for group in same_input(program.graph):
+        for part, dim in group[0].parts.items():
+            stored = [names.get(product.given[part].name, "") for product in group]
+            if len(set(stored)) < 2 or not state.keys() >= set(stored) or done & set(stored):
+                continue
+            done.update(stored)
+            tensors = [state[name] for name in stored]
+            if together(tensors, dim) is None and not any(tensor.shape[dim] % _CHANNELS for tensor in tensors):
+                for tensor, own in zip(tensors, laid_out(tensors, dim), strict=True):
+                    tensor.data = own
 
 
 def _layers(parent: nn.Module) -> Iterator[QuantisedLinear]:

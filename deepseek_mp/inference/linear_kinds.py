@@ -140,8 +140,8 @@ class Weights4:
         made = int4.unprepared(prepared["q"], prepared["scale"], prepared.get("zero"))
         return dict(zip(("q", "scale", "zero"), made, strict=True))
 
-    def channel_dims(self, _implementation: str) -> Mapping[str, int]:
-        return {}
+    def channel_dims(self, implementation: str) -> Mapping[str, int]:
+        return {} if implementation == "native" else {"q": 0, "scale": 1, "zero": 1}
 
     def linear(self, x: Tensor, prepared: Kept, bias: Tensor | None, implementation: str) -> Tensor:
         q, scale, zero = prepared["q"], prepared["scale"], prepared.get("zero")

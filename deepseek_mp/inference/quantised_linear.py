@@ -70,6 +70,7 @@ class QuantisedLinear(nn.Module):
     def portable(self) -> QuantisedLinear:
         """The same by the reference, with what it keeps in the form of all devices; it shares tensors where it can."""
         kept = self._kind.unprepared(self._prepared(), self.implementation)
+        kept = {name: tensor.contiguous() for name, tensor in kept.items()}  # it may lie beside another layer's
         return QuantisedLinear(kept, self.bias, self.kind, self.dtype, "reference").eval()
 
     def extra_repr(self) -> str:

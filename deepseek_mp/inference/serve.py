@@ -20,7 +20,7 @@ from deepseek_mp.costs.attributes import Attributes
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference import attention
 from deepseek_mp.inference.archive import save
-from deepseek_mp.inference.beside import lay_beside
+from deepseek_mp.inference.beside import lay_beside, lie_beside
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.compiling import Compiler, compiled, compiler_for
 from deepseek_mp.inference.form import FORMATS, INT8, Form
@@ -117,10 +117,14 @@ class Served(nn.Module):
         return 0 if self._graphed is None else self._graphed.bytes
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What moves or casts the weights makes recordings of them void."""
+        """What moves or casts the weights makes recordings of them void, and code that reads those of layers as one."""
+        joined = self.joined
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self._graphed is not None:
             self._graphed.forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if not all(lie_beside(self.model, group) for group in joined):
+            self._prepare()
+        return self
 
     @property
     def joined(self) -> tuple[tuple[str, ...], ...]:
