@@ -1,7 +1,7 @@
 """The compiler of served models: Inductor, on graphs in which attention and linear layers have been rewritten before.
 
 Attention of few queries becomes ours and masks are made such that PyTorch's kernels take them (`inference.attention`);
-linear layers of fewer bits that read the same input become one product (`nn.graph_linear`).
+linear layers of fewer bits that read the same input become one product (`nn.graph_linear`), or share its cast.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from deepseek_mp.inference import attention
 from deepseek_mp.inference.form import Form
 from deepseek_mp.nn.graph_linear import join_products
+from deepseek_mp.nn.graph_row_casts import share_row_casts
 from deepseek_mp.ops.native.fp8_linear import plain
 
 torch._dynamo.allow_in_graph(plain)  # noqa: SLF001 - one node until it has been joined; the compiler sees through it
@@ -38,6 +39,7 @@ class Compiler:
             attention.rewrite(graph)
         compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
         made = join_products(graph, inputs)
+        share_row_casts(graph if made is None else made.graph)
         if made is None:
             return compiler(graph, inputs)
         self._joined.update(dict.fromkeys(tuple(q.data_ptr() for q in group) for group in made.groups))

@@ -124,7 +124,8 @@ def _runs(group: list[Product], places: dict[fx.Node, int], inputs: Sequence[Any
         pairs = ([inputs[places[one.given[name]]] for one in (left, right)] for name in left.parts)
         return all(together(pair, dim) is not None for pair, dim in zip(pairs, left.parts.values(), strict=True))
 
-    ordered = sorted(group, key=lambda product: inputs[places[product.given["q"]]].data_ptr())
+    once = {product.given["q"]: product for product in reversed(group)}  # a layer that is called again stays apart
+    ordered = sorted(once.values(), key=lambda product: inputs[places[product.given["q"]]].data_ptr())
     cuts = [at for at, pair in enumerate(pairwise(ordered), 1) if not adjacent(*pair)]
     for start, end in pairwise([0, *cuts, len(ordered)]):
         if end - start > 1:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from deepseek_mp.ops import fp8_linear, int4_linear, weight_only  # noqa: F401 - they define the ops
-from deepseek_mp.ops.native.fp8_linear import plain
+from deepseek_mp.ops.native.fp8_linear import cast_product, plain, plain_row_cast
 
 ours, aten = torch.ops.deepseek_mp, torch.ops.aten
 
@@ -62,11 +62,12 @@ class Product:
         return {name: dim for name, dim in _PARTS[self.target].items() if self.given[name] is not None}
 
 
-def same_input(graph: fx.Graph) -> Iterator[list[Product]]:
-    """Products of one kind that read the same values, all with a bias or all without; also groups of one.
+def same_input(graph: fx.Graph, *, alike: bool = True) -> Iterator[list[Product]]:
+    """Products of one kind that read the same values, in the graph's order; also groups of one.
 
     Args:
         graph: as `torch.compile` gives it to a backend, or of an exported program.
+        alike: those of a group have a bias all or none of them.
     """
     inputs = set(graph.find_nodes(op="placeholder"))
     position = {node: at for at, node in enumerate(graph.nodes)}
@@ -77,7 +78,7 @@ def same_input(graph: fx.Graph) -> Iterator[list[Product]]:
         if product is None:
             continue
         others = tuple(value for name, value in product.given.items() if name not in (*_PARTS[product.target], "x"))
-        key = (_values(product.given["x"]), product.target, others, tuple(product.parts))
+        key = (_values(product.given["x"]), product.target, others, alike and tuple(product.parts))
         group = waiting.setdefault(key, [])
         since = min([product.since, *(one.since for one in group)])
         if group and any(since < at < product.at for at in writes):
@@ -134,7 +135,7 @@ def _may_write(node: fx.Node) -> bool:
 
 def _is_plain(function: Any) -> bool:
     """Whether it is a function of PyTorch or of Python that makes new tensors or views."""
-    if function is plain:
+    if function in (plain, plain_row_cast, cast_product):
         return True
     if not isinstance(function, (FunctionType, BuiltinFunctionType, MethodDescriptorType)):
         return False
