@@ -21,7 +21,10 @@ _CHANNELS = 16
 
 
 def lay_beside(model: nn.Module) -> None:
-    """Move the weights in place: values, shapes and names stay, and so do the parameters as objects."""
+    """Move the weights in place: values, shapes and names stay, and so do the parameters as objects.
+
+    Only what does not lie so yet is moved. What holds pointers to it, as recorded calls do, has to be made after this.
+    """
     done: set[int] = set()
     for parent in model.modules():
         if isinstance(parent, nn.Sequential):  # where each reads what the one before gave
@@ -73,8 +76,11 @@ def _what(layer: QuantisedLinear) -> object:
 
 def _lay(group: list[QuantisedLinear]) -> None:
     for name, dim in group[0].channel_dims().items():
-        for layer, part in zip(group, laid_out([getattr(layer, name) for layer in group], dim), strict=True):
-            setattr(layer, name, part)
+        parts = [getattr(layer, name) for layer in group]
+        if together(parts, dim) is None:
+            for layer, part in zip(group, laid_out(parts, dim), strict=True):
+                setattr(layer, name, part)
     biases = [layer.bias for layer in group if layer.bias is not None]
-    for bias, part in zip(biases, laid_out(biases, 0) if biases else [], strict=True):
-        bias.data = part
+    if biases and together(biases, 0) is None:
+        for bias, part in zip(biases, laid_out(biases, 0), strict=True):
+            bias.data = part

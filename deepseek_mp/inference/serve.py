@@ -101,6 +101,7 @@ class Served(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        lay_beside(self.model)  # Python copies parameters each on its own
         self._prepare()
 
     def train(self, mode: bool = True) -> Served:
