@@ -132,6 +132,28 @@ def test_files_hold_each_weight_once_and_are_laid_when_they_are_loaded(tmp_path)
     assert _follow(state, "model.q", "model.v")
 
 
+def test_files_of_models_whose_weights_lie_apart_are_laid_when_they_are_loaded(tmp_path):
+    served = Served(Llama(), FORM, CPU)
+    served.model._apply(torch.clone)
+    x = torch.randn(2, 256)
+    served.save(tmp_path / "model.pt2", (x,))
+    loaded = load(tmp_path / "model.pt2", CPU)
+    assert torch.equal(loaded(x), served(x))
+    state = loaded.graph.state_dict()
+    assert _follow(state, "model.gate", "model.up")
+    assert _follow(state, "model.q", "model.v")
+
+
+def test_what_is_saved_of_a_layer_is_contiguous():
+    model = nn.Module()
+    for name in ("a", "b"):
+        kept = KINDS["int4_weights"].keep(torch.randn(32, 256), name)
+        setattr(model, name, QuantisedLinear(kept, None, "int4_weights", torch.bfloat16, "reference"))
+    lay_beside(model)
+    assert not model.a.scale.is_contiguous()
+    assert all(part.is_contiguous() for part in model.a.portable().buffers())
+
+
 def test_programs_whose_weights_lie_apart_are_laid_by_what_their_graph_says():
     served = Served(Llama(), FORM, CPU)
     served.model._apply(torch.clone)

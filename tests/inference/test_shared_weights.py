@@ -80,10 +80,9 @@ def test_memory_of_layers_beside_each_other_is_not_kept_for_one_of_them():
     expected = both(x)
     bytes_of_a_layer = 512 * 256 + 4 * 512
     assert held(both) == 2 * bytes_of_a_layer
-    assert share_weights([one, both]) == [False, True]
+    third = Served(model, Form(format="bf16", linear="int8_weights"), CPU)
+    assert share_weights([one, both, third]) == [False, True, True]
     assert both.model.a.q.data_ptr() == one.model.a.q.data_ptr()
     assert held(one, both) == held(one) + bytes_of_a_layer
     assert torch.equal(both(x), expected)
-    third = Served(model, Form(format="bf16", linear="int8_weights"), CPU)
-    share_weights([one, both, third])
     assert held(one, both, third) == held(one, both)

@@ -72,10 +72,10 @@ def test_products_of_other_values_are_apart(name):
 
 def test_a_reshape_before_a_write_is_not_one_after_it():
     def function(x):
-        y = x * 1
-        before = y.t().reshape(-1, 64)
+        y = (x * 1).t()
+        before = y.reshape(-1, 64)  # a copy
         y.mul_(2)
-        after = y.t().reshape(-1, 64)
+        after = y.reshape(-1, 64)
         one = weight_only_linear(before, QA, SA, None, implementation="reference")
         return one + weight_only_linear(after, QB, SB, None, implementation="reference")
 
