@@ -1,4 +1,4 @@
-"""Layers of one input as one product on a GPU: near what they give apart, in the layers' own memory, in fewer launches."""
+"""Layers of one input as one product on a GPU: near what they give apart, in their own memory, in fewer launches."""
 
 from __future__ import annotations
 
