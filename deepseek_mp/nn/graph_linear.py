@@ -96,8 +96,8 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 def _copied(given: fx.GraphModule) -> fx.GraphModule:
     """With a graph of its own, since PyTorch looks at the inputs of the one that it gave when that is compiled."""
-    made = copy.copy(given)
-    made.graph = copy.deepcopy(given.graph)
+    made = fx.GraphModule(given, copy.deepcopy(given.graph))
+    made.meta = dict(given.meta)
     vars(made).update({name: value for name, value in vars(given).items() if name not in vars(made)})
     for old, new in zip(given.graph.nodes, made.graph.nodes, strict=True):
         if hasattr(old, _SOURCE):

@@ -196,5 +196,8 @@ def test_the_graph_that_was_given_stays_as_it_is():
     lay_beside(model)
     graph, given = captured(model, inputs(2))
     before = str(graph.graph)
-    assert join_products(graph, given) is not None
+    made = join_products(graph, given)
     assert str(graph.graph) == before
+    assert graph.graph.owning_module is graph
+    assert made.graph.meta == graph.meta
+    assert vars(graph).keys() <= vars(made.graph).keys()
