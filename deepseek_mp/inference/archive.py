@@ -14,8 +14,9 @@ from torch.export.passes import move_to_device_pass
 
 from deepseek_mp.backends import capabilities, default_device, math_mode
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
-from deepseek_mp.inference import attention
+from deepseek_mp.inference.beside import lay_program_beside
 from deepseek_mp.inference.card import Card
+from deepseek_mp.inference.compiling import compiled, compiler_for
 from deepseek_mp.inference.form import Form
 from deepseek_mp.inference.layer_errors import in_place
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
@@ -98,7 +99,7 @@ class LoadedModel(nn.Module):
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self.graph(args, kwargs)
 
-        return attention.compiled(with_own_code(run), self.device, self.form.format)
+        return compiled(with_own_code(run), compiler_for(self.device, self.form))
 
 
 def save(served: Served, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,)) -> None:
@@ -162,6 +163,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         if place.type != "cpu":
             program = move_to_device_pass(program, place)
         adapt(program, place)
+        lay_program_beside(program)
         return LoadedModel(program, signature, form, place, about)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]

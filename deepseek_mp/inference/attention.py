@@ -6,12 +6,11 @@ not recorded keeps PyTorch's: there the host's time counts, and it would need mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo  # so that its backends can be looked up before anything was compiled
-from torch import Tensor, fx
+from torch import fx
 
 from deepseek_mp.nn.attention_calls import FewQueryCalls
 from deepseek_mp.nn.graph_attention import replace_attention
@@ -25,10 +24,9 @@ _WIDTH = 64
 """Of a head, to ask whether a device has kernels at all."""
 
 
-def compiled(call: Call, device: torch.device, format: str) -> Any:
-    """The call compiled for a device and the format of its activations."""
-    own = device.type != "cpu" or _has_kernels(device, format)
-    return torch.compile(call, backend=inductor) if own else torch.compile(call)
+def is_rewritten(device: torch.device, format: str) -> bool:
+    """Whether compiled code has it, for a device and the format of activations."""
+    return device.type != "cpu" or _has_kernels(device, format)
 
 
 def recorded(call: Call, device: torch.device, format: str) -> Call:
@@ -43,14 +41,12 @@ def recorded(call: Call, device: torch.device, format: str) -> Call:
     return run
 
 
-def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """A backend for `torch.compile`: Inductor, after attention of few queries was replaced, and masks were repaired."""
+def rewrite(graph: fx.GraphModule) -> None:
+    """In place, a graph as `torch.compile` gives it to a backend: attention replaced, masks repaired."""
     replace_attention(graph, few_query_attention.fastest)
     for part in graph.modules():
         if isinstance(part, fx.GraphModule):
             repair_masks(part)
-    compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
-    return compiler(graph, inputs)
 
 
 def _has_kernels(device: torch.device, format: str) -> bool:

@@ -43,6 +43,9 @@ class LinearKind(Protocol):
     def unprepared(self, prepared: Kept, implementation: str) -> Kept:
         """What `prepared` was given."""
 
+    def channel_dims(self, implementation: str) -> Mapping[str, int]:
+        """Along which dimension the channels are in what it reads; empty if layers cannot be laid beside each other."""
+
     def linear(self, x: Tensor, prepared: Kept, bias: Tensor | None, implementation: str) -> Tensor:
         """[M, K] to [M, N]."""
 
@@ -69,6 +72,9 @@ class _ByChannel:
 
     def unprepared(self, prepared: Kept, _implementation: str) -> Kept:
         return prepared
+
+    def channel_dims(self, _implementation: str) -> Mapping[str, int]:
+        return {"q": 0, "scale": 0}
 
     def widened(self, kept: Kept) -> Tensor:
         return kept["q"].float() * kept["scale"][:, None]
@@ -133,6 +139,9 @@ class Weights4:
     def unprepared(self, prepared: Kept, _implementation: str) -> Kept:
         made = int4.unprepared(prepared["q"], prepared["scale"], prepared.get("zero"))
         return dict(zip(("q", "scale", "zero"), made, strict=True))
+
+    def channel_dims(self, implementation: str) -> Mapping[str, int]:
+        return {} if implementation == "native" else {"q": 0, "scale": 1, "zero": 1}
 
     def linear(self, x: Tensor, prepared: Kept, bias: Tensor | None, implementation: str) -> Tensor:
         q, scale, zero = prepared["q"], prepared["scale"], prepared.get("zero")

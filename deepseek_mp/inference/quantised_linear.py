@@ -63,9 +63,14 @@ class QuantisedLinear(nn.Module):
         out = self._kind.linear(rows, self._prepared(), self.bias, self.implementation)
         return out.view(*x.shape[:-1], self.out_features)
 
+    def channel_dims(self) -> Mapping[str, int]:
+        """By buffer, along which dimension its channels are; empty if it is in an order that cannot be cut by them."""
+        return self._kind.channel_dims(self.implementation)
+
     def portable(self) -> QuantisedLinear:
         """The same by the reference, with what it keeps in the form of all devices; it shares tensors where it can."""
         kept = self._kind.unprepared(self._prepared(), self.implementation)
+        kept = {name: tensor.contiguous() for name, tensor in kept.items()}  # it may lie beside another layer's
         return QuantisedLinear(kept, self.bias, self.kind, self.dtype, "reference").eval()
 
     def extra_repr(self) -> str:

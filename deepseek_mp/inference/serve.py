@@ -20,7 +20,9 @@ from deepseek_mp.costs.attributes import Attributes
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference import attention
 from deepseek_mp.inference.archive import save
+from deepseek_mp.inference.beside import lay_beside, lie_beside
 from deepseek_mp.inference.card import Card
+from deepseek_mp.inference.compiling import Compiler, compiled, compiler_for
 from deepseek_mp.inference.form import FORMATS, INT8, Form
 from deepseek_mp.inference.graphed import Graphed, kept_state
 from deepseek_mp.inference.onnx_export import export_onnx
@@ -53,6 +55,7 @@ class Served(nn.Module):
 
     model: nn.Module
     _plain: Any
+    _compiler: Compiler | None = None
     left_alone: dict[str, str]
     """Linear layers that a kind for all leaves as they are, by name, with the reason."""
     card: Card | None = None
@@ -81,7 +84,7 @@ class Served(nn.Module):
     def _prepare(self, like: Served | None = None) -> None:
         """What calls go through."""
         if like is not None and replace(like.form, graphed=self.form.graphed) == self.form:
-            self._plain = like._plain  # noqa: SLF001 - of its own class
+            self._plain, self._compiler = like._plain, like._compiler  # noqa: SLF001 - of its own class
         else:
             self._plain = self._compiled() if self.form.compiled else self._converted
         self._graphed: Graphed | None = None
@@ -93,10 +96,12 @@ class Served(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled and recorded code, which is of this model's weights and not of a copy's."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_plain", "_graphed")}
+        code = ("_plain", "_compiler", "_graphed")
+        return {name: value for name, value in self.__dict__.items() if name not in code}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        lay_beside(self.model)  # Python copies parameters each on its own
         self._prepare()
 
     def train(self, mode: bool = True) -> Served:
@@ -113,10 +118,20 @@ class Served(nn.Module):
         return 0 if self._graphed is None else self._graphed.bytes
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What moves or casts the weights makes recordings of them void."""
+        """What moves or casts the weights makes recordings of them void, and code that reads those of layers as one."""
+        joined = self.joined
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self._graphed is not None:
             self._graphed.forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if not all(lie_beside(self.model, group) for group in joined):
+            self._prepare()
+        return self
+
+    @property
+    def joined(self) -> tuple[tuple[str, ...], ...]:
+        """Linear layers that run as one product in code compiled so far, by name; each group as its weights lie."""
+        layers = ((name, part) for name, part in self.model.named_modules() if isinstance(part, QuantisedLinear))
+        return () if self._compiler is None else self._compiler.joined((name, layer.q) for name, layer in layers)
 
     @contextmanager
     def kept_state(self) -> Iterator[None]:
@@ -151,7 +166,8 @@ class Served(nn.Module):
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._converted(args, kwargs)
 
-        return attention.compiled(with_own_code(run), self.device, self.form.format)
+        self._compiler = compiler_for(self.device, self.form)
+        return compiled(with_own_code(run), self._compiler)
 
     def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_leaves((args, kwargs), self._given)
@@ -194,6 +210,7 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
         model = _folded(model)
     if form.linear is not None or form.layers:
         model = quantised(model, form.linear or dict(form.layers), NARROW[form.format])
+        lay_beside(model)
     elif form.format in NARROW:
         model = cast(model, NARROW[form.format])
     else:  # FP32 is more than a checkpoint in 16 bits has, and what it is measured against

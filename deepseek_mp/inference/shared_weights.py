@@ -22,6 +22,7 @@ def share_weights(models: Iterable[nn.Module]) -> list[bool]:
     for model in models:
         twins = dict(_twins(model, known))
         if twins:
+            twins.update(_released(model, twins, known))
             # As `to` changes a module: parameters stay the objects that they are.
             model._apply(lambda tensor, twins=twins: twins.get(id(tensor), tensor))  # noqa: SLF001
         changed.append(bool(twins))
@@ -39,6 +40,26 @@ def _twins(model: nn.Module, known: dict[str, list[Tensor]]) -> Iterator[tuple[i
             others.append(tensor)
         else:
             yield id(tensor), twin
+
+
+def _released(
+    model: nn.Module, twins: dict[int, Tensor], known: dict[str, list[Tensor]]
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Copies of what stays the model's own in a memory of several tensors, so that no part of it is kept for nothing.
+
+    Layers lie beside each other there (`inference.beside`).
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    left = {_memory(tensor) for _, tensor in named if id(tensor) in twins}
+    for name, tensor in named:
+        if id(tensor) not in twins and _memory(tensor) in left:
+            own = tensor.detach().clone()
+            known[name] = [own if other is tensor else other for other in known[name]]
+            yield id(tensor), own
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -109,7 +109,8 @@ def int4_linear(
 
     Args:
         x: [M, K] in fp32 (reference only), bf16 or fp16 (see above).
-        q, scale, zero: as `int4_weight` gives them; for native as `native.int4_linear.prepared` does.
+        q, scale, zero: as `int4_weight` gives them, or some channels of it as a view; for native as
+            `native.int4_linear.prepared` does.
         bias: [N], floating, or None.
         implementation: reference, native or triton.
 
@@ -196,16 +197,18 @@ def _shapes(
 
 def _check(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, implementation: str) -> None:
     given = [x, q, scale, *([] if zero is None else [zero]), *([] if bias is None else [bias])]
-    fits = x.dim() == 2 and scale.dim() == (3 if zero is None else 2) and q.is_contiguous() and scale.is_contiguous()
+    fits = x.dim() == 2 and scale.dim() == (3 if zero is None else 2) and q.is_contiguous()
     if fits:
         groups, channels = scale.shape[:2]
         fits = groups > 0 and x.shape[1] // groups in GROUPS and x.shape[1] % groups == 0
         fits = fits and q.numel() * q.element_size() * 2 == channels * x.shape[1]
-        fits = fits and (zero is None or (zero.shape == scale.shape and zero.is_contiguous()))
+        fits = fits and (
+            scale.is_contiguous() if zero is None else zero.shape == scale.shape and _in_lines(scale, zero)
+        )
         fits = fits and (bias is None or list(bias.shape) == [channels])
     if not fits:
         passed = f"a linear layer in 4 bits of {' and '.join(str(list(part.shape)) for part in given)}"
-        allowed = "x [M, K], q [N, K / 2], scale and zero [K / group, N], bias [N], contiguous"
+        allowed = "x [M, K], q [N, K / 2], scale and zero [K / group, N], bias [N], contiguous but for lines"
         raise ShapeError(explain(passed, allowed, "Pass what int4_weight gave, and flatten x"))
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or scale.dtype is not torch.bfloat16:
         passed = f"x in {x.dtype} with scales in {scale.dtype}"
@@ -213,6 +216,13 @@ def _check(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, bias: Tenso
     if (zero is None) != (implementation == "native"):
         passed = f"a weight in 4 bits that was prepared for another implementation than {implementation!r}"
         raise ConfigError(explain(passed, "what prepared(..., implementation=...) gave", "Prepare it for this one"))
+
+
+def _in_lines(scale: Tensor, zero: Tensor) -> bool:
+    """Whether both are contiguous, or the same part of the channels of two that are."""
+    return (scale.stride(1) == zero.stride(1) == 1 or scale.shape[1] == 1) and (
+        scale.stride(0) == zero.stride(0) or len(scale) == 1
+    )
 
 
 _library.define(

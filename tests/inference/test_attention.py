@@ -97,7 +97,7 @@ def test_other_formats_keep_pytorch_s_compiler(calls, monkeypatch):
     assert asked == [{}, {}]
     assert not calls
     Served(Step(), Form(format="bf16", compiled=True), CPU)
-    assert asked[2] == {"backend": attention.inductor}
+    assert asked[2]["backend"].own_attention
 
 
 def test_forms_that_share_code_share_it_unrecorded(calls):

@@ -62,3 +62,27 @@ def test_forms_share_the_layers_of_one_kind(model):
     assert served[1].model[2].weight.data_ptr() == served[0].model[2].weight.data_ptr()
     assert all(torch.equal(one(x), before) for one, before in zip(served, expected, strict=True))
     assert held(*served) == held(served[0]) + 2 * (256 * 256 + 4 * 256), "beside it two layers in 8 bits, with scales"
+
+
+def test_memory_of_layers_beside_each_other_is_not_kept_for_one_of_them():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(256, 512, bias=False), nn.Linear(256, 512, bias=False)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model = Two()
+    one = Served(model, Form(format="bf16", layers=(("a", "int8_weights"),)), CPU)
+    both = Served(model, Form(format="bf16", linear="int8_weights"), CPU)
+    x = torch.randn(3, 256)
+    expected = both(x)
+    bytes_of_a_layer = 512 * 256 + 4 * 512
+    assert held(both) == 2 * bytes_of_a_layer
+    third = Served(model, Form(format="bf16", linear="int8_weights"), CPU)
+    assert share_weights([one, both, third]) == [False, True, True]
+    assert both.model.a.q.data_ptr() == one.model.a.q.data_ptr()
+    assert held(one, both) == held(one) + bytes_of_a_layer
+    assert torch.equal(both(x), expected)
+    assert held(one, both, third) == held(one, both)

@@ -88,6 +88,21 @@ def test_groups_of_one_value_have_it():
     assert float((found[1, 64:] - weight[1, 64:]).abs().max()) < 0.08
 
 
+def test_some_channels_of_a_larger_weight_are_a_layer():
+    q, scale, zero = int4_weight(torch.randn(48, 128))
+    x = torch.randn(3, 128)
+    found = int4_linear(x, q[16:40], scale[:, 16:40], zero[:, 16:40], None, implementation="reference")
+    torch.testing.assert_close(found, int4_linear(x, q, scale, zero, None, implementation="reference")[:, 16:40])
+
+
+def test_scales_and_zeros_lie_in_lines_of_one_length():
+    q, scale, zero = int4_weight(torch.randn(48, 256))
+    with pytest.raises(ShapeError, match="a linear layer in 4 bits of"):
+        int4_linear(
+            torch.randn(3, 256), q[:24], scale[:, :24], zero[:, :24].contiguous(), None, implementation="reference"
+        )
+
+
 def test_weights_that_are_none():
     for bad in (torch.nan, -torch.inf):
         with pytest.raises(ConfigError, match="head with values that are not finite"):

@@ -24,13 +24,13 @@ def fp8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
     if not has_kernels(x.device):
         return plain(x, q, scale, bias)
     values, row_scale = row_cast_of("triton")(x.contiguous())
-    return _product(values, row_scale[:, None], q, scale, bias, x.dtype)[: len(x)]
+    return cast_product(values, row_scale[:, None], q, scale, bias, x.dtype)[: len(x)]
 
 
 def plain(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The same in ops that a compiler sees through."""
     values, row_scale = plain_row_cast(x.contiguous())
-    return _product(values, row_scale, q, scale, bias, x.dtype)
+    return cast_product(values, row_scale, q, scale, bias, x.dtype)
 
 
 def plain_row_cast(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,9 +43,10 @@ def plain_row_cast(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, top * (1 / LARGEST)
 
 
-def _product(
+def cast_product(
     values: Tensor, row_scale: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    """Of rows that were cast [M, K], with scales [M, 1], and a weight, in a dtype."""
     inside = bias if bias is not None and bias.dtype is dtype else None  # the library adds no other
     out = torch._scaled_mm(  # noqa: SLF001 - its public successor is younger than the torch this package supports
         values, q.t(), row_scale, scale[None, :], bias=inside, out_dtype=dtype, use_fast_accum=False

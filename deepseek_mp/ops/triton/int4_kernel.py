@@ -13,16 +13,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _scale_and_offset(scale, zero, n, group, there, N):
-    """fp32 [BLOCK_N, GROUPS]; zeros where there is no weight."""
-    place = group.to(tl.int64)[None, :] * N + n[:, None]
+def _scale_and_offset(scale, zero, n, group, there, LINE):
+    """fp32 [BLOCK_N, GROUPS]; zeros where there is no weight. LINE is from one group's values to the next one's."""
+    place = group.to(tl.int64)[None, :] * LINE + n[:, None]
     steps = tl.load(scale + place, mask=there, other=0.0).to(tl.float32)
     return steps, tl.load(zero + place, mask=there, other=0.0).to(tl.float32) - 8.0 * steps
 
 
 @triton.jit
 def int4_vector_kernel(
-    x, q, scale, zero, bias, out, N, BYTES, HAS_BIAS: tl.constexpr,
+    x, q, scale, zero, bias, out, N, BYTES, LINE, HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """out [N] = weight [N, K] @ x [K] (+ bias [N]): BLOCK_N channels a program, STEPS blocks of GROUPS groups each.
@@ -48,7 +48,7 @@ def int4_vector_kernel(
         low = tl.load(values_at + first * (2 * HALF), mask=inside, other=0.0).to(tl.float32)
         high = tl.load(values_at + first * (2 * HALF) + HALF, mask=inside, other=0.0).to(tl.float32)
         known = group < BYTES // HALF - first
-        steps, offset = _scale_and_offset(scale, zero, n, first + group, there[:, None] & known[None, :], N)
+        steps, offset = _scale_and_offset(scale, zero, n, first + group, there[:, None] & known[None, :], LINE)
         codes = (weights & 15).to(tl.float32) * low[None, :] + (weights >> 4).to(tl.float32) * high[None, :]
         total += tl.reshape(codes, (BLOCK_N, GROUPS, HALF)) * steps[:, :, None]
         offsets += offset * tl.sum(tl.reshape(low + high, (GROUPS, HALF)), axis=1)[None, :]
@@ -60,7 +60,7 @@ def int4_vector_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def int4_matrix_kernel(
-    x, q, scale, zero, bias, out, M, N, BYTES, HAS_BIAS: tl.constexpr,
+    x, q, scale, zero, bias, out, M, N, BYTES, LINE, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K].T (+ bias [N]): a tile a program, those of the same channels next.
@@ -84,7 +84,7 @@ def int4_matrix_kernel(
         low = tl.load(values_at + first * (2 * HALF), mask=rows, other=0.0)
         high = tl.load(values_at + first * (2 * HALF) + HALF, mask=rows, other=0.0)
         known = group < BYTES // HALF - first
-        steps, offset = _scale_and_offset(scale, zero, n, first + group, there[:, None] & known[None, :], N)
+        steps, offset = _scale_and_offset(scale, zero, n, first + group, there[:, None] & known[None, :], LINE)
         codes = tl.reshape(weights, (BLOCK_N, GROUPS, HALF))
         left = (codes & 15).to(tl.float32) * steps[:, :, None] + offset[:, :, None]
         total = tl.dot(tl.reshape(left.to(low.dtype), (BLOCK_N, GROUPS * HALF)), low, total)

@@ -43,14 +43,14 @@ def int4_linear(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, bias: 
         if rows == 1:
             count = _BYTES // half
             int4_vector_kernel[(triton.cdiv(channels, _CHANNELS),)](
-                *given, channels, width // 2, HAS_BIAS=bias is not None,
+                *given, channels, width // 2, scale.stride(0), HAS_BIAS=bias is not None,
                 BLOCK_N=_CHANNELS, GROUPS=count, HALF=half, STEPS=triton.cdiv(groups, count), num_warps=_WARPS,
             )  # fmt: skip
         else:
             tiling = next((tiling for tiling in TILINGS if rows <= tiling.m), TILINGS[-1])
             count = tiling.k // (2 * half)
             int4_matrix_kernel[(triton.cdiv(rows, tiling.m) * triton.cdiv(channels, tiling.n),)](
-                *given, rows, channels, width // 2, HAS_BIAS=bias is not None,
+                *given, rows, channels, width // 2, scale.stride(0), HAS_BIAS=bias is not None,
                 BLOCK_M=tiling.m, BLOCK_N=tiling.n, GROUPS=count, HALF=half, STEPS=triton.cdiv(groups, count),
                 num_warps=tiling.warps, num_stages=tiling.stages,
             )  # fmt: skip

@@ -61,6 +61,15 @@ def test_inputs_in_another_order_and_empty_ones():
     assert int4_linear(x[:0], *kept, None, implementation="triton").shape == (0, 24)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_some_channels_of_a_larger_weight(rows):
+    q, scale, zero = (part.to(DEVICE) for part in int4_weight(torch.randn(48, 384)))
+    x = torch.randn(rows, 384).to(DEVICE, torch.float16)
+    found = int4_linear(x, q[16:40], scale[:, 16:40], zero[:, 16:40], None, implementation="triton")
+    whole = int4_linear(x, q, scale, zero, None, implementation="triton")
+    torch.testing.assert_close(found, whole[:, 16:40])
+
+
 def test_inputs_in_fp32_are_for_the_reference():
     kept = [part.to(DEVICE) for part in int4_weight(torch.randn(24, 64))]
     with pytest.raises(ConfigError, match=r"x in torch.float32 for the Triton kernel"):

@@ -1,0 +1,62 @@
+"""The compiler of served models: Inductor, on graphs in which attention and linear layers have been rewritten before.
+
+Attention of few queries becomes ours and masks are made such that PyTorch's kernels take them (`inference.attention`);
+linear layers of fewer bits that read the same input become one product (`nn.graph_linear`), or share its cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo  # so that its backends can be looked up before anything was compiled
+from torch import Tensor, fx
+
+from deepseek_mp.inference import attention
+from deepseek_mp.inference.form import Form
+from deepseek_mp.nn.graph_linear import join_products
+from deepseek_mp.nn.graph_row_casts import share_row_casts
+from deepseek_mp.ops.native.fp8_linear import plain
+
+torch._dynamo.allow_in_graph(plain)  # noqa: SLF001 - one node until it has been joined; the compiler sees through it
+
+
+class Compiler:
+    """A backend for `torch.compile`, of one served model.
+
+    Args:
+        own_attention: whether attention and masks are rewritten.
+    """
+
+    def __init__(self, *, own_attention: bool) -> None:
+        self.own_attention = own_attention
+        self._joined: dict[tuple[int, ...], None] = {}
+        """Groups of joined layers, each by where its weights lie."""
+
+    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.own_attention:
+            attention.rewrite(graph)
+        compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
+        made = join_products(graph, inputs)
+        share_row_casts(graph if made is None else made.graph)
+        if made is None:
+            return compiler(graph, inputs)
+        self._joined.update(dict.fromkeys(tuple(q.data_ptr() for q in group) for group in made.groups))
+        return made.taking_former(compiler(made.graph, made.inputs))
+
+    def joined(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
+        """The layers of each group that was joined in code compiled so far, by their names beside their weights."""
+        names = {q.data_ptr(): name for name, q in weights}
+        return tuple(tuple(names[at] for at in group) for group in self._joined if names.keys() >= set(group))
+
+
+def compiler_for(device: torch.device, form: Form) -> Compiler | None:
+    """None: nothing would be rewritten, and PyTorch's own is as good."""
+    own_attention = attention.is_rewritten(device, form.format)
+    return Compiler(own_attention=own_attention) if own_attention or form.linear or form.layers else None
+
+
+def compiled(call: attention.Call, compiler: Compiler | None) -> Any:
+    """The call compiled."""
+    return torch.compile(call) if compiler is None else torch.compile(call, backend=compiler)

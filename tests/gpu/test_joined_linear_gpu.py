@@ -1,0 +1,116 @@
+"""Layers of one input as one product on a GPU: near what they give apart, in their own memory, in fewer launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deepseek_mp.costs.memory import distinct_bytes
+from deepseek_mp.inference import Form, Served, load
+from deepseek_mp.inference.compiling import Compiler
+from deepseek_mp.inference.linear_kinds import KINDS
+from deepseek_mp.inference.quantised_linear import linear_kinds
+from deepseek_mp.nn import graph_linear
+
+DEVICE = torch.device("cuda")
+BF16 = torch.bfloat16
+ROUNDING = 1.5e-2
+"""Norm of what other tiles, fused roundings and scales of FP8 off by a last bit do to outputs, relative to them."""
+
+
+class Block(nn.Module):
+    """The layers of a block of Llama with grouped heads, without attention."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.q = nn.Linear(1024, 1024, bias=bias)
+        self.k, self.v = (nn.Linear(1024, 256, bias=bias) for _ in range(2))
+        self.gate, self.up = (nn.Linear(1024, 2816, bias=False) for _ in range(2))
+        self.down = nn.Linear(2816, 1024, bias=False)
+
+    def forward(self, x):
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        mixed = query * torch.cat([key, value], dim=-1).repeat(1, 1, 2)
+        return x + self.down(F.silu(self.gate(mixed)) * self.up(mixed))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if request.param not in linear_kinds(Block(False).to(DEVICE), BF16, DEVICE):
+        pytest.skip(f"no product of {request.param} here")
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["bias", "no bias"])
+def model(request):
+    return Block(request.param).to(DEVICE).eval()
+
+
+def distance(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("graphed", [False, True], ids=["", "graphed"])
+def test_outputs_are_near_those_of_layers_apart(model, kind, graphed):
+    apart = Served(model, Form(format="bf16", linear=kind), DEVICE)
+    served = Served(model, Form(format="bf16", linear=kind, compiled=True, graphed=graphed), DEVICE)
+    for rows in (1, 2, 17, 65, 512):
+        x = torch.randn(1, rows, 1024, device=DEVICE)
+        assert distance(served(x) - x, apart(x) - x) < ROUNDING, rows
+    assert set(served.joined) == {("q", "k", "v"), ("gate", "up")}
+
+
+def test_no_memory_is_added(model, kind):
+    served = Served(model, Form(format="bf16", linear=kind, compiled=True), DEVICE)
+    parts = [*served.parameters(), *served.buffers()]
+    served(torch.randn(1, 1, 1024, device=DEVICE))
+    assert distinct_bytes(parts) == sum(part.numel() * part.element_size() for part in parts)
+
+
+def test_weights_that_are_loaded_are_read_by_recorded_calls(model, kind):
+    form = Form(format="bf16", linear=kind, compiled=True, graphed=True)
+    served, other = Served(model, form, DEVICE), Served(Block(model.q.bias is not None).to(DEVICE), form, DEVICE)
+    x = torch.randn(1, 1, 1024, device=DEVICE)
+    served(x)
+    served.load_state_dict(other.state_dict())
+    assert torch.equal(served(x), other(x))
+
+
+def test_files_are_joined_on_the_device(model, kind, tmp_path, monkeypatch):
+    joined = []
+    call = Compiler.__call__
+    monkeypatch.setattr(Compiler, "__call__", lambda self, *how: (call(self, *how), joined.append(self._joined))[0])
+    served = Served(model, Form(format="bf16", linear=kind, compiled=True), DEVICE)
+    x = torch.randn(1, 3, 1024, device=DEVICE)
+    served.save(tmp_path / "model.pt2", (x,), dynamic=(1,))
+    loaded = load(tmp_path / "model.pt2", DEVICE)
+    assert distance(loaded(x) - x, served(x) - x) < ROUNDING
+    assert [sorted(map(len, groups)) for groups in joined] == [[2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("rows", [1, 512])
+def test_a_call_has_fewer_launches(model, kind, rows, monkeypatch):
+    x = torch.randn(1, rows, 1024, device=DEVICE)
+    form = Form(format="bf16", linear=kind, compiled=True)
+    joined = launches(Served(model, form, DEVICE), x)
+    with monkeypatch.context() as patch:
+        patch.setattr(graph_linear, "together", lambda parts, dim: None)
+        apart = launches(Served(model, form, DEVICE), x)
+    assert joined <= apart - 3, "two products of attention's three, one of the gated layer's two"
+
+
+def launches(served, x):
+    """Kernels of a call."""
+    for _ in range(3):
+        served(x)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        served(x)
+        torch.cuda.synchronize()
+    kernels = [event for event in profiled.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    assert kernels
+    return len(kernels)
