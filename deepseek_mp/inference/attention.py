@@ -46,9 +46,7 @@ def recorded(call: Call, device: torch.device, format: str) -> Call:
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """A backend for `torch.compile`: Inductor, after attention of few queries was replaced, and masks were repaired."""
     replace_attention(graph, few_query_attention.fastest)
-    for part in graph.modules():
-        if isinstance(part, fx.GraphModule):
-            repair_masks(part)
+    repair_masks(graph)
     compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
     return compiler(graph, inputs)
 
