@@ -44,9 +44,7 @@ def recorded(call: Call, device: torch.device, format: str) -> Call:
 def rewrite(graph: fx.GraphModule) -> None:
     """In place, a graph as `torch.compile` gives it to a backend: attention replaced, masks repaired."""
     replace_attention(graph, few_query_attention.fastest)
-    for part in graph.modules():
-        if isinstance(part, fx.GraphModule):
-            repair_masks(part)
+    repair_masks(graph)
 
 
 def _has_kernels(device: torch.device, format: str) -> bool:

@@ -18,11 +18,17 @@ _MASK = 3
 
 
 def repair_masks(graph: fx.GraphModule) -> None:
-    """In place, where the graph's attention has masks that would be refused.
+    """In place, where the graph's attention has masks that would be refused; also in graphs inside it.
 
     A mask is copied where it is read, as code may write into it after it was made; once for all layers that read one
     that nothing writes into.
     """
+    for part in graph.modules():  # checkpointed regions are graphs of their own
+        if isinstance(part, fx.GraphModule):
+            _repair(part)
+
+
+def _repair(graph: fx.GraphModule) -> None:
     repaired: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target not in ATTENTION:

@@ -14,8 +14,9 @@ from deepseek_mp.ops.block_states import SIGNED, UNSIGNED
 from deepseek_mp.ops.fused_steps import AdamWStep, ManyAdamW, adamw_of_many, fused_adamw
 from deepseek_mp.optim.fused import FusedBatch, KernelRule, Numbers
 from deepseek_mp.optim.kernels import KernelOptimizer
+from deepseek_mp.optim.rate import check_rate, rate_of
 from deepseek_mp.optim.states import Moments
-from deepseek_mp.optim.stored import Batch, rate_of
+from deepseek_mp.optim.stored import Batch
 
 
 class AdamW(KernelOptimizer):
@@ -152,10 +153,9 @@ def _on_device(group: Mapping[str, Any], batch: Batch, lr: float | Tensor) -> No
 
 def check_options(*, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """`ConfigError` for an option of AdamW that is out of its range."""
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ConfigError(explain(f"lr of shape {list(lr.shape)}", "a number or a tensor []", "Use groups for rates"))
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not isinstance(value, Tensor) and not value >= 0:
+    check_rate(lr)
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
             raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a positive number"))
     if not all(0 <= beta < 1 for beta in betas):
         raise ConfigError(explain(f"betas={betas!r}", "two numbers from 0 to below 1", "Pass for example (0.9, 0.999)"))

@@ -14,8 +14,9 @@ from deepseek_mp.ops.block_states import SIGNED
 from deepseek_mp.ops.fused_steps import ManyMomentum, MomentumStep, fused_sgd, sgd_of_many
 from deepseek_mp.optim.fused import FusedBatch, KernelRule, Numbers
 from deepseek_mp.optim.kernels import KernelOptimizer
+from deepseek_mp.optim.rate import check_rate, rate_of
 from deepseek_mp.optim.states import Moments
-from deepseek_mp.optim.stored import Batch, rate_of
+from deepseek_mp.optim.stored import Batch
 
 MOMENTUM = "momentum_buffer"
 
@@ -50,8 +51,9 @@ class SGD(KernelOptimizer):
         seed: int = 0,
         foreach: bool = True,
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not isinstance(value, Tensor) and not value >= 0:
+        check_rate(lr)
+        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+            if not value >= 0:
                 raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a positive number"))
         if nesterov and (momentum <= 0 or dampening != 0):
             passed = f"nesterov=True with momentum={momentum} and dampening={dampening}"

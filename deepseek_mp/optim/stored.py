@@ -35,6 +35,8 @@ BATCH_ELEMENTS = 1 << 24
 SMALL = 1 << 14
 """Elements of a gradient that is copied rather than launched an operation for."""
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_SHARDED = "torch.distributed."
+"""Where DTensor is from, which has no memory of its own: kernels would be given no address."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,14 +420,6 @@ def _write_split(batch: Batch, index: int) -> None:
     compensation.copy_(lacking)
 
 
-def rate_of(group: Mapping[str, Any]) -> float | Tensor:
-    """The learning rate of a group: a number, also of a tensor on the host; or a tensor [] on a device."""
-    rate: float | Tensor = group["lr"]
-    if not isinstance(rate, Tensor):
-        return rate
-    return rate.item() if rate.device.type == "cpu" else rate.reshape(())
-
-
 def step_number(step: Tensor) -> int | Tensor:
     """A step counter as `random_bits` takes it: nothing waits for a device."""
     return int(step.item()) if step.device.type == "cpu" else step.long()
@@ -477,6 +471,10 @@ def _check_group(group: Mapping[str, Any]) -> None:
     if group["storage"] not in allowed:
         change = "Name how BF16 parameters are written; FP32 ones are converted by set_storage"
         raise ConfigError(explain(f"storage={group['storage']!r}", ", ".join(allowed), change))
-    find_member("format of states", StateFormat, group["states"])
+    if find_member("format of states", StateFormat, group["states"]) is StateFormat.EIGHT_BIT:
+        for parameter in group["params"]:
+            if type(parameter).__module__.startswith(_SHARDED):
+                passed = f"states='8bit' for a sharded parameter {list(parameter.shape)}"
+                raise ConfigError(explain(passed, "plain tensors, or states='fp32'", "Pass states='fp32'"))
     if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 1 << 64:
         raise ConfigError(explain(f"seed={group['seed']!r}", "a whole number of 64 bits", "Pass for example 0"))

@@ -35,9 +35,9 @@ Backend = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """A backend for `torch.compile`; one object, since code compiled for another backend is compiled again."""
+    repair_masks(graph)
     for part in graph.modules():  # checkpointed regions are graphs of their own inside it
         if isinstance(part, fx.GraphModule):
-            repair_masks(part)
             replace_pools(part)
     compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
     if config.joint_custom_pre_pass is not None:  # the caller's own pass keeps its place

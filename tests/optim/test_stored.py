@@ -9,7 +9,7 @@ from whole_state import everything, same, skip_a_step
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError, ShapeError
 from deepseek_mp.optim import SGD, AdamW, set_storage
-from deepseek_mp.optim.stored import SMALL, gated, rate_of
+from deepseek_mp.optim.stored import SMALL, gated
 from deepseek_mp.precision.storage import StorageFormat
 
 BF16 = [format.value for format in StorageFormat if format.is_bf16]
@@ -275,8 +275,12 @@ def test_a_step_is_the_same_whatever_the_default_device_is(kind):
     assert torch.equal(twin, weight)
 
 
-def test_a_rate_is_a_number_or_a_tensor_without_dimensions():
-    """Operations over lists take no others."""
-    assert rate_of({"lr": 0.5}) == 0.5
-    assert rate_of({"lr": torch.tensor([0.5])}) == 0.5
-    assert rate_of({"lr": torch.ones(1, device="meta")}).shape == ()
+def test_sharded_parameters_have_no_moments_in_blocks():
+    class Sharded(nn.Parameter):
+        """As `torch.distributed.tensor.DTensor`, which needs processes."""
+
+    Sharded.__module__ = "torch.distributed.tensor"
+    weight = Sharded(torch.zeros(64, 64))
+    AdamW([weight])
+    with pytest.raises(ConfigError, match=r"states='8bit' for a sharded parameter \[64, 64\]"):
+        AdamW([weight], states="8bit")
