@@ -97,8 +97,9 @@ def visit(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def reserve(name: str, count: int, args: argparse.Namespace) -> float:
-    """Seconds for what comes when so many arms are built: timing, and the energy of the two that a target compares."""
-    windows = count if args.energy_all else 2 * any(target.metric != "ms" for target in TARGETS[name])
+    """Seconds for what comes when so many arms are built: timing, and the energy of those that targets compare."""
+    compared = {target.peers for target in TARGETS[name] if target.metric != "ms"}
+    windows = count if args.energy_all else len(compared) + bool(compared)
     return 1.5 * float(args.seconds) * count + 1.4 * float(args.energy_seconds) * windows
 
 
