@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+# PyTorch's compiler else tries each of the processor's instruction sets: a C++ program for each where its cache
+# is empty, and a process for each in every process that compiles. Set it to 0 for a C++ compiler that lacks them.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
