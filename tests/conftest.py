@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+# PyTorch's compiler else tries each of the processor's instruction sets: a C++ program for each where its cache
+# is empty, and a process for each in every process that compiles. Set it to 0 for a C++ compiler that lacks them.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -25,6 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(GPU_TESTS):
             item.add_marker(pytest.mark.gpu)
+
+
+def pytest_collection_finish() -> None:
+    """Let no garbage collection look again at what imports and collection made: it lives to the end.
+
+    Those are millions of objects, and the package itself collects after each stage and trial. Without
+    this a third of the time of some files goes there.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import distributed
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 from deepseek_mp.ops.host_copy import HostCopy
 
@@ -52,6 +52,7 @@ def process(rank, file, results):
 def test_two_processes_get_the_mean_where_it_is_asked_for(tmp_path):
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        spawn(process, args=(str(tmp_path / "store"), results), nprocs=2)
+        # Copies of this process, which need not import PyTorch again.
+        start_processes(process, args=(str(tmp_path / "store"), results), nprocs=2, start_method="fork")
         mean = [0.5, 0.5, 10.0]
         assert dict(results) == {0: [mean, [0.0, 0.0, 10.0]], 1: [mean, [1.0, 1.0, 10.0]]}

@@ -9,17 +9,20 @@ from deepseek_mp.ops.layouts import ALIGNMENT
 from deepseek_mp.ops.schema import product, quantise, quantise_delayed
 
 PAIRS = [("tensor", "tensor"), ("row", "row"), ("1x128", "128x128"), ("1x128", "1x128"), ("1x32", "1x32")]
+LAYOUTS = [(True, True), (True, False), (False, True)]
+"""Whether rows are wanted, and whether columns are."""
+COUNTS = [0, 5, 128]
 # torch's own schema check multiplies the inputs by a number, which FP8 tensors do not have.
 PRODUCT_CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("granularity", ALIGNMENT)
-@pytest.mark.parametrize("count", [0, 5, 128])
+@pytest.mark.parametrize("count", COUNTS)
 def test_quantise_is_a_well_formed_op(granularity, count):
-    x = torch.randn(count, 256)
-    for rows, columns in ((True, True), (True, False), (False, True)):
-        arguments = (x, "fp8_e4m3", granularity, False, rows, columns, "reference")
-        torch.library.opcheck(torch.ops.deepseek_mp.quantise.default, arguments)
+    # Each layout with each granularity and with each count.
+    rows, columns = LAYOUTS[(list(ALIGNMENT).index(granularity) + COUNTS.index(count)) % len(LAYOUTS)]
+    arguments = (torch.randn(count, 256), "fp8_e4m3", granularity, False, rows, columns, "reference")
+    torch.library.opcheck(torch.ops.deepseek_mp.quantise.default, arguments)
 
 
 @pytest.mark.parametrize("granularity", ALIGNMENT)
@@ -42,14 +45,13 @@ def test_a_seed_that_is_no_int64_scalar_beside_the_tensor_is_refused(seed, shown
         quantise(torch.randn(16, 128), "fp8_e4m3", "row", False, True, False, "reference", seed=seed)
 
 
-@pytest.mark.parametrize("count", [0, 5, 128])
-@pytest.mark.parametrize("top", [0.0, 2.0])
-def test_quantise_delayed_is_a_well_formed_op(count, top):
-    x = torch.randn(count, 256)
-    for rows, columns in ((True, True), (True, False), (False, True)):
-        arguments = (x, torch.tensor(top), torch.zeros(()), "fp8_e4m3", False, rows, columns)
-        options = {"implementation": "reference"}
-        torch.library.opcheck(torch.ops.deepseek_mp.quantise_delayed.default, arguments, options)
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantise_delayed_is_a_well_formed_op(count, layout):
+    top = (LAYOUTS.index(layout) + COUNTS.index(count)) % 2 * 2.0  # none yet and one, with each layout and count
+    arguments = (torch.randn(count, 256), torch.tensor(top), torch.zeros(()), "fp8_e4m3", False, *layout)
+    options = {"implementation": "reference"}
+    torch.library.opcheck(torch.ops.deepseek_mp.quantise_delayed.default, arguments, options)
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -124,7 +124,9 @@ def test_nvfp4_learns_with_more_noise(name):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nvfp4_with_accumulation_compiled_and_changed_for_another(compiled):
-    trainer = make(mlp(), "nvfp4", compile=compiled, gradient_accumulation_steps=2)
+    # One layer has all three products where a norm before it wants a gradient; each more is compiled for seconds.
+    model = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 4)) if compiled else mlp()
+    trainer = make(model, "nvfp4", compile=compiled, gradient_accumulation_steps=2)
     data = list(mlp_batches(6))
     assert all(math.isfinite(trainer.step(batch).loss) for batch in data[:4])
     trainer.change_plan("row")

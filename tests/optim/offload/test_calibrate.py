@@ -48,7 +48,7 @@ def test_rates_are_bytes_per_second():
 
 def _ticking(clock):
     def read():
-        clock.now += 1e-4
+        clock.now += 1e-3
         return clock.now
 
     return read
