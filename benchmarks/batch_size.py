@@ -1,4 +1,4 @@
-"""The largest batch that a step fits with: FP32, BF16, and BF16 with `memory='auto'`, in a part of the device's memory.
+"""The largest batch that fits into a part of a device: FP32, BF16, with the fused loss, and with `memory='auto'`.
 
     python benchmarks/batch_size.py [--cases ...] [--gib N] [--out FILE]
 
@@ -37,6 +37,7 @@ NEEDS = {"resnet50": "torchvision", "bert-base": "transformers"}
 ARMS: dict[str, dict[str, Any]] = {
     "fp32": {"precision_mode": "fp32"},
     "bf16": {"precision_mode": "bf16"},
+    "bf16-fused": {"precision_mode": "bf16", "fused_loss": "auto"},
     "bf16-auto": {"precision_mode": "bf16", "memory": "auto"},
 }
 AT_LEAST = {"bf16": 2.0, "bf16-auto": 4.0}

@@ -132,7 +132,8 @@ def is_transformed() -> bool:
 
 def is_captured() -> bool:
     """Whether the accelerator's work is being recorded as a graph, to be replayed without Python."""
-    accelerator = torch.accelerator.current_accelerator()
+    # A build for an accelerator that no driver is there for raises when it is asked.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return False
     captures = getattr(torch.get_device_module(accelerator), "is_current_stream_capturing", None)

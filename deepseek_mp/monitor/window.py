@@ -156,5 +156,5 @@ class Window:
 def _device_types(model: nn.Module) -> frozenset[str]:
     """Types of the devices the model is on; of one without parameters, all that it can run on."""
     found = frozenset(tensor.device.type for tensor in itertools.chain(model.parameters(), model.buffers()))
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return found or frozenset({"cpu"} if accelerator is None else {"cpu", accelerator.type})

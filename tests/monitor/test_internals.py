@@ -118,12 +118,28 @@ def test_a_recorded_graph_is_noticed_where_the_accelerator_says_so(monkeypatch: 
         def is_current_stream_capturing(cls) -> bool:
             return cls.captures
 
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("meta"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: Device)
     assert internals.is_captured()
     Device.captures = False
     assert not internals.is_captured()
     monkeypatch.setattr(torch, "get_device_module", lambda device: object)  # Apple GPUs have none
     assert not internals.is_captured()
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert not internals.is_captured()
+
+
+def test_an_accelerator_without_a_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of PyTorch for CUDA names it on every machine, and fails on those without."""
+
+    def current(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("meta")
+
+    class Device:
+        @staticmethod
+        def is_current_stream_capturing() -> bool:
+            raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Device)
     assert not internals.is_captured()
