@@ -65,9 +65,10 @@ class Task:
     """From outputs and targets of all batches to a number, larger is better."""
     least: float
     """What has learned reaches more."""
-    begun: int = 0
-    """Steps in BF16 before, the same for all arms of a seed: when a byte-level GPT leaves its first plateau is chance,
-    which would decide by how much arms differ."""
+    begun: int
+    """Steps in BF16 before, the same for all arms of a seed: when a model leaves its first plateaus is chance, which
+    would decide by how much arms differ."""
+    images: bool = True
 
 
 def detector_task(*, small: bool) -> Task:
@@ -83,6 +84,7 @@ def detector_task(*, small: bool) -> Task:
         judged_on=1 if small else 16,
         judge=_mean_average_precision,
         least=0.0 if small else 0.5,
+        begun=0,
     )
 
 
@@ -99,6 +101,7 @@ def resnet_task(*, small: bool) -> Task:
         judged_on=1 if small else 16,
         judge=_accuracy,
         least=0.0 if small else 0.5,
+        begun=4 if small else 400,
     )
 
 
@@ -119,6 +122,7 @@ def gpt_task(*, small: bool) -> Task:
         judge=_accuracy,
         least=0.0 if small else 0.5,
         begun=4 if small else 500,
+        images=False,
     )
 
 
@@ -165,7 +169,7 @@ def train(task: Task, arm: Arm, seed: int, steps: int, device: torch.device) -> 
     if task.begun:
         model = partial(_begun, task, model, batches(seed + BEFORE, task.begun))
     setting = Setting(
-        case=TrainingCase(model=model, batches=[], loss_fn=task.loss_fn, optimizers={}, images=not task.begun),
+        case=TrainingCase(model=model, batches=[], loss_fn=task.loss_fn, optimizers={}, images=task.images),
         optimizer=task.optimizer,
         device=device,
         batches=lambda: batches(seed, steps),

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -75,11 +75,15 @@ class Served(nn.Module):
         self._prepare(like)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
-        with torch.no_grad(), math_mode(self.device, fp32=fp32, search=True):
+        with torch.no_grad():
             if self._graphed is not None:
                 return self._graphed(args, kwargs)
-            return map_leaves(self._plain(args, kwargs), self._result)
+            with self._mathematics():
+                return map_leaves(self._plain(args, kwargs), self._result)
+
+    def _mathematics(self) -> AbstractContextManager[None]:
+        fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
+        return math_mode(self.device, fp32=fp32, search=True)
 
     def _prepare(self, like: Served | None = None) -> None:
         """What calls go through."""
@@ -92,7 +96,12 @@ class Served(nn.Module):
             call = self._plain
             if not self.form.compiled:
                 call = attention.recorded(call, self.device, self.form.format)
-            self._graphed = Graphed(call, self.model, self.device, fixed=self._weights, out=self._result)
+
+            def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                with self._mathematics():  # a replay computes as it was recorded, and need not switch
+                    return call(args, kwargs)
+
+            self._graphed = Graphed(run, self.model, self.device, fixed=self._weights, out=self._result)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled and recorded code, which is of this model's weights and not of a copy's."""

@@ -26,8 +26,8 @@ from deepseek_mp.nn.nested import numbers, tensors
 from deepseek_mp.ops.own_work import own_work
 
 _FORWARD, _BACKWARD = range(len(PHASES))
-PIECE = 1 << 24
-"""Values that are looked at together."""
+PIECE = 1 << 22
+"""Values that are looked at together, in up to 12 bytes each beside them: a step may leave no more room than that."""
 
 
 class NonFiniteWatch:

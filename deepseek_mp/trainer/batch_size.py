@@ -13,7 +13,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from deepseek_mp.backends import available_memory_bytes, peak_memory_bytes, reset_peak_memory
+from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.assembly import computation
@@ -32,6 +36,9 @@ CONFIRMING = 2
 """Steps that the size found is tried with once more."""
 STEP_DOWN = 16
 """A size that is not confirmed is made smaller by this part of it."""
+SPARE = 64
+"""This part of a device's memory stays free in the steps that confirm: training takes a little more now and then, for
+the statistics of a sampled step, workspaces, and gaps between blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +130,7 @@ def _tried(trials: _Trials, first: int, top: int | None, multiple: int) -> tuple
     while not trials.warm_up(first * multiple) and first > 1:
         first //= 2
     good, bad = _largest(lambda size: trials.fits(size * multiple), first, top)
-    while good and not trials.fits(good * multiple, steps=CONFIRMING):
+    while good and not trials.confirmed(good * multiple):
         good, bad = good - max(1, good // STEP_DOWN), good
     return good, bad
 
@@ -211,8 +218,23 @@ class _Trials:
         """Whether steps of this size fit; they are made until one is applied."""
         return self._steps.warm_up(lambda: self.fits(size))
 
+    def confirmed(self, size: int) -> bool:
+        """Whether steps of this size go through beside what is to stay free."""
+        release_memory(self._device)
+        held: list[Tensor | None] = []
+        try:
+            if not goes_through(lambda: held.append(_spare(self._device)), self._device):
+                return False
+            return self.fits(size, steps=CONFIRMING)
+        finally:
+            held.clear()
+
     def fits(self, size: int, *, steps: int = 1) -> bool:
-        """Whether so many steps of this size go through, within the budget if there is one."""
+        """Whether so many steps of this size go through, within the budget if there is one.
+
+        Memory goes back to the device before: what is left of other sizes cuts it into pieces.
+        """
+        release_memory(self._device)
         peak: int | None = None
 
         def step() -> None:
@@ -231,6 +253,14 @@ class _Trials:
             peak = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
         self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
         return fits
+
+
+def _spare(device: torch.device) -> Tensor | None:
+    """Memory that nothing else may have while this is held; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    free = available_memory_bytes(device)
+    return None if free is None else torch.empty(free // SPARE, dtype=torch.uint8, device=device)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from deepseek_mp.backends import available_memory_bytes
 from deepseek_mp.controller.memory_choice import Chosen, Measure, Trial, Weighed, choose, weigh
 from deepseek_mp.costs.memory import optimizer_tensors, peak_during
+from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.costs.timing import time_call
 from deepseek_mp.errors import ConfigError, MixedPrecisionError, explain
 from deepseek_mp.nn import call as calls
@@ -185,6 +186,7 @@ class _Trials:
         self, measures: Sequence[Measure], batch: Any, *, timed: bool = False, counted: bool | None = None
     ) -> Trial:
         """Steps with these measures: the highest peak of the first and a later one, and the time."""
+        release_memory(self._trainer.device)  # what is left of other trials cuts it into pieces
         settings = settings_of(
             (measure.name for measure in measures), counted=self.counted if counted is None else counted
         )

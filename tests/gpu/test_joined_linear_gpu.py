@@ -21,7 +21,8 @@ ROUNDING = 1.5e-2
 
 
 class Block(nn.Module):
-    """The layers of a block of Llama with grouped heads, without attention."""
+    """The layers of a block of Llama with grouped heads, without attention and without a shortcut, whose rounding in
+    BF16 would be larger than what is looked for."""
 
     def __init__(self, bias):
         super().__init__()
@@ -33,7 +34,7 @@ class Block(nn.Module):
     def forward(self, x):
         query, key, value = self.q(x), self.k(x), self.v(x)
         mixed = query * torch.cat([key, value], dim=-1).repeat(1, 1, 2)
-        return x + self.down(F.silu(self.gate(mixed)) * self.up(mixed))
+        return self.down(F.silu(self.gate(mixed)) * self.up(mixed))
 
 
 @pytest.fixture(params=KINDS)
@@ -60,7 +61,7 @@ def test_outputs_are_near_those_of_layers_apart(model, kind, graphed):
     served = Served(model, Form(format="bf16", linear=kind, compiled=True, graphed=graphed), DEVICE)
     for rows in (1, 2, 17, 65, 512):
         x = torch.randn(1, rows, 1024, device=DEVICE)
-        assert distance(served(x) - x, apart(x) - x) < ROUNDING, rows
+        assert distance(served(x), apart(x)) < ROUNDING, rows
     assert set(served.joined) == {("q", "k", "v"), ("gate", "up")}
 
 
@@ -88,7 +89,7 @@ def test_files_are_joined_on_the_device(model, kind, tmp_path, monkeypatch):
     x = torch.randn(1, 3, 1024, device=DEVICE)
     served.save(tmp_path / "model.pt2", (x,), dynamic=(1,))
     loaded = load(tmp_path / "model.pt2", DEVICE)
-    assert distance(loaded(x) - x, served(x) - x) < ROUNDING
+    assert distance(loaded(x), served(x)) < ROUNDING
     assert [sorted(map(len, groups)) for groups in joined] == [[2, 3], [2, 3]]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.inference import Form, Served, graphed, optimize, optimize_for_inference
+from deepseek_mp.inference import Form, Served, graphed, optimize, optimize_for_inference, serve
 from deepseek_mp.inference.graphed import Graphed, kept_state, signature
 
 CPU = torch.device("cpu")
@@ -294,3 +294,21 @@ def test_graphs_are_tried_and_what_cannot_be_recorded_is_a_reason(fakes, monkeyp
         assert any(problems) is bool(why)
         _, plan, _ = optimize_for_inference(model, torch.randn(3, 4), graphs=False, **options)
         assert not any(trial.form.graphed for trial in plan.trials)
+
+
+def test_a_replay_does_not_switch_the_modes_that_it_was_recorded_in(monkeypatch):
+    """They cost a good part of the host's time of a short call."""
+
+    class Silent(Fake):
+        def record(self, call):
+            return lambda: None, super().record(call)[1]
+
+    entered, real = [], serve.math_mode
+    monkeypatch.setattr(serve, "math_mode", lambda device, **how: (entered.append(how), real(device, **how))[1])
+    monkeypatch.setattr(graphed, "records", lambda device: True)
+    monkeypatch.setattr(graphed, "DeviceRecorder", lambda device: Silent())
+    served = Served(nn.Linear(2, 2), Form(graphed=True), CPU)
+    served(torch.ones(1, 2))
+    recording = len(entered)
+    served(torch.ones(1, 2))
+    assert recording == len(entered) == 2, "once to warm up and once to record"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,32 @@ def test_that_nothing_fits_is_an_error() -> None:
 
 
 # -- real steps ------------------------------------------------------------------------------------------
+
+
+def test_a_size_is_confirmed_beside_memory_that_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training takes a little more now and then than the steps that were tried."""
+    held: list[weakref.ref[Tensor]] = []
+    seen: list[tuple[int, bool]] = []
+
+    def spare(device: torch.device) -> Tensor:
+        made = torch.empty(8)
+        held.append(weakref.ref(made))
+        return made
+
+    class Watched(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            is_held = any(one() is not None for one in held)
+            seen.append((len(x), is_held))
+            if is_held and len(x) > 9:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    monkeypatch.setattr(batch_size, "_spare", spare)
+    found = find_batch_size(trainer(Watched(11)), make_batch, limit=64)
+    assert found.size == 9
+    assert {size for size, is_held in seen if is_held} == {9, 10, 11}
+    assert any(size == 11 and not is_held for size, is_held in seen)
+
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory"),
