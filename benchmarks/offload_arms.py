@@ -63,6 +63,12 @@ ARMS = {
     "speculative-65": Arm(mode="speculative", share=0.65),
     "speculative-4-65": Arm(micro=4, mode="speculative", share=0.65),
     "fp32-speculative-65": Arm(fp32=True, mode="speculative", share=0.65),
+    "immediate": Arm(mode="immediate", undo=False),
+    "immediate-65": Arm(mode="immediate", undo=False, share=0.65),
+    "immediate-4": Arm(micro=4, mode="immediate", undo=False),
+    "immediate-4-65": Arm(micro=4, mode="immediate", undo=False, share=0.65),
+    "fp32-immediate": Arm(fp32=True, mode="immediate", undo=False),
+    "fp32-immediate-65": Arm(fp32=True, mode="immediate", undo=False, share=0.65),
     "fp32-sync": Arm(fp32=True),
     "fp32-speculative": Arm(fp32=True, mode="speculative"),
     "fp32-sync-without-undo": Arm(fp32=True, undo=False),
@@ -191,6 +197,7 @@ def _offloaded(training: Training, arm: Arm, memory: HostMemory) -> OffloadedOpt
         delay_from=0,
         cast="host",
         accumulation=arm.micro,
+        check_finite=arm.mode != "immediate",
     )
     parameters = training.model.parameters()
     return OffloadedOptimizer(parameters, lr=RATE, model=training.model, settings=settings, memory=memory)

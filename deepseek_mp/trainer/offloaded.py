@@ -47,6 +47,10 @@ def _check(optimizer: OffloadedOptimizer, config: TrainerConfig) -> None:
         passed = f"an OffloadedOptimizer with max_grad_norm={settings.max_grad_norm}"
         change = "Pass max_grad_norm to the trainer, and leave it out of OffloadSettings"
         raise ConfigError(explain(passed, "clipping by the trainer, which also unscales and records", change))
+    if settings.mode == "immediate":
+        passed = "an OffloadedOptimizer in mode 'immediate'"
+        allowed = "'sync', 'speculative' or 'delayed': the trainer sees all gradients before it steps"
+        raise ConfigError(explain(passed, allowed, "Choose one of these, or step by hand"))
     if settings.accumulation not in (1, config.gradient_accumulation_steps):
         passed = f"an OffloadedOptimizer with accumulation={settings.accumulation}"
         allowed = f"gradient_accumulation_steps={config.gradient_accumulation_steps}, as the trainer has it"

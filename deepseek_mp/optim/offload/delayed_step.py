@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from deepseek_mp.optim.offload import rule
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot
+from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload.pieces import Slot
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import Scaling, Verdict
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.arena import Arena, HostMemory, Scratch
 from deepseek_mp.optim.offload.crew import Crew, Job
-from deepseek_mp.optim.offload.grad_norm import Landed, norms_of
+from deepseek_mp.optim.offload.grad_norm import Landed
 from deepseek_mp.optim.offload.lanes import Lanes
-from deepseek_mp.optim.offload.master_weights import Pair
+from deepseek_mp.optim.offload.pieces import Block, Piece, Slot, blocks, state_of
 from deepseek_mp.optim.offload.verdict import Scaling
 
 BLOCK = 1 << 18
@@ -49,84 +49,23 @@ class Memory:
     source: HostMemory = field(default_factory=HostMemory)
 
 
-@dataclass(eq=False)
-class Slot(Pair):
-    """What the host has of one parameter; tensors are views of arenas, in the shape of the parameter."""
-
-    total: Tensor
-    """fp32: memory of the accumulated gradient."""
-    spare: Tensor
-    """fp32: memory of the next one while the host steps on this one; the same memory where that never happens."""
-    wire: Tensor
-    """Where gradients arrive."""
-    sending: Tensor
-    """What is sent up: the master, or its rounded copy."""
-    moments: tuple[Tensor, Tensor]
-    before: Tensor | None
-    """The master before the step, where that is kept."""
-    moments_before: tuple[Tensor, ...] = ()
-    mark: Any = None
-    """End of the copy of a gradient on its way."""
-    pending: bool = False
-    """Whether a gradient is on its way."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Piece:
-    """Neighbouring values of one parameter, flat; all but the slot's gradient stays where it is."""
-
-    slot: Slot
-    part: slice
-    whole: bool
-    """Whether these are all of its values."""
-    master: Tensor
-    moments: tuple[Tensor, ...]
-    before: tuple[Tensor, ...]
-    """Memory of what a step changes; empty where that is not kept."""
-    sending: Tensor | None
-    """Where the master is rounded to; None where it is sent itself."""
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """These values of a tensor in the shape of the parameter."""
-        return tensor.reshape(-1)[self.part]
-
-    def add(self, scratch: Scratch, *, first: bool) -> None:
-        """Take over the gradient that has arrived, or add it to those before."""
-        slot = self.slot
-        total, wire = self.of(slot.total if first else _gradient(slot)), self.of(slot.wire)
-        if first:
-            total.copy_(wire)
-        elif wire.dtype is total.dtype:
-            total.add_(wire)
-        else:  # widened first: PyTorch adds mixed formats on a CPU much more slowly
-            total.add_(scratch.of(wire.numel()).copy_(wire))
-
-    def norms(self, gradient: Tensor, threads: int) -> Tensor:
-        """[n]: L2 norms of parts of these values of the slot's gradient."""
-        return norms_of(self.of(gradient), threads)
-
-    def keep(self) -> None:
-        """Copy what a step will change."""
-        if self.before:
-            torch._foreach_copy_(list(self.before), [self.master, *self.moments])
-
-    def restore(self) -> None:
-        """Put back what `keep` has copied."""
-        if self.before:
-            torch._foreach_copy_([self.master, *self.moments], list(self.before))
-
-    def round(self) -> None:
-        """Round the weights into the memory that they are sent from."""
-        if self.sending is not None:
-            self.sending.copy_(self.master)
-
-
 @dataclass(frozen=True)
-class Block:
-    """What one team steps by one call: a part of a large parameter, or small parameters of a group in a row."""
+class Given:
+    """What a step is made on."""
 
-    group: int
-    pieces: list[Piece]
+    gradients: Mapping[Slot, Tensor]
+    arrived: frozenset[Slot]
+    scaling: Scaling
+
+    def of(self, piece: Piece, room: Tensor) -> Tensor:
+        """The gradient of a piece, scaled; `room` has its size and may be written."""
+        before = self.gradients.get(piece.slot)
+        if piece.slot in self.arrived:
+            gradient = piece.summed(room, before)
+        else:
+            assert before is not None, "what is stepped has a gradient"
+            gradient = piece.of(before)
+        return gradient if self.scaling.is_one else self.scaling.into(room, gradient)
 
 
 @dataclass(frozen=True)
@@ -204,7 +143,7 @@ class HostChunk:
             )
             for i, member in enumerate(members)
         ]
-        self._blocks = list(_blocks(self.slots, BLOCK * self._crew.width))
+        self._blocks = list(blocks(self.slots, BLOCK * self._crew.width))
         self._pieces: dict[Slot, list[Piece]] = {slot: [] for slot in self.slots}
         for block in self._blocks:
             for piece in block.pieces:
@@ -263,6 +202,18 @@ class HostChunk:
                 lanes.land(slot.mark)
                 slot.pending, slot.mark = False, None
 
+    def arrived(self, lanes: Lanes) -> frozenset[Slot]:
+        """Wait for the gradients on their way; whose they are. They are not added up."""
+        found = frozenset(slot for slot in self.slots if slot.pending)
+        for slot in found:
+            lanes.land(slot.mark)
+        return found
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether gradients are on their way, or have arrived and are not added up."""
+        return any(slot.pending for slot in self.slots)
+
     @property
     def has_gradients(self) -> bool:
         return any(slot.master.grad is not None for slot in self.slots)
@@ -298,24 +249,29 @@ class HostChunk:
         states: dict[Any, dict[str, Any]],
         gradients: Mapping[Slot, Tensor],
         scaling: Scaling,
+        *,
+        arrived: frozenset[Slot] = frozenset(),
     ) -> Stepping:
-        """Begin what `step` does."""
-        self._steps_before = {slot: self._state(slot, states) for slot in self.slots if slot in gradients}
+        """Begin what `step` does; to the gradients of slots that have `arrived`, those are added on the way."""
+        stepped = {slot for slot in self.slots if slot in gradients or slot in arrived}
+        self._steps_before = {slot: self._state(slot, states) for slot in self.slots if slot in stepped}
         self.rest()
         self.kept, self._rounded, self._changed = True, False, []
 
         def step(block: Block) -> None:
-            pieces = [piece for piece in block.pieces if piece.slot in gradients]
+            pieces = [piece for piece in block.pieces if piece.slot in stepped]
             if pieces:
-                self._step(groups[block.group], states, [(piece, gradients[piece.slot]) for piece in pieces], scaling)
+                self._step(groups[block.group], states, pieces, Given(gradients, arrived, scaling))
             for piece in block.pieces:
                 piece.round()
 
         job = self._crew.begin([partial(step, block) for block in self._blocks])
-        return Stepping(job, partial(self._stepped, states))
+        return Stepping(job, partial(self._stepped, states, arrived))
 
-    def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]]) -> None:
-        """Count the step of parameters that were stepped in parts."""
+    def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]], arrived: frozenset[Slot]) -> None:
+        """Count the step of parameters that were stepped in parts; what had arrived was used."""
+        for slot in arrived:
+            slot.pending, slot.mark = False, None
         for piece in self._changed:
             if piece.part.start == 0 and not piece.whole:
                 states[piece.slot.master]["step"].add_(1)
@@ -351,20 +307,17 @@ class HostChunk:
         self,
         group: Mapping[str, Any],
         states: dict[Any, dict[str, Any]],
-        pieces: Sequence[tuple[Piece, Tensor]],
-        scaling: Scaling,
+        pieces: Sequence[Piece],
+        given: Given,
     ) -> None:
-        for piece, _ in pieces:
+        for piece in pieces:
             if piece not in self._has_copy:
                 piece.keep()
             self._changed.append(piece)
-        grads = [piece.of(gradient) for piece, gradient in pieces]
-        if not scaling.is_one:
-            room = self._scratch.of(sum(grad.numel() for grad in grads)).split([grad.numel() for grad in grads])
-            grads = [scaling.into(to, grad) for to, grad in zip(room, grads, strict=True)]
-        rule.step(
-            group, [piece.master for piece, _ in pieces], grads, [_state_of(piece, states) for piece, _ in pieces]
-        )
+        sizes = [piece.master.numel() for piece in pieces]
+        room = self._scratch.of(sum(sizes)).split(sizes)
+        grads = [given.of(piece, to) for piece, to in zip(pieces, room, strict=True)]
+        rule.step(group, [piece.master for piece in pieces], grads, [state_of(piece, states) for piece in pieces])
 
     def _state(self, slot: Slot, states: dict[Any, dict[str, Any]]) -> float | None:
         """Its steps so far; makes the state of a parameter that has none."""
@@ -445,49 +398,3 @@ def _wire(parameter: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     if wanted is not None:
         return wanted
     return torch.bfloat16 if parameter.dtype is torch.bfloat16 else torch.float32
-
-
-def _gradient(slot: Slot) -> Tensor:
-    assert slot.master.grad is not None
-    return slot.master.grad
-
-
-def _blocks(slots: Sequence[Slot], most: int) -> Iterator[Block]:
-    """All values of a chunk, so many in a block at most."""
-    small: list[Piece] = []
-    filled = 0
-    for slot in slots:
-        values = slot.master.numel()
-        if small and (small[0].slot.group != slot.group or filled + values > most):
-            yield Block(small[0].slot.group, small)
-            small, filled = [], 0
-        if values > most:
-            for start in range(0, values, most):
-                yield Block(slot.group, [_piece(slot, slice(start, min(start + most, values)))])
-            continue
-        small.append(_piece(slot, slice(0, values)))
-        filled += values
-    if small:
-        yield Block(small[0].slot.group, small)
-
-
-def _piece(slot: Slot, part: slice) -> Piece:
-    def flat(tensor: Tensor) -> Tensor:
-        return tensor.detach().view(-1)[part]
-
-    kept = () if slot.before is None else (slot.before, *slot.moments_before)
-    return Piece(
-        slot=slot,
-        part=part,
-        whole=part == slice(0, slot.master.numel()),
-        master=flat(slot.master),
-        moments=tuple(flat(moment) for moment in slot.moments),
-        before=tuple(flat(tensor) for tensor in kept),
-        sending=None if slot.sending is slot.master else flat(slot.sending),
-    )
-
-
-def _state_of(piece: Piece, states: Mapping[Any, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """The state that a step of these values reads and writes; the counter of a part is its own, and no state's."""
-    step = states[piece.slot.master]["step"]
-    return {"step": step if piece.whole else step.clone(), **dict(zip(rule.MOMENTS, piece.moments, strict=True))}

@@ -29,10 +29,12 @@ from deepseek_mp.optim.offload.delayed_step import DelayedStep
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
 from deepseek_mp.optim.offload.grad_norm import total_norm
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Slot
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory
+from deepseek_mp.optim.offload.immediate_step import ImmediateStep
 from deepseek_mp.optim.offload.lanes import DirectLanes, Lanes, lanes_for
 from deepseek_mp.optim.offload.loaded_state import MASTER, check_entries, check_loaded, check_rule
 from deepseek_mp.optim.offload.master_weights import Pair
+from deepseek_mp.optim.offload.pieces import Slot
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
 from deepseek_mp.optim.offload.speculative_step import SpeculativeStep
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
@@ -184,9 +186,11 @@ class OffloadedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._land()
+        if self._mode.waits_for_all:
+            self._land()
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        verdict = judge(self._gradients(), self.settings, scale=scale, found_inf=found, norm=self._norm)
+        grads = [*self._gradients(), *(slot.wire for chunk in self._chunks for slot in chunk.slots if slot.pending)]
+        verdict = judge(grads, self.settings, scale=scale, found_inf=found, norm=self._norm)
         self._mode.step(verdict)
         self.report = replace(verdict.report, redone=self._mode.redone)
         self._passes = 0
@@ -411,6 +415,8 @@ class OffloadedOptimizer(Optimizer):
         )
         if self.settings.mode == "delayed":
             return DelayedStep(parts, self.settings.delay_from)
+        if self.settings.mode == "immediate":
+            return ImmediateStep(parts)
         return SpeculativeStep(parts) if self.settings.mode == "speculative" else SyncStep(parts)
 
     # ------------------------------------------------------------------------------------------ gradients
@@ -450,7 +456,7 @@ class OffloadedOptimizer(Optimizer):
         self._passes += 1
         for chunk in self._chunks:
             chunk.coming.clear()
-        if self._passes >= self.settings.accumulation:
+        if self._passes >= self.settings.accumulation and self._mode.waits_for_all:
             Variable._execution_engine.queue_callback(self._land)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ NORM_BYTES = 4
 """Bytes that the norm of the gradients reads per value, where it is not taken as they land."""
 BACKWARD = 2 / 3
 """Share of forward and backward that is backward: it makes two products where forward makes one."""
-MODES = ("sync", "speculative", "delayed")
+MODES = ("sync", "speculative", "delayed", "immediate")
 WIRES = {"bf16": 2, "fp32": 4}
 """Formats that gradients are sent in, with their bytes."""
 
@@ -205,9 +205,9 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
 
     Gradients go down and are added up beside backward; those of earlier micro-batches also beside the next forward. The
     state before the step is kept beside both, as far as there is time. In 'sync' the host's step begins when the
-    gradients' norm is known, after backward, so it is in the tail. In 'speculative' it runs beside the last backward,
-    in 'delayed' beside the whole next window. What the chunk that arrives last needs after backward is in the tail, and
-    so is the first chunk's way up, with the others behind it.
+    gradients' norm is known, after backward, so it is in the tail. In 'speculative' and 'immediate' it runs beside the
+    last backward, in 'delayed' beside the whole next window. What the chunk that arrives last needs after backward is
+    in the tail, and so is the first chunk's way up, with the others behind it.
 
     The host's work is taken as bytes moved at the rate of `Rates.cpu`, as the host's AdamW is bound by memory.
     """
@@ -216,6 +216,8 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     wire = WIRES[work.wire]
     first, added = (arrival_bytes(work, first=first) / rates.cpu for first in (True, False))
     landing = first if work.micro_steps == 1 else added
+    if work.mode == "immediate":  # the sum stays in the processor's cache
+        landing -= FP32_BYTES / rates.cpu
     norm = NORM_BYTES * work.clip / rates.cpu
     stepping = (STEP_BYTES + CAST_BYTES * work.cast) / rates.cpu
     keeping = KEEP_BYTES * work.keep / (rates.keep or rates.cpu)
@@ -229,7 +231,7 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     beside = values * landing
     if work.mode == "sync":
         tail += values * stepping
-    elif work.mode == "speculative":
+    elif work.mode in ("speculative", "immediate"):
         beside += values * stepping
         tail += last * stepping
     adding = values * (first + (work.micro_steps - 1) * added)

@@ -13,7 +13,8 @@ class OffloadSettings:
     """How an optimizer is offloaded. `ConfigError` for a value that is not possible."""
 
     mode: str = "sync"
-    """'sync' and 'speculative' give the numbers of AdamW; 'delayed' applies each gradient one step late."""
+    """'sync' and 'speculative' give the numbers of AdamW; 'delayed' applies each gradient one step late. 'immediate'
+    gives the numbers of AdamW without clipping, and takes no step back: it needs undo=False and check_finite=False."""
     wire: str | None = None
     """Gradients are sent in 'bf16' or 'fp32'. None: BF16 parameters' in BF16, others' in FP32."""
     accumulation: int = 1
@@ -46,7 +47,9 @@ class OffloadSettings:
             if not isinstance(value, int) and not (value is None and name == "free_bytes"):
                 passed = f"{name}={value!r}"
                 raise ConfigError(explain(passed, "whole numbers", "Write for example 64 << 20 for 64 MiB"))
-        if self.mode != "sync" and not self.undo:
+        if self.mode == "immediate":
+            self._check_immediate()
+        elif self.mode != "sync" and not self.undo:
             passed = f"mode={self.mode!r} with undo=False"
             change = "Keep undo=True: these modes put chunks back as a matter of course"
             raise ConfigError(explain(passed, "undo=True, or mode='sync'", change))
@@ -60,6 +63,15 @@ class OffloadSettings:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             passed = f"max_grad_norm={self.max_grad_norm!r}"
             raise ConfigError(explain(passed, "a number above 0, or None", "Leave it out to clip nothing"))
+
+    def _check_immediate(self) -> None:
+        if self.undo or self.check_finite or self.max_grad_norm is not None:
+            passed = (
+                f"mode='immediate' with undo={self.undo}, check_finite={self.check_finite} and "
+                f"max_grad_norm={self.max_grad_norm}"
+            )
+            change = "A chunk is stepped before the other gradients are seen: pass these, or take 'speculative'"
+            raise ConfigError(explain(passed, "undo=False, check_finite=False, max_grad_norm=None", change))
 
 
 @dataclass(frozen=True, kw_only=True)

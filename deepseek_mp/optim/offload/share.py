@@ -35,7 +35,7 @@ def free_within(
     Raises:
         ConfigError: a `slower` below 1, or the mode 'delayed', which is not offered for a part.
     """
-    check_member("mode", work.mode, ("sync", "speculative"))
+    check_member("mode", work.mode, ("sync", "speculative", "immediate"))
     if not slower >= 1:
         raise ConfigError(explain(f"slower={slower!r}", "1 or more", "Pass 1.1 to allow a step 10 % more time"))
     parts = chunks(sizes, limit_bytes=chunk_bytes)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.grad_norm import sample
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Slot, Stepping
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Stepping
+from deepseek_mp.optim.offload.pieces import Slot
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling, Verdict
 

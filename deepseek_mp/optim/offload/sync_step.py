@@ -45,6 +45,9 @@ class Parts:
 class SyncStep:
     """The mode 'sync', and the base of the others."""
 
+    waits_for_all: bool = True
+    """Whether all gradients of a window are on the host before any is stepped on."""
+
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._lander = parts.worker()  # another than that of steps, which would let a landing wait for all of a step
@@ -117,19 +120,21 @@ class SyncStep:
             raise MixedPrecisionError(explain(passed, "steps from a whole state", change)) from self.broken
 
     def apply(self, scaling: Scaling) -> None:
-        """Step all chunks, in the order in which forward reads them."""
+        """Step all chunks."""
         self.prepare()
         groups = rule.options(self.parts.owner().param_groups)
         begun: list[HostChunk] = []
         try:
-            self._step_all(
-                [chunk for chunk in reversed(self.parts.chunks) if chunk.has_gradients], scaling, groups, begun
-            )
+            self._step_all(self.in_order(), scaling, groups, begun)
             self.step_device_part(scaling)
         except BaseException as error:
             self.take_back(begun, error)
             raise
         self.commit()
+
+    def in_order(self) -> Sequence[HostChunk]:
+        """The chunks to be stepped: first those that forward reads first."""
+        return [chunk for chunk in reversed(self.parts.chunks) if chunk.has_gradients]
 
     def _step_all(
         self,

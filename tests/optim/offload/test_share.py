@@ -19,7 +19,7 @@ def time_of(free, work=WORK):
 
 
 @pytest.mark.parametrize("slower", [1.05, 1.2, 1.5])
-@pytest.mark.parametrize("mode", ["sync", "speculative"])
+@pytest.mark.parametrize("mode", ["sync", "speculative", "immediate"])
 def test_is_the_largest_that_is_allowed(slower, mode):
     work = replace(WORK, mode=mode)
     found, chunk = free_within(SIZES, RATES, work, slower=slower), 10_000_000 * 14

@@ -1,0 +1,168 @@
+"""`ImmediateStep`: AdamW's numbers chunk by chunk as gradients arrive, and nothing that would have to wait for all."""
+
+import copy
+
+import pytest
+import torch
+from fake_device import WORKERS, FakeLanes, backward, offloaded, plain, same, small_model, weights
+
+from deepseek_mp.errors import ConfigError, MixedPrecisionError
+from deepseek_mp.optim.offload import OffloadSettings, host_chunk, rule
+
+FREE = {"mode": "immediate", "undo": False, "check_finite": False}
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch):
+    """Of each crew; and blocks that are small enough for all of them."""
+    monkeypatch.setattr(host_chunk, "BLOCK", 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("free_bytes", [None, 2000])
+@pytest.mark.usefixtures("threads")
+def test_the_numbers_are_those_of_adamw(worker, micro, free_bytes):
+    ours, theirs = small_model(), small_model()
+    optimizer = offloaded(ours, worker=worker, accumulation=micro, free_bytes=free_bytes, **FREE)
+    reference = plain(theirs)
+    for _ in range(3):
+        for _ in range(micro):
+            backward(ours, theirs)
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+        assert optimizer.report.applied
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+    expected, found = reference.state_dict()["state"], optimizer.state_dict()["state"]
+    if free_bytes is None:
+        assert all(torch.equal(found[i][key], expected[i][key]) for i in expected for key in expected[i])
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.usefixtures("threads")
+def test_weights_in_bf16_have_the_numbers_of_sync(micro):
+    ours, theirs = small_model(torch.bfloat16), small_model(torch.bfloat16)
+    optimizer = offloaded(ours, accumulation=micro, **FREE)
+    other = offloaded(theirs, accumulation=micro, mode="sync")
+    for _ in range(3):
+        for _ in range(micro):
+            backward(ours, theirs)
+        optimizer.step()
+        other.step()
+    optimizer.synchronize()
+    other.synchronize()
+    assert same(weights(ours), weights(theirs))
+    masters = [[one.master(p).detach() for p in net.parameters()] for one, net in ((optimizer, ours), (other, theirs))]
+    assert same(*masters)
+
+
+def test_chunks_are_stepped_as_they_arrive_and_none_waits_for_another(monkeypatch):
+    lanes, model = FakeLanes(), small_model()
+    optimizer = offloaded(model, lanes, chunk_bytes=4, **FREE)
+    lanes.events.clear()
+    backward(model)
+    assert not any(event.startswith("land") for event in lanes.events), "backward waits for nothing"
+    lanes.events.clear()
+    real = rule.step
+    monkeypatch.setattr(rule, "step", lambda *given: (lanes.events.append("step"), real(*given))[1])
+    optimizer.step()
+    landed, stepped, sent = (lanes.events[first::3] for first in range(3))
+    assert sorted(landed) == [f"land down {i}" for i in range(8)]
+    assert (stepped, sent) == (["step"] * 8, [f"up {i}" for i in range(8)])
+
+
+def test_no_gradient_is_added_up_in_memory_of_its_own():
+    model = small_model()
+    optimizer = offloaded(model, **FREE)
+    backward(model)
+    optimizer.step()
+    assert not any(slot.total.any() for pair in [optimizer.pairs] for slot in pair)
+
+
+def test_a_loss_scale_is_taken_off_and_a_skipped_window_leaves_nothing():
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, **FREE), plain(theirs)
+    before = weights(ours)
+    backward(ours, scale=float("inf"))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    optimizer.step()
+    optimizer.synchronize()
+    assert optimizer.report.reason == "scaler"
+    assert same(weights(ours), before)
+    optimizer.found_inf = torch.tensor(0.0)
+    torch.manual_seed(5)
+    backward(ours, scale=4.0)
+    torch.manual_seed(5)
+    backward(theirs)
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_gradients_that_are_forgotten_are_not_stepped_on():
+    model = small_model()
+    optimizer = offloaded(model, **FREE)
+    before = weights(model)
+    backward(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    optimizer.synchronize()
+    assert optimizer.report.reason == "no_grads"
+    assert same(weights(model), before)
+
+
+def test_gradients_that_were_looked_at_count(monkeypatch):
+    """`land` adds them up, and what is written to them then is stepped on."""
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, **FREE), plain(theirs)
+    backward(ours, theirs)
+    optimizer.land()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        optimizer.master(mine).grad.mul_(2.0)
+        other.grad.mul_(2.0)
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_after_a_failure_steps_are_refused_until_a_state_is_loaded(failing_step):
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, **FREE), plain(theirs)
+    backward(ours, theirs)
+    optimizer.step()
+    reference.step()
+    reference.zero_grad()
+    saved = (copy.deepcopy(optimizer.state_dict()), weights(ours))
+    failing_step.arm(after=1)
+    backward(ours)
+    with pytest.raises(RuntimeError, match="the host's step failed"):
+        optimizer.step()
+    failing_step.undo()
+    optimizer.zero_grad()
+    backward(ours)
+    with pytest.raises(MixedPrecisionError, match="could not be taken back"):
+        optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for parameter, before in zip(ours.parameters(), saved[1], strict=True):
+            parameter.copy_(before)
+    optimizer.load_state_dict(saved[0])
+    backward(ours, theirs)
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("more", [{"undo": True}, {"check_finite": True}, {"max_grad_norm": 1.0}])
+def test_what_would_have_to_wait_for_all_gradients_is_refused(more):
+    with pytest.raises(ConfigError, match="mode='immediate' with"):
+        OffloadSettings(**{**FREE, **more})

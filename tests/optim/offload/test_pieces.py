@@ -1,0 +1,64 @@
+"""Pieces of what the host has: they cover every value once, and add up what has arrived without writing it."""
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.optim.offload.pieces import Slot, blocks, state_of
+
+
+def slot(values, *, group=0, wire=torch.float32):
+    def zeros(dtype=torch.float32):
+        return torch.zeros(values, dtype=dtype)
+
+    master = nn.Parameter(zeros())
+    return Slot(
+        parameter=nn.Parameter(zeros()),
+        master=master,
+        group=group,
+        total=zeros(),
+        spare=zeros(),
+        wire=zeros(wire),
+        sending=master,
+        moments=(zeros(), zeros()),
+        before=None,
+    )
+
+
+@pytest.mark.parametrize("most", [1, 7, 16, 1000])
+def test_each_value_is_in_one_piece(most):
+    slots = [slot(n, group=n == 33) for n in (5, 40, 3, 3, 33, 0, 16)]
+    found = list(blocks(slots, most))
+    for block in found:
+        assert {piece.slot.group for piece in block.pieces} == {block.group}
+        assert len(block.pieces) == 1 or sum(piece.master.numel() for piece in block.pieces) <= most
+        for piece in block.pieces:
+            piece.master.add_(1.0)
+    assert all(torch.equal(one.master, torch.ones_like(one.master)) for one in slots)
+
+
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_has_arrived_and_what_was_before_are_added_in_other_memory(wire, earlier):
+    one = slot(50, wire=wire)
+    one.wire.copy_(torch.randn(50))
+    before = torch.randn(50) if earlier else None
+    kept = one.wire.clone(), None if before is None else before.clone()
+    room = torch.empty(20)
+    (first, second, _) = (piece for block in blocks([one], 20) for piece in block.pieces)
+    for piece, part in ((first, slice(0, 20)), (second, slice(20, 40))):
+        expected = one.wire[part].float() + (before[part] if earlier else 0.0)
+        assert torch.equal(piece.summed(room, before), expected)
+    assert torch.equal(one.wire, kept[0])
+    assert before is None or torch.equal(before, kept[1])
+
+
+def test_a_part_has_a_counter_of_its_own():
+    one = slot(50)
+    whole = slot(10)
+    states = {s.master: {"step": torch.tensor(3.0)} for s in (one, whole)}
+    pieces = [piece for block in blocks([one, whole], 20) for piece in block.pieces]
+    for piece in pieces:
+        state_of(piece, states)["step"].add_(1)
+    assert states[one.master]["step"] == 3
+    assert states[whole.master]["step"] == 4
