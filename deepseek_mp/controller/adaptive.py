@@ -22,7 +22,7 @@ from deepseek_mp.controller.height import height, height_of, parts_of
 from deepseek_mp.controller.limits import broken
 from deepseek_mp.controller.region import HARM_WITH_ALARM, SUDDEN_HARM, harbour, shares
 from deepseek_mp.controller.settings import OBJECTIVES, AdaptiveSettings
-from deepseek_mp.controller.speed import Gain, compiled_with
+from deepseek_mp.controller.speed import Gain, compiled_with, to_compile
 from deepseek_mp.controller.spikes import Gradient, Spikes
 from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
@@ -71,7 +71,7 @@ class AdaptiveController:
     pass_seconds: float | None = None
     """Time of a forward and backward with its share of the step, once steps were timed."""
     switch_passes: float = 0.0
-    """How many of those a change of recipes was last seen to cost: code is compiled for the new combination."""
+    """How many of those a change was last seen to cost for each block that code was compiled for; see `to_compile`."""
     is_explained: bool = False
     """Whether it was said why layers were not lowered."""
     _wanted: dict[str, Decision] = field(default_factory=dict)
@@ -278,11 +278,11 @@ class AdaptiveController:
         if not (self.switch_passes and self.pass_seconds):
             return False
         left = (self.total_steps or 2 * step) - step  # where nobody says how long it is: as long again
-        gain = math.fsum(
-            abs(self._saved(each.layer, each.new) - self._saved(each.layer, self.states[each.layer].recipe))
-            for each in wanted
-        )
-        return left * gain < self.switch_passes * self.pass_seconds
+        now = {name: state.recipe for name, state in self.states.items()}
+        new = {each.layer: each.new for each in wanted if each.new != now[each.layer]}
+        gain = math.fsum(abs(self._saved(name, recipe) - self._saved(name, now[name])) for name, recipe in new.items())
+        blocks = to_compile(self.units, now | new, new, self.base.name)
+        return left * gain < blocks * self.switch_passes * self.pass_seconds
 
     def explained(self, step: int) -> list[Decision]:
         """Once, when there was a first decision: why the layers that it left as they are were not lowered."""

@@ -126,3 +126,17 @@ def compiled_with(units: Mapping[str, AdaptiveUnit], names: Collection[str], amo
     """
     blocks = {units[name].block for name in names} - {""}
     return [name for name in among if name not in names and units[name].block in blocks]
+
+
+def to_compile(
+    units: Mapping[str, AdaptiveUnit], recipes: Mapping[str, str], changed: Collection[str], base: str
+) -> int:
+    """How many blocks a change makes a compiler work on: those of the layers that changed, unless all is in the base.
+
+    A layer in no block counts as one.
+
+    Args:
+        recipes: of all layers, after the change.
+    """
+    places = {name: units[name].block or name for name in units}
+    return len({places[name] for name in changed} & {places[name] for name in units if recipes[name] != base})

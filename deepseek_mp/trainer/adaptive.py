@@ -19,7 +19,7 @@ from torch import distributed, nn
 from deepseek_mp.controller.adaptive import AdaptiveController
 from deepseek_mp.controller.adaptive_units import Comparison
 from deepseek_mp.controller.settings import AdaptiveSettings
-from deepseek_mp.controller.speed import SpeedCheck
+from deepseek_mp.controller.speed import SpeedCheck, to_compile
 from deepseek_mp.costs.restore import Snapshot
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn.call import batch_size, move, parse_batch, run
@@ -84,6 +84,8 @@ class AdaptivePrecision(Callback):
         self._interval = 0
         """Steps between probes, once their cost is known."""
         self._clock, self._speed = ProbeClock(), SpeedCheck()
+        self._compiling = 0
+        """Blocks that the last change was compiled for."""
         self._look = InputLook()
         self._alarms = 0
         """How many alarms of the monitor were seen."""
@@ -213,7 +215,8 @@ class AdaptivePrecision(Callback):
         gain = self._speed.see(seconds, passes * controller.promised())
         if self._speed.last is not None:
             controller.pass_seconds = self._speed.last.seconds / passes
-            controller.switch_passes = self._speed.switch / self._speed.last.seconds
+            if self._compiling:  # a change that compiled nothing says nothing of one that does
+                controller.switch_passes = self._speed.switch / self._speed.last.seconds / self._compiling
         if gain is not None:
             self._note(trainer, [controller.timed(trainer.steps_attempted, gain)])
 
@@ -334,8 +337,16 @@ class AdaptivePrecision(Callback):
             trainer.settle()  # the last step's outcome may add to what is pending
             made, self._pending = self._pending, []
             self._note(trainer, made)
+            self._compiling = self._to_compile(made)
             change_precision(trainer, self._plan(trainer, made))
             self._in_force = trainer.plan
+
+    def _to_compile(self, made: Sequence[Decision]) -> int:
+        """How many blocks these decisions, which the controller's states follow, are compiled for."""
+        assert self.controller is not None
+        recipes = {name: state.recipe for name, state in self.controller.states.items()}
+        changed = {each.layer for each in made if each.old != each.new} & recipes.keys()
+        return to_compile(self.controller.units, recipes, changed, self.controller.base.name)
 
     def _plan(self, trainer: MixedPrecisionTrainer, decisions: list[Decision]) -> PrecisionPlan:
         """The plan of the controller's states: a rule for every layer that is not in the base."""

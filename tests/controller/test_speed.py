@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from deepseek_mp.controller.speed import SETTLING, WINDOW, SpeedCheck
+from deepseek_mp.controller.adaptive_units import AdaptiveUnit
+from deepseek_mp.controller.speed import SETTLING, WINDOW, SpeedCheck, to_compile
 
 
 def steps(check, seconds, promised, count=WINDOW + SETTLING, scatter=0.0):
@@ -69,3 +70,15 @@ def test_what_cannot_be_told_is_not_said(promised, scatter):
     check = SpeedCheck()
     steps(check, 0.060, 0.0, scatter=scatter)
     assert steps(check, 0.061, promised, scatter=scatter) == []
+
+
+def test_blocks_are_compiled_for_what_is_not_all_in_the_base():
+    units = {
+        name: AdaptiveUnit(macs=1.0, seconds={}, recipes=("row",), inputs=1, block=block)
+        for name, block in (("one.a", "one"), ("one.b", "one"), ("two.a", "two"), ("head", ""))
+    }
+    base = dict.fromkeys(units, "bf16")
+    assert to_compile(units, base, ["one.a", "head"], "bf16") == 0
+    assert to_compile(units, base | {"one.b": "row"}, ["one.a"], "bf16") == 1
+    assert to_compile(units, base | {"one.b": "row"}, ["two.a"], "bf16") == 0
+    assert to_compile(units, base | {"one.a": "row", "head": "row"}, ["one.a", "one.b", "head"], "bf16") == 2
