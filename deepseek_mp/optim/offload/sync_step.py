@@ -78,6 +78,10 @@ class SyncStep:
         if not last:
             self._landing[chunk.number] = self._lander.submit(chunk.land, self.parts.lanes)
 
+    def gather(self) -> None:
+        """Before the verdict on a step: wait for what it looks at."""
+        self.land()
+
     def land(self) -> None:
         """Wait for gradients and add them."""
         for chunk in self.parts.chunks:
