@@ -134,7 +134,7 @@ def _end_all() -> None:
 
 
 TEAMS = 4
-"""At most, from twice as many threads."""
+"""So many, or one more where that leaves fewer threads over; below twice as many threads each is a team."""
 
 
 class Crew:

@@ -110,7 +110,7 @@ class HostChunk:
         """Versions of what that copies."""
         self._has_copy: set[Piece] = set()
         self._added: set[Piece] = set()
-        """Pieces of gradients on their way that a landing which has failed, or was interrupted, has added up already."""
+        """Pieces of gradients on their way that a landing has added up which has failed, or was interrupted."""
         self._landed: dict[Slot, Landed] = {}
         self._rounded = False
         self.kept = False
