@@ -130,7 +130,9 @@ def test_immediate_does_not_write_the_sum_and_read_it_again(micro, wire):
     assert host_bytes(late) - host_bytes(now) == 8
     theirs, ours = predict(placed, rates, late), predict(placed, rates, now)
     assert theirs.host - ours.host == pytest.approx(10 * 8 / 100)
-    assert theirs.total - ours.total == pytest.approx(11 * 8 / 100)  # all of it beside backward, the last chunk after it
+    assert theirs.total - ours.total == pytest.approx(
+        11 * 8 / 100
+    )  # all of it beside backward, the last chunk after it
 
 
 def test_weights_that_the_device_rounds_go_up_in_fp32():
