@@ -73,10 +73,15 @@ class SpeculativeStep(SyncStep):
             guess = self._guesses.get(chunk.number)
             if guess is None:
                 self._land(chunk)
-            else:
-                guess.landed.result()
+                continue
+            error = guess.landed.exception()
+            if error is not None:
+                self._withdraw(chunk)  # else the next try would find the same
+                raise error
 
     def forget(self) -> None:
+        for chunk in self.parts.chunks:
+            self._landed(chunk)  # what failed in a window that is not wanted is no error
         self.settle()
         self._put_back = 0
         super().forget()
