@@ -332,6 +332,7 @@ class OffloadedOptimizer(Optimizer):
         for chunk in self._chunks:
             for slot in chunk.slots:
                 self._adopt_state(slot, slot.moments)
+            chunk.kept = False  # a step that failed before changed another state
             self._mode.send(chunk)
         for pair in self._device_part.pairs:
             self._adopt_state(pair, None)

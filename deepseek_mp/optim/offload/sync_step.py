@@ -120,7 +120,9 @@ class SyncStep:
     def check_whole(self) -> None:
         if self.broken is not None:
             passed = "a step after one that failed halfway and could not be taken back"
-            change = "Load a saved state, and keep undo=True"
+            change = "Load saved states of the model and of this optimizer"
+            if not self.parts.undo:
+                change += "; undo=True, which 'immediate' does not allow, takes such steps back"
             raise MixedPrecisionError(explain(passed, "steps from a whole state", change)) from self.broken
 
     def apply(self, scaling: Scaling) -> None:

@@ -248,7 +248,10 @@ def test_after_a_failure_steps_are_refused_until_a_state_is_loaded(failing_step)
     failing_step.undo()
     optimizer.zero_grad()
     backward(ours)
-    with pytest.raises(MixedPrecisionError, match="could not be taken back"):
+    with pytest.raises(
+        MixedPrecisionError,
+        match=r"could not be taken back.*states of the model and of this optimizer; undo=True, which 'immediate'",
+    ):
         optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():
@@ -266,3 +269,32 @@ def test_after_a_failure_steps_are_refused_until_a_state_is_loaded(failing_step)
 def test_what_would_have_to_wait_for_all_gradients_is_refused(more):
     with pytest.raises(ConfigError, match="mode='immediate' with"):
         OffloadSettings(**{**FREE, **more})
+
+
+@pytest.mark.parametrize("mode", ["sync", "immediate"])
+def test_a_failure_before_anything_is_changed_is_none_of_the_state_that_was_loaded(failing_step, monkeypatch, mode):
+    ours, theirs = small_model(), small_model()
+    lanes = FakeLanes()
+    optimizer, reference = offloaded(ours, lanes, **{**FREE, "mode": mode}), plain(theirs)
+    saved = (copy.deepcopy(optimizer.state_dict()), copy.deepcopy(ours.state_dict()))
+    backward(ours, theirs)
+    failing_step.arm(after=1)
+    with pytest.raises(RuntimeError, match="the host's step failed"):
+        optimizer.step()
+    failing_step.undo()
+    ours.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[0])
+    real = FakeLanes.land
+
+    def land(lanes, mark):
+        raise RuntimeError("the device is busy")
+
+    optimizer.land()
+    monkeypatch.setattr(FakeLanes, "land", land)
+    with pytest.raises(RuntimeError, match="the device is busy"):
+        optimizer.step()
+    monkeypatch.setattr(FakeLanes, "land", real)
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
