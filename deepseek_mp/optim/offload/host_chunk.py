@@ -169,9 +169,7 @@ class HostChunk:
         def add(block: Block) -> None:
             for piece in block.pieces:
                 if piece.slot.pending:
-                    if piece not in self._added:
-                        piece.add(self._scratch, first=piece.slot in first)
-                        self._added.add(piece)
+                    self._add(piece, first=piece.slot in first)
                     if measure:
                         norms[piece] = piece.norms(piece.slot.total, self._crew.width)
 
@@ -182,6 +180,22 @@ class HostChunk:
                 slot.master.grad = slot.total
             if measure:
                 self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
+
+    def _add(self, piece: Piece, *, first: bool) -> None:
+        """Once, whoever tries again."""
+        if piece in self._added:
+            return
+        target = piece.slot.total if first else piece.slot.master.grad
+        before = None if target is None else target._version
+        try:
+            piece.add(self._scratch, first=first)
+        except Exception:
+            raise  # the addition comes last, and has not been made
+        except BaseException:  # an interrupt, which no thread of a crew meets: so nobody else writes here
+            if target is not None and target._version != before:
+                self._added.add(piece)
+            raise
+        self._added.add(piece)
 
     def norms(self) -> list[Tensor]:
         """L2 norms, [n] each, of parts that are all of the gradients; those that were taken when they landed."""
