@@ -174,12 +174,12 @@ class HostChunk:
                         norms[piece] = piece.norms(piece.slot.total, self._crew.width)
 
         self._crew.run([partial(add, block) for block in self._blocks] if arrived else [])
-        self._used(arrived)
         for slot in arrived:
             if slot in first:
                 slot.master.grad = slot.total
             if measure:
                 self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
+        self._used(arrived)  # last, so that an interrupt loses nothing
 
     def _add(self, piece: Piece, *, first: bool) -> None:
         """Once, whoever tries again."""

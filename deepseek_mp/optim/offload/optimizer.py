@@ -201,9 +201,11 @@ class OffloadedOptimizer(Optimizer):
         grads = self._gradients()
         verdict = judge(grads, self.settings, scale=scale, found_inf=found, norm=self._norm, unseen=unseen)
         self._mode.step(verdict)
+        for group in self.param_groups:  # at once: PyTorch's `zero_grad` takes time in which a step may be interrupted
+            for parameter in group["params"]:
+                parameter.grad = None
         self.report = replace(verdict.report, redone=self._mode.redone)
         self._passes = 0
-        super().zero_grad(set_to_none=True)
 
     def land(self) -> None:
         """Wait until all gradients that were sent are in the masters' `grad`.

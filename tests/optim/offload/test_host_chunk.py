@@ -104,6 +104,21 @@ def test_an_interrupt_just_behind_the_addition_does_not_let_it_be_made_twice(mon
     assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 3.0)) for slot in chunk.slots)
 
 
+def test_an_interrupt_when_all_is_added_loses_nothing(monkeypatch):
+    chunk, lanes = chunk_of(*parameters(), crew=Crew(1)), FakeLanes()
+    send_gradient(chunk, lanes, 2.0)
+    real = HostChunk._used
+
+    def used(chunk, slots):
+        real(chunk, list(slots)[:1])
+        raise KeyboardInterrupt("pressed")
+
+    monkeypatch.setattr(HostChunk, "_used", used)
+    with pytest.raises(KeyboardInterrupt, match="pressed"):
+        chunk.land(lanes)
+    assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 2.0)) for slot in chunk.slots)
+
+
 def test_what_was_added_in_part_and_discarded_is_no_more(monkeypatch):
     monkeypatch.setattr(host_chunk, "BLOCK", 4)
     chunk, lanes = chunk_of(*parameters(), crew=Crew(1)), FakeLanes()
