@@ -38,6 +38,20 @@ def test_an_applied_step_releases_its_gradients_without_the_profilers_detours(mo
     assert all(pair.master.grad is None for pair in optimizer.pairs)
 
 
+def test_an_applied_step_releases_its_gradients_at_once(monkeypatch):
+    """An interrupt within PyTorch's `zero_grad` would leave gradients that are stepped on twice."""
+    model = small_model()
+    optimizer = offloaded(model)
+    backward(model)
+
+    def pressed(optimizer, set_to_none=True):
+        raise KeyboardInterrupt("pressed")
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", pressed)
+    optimizer.step()
+    assert all(pair.master.grad is None for pair in optimizer.pairs)
+
+
 @pytest.mark.parametrize("mode", ["sync", "speculative"])
 def test_a_scaler_may_step_again_after_a_failure(failing_step, mode):
     """`GradScaler` multiplies its scale by one that it finds, as after a step that has raised."""
