@@ -258,4 +258,5 @@ def _fused_step(optimizer: Optimizer, total: Tensor | None, found_inf: Tensor | 
     try:
         optimizer.step()
     finally:
-        del fused.grad_scale, fused.found_inf
+        for name in ("grad_scale", "found_inf"):
+            fused.__dict__.pop(name, None)  # an offloaded optimizer that fails has removed them

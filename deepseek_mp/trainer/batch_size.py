@@ -225,14 +225,19 @@ class _Trials:
         try:
             if not goes_through(lambda: held.append(_spare(self._device)), self._device):
                 return False
-            return self.fits(size, steps=CONFIRMING)
+            return self.fits(size, steps=CONFIRMING, beside=sum(spare.nbytes for spare in held if spare is not None))
         finally:
             held.clear()
 
-    def fits(self, size: int, *, steps: int = 1) -> bool:
+    def fits(self, size: int, *, steps: int = 1, beside: int = 0) -> bool:
         """Whether so many steps of this size go through, within the budget if there is one.
 
         Memory goes back to the device before: what is left of other sizes cuts it into pieces.
+
+        Args:
+            size: of the batch.
+            steps: that are made.
+            beside: bytes that are held meanwhile and are no part of a step, nor of the budget.
         """
         release_memory(self._device)
         peak: int | None = None
@@ -243,14 +248,16 @@ class _Trials:
 
         def measured() -> None:
             nonlocal peak
-            peak = Gauge().peak(step, self._trainer)
+            found = Gauge().peak(step, self._trainer)
+            peak = None if found is None else found - beside
 
         if self._limit_bytes is not None:
             fits = goes_through(measured, self._device) and peak is not None and peak <= self._limit_bytes
         else:
             reset_peak_memory(self._device)
             fits = goes_through(step, self._device)
-            peak = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
+            found = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
+            peak = None if found is None else found - beside
         self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
         return fits
 

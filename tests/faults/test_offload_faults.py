@@ -120,7 +120,7 @@ def test_without_undo_a_half_updated_state_is_refused_until_one_is_loaded(monkey
     with pytest.raises(RuntimeError, match="out of luck"):
         optimizer.step()
     step.mend()
-    with pytest.raises(MixedPrecisionError, match=r"failed halfway.*Load a saved state"):
+    with pytest.raises(MixedPrecisionError, match=r"failed halfway.*Load saved states"):
         optimizer.step()
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])

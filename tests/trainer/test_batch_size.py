@@ -396,6 +396,27 @@ def test_a_budget_is_kept_with_all_that_saves_memory(budget: float) -> None:
     assert run.memory.taken == ("states=8bit", "activations=True")
 
 
+def test_what_stays_free_is_no_part_of_the_budget(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's allocator counts it, as it counts all that is held."""
+    held: list[weakref.ref[Tensor]] = []
+
+    def spare(device: torch.device) -> Tensor:
+        made = torch.empty(32 * MIB, dtype=torch.uint8)
+        held.append(weakref.ref(made))
+        return made
+
+    class Counted(BySize):
+        def peak(self, step: Any, trainer: Any) -> int:
+            return super().peak(step, trainer) + sum(32 * MIB for one in held if one() is not None)
+
+    monkeypatch.setattr(batch_size, "_spare", spare)
+    made = Counted({}, {"8bit": 0.1, "activations": 5.0, "sr": 0.2})
+    monkeypatch.setattr(batch_size, "Gauge", lambda: made)
+    found = find_batch_size(trainer(Model(1000), "bf16", memory=budget), make_batch, limit=500)
+    assert (found.size, found.as_it_was) == (80, 20)
+    assert len({one.peak_bytes for one in found.tried if one.size == 80}) == 1
+
+
 def test_the_trainer_takes_no_more_than_a_smaller_batch_needs(budget: float) -> None:
     run = trainer(Model(1000), "bf16", memory=budget)
     find_batch_size(run, make_batch, limit=500)

@@ -496,6 +496,7 @@ def test_the_records_say_that_memory_could_not_be_pinned(monkeypatch):
     ("settings", "message"),
     [
         ({"max_grad_norm": 1.0}, r"max_grad_norm=1\.0.*Pass max_grad_norm to the trainer"),
+        ({"mode": "immediate", "undo": False, "check_finite": False}, "mode 'immediate'.*or step by hand"),
         ({"accumulation": 3}, r"accumulation=3.*gradient_accumulation_steps=2.*Leave accumulation out"),
     ],
 )

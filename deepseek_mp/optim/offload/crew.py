@@ -134,7 +134,7 @@ def _end_all() -> None:
 
 
 TEAMS = 4
-"""At most, from twice as many threads."""
+"""So many, or one more where that leaves fewer threads over; below twice as many threads each is a team."""
 
 
 class Crew:
@@ -191,18 +191,26 @@ def _start(board: Board, teams: int, width: int) -> None:
     The number that a thread sets is its own, and that of threads which PyTorch meets later: so it is set back here.
     """
     mine, all_are_there = torch.get_num_threads(), threading.Barrier(teams + 1)
-    for number in range(teams):
-        name = f"offload-crew-{number}"
-        given = (board, all_are_there, width)
-        board.threads.append(threading.Thread(target=_work, args=given, name=name, daemon=True))
-        board.threads[-1].start()
-    all_are_there.wait()
-    torch.set_num_threads(mine)
+    try:
+        for number in range(teams):
+            name, given = f"offload-crew-{number}", (board, all_are_there, width)
+            thread = threading.Thread(target=_work, args=given, name=name, daemon=True)
+            thread.start()
+            board.threads.append(thread)
+        all_are_there.wait()
+    except BaseException:
+        all_are_there.abort()  # interrupted: else they would wait for ever, and the end of the process for them
+        raise
+    finally:
+        torch.set_num_threads(mine)
 
 
 def _work(board: Board, all_are_there: threading.Barrier, width: int) -> None:
     torch.get_num_threads()  # a thread's first question sets the number of others
     torch.set_num_threads(width)
-    all_are_there.wait()
+    try:
+        all_are_there.wait()
+    except threading.BrokenBarrierError:
+        return
     with torch.no_grad():
         board.work()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -109,6 +109,8 @@ class HostChunk:
         self._ahead_of: tuple[int, ...] = ()
         """Versions of what that copies."""
         self._has_copy: set[Piece] = set()
+        self._added: set[Piece] = set()
+        """Pieces of gradients on their way that a landing has added up which has failed, or was interrupted."""
         self._landed: dict[Slot, Landed] = {}
         self._rounded = False
         self.kept = False
@@ -150,7 +152,7 @@ class HostChunk:
                 self._pieces[piece.slot].append(piece)
 
     def land(self, lanes: Lanes, *, measure: bool = False) -> None:
-        """Wait for the gradients on their way and add them.
+        """Wait for the gradients on their way and add them; after one that failed this goes on where that was.
 
         Args:
             lanes: that they come by.
@@ -167,17 +169,33 @@ class HostChunk:
         def add(block: Block) -> None:
             for piece in block.pieces:
                 if piece.slot.pending:
-                    piece.add(self._scratch, first=piece.slot in first)
+                    self._add(piece, first=piece.slot in first)
                     if measure:
                         norms[piece] = piece.norms(piece.slot.total, self._crew.width)
 
         self._crew.run([partial(add, block) for block in self._blocks] if arrived else [])
         for slot in arrived:
-            slot.pending, slot.mark = False, None
             if slot in first:
                 slot.master.grad = slot.total
             if measure:
                 self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
+        self._used(arrived)  # last, so that an interrupt loses nothing
+
+    def _add(self, piece: Piece, *, first: bool) -> None:
+        """Once, whoever tries again."""
+        if piece in self._added:
+            return
+        target = piece.slot.total if first else piece.slot.master.grad
+        before = None if target is None else target._version
+        try:
+            piece.add(self._scratch, first=first)
+        except Exception:
+            raise  # the addition comes last, and has not been made
+        except BaseException:  # an interrupt, which no thread of a crew meets: so nobody else writes here
+            if target is not None and target._version != before:
+                self._added.add(piece)
+            raise
+        self._added.add(piece)
 
     def norms(self) -> list[Tensor]:
         """L2 norms, [n] each, of parts that are all of the gradients; those that were taken when they landed."""
@@ -200,10 +218,21 @@ class HostChunk:
         for slot in self.slots:
             if slot.pending:
                 lanes.land(slot.mark)
-                slot.pending, slot.mark = False, None
+        self.spend()
+
+    def spend(self) -> None:
+        """The gradients on their way have arrived, and are not needed any more."""
+        self._used(self.slots)
+
+    def _used(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            slot.pending, slot.mark = False, None
+        self._added = set()
 
     def arrived(self, lanes: Lanes) -> frozenset[Slot]:
-        """Wait for the gradients on their way; whose they are. They are not added up."""
+        """Wait for the gradients on their way; whose they are. They are not added up, if that was not begun."""
+        if self._added:
+            self.land(lanes)
         found = frozenset(slot for slot in self.slots if slot.pending)
         for slot in found:
             lanes.land(slot.mark)
@@ -252,7 +281,10 @@ class HostChunk:
         *,
         arrived: frozenset[Slot] = frozenset(),
     ) -> Stepping:
-        """Begin what `step` does; to the gradients of slots that have `arrived`, those are added on the way."""
+        """Begin what `step` does; to the gradients of slots that have `arrived`, those are added on the way.
+
+        They are still there afterwards, until `spend`.
+        """
         stepped = {slot for slot in self.slots if slot in gradients or slot in arrived}
         self._steps_before = {slot: self._state(slot, states) for slot in self.slots if slot in stepped}
         self.rest()
@@ -266,12 +298,10 @@ class HostChunk:
                 piece.round()
 
         job = self._crew.begin([partial(step, block) for block in self._blocks])
-        return Stepping(job, partial(self._stepped, states, arrived))
+        return Stepping(job, partial(self._stepped, states))
 
-    def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]], arrived: frozenset[Slot]) -> None:
-        """Count the step of parameters that were stepped in parts; what had arrived was used."""
-        for slot in arrived:
-            slot.pending, slot.mark = False, None
+    def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]]) -> None:
+        """Count the step of parameters that were stepped in parts."""
         for piece in self._changed:
             if piece.part.start == 0 and not piece.whole:
                 states[piece.slot.master]["step"].add_(1)

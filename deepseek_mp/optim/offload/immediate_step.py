@@ -12,7 +12,7 @@ from typing import Any
 
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Stepping
 from deepseek_mp.optim.offload.sync_step import SyncStep
-from deepseek_mp.optim.offload.verdict import Scaling, Verdict
+from deepseek_mp.optim.offload.verdict import Scaling
 
 
 class ImmediateStep(SyncStep):
@@ -20,18 +20,21 @@ class ImmediateStep(SyncStep):
 
     waits_for_all = False
 
-    def step(self, verdict: Verdict) -> None:
-        if verdict.reason is not None:
-            self.forget()  # nothing of a window that is skipped is added to the next one
-        super().step(verdict)
+    def gather(self) -> None:
+        """Wait for the threads that add up gradients of earlier micro-batches, and for no others."""
+        for chunk in self.parts.chunks:
+            self.reopened(chunk)
 
     def in_order(self) -> Sequence[HostChunk]:
         """As their gradients arrive: the host begins while backward runs."""
         return [chunk for chunk in self.parts.chunks if chunk.has_gradients or chunk.is_pending]
 
     def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> Stepping | None:
-        self.reopened(chunk)  # gradients of earlier micro-batches are added up by then
         chunk.freed(self.parts.lanes)
-        return chunk.begin(
-            groups, self.parts.owner().state, chunk.gradients(), scaling, arrived=chunk.arrived(self.parts.lanes)
-        )
+        arrived = chunk.arrived(self.parts.lanes)
+        return chunk.begin(groups, self.parts.owner().state, chunk.gradients(), scaling, arrived=arrived)
+
+    def commit(self) -> None:
+        for chunk in self.parts.chunks:
+            chunk.spend()  # not before: after a failure all gradients of the window are there
+        super().commit()

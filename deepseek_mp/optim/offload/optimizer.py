@@ -186,21 +186,32 @@ class OffloadedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._mode.waits_for_all:
-            self._land()
+        try:
+            self._judged_step()
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler multiplies by a scale that it finds at the next try
+                self.__dict__.pop(name, None)
+            raise
+        return loss
+
+    def _judged_step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        grads = [*self._gradients(), *(slot.wire for chunk in self._chunks for slot in chunk.slots if slot.pending)]
-        verdict = judge(grads, self.settings, scale=scale, found_inf=found, norm=self._norm)
+        self._mode.gather()
+        unseen = [slot.wire for chunk in self._chunks for slot in chunk.slots if slot.pending]
+        grads = self._gradients()
+        verdict = judge(grads, self.settings, scale=scale, found_inf=found, norm=self._norm, unseen=unseen)
         self._mode.step(verdict)
+        for group in self.param_groups:  # at once: PyTorch's `zero_grad` takes time in which a step may be interrupted
+            for parameter in group["params"]:
+                parameter.grad = None
         self.report = replace(verdict.report, redone=self._mode.redone)
         self._passes = 0
-        super().zero_grad(set_to_none=True)
-        return loss
 
     def land(self) -> None:
         """Wait until all gradients that were sent are in the masters' `grad`.
 
-        Needed only by who looks at them before `step` in a window that is shorter than `accumulation`.
+        Needed only by who looks at them before `step`: in mode 'immediate', or where a window is shorter than
+        `accumulation`.
         """
         self._land()
 
@@ -323,6 +334,7 @@ class OffloadedOptimizer(Optimizer):
         for chunk in self._chunks:
             for slot in chunk.slots:
                 self._adopt_state(slot, slot.moments)
+            chunk.kept = False  # a step that failed before changed another state
             self._mode.send(chunk)
         for pair in self._device_part.pairs:
             self._adopt_state(pair, None)

@@ -94,7 +94,7 @@ class Work:
     wire: str = "bf16"
     mode: str = "sync"
     keep: bool = True
-    """Whether the state before the step is kept, so that it can be taken back."""
+    """Whether the state before the step is kept, so that it can be taken back; False in mode 'immediate'."""
     cast: bool = True
     """Whether the host rounds weights to BF16 before it sends them."""
     clip: bool = False
@@ -103,6 +103,9 @@ class Work:
     def __post_init__(self) -> None:
         check_member("mode", self.mode, MODES)
         check_member("wire", self.wire, tuple(WIRES))
+        if self.mode == "immediate" and (self.keep or self.clip):
+            passed = f"mode='immediate' with keep={self.keep} and clip={self.clip}"
+            raise ConfigError(explain(passed, "keep=False, clip=False", "Pass these, or take 'speculative'"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +194,22 @@ def cast_on_host(rates: Rates) -> bool:
 
 def host_bytes(work: Work) -> float:
     """Bytes per value that the host moves in its memory for one step, without adding up earlier micro-batches."""
-    step = NORM_BYTES * work.clip + STEP_BYTES + KEEP_BYTES * work.keep + CAST_BYTES * work.cast
-    return arrival_bytes(work, first=True) + step
+    arrival = arrival_bytes(work, first=True) - _sum_bytes(work)
+    return arrival + NORM_BYTES * work.clip + KEEP_BYTES * work.keep + _step_bytes(work)
 
 
 def arrival_bytes(work: Work, *, first: bool) -> float:
     """Bytes per value to take over a gradient that has arrived, or to add it to those before."""
     return WIRES[work.wire] + FP32_BYTES * (1 if first else 2)
+
+
+def _step_bytes(work: Work) -> float:
+    return STEP_BYTES + CAST_BYTES * work.cast - _sum_bytes(work)
+
+
+def _sum_bytes(work: Work) -> float:
+    """What is neither written when the last gradient is added nor read by the step: it stays in the cache."""
+    return FP32_BYTES if work.mode == "immediate" else 0.0
 
 
 def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
@@ -215,26 +227,24 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     last = placed.host[-1].values if placed.host else 0
     wire = WIRES[work.wire]
     first, added = (arrival_bytes(work, first=first) / rates.cpu for first in (True, False))
-    landing = first if work.micro_steps == 1 else added
-    if work.mode == "immediate":  # the sum stays in the processor's cache
-        landing -= FP32_BYTES / rates.cpu
+    landing = (first if work.micro_steps == 1 else added) - _sum_bytes(work) / rates.cpu
     norm = NORM_BYTES * work.clip / rates.cpu
-    stepping = (STEP_BYTES + CAST_BYTES * work.cast) / rates.cpu
+    stepping = _step_bytes(work) / rates.cpu
     keeping = KEEP_BYTES * work.keep / (rates.keep or rates.cpu)
     down = values * wire / rates.down
     micro = work.forward_backward / work.micro_steps
     on_device = (1 - placed.fraction) * work.device_step
     up = (WIRES["bf16"] if work.cast else FP32_BYTES) / rates.up
     tail = last * (up + wire / rates.down + landing) + values * norm
-    earlier = [max(micro, down, values * each) for each in [first, *[added] * (work.micro_steps - 2)]]
-    begun = sum(earlier[: work.micro_steps - 1]) + (1 - BACKWARD) * micro
+    before = [first, *[added] * (work.micro_steps - 2)][: work.micro_steps - 1]
+    begun = sum(max(micro, down, values * each) for each in before) + (1 - BACKWARD) * micro
     beside = values * landing
     if work.mode == "sync":
         tail += values * stepping
     elif work.mode in ("speculative", "immediate"):
         beside += values * stepping
         tail += last * stepping
-    adding = values * (first + (work.micro_steps - 1) * added)
+    adding = values * (sum(before) + landing)
     busy = adding + values * (keeping + (0.0 if work.mode == "sync" else stepping))
     hidden = max(begun + max(BACKWARD * micro, down, beside), busy)
     return Prediction(

@@ -37,6 +37,8 @@ class Guess:
     """Of the accumulated gradients."""
     samples: dict[Slot, Tensor] = field(default_factory=dict)
     """Some values of each accumulated gradient, as it landed."""
+    is_withdrawn: bool = False
+    """Whether somebody has begun to put back what was made on it."""
 
 
 class SpeculativeStep(SyncStep):
@@ -73,10 +75,15 @@ class SpeculativeStep(SyncStep):
             guess = self._guesses.get(chunk.number)
             if guess is None:
                 self._land(chunk)
-            else:
-                guess.landed.result()
+                continue
+            error = guess.landed.exception()
+            if error is not None:
+                self._withdraw(chunk)  # else the next try would find the same
+                raise error
 
     def forget(self) -> None:
+        for chunk in self.parts.chunks:
+            self._landed(chunk)  # what failed in a window that is not wanted is no error
         self.settle()
         self._put_back = 0
         super().forget()
@@ -132,7 +139,7 @@ class SpeculativeStep(SyncStep):
 
     def _holds(self, chunk: HostChunk, guess: Guess, scaling: Scaling, options: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the chunk was stepped with what it should have been stepped with."""
-        if self._were_written or guess.versions != _versions(chunk):
+        if self._were_written or guess.is_withdrawn or guess.versions != _versions(chunk):
             return False
         return scaling == guess.scaling and list(options) == guess.options
 
@@ -141,6 +148,7 @@ class SpeculativeStep(SyncStep):
         guess = self._guesses[chunk.number]
         guess.landed.exception()
         guess.stepped.exception()
+        guess.is_withdrawn = True
         if chunk.kept:
             chunk.restore(self.parts.owner().state)
         del self._guesses[chunk.number]

@@ -78,6 +78,10 @@ class SyncStep:
         if not last:
             self._landing[chunk.number] = self._lander.submit(chunk.land, self.parts.lanes)
 
+    def gather(self) -> None:
+        """Before the verdict on a step: wait for what it looks at."""
+        self.land()
+
     def land(self) -> None:
         """Wait for gradients and add them."""
         for chunk in self.parts.chunks:
@@ -116,7 +120,9 @@ class SyncStep:
     def check_whole(self) -> None:
         if self.broken is not None:
             passed = "a step after one that failed halfway and could not be taken back"
-            change = "Load a saved state, and keep undo=True"
+            change = "Load saved states of the model and of this optimizer"
+            if not self.parts.undo:
+                change += "; undo=True, which 'immediate' does not allow, takes such steps back"
             raise MixedPrecisionError(explain(passed, "steps from a whole state", change)) from self.broken
 
     def apply(self, scaling: Scaling) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.optim.offload.settings import OffloadSettings, StepReport
 
 
@@ -75,6 +76,7 @@ def judge(
     scale: Tensor | None,
     found_inf: Tensor | None,
     norm: Callable[[], Tensor] | None = None,
+    unseen: Sequence[Tensor] = (),
 ) -> Verdict:
     """The verdict on a step.
 
@@ -85,8 +87,16 @@ def judge(
         found_inf: [], 1 where a loss scaler has found numbers that are not finite.
         norm: gives the L2 norm of the gradients, []. Where they are clipped it must be PyTorch's to the bit, as
             `torch.nn.utils.get_total_norm` takes it; None takes that.
+        unseen: gradients that are on their way, in mode 'immediate'.
+
+    Raises:
+        ConfigError: a loss scaler that has not seen all gradients: infinities in the others would be applied.
     """
-    if not grads:
+    if unseen and found_inf is not None:
+        passed = "a loss scaler's step in mode 'immediate', with gradients that the scaler has not seen"
+        change = "Call land() before the scaler unscales or steps, and zero_grad() first if it has unscaled some"
+        raise ConfigError(explain(passed, "gradients that are all on the host by then", change))
+    if not grads and not unseen:
         return Verdict(reason="no_grads")
     if found_inf is not None and bool(found_inf):
         return Verdict(reason="scaler")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,29 @@ def test_tasks_run_beside_each_other_each_on_one_core():
     finally:
         torch.set_num_threads(before)
     assert found == [1, 1, 1]
+
+
+def test_an_interrupted_start_leaves_no_thread_and_may_be_repeated(monkeypatch):
+    """At the end of the process all threads are waited for."""
+    crew, real = Crew(3), threading.Barrier.wait
+
+    def wait(barrier, timeout=None):
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt("pressed")
+        return real(barrier, timeout)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threading.Barrier, "wait", wait)
+    with pytest.raises(KeyboardInterrupt, match="pressed"):
+        crew.run([int, int])
+    monkeypatch.setattr(threading.Barrier, "wait", real)
+    assert torch.get_num_threads() == before
+    for thread in crew._board.threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    done = []
+    crew.run([partial(done.append, number) for number in range(5)])
+    assert sorted(done) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("threads", "teams", "width"), [(7, 7, 1), (8, 4, 2), (15, 5, 3), (32, 4, 8)])

@@ -10,6 +10,7 @@ from torch import nn
 from deepseek_mp.optim.offload import host_chunk, rule
 from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory
+from deepseek_mp.optim.offload.pieces import Piece
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
 
 GROUP = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
@@ -55,6 +56,87 @@ def test_gradients_add_up_in_fp32():
         send_gradient(chunk, lanes, value)
         chunk.land(lanes)
     assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 256.5)) for slot in chunk.slots)
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_adding_up_that_failed_halfway_goes_on_where_it_was(monkeypatch, measure):
+    """As after an interrupt, too: what was added is not added again."""
+    monkeypatch.setattr(host_chunk, "BLOCK", 4)
+    chunk, lanes = chunk_of(*parameters(), crew=Crew(1)), FakeLanes()
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    real, calls = Piece.add, iter(range(100))
+
+    def add(piece, *given, **options):
+        if next(calls) == 2:
+            raise KeyboardInterrupt("pressed")
+        real(piece, *given, **options)
+
+    monkeypatch.setattr(Piece, "add", add)
+    for value in (2.0, 4.0):
+        send_gradient(chunk, lanes, value)
+        if value == 2.0:
+            with pytest.raises(KeyboardInterrupt, match="pressed"):
+                chunk.land(lanes, measure=measure)
+        chunk.land(lanes, measure=measure)
+    assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 7.0)) for slot in chunk.slots)
+    if measure:
+        assert torch.cat(chunk.norms()).norm().item() == pytest.approx(7.0 * 11**0.5)
+
+
+def test_an_interrupt_just_behind_the_addition_does_not_let_it_be_made_twice(monkeypatch):
+    """Python notices one when PyTorch comes back, which is where nearly all of the time goes."""
+    chunk, lanes = chunk_of(*parameters(), crew=Crew(1)), FakeLanes()
+    send_gradient(chunk, lanes, 1.0)
+    chunk.land(lanes)
+    real, calls = Piece.add, iter(range(100))
+
+    def add(piece, *given, **options):
+        real(piece, *given, **options)
+        if next(calls) == 0:
+            raise KeyboardInterrupt("pressed")
+
+    monkeypatch.setattr(Piece, "add", add)
+    send_gradient(chunk, lanes, 2.0)
+    with pytest.raises(KeyboardInterrupt, match="pressed"):
+        chunk.land(lanes)
+    chunk.land(lanes)
+    assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 3.0)) for slot in chunk.slots)
+
+
+def test_an_interrupt_when_all_is_added_loses_nothing(monkeypatch):
+    chunk, lanes = chunk_of(*parameters(), crew=Crew(1)), FakeLanes()
+    send_gradient(chunk, lanes, 2.0)
+    real = HostChunk._used
+
+    def used(chunk, slots):
+        real(chunk, list(slots)[:1])
+        raise KeyboardInterrupt("pressed")
+
+    monkeypatch.setattr(HostChunk, "_used", used)
+    with pytest.raises(KeyboardInterrupt, match="pressed"):
+        chunk.land(lanes)
+    assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 2.0)) for slot in chunk.slots)
+
+
+def test_what_was_added_in_part_and_discarded_is_no_more(monkeypatch):
+    monkeypatch.setattr(host_chunk, "BLOCK", 4)
+    chunk, lanes = chunk_of(*parameters(), crew=Crew(1)), FakeLanes()
+    real, calls = Piece.add, iter(range(100))
+
+    def add(piece, *given, **options):
+        if next(calls) == 2:
+            raise KeyboardInterrupt("pressed")
+        real(piece, *given, **options)
+
+    monkeypatch.setattr(Piece, "add", add)
+    send_gradient(chunk, lanes, 2.0)
+    with pytest.raises(KeyboardInterrupt, match="pressed"):
+        chunk.land(lanes)
+    chunk.discard(lanes)
+    send_gradient(chunk, lanes, 3.0)
+    chunk.land(lanes)
+    assert all(torch.equal(slot.master.grad, torch.full(slot.master.shape, 3.0)) for slot in chunk.slots)
 
 
 def test_what_is_discarded_is_not_added():

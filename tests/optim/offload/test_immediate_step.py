@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from fake_device import WORKERS, FakeLanes, backward, offloaded, plain, same, small_model, weights
+from fake_device import WORKERS, FakeLanes, LateWorker, backward, offloaded, plain, same, small_model, weights
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
 from deepseek_mp.optim.offload import OffloadSettings, host_chunk, rule
+from deepseek_mp.optim.offload.pieces import Piece
 
 FREE = {"mode": "immediate", "undo": False, "check_finite": False}
 
@@ -88,18 +89,117 @@ def test_no_gradient_is_added_up_in_memory_of_its_own():
 def test_a_loss_scale_is_taken_off_and_a_skipped_window_leaves_nothing():
     ours, theirs = small_model(), small_model()
     optimizer, reference = offloaded(ours, **FREE), plain(theirs)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # 4 after the first step
     before = weights(ours)
-    backward(ours, scale=float("inf"))
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
-    optimizer.step()
+    for _ in range(2):
+        backward(ours, scale=float("inf"))
+    scaler.scale(torch.ones(()))
+    optimizer.land()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.synchronize()
     assert optimizer.report.reason == "scaler"
     assert same(weights(ours), before)
-    optimizer.found_inf = torch.tensor(0.0)
     torch.manual_seed(5)
     backward(ours, scale=4.0)
     torch.manual_seed(5)
     backward(theirs)
+    optimizer.land()
+    scaler.step(optimizer)
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("free_bytes", [None, 2000])
+def test_a_scaler_that_has_not_seen_all_gradients_is_refused(unscale, micro, free_bytes):
+    """It would let infinities through, and unscale only what it has seen."""
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, accumulation=micro, free_bytes=free_bytes, **FREE), plain(theirs)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    before = weights(ours)
+    for _ in range(micro):
+        batch = torch.randn(8, 19)
+        (4.0 * ours(batch).square().mean()).backward()
+        theirs(batch).square().mean().backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    with pytest.raises(ConfigError, match=r"Call land\(\) before the scaler"):
+        scaler.step(optimizer)
+    optimizer.synchronize()
+    assert same(weights(ours), before)
+    if not unscale:
+        scaler.step(optimizer)  # `synchronize` has landed them
+        reference.step()
+        optimizer.synchronize()
+        assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("free_bytes", [None, 2000])
+def test_after_a_failure_the_gradients_stay_for_a_loaded_state(failing_step, micro, free_bytes):
+    ours, theirs = small_model(), small_model()
+    settings = {"chunk_bytes": 4, "accumulation": micro, "free_bytes": free_bytes}
+    optimizer, reference = offloaded(ours, **settings, **FREE), plain(theirs)
+    saved = (copy.deepcopy(optimizer.state_dict()), copy.deepcopy(ours.state_dict()))
+    for _ in range(micro):
+        backward(ours, theirs)
+    failing_step.arm(after=2)
+    with pytest.raises(RuntimeError, match="the host's step failed"):
+        optimizer.step()
+    failing_step.undo()
+    ours.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[0])
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+    optimizer.step()
+    assert optimizer.report.reason == "no_grads"
+
+
+def test_a_chunk_that_is_added_up_just_now_is_stepped(monkeypatch):
+    """A window that is shorter than `accumulation`: what its backward sent is added up on another thread."""
+    late = LateWorker()
+    ours, theirs = small_model(), small_model()
+    optimizer = offloaded(ours, worker=lambda: late, accumulation=2, chunk_bytes=4, **FREE)
+    reference = plain(theirs)
+    backward(ours, theirs)
+    landing = list(optimizer._mode._landing.values())
+
+    def has_gradients(chunk):
+        found = any(slot.master.grad is not None for slot in chunk.slots)
+        late.run_until(landing[chunk.number])  # the thread ends between two looks
+        return found
+
+    monkeypatch.setattr(host_chunk.HostChunk, "has_gradients", property(has_gradients))
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_was_added_up_in_part_is_not_added_twice(monkeypatch):
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, chunk_bytes=10_000, accumulation=3, **FREE), plain(theirs)
+    for _ in range(2):
+        backward(ours, theirs)
+        optimizer.land()
+    backward(ours, theirs)
+    real, calls = Piece.add, iter(range(1000))
+
+    def add(piece, *given, **options):
+        if next(calls) == 5:
+            raise RuntimeError("no memory")
+        real(piece, *given, **options)
+
+    monkeypatch.setattr(Piece, "add", add)
+    with pytest.raises(RuntimeError, match="no memory"):
+        optimizer.land()
     optimizer.step()
     reference.step()
     optimizer.synchronize()
@@ -148,7 +248,10 @@ def test_after_a_failure_steps_are_refused_until_a_state_is_loaded(failing_step)
     failing_step.undo()
     optimizer.zero_grad()
     backward(ours)
-    with pytest.raises(MixedPrecisionError, match="could not be taken back"):
+    with pytest.raises(
+        MixedPrecisionError,
+        match=r"could not be taken back.*states of the model and of this optimizer; undo=True, which 'immediate'",
+    ):
         optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():
@@ -166,3 +269,32 @@ def test_after_a_failure_steps_are_refused_until_a_state_is_loaded(failing_step)
 def test_what_would_have_to_wait_for_all_gradients_is_refused(more):
     with pytest.raises(ConfigError, match="mode='immediate' with"):
         OffloadSettings(**{**FREE, **more})
+
+
+@pytest.mark.parametrize("mode", ["sync", "immediate"])
+def test_a_failure_before_anything_is_changed_is_none_of_the_state_that_was_loaded(failing_step, monkeypatch, mode):
+    ours, theirs = small_model(), small_model()
+    lanes = FakeLanes()
+    optimizer, reference = offloaded(ours, lanes, **{**FREE, "mode": mode}), plain(theirs)
+    saved = (copy.deepcopy(optimizer.state_dict()), copy.deepcopy(ours.state_dict()))
+    backward(ours, theirs)
+    failing_step.arm(after=1)
+    with pytest.raises(RuntimeError, match="the host's step failed"):
+        optimizer.step()
+    failing_step.undo()
+    ours.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[0])
+    real = FakeLanes.land
+
+    def land(lanes, mark):
+        raise RuntimeError("the device is busy")
+
+    optimizer.land()
+    monkeypatch.setattr(FakeLanes, "land", land)
+    with pytest.raises(RuntimeError, match="the device is busy"):
+        optimizer.step()
+    monkeypatch.setattr(FakeLanes, "land", real)
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))

@@ -24,6 +24,41 @@ def train_both(theirs, ours, reference, optimizer, *, steps=5, micro=2, clip=Non
     optimizer.synchronize()
 
 
+def test_an_applied_step_releases_its_gradients_at_once(monkeypatch):
+    """An interrupt within PyTorch's `zero_grad` would leave gradients that are stepped on twice."""
+    model = small_model()
+    optimizer = offloaded(model)
+    backward(model)
+
+    def pressed(optimizer, set_to_none=True):
+        raise RuntimeError("pressed")
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", pressed)
+    optimizer.step()
+    assert all(pair.master.grad is None for pair in optimizer.pairs)
+
+
+@pytest.mark.parametrize("mode", ["sync", "speculative"])
+def test_a_scaler_may_step_again_after_a_failure(failing_step, mode):
+    """`GradScaler` multiplies its scale by one that it finds, as after a step that has raised."""
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, mode=mode), plain(theirs)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    failing_step.arm(after=0)
+    batch = torch.randn(8, 19)
+    (4.0 * ours(batch).square().mean()).backward()
+    theirs(batch).square().mean().backward()
+    with pytest.raises(RuntimeError, match="the host's step failed"):
+        scaler.step(optimizer)
+    failing_step.undo()
+    scaler.step(optimizer)
+    reference.step()
+    optimizer.synchronize()
+    assert optimizer.report.factor == 0.25
+    assert same(weights(ours), weights(theirs))
+
+
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("undo", [True, False])
 def test_fp32_is_adamw_without_chunks_to_the_bit(clip, undo):

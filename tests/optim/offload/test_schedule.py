@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload.schedule import MODES, Rates, Work, cast_on_host, chunks, host_bytes, predict, split
+from deepseek_mp.optim.offload.schedule import Rates, Work, cast_on_host, chunks, host_bytes, predict, split
 
 RATES = Rates(down=50e9, up=40e9, cpu=100e9)
 WORK = Work(forward_backward=1.0, keep=False)
@@ -104,7 +104,7 @@ def test_the_state_is_kept_beside_the_device_as_far_as_there_is_time():
 
 def test_a_norm_to_clip_by_is_waited_for():
     placed = parts_of(1_000_000_000)
-    for mode in MODES:
+    for mode in ("sync", "speculative", "delayed"):
         plain, clipped = (predict(placed, RATES, replace(WORK, mode=mode, clip=clip)) for clip in (False, True))
         assert clipped.total - plain.total == pytest.approx(0.04)
         assert clipped.host - plain.host == pytest.approx(0.04)
@@ -119,6 +119,20 @@ def test_micro_batches_are_added_beside_the_device_and_else_waited_for():
     assert three.total - one.total == pytest.approx(0.1 * 4 / 100)  # the last chunk is added, not taken over
     short = predict(placed, RATES, replace(WORK, micro_steps=3, forward_backward=0.03))
     assert short.total == pytest.approx(0.06 + 0.1 + 0.01 / 3 + 0.1 + short.tail)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("wire", ["bf16", "fp32"])
+def test_immediate_does_not_write_the_sum_and_read_it_again(micro, wire):
+    placed, rates = parts_of(10_000_000_000), replace(RATES, keep=None)
+    late = replace(WORK, micro_steps=micro, wire=wire, mode="speculative")
+    now = replace(late, mode="immediate")
+    assert host_bytes(late) - host_bytes(now) == 8
+    theirs, ours = predict(placed, rates, late), predict(placed, rates, now)
+    assert theirs.host - ours.host == pytest.approx(10 * 8 / 100)
+    assert theirs.total - ours.total == pytest.approx(
+        11 * 8 / 100
+    )  # all of it beside backward, the last chunk after it
 
 
 def test_weights_that_the_device_rounds_go_up_in_fp32():
@@ -145,6 +159,8 @@ def test_what_stays_is_stepped_on_the_device():
         (lambda: Rates(down=1.0, up=1.0, cpu=1.0, keep=-1.0), r"keep=-1\.0"),
         (lambda: Work(forward_backward=1.0, mode="late"), "mode='late'"),
         (lambda: Work(forward_backward=1.0, wire="fp16"), "wire='fp16'"),
+        (lambda: Work(forward_backward=1.0, mode="immediate"), "mode='immediate' with keep=True"),
+        (lambda: Work(forward_backward=1.0, mode="immediate", keep=False, clip=True), "and clip=True"),
     ],
 )
 def test_refuses(make, message):

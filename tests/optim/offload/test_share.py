@@ -21,7 +21,7 @@ def time_of(free, work=WORK):
 @pytest.mark.parametrize("slower", [1.05, 1.2, 1.5])
 @pytest.mark.parametrize("mode", ["sync", "speculative", "immediate"])
 def test_is_the_largest_that_is_allowed(slower, mode):
-    work = replace(WORK, mode=mode)
+    work = replace(WORK, mode=mode, keep=mode != "immediate")
     found, chunk = free_within(SIZES, RATES, work, slower=slower), 10_000_000 * 14
     assert 0 < found <= 100 * chunk
     assert time_of(found, work) <= slower * 1.02

@@ -8,6 +8,8 @@ from torch import nn
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.optim.offload import OffloadSettings, rule
+from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload.pieces import Piece
 
 
 def speculative(model, lanes=None, *, worker=NowWorker, accumulation=2, **options):
@@ -239,3 +241,67 @@ def test_a_failed_step_is_taken_back_and_can_be_made_again(worker, pair, failing
 def test_needs_undo():
     with pytest.raises(ConfigError, match="undo=False"):
         OffloadSettings(mode="speculative", undo=False)
+
+
+@pytest.mark.parametrize("mode", ["sync", "speculative", "delayed", "immediate"])
+def test_what_failed_in_a_window_that_is_forgotten_is_no_error(monkeypatch, mode):
+    ours, theirs = small_model(), small_model()
+    more = {"undo": False, "check_finite": False} if mode == "immediate" else {}
+    optimizer, reference = offloaded(ours, mode=mode, worker=NowWorker, accumulation=2, **more), plain(theirs)
+    real = HostChunk.land
+
+    def land(chunk, lanes, **options):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(HostChunk, "land", land)
+    backward(ours)
+    optimizer.zero_grad()
+    monkeypatch.setattr(HostChunk, "land", real)
+    backward(ours, theirs)
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_gradients_that_could_not_be_added_are_added_at_the_next_try(monkeypatch, worker):
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = speculative(ours, worker=worker, accumulation=1), plain(theirs)
+    real, calls = HostChunk.land, iter(range(100))
+
+    def land(chunk, lanes, **options):
+        if next(calls) == 1:
+            raise RuntimeError("no memory")
+        real(chunk, lanes, **options)
+
+    monkeypatch.setattr(HostChunk, "land", land)
+    batch = torch.randn(8, 19)
+    theirs(batch).square().mean().backward()
+    with pytest.raises(RuntimeError, match="no memory"):
+        ours(batch).square().mean().backward()
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_a_chunk_that_was_put_back_in_part_is_put_back_again(monkeypatch):
+    """As after an interrupt: its guess would hold, but what it has made is not all there any more."""
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = speculative(ours, accumulation=1), plain(theirs)
+    backward(ours, theirs)
+    real, calls = Piece.restore, iter(range(1000))
+
+    def restore(piece):
+        if next(calls) == 3:
+            raise KeyboardInterrupt("pressed")
+        real(piece)
+
+    monkeypatch.setattr(Piece, "restore", restore)
+    with pytest.raises(KeyboardInterrupt, match="pressed"):
+        optimizer.synchronize()
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
