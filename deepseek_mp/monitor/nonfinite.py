@@ -135,8 +135,11 @@ class NonFiniteWatch:
         version = tensor._version  # noqa: SLF001 - there is no public one
         if known is not None and known[0]() is tensor and known[1] == version:
             return known[2]
-        # The difference is zero for what is finite, and NaN for the rest.
-        counts = [(piece - piece).count_nonzero() for piece in _pieces(peeked(tensor))]
+        # The difference is zero for what is finite, and NaN for the rest. PyTorch has none of numbers in 8 bits.
+        pieces = _pieces(peeked(tensor))
+        if tensor.itemsize == 1:
+            pieces = tuple(piece.float() for piece in pieces)
+        counts = [(piece - piece).count_nonzero() for piece in pieces]
         found = sum(counts[1:], counts[0]).to(self._store.device, torch.float32, non_blocking=True)
         self._seen[id(tensor)] = (weakref.ref(tensor), version, found)
         return found

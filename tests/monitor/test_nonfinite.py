@@ -240,3 +240,9 @@ def test_large_tensors_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch, la
     peak = peak_during(lambda: watch._count(values.clone()), torch.device("cpu"), resident=())
     assert peak is not None
     assert peak < 1.5 * values.nbytes
+
+
+def test_numbers_in_8_bits_are_counted() -> None:
+    watch = NonFiniteWatch(Store(Layout(units=0, ways=1, modules=0), torch.device("cpu"), 0.5), {}, 7)
+    assert watch._count(torch.tensor([1.0, NAN, -2.0]).to(torch.float8_e4m3fn)) == 1
+    assert watch._count(torch.tensor([1.0, INF, NAN]).to(torch.float8_e5m2)) == 2
