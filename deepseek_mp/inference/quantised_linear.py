@@ -83,7 +83,8 @@ class QuantisedLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         kept = self._kind.unprepared(self._prepared(), self.implementation)
-        destination.update({prefix + name: tensor for name, tensor in kept.items()})
+        # What lies beside another layer's may be cut by columns, which few files can hold.
+        destination.update({prefix + name: tensor.contiguous() for name, tensor in kept.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *how: Any) -> None:
         names = list(self._kind.unprepared(self._prepared(), self.implementation))

@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deepseek_mp.costs.memory import distinct_bytes
@@ -152,6 +153,22 @@ def test_what_is_saved_of_a_layer_is_contiguous():
     lay_beside(model)
     assert not model.a.scale.is_contiguous()
     assert all(part.is_contiguous() for part in model.a.portable().buffers())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_can_be_written_to_files_of_contiguous_tensors(kind, tmp_path):
+    model = nn.Module()
+    for name in ("a", "b"):
+        kept = KINDS[kind].keep(torch.randn(32, 256), name)
+        setattr(model, name, QuantisedLinear(kept, None, kind, torch.bfloat16, "reference"))
+    lay_beside(model)
+    save_file(model.state_dict(), tmp_path / "state.safetensors")
+    found = load_file(tmp_path / "state.safetensors")
+    assert all(torch.equal(found[name].float(), value.float()) for name, value in model.state_dict().items())
+    before = distinct_bytes(parts(model))
+    model.load_state_dict(found)
+    assert lie_beside(model, ["a", "b"])
+    assert distinct_bytes(parts(model)) == before
 
 
 def test_programs_whose_weights_lie_apart_are_laid_by_what_their_graph_says():
