@@ -99,7 +99,7 @@ class LoadedModel(nn.Module):
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self.graph(args, kwargs)
 
-        return compiled(with_own_code(run), compiler_for(self.device, self.form))
+        return compiled(with_own_code(run), compiler_for(self.graph, self.device, self.form))
 
 
 def save(served: Served, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,)) -> None:

@@ -175,7 +175,7 @@ class Served(nn.Module):
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._converted(args, kwargs)
 
-        self._compiler = compiler_for(self.device, self.form)
+        self._compiler = compiler_for(self.model, self.device, self.form)
         return compiled(with_own_code(run), self._compiler)
 
     def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deepseek_mp.inference import Form, Served, attention, graphed, load
 from deepseek_mp.inference.beside import lay_beside, lie_beside
 from deepseek_mp.inference.compiling import Compiler, compiler_for
+from deepseek_mp.ops import int4_linear
 
 CPU = torch.device("cpu")
 FORM = Form(format="bf16", linear="fp8_weights", compiled=True)
@@ -165,7 +166,38 @@ def test_weights_are_laid_before_code_is_made():
 
 
 def test_forms_without_kinds_keep_pytorch_s_compiler(monkeypatch):
-    assert compiler_for(CPU, Form(compiled=True)) is None
-    assert compiler_for(CPU, FORM) is not None
+    assert compiler_for(nn.Identity(), CPU, Form(compiled=True)) is None
+    assert compiler_for(nn.Identity(), CPU, FORM) is not None
     monkeypatch.setattr(attention, "is_rewritten", lambda device, format: True)
-    assert compiler_for(CPU, Form(compiled=True)).own_attention
+    assert compiler_for(nn.Identity(), CPU, Form(compiled=True)).own_attention
+
+
+class Branching(nn.Module):
+    """A layer of three of one input in each branch of `torch.cond`, which refuses inputs of one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(256, 256) for _ in range(3))
+
+    def forward(self, x):
+        chosen = torch.cond(x.sum() > 0, lambda x: self.c(x) * 1, lambda x: self.a(x) * 2, (x,))
+        return chosen, self.a(x), self.b(x)
+
+
+@pytest.mark.parametrize("kind", ["int8_weights", "fp8", "int4_weights"])
+def test_layers_beside_each_other_may_be_in_branches(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(int4_linear, "fastest", lambda *sizes: "reference")
+    model, x = Branching(), torch.randn(3, 256)
+    eager = Served(model, Form(format="bf16", linear=kind), CPU)
+    served = Served(model, Form(format="bf16", linear=kind, compiled=True), CPU)
+    served.save(tmp_path / "model.pt2", x)
+    loaded = load(tmp_path / "model.pt2", CPU)
+    for one in (x.abs(), -x.abs()):
+        expected = eager(one)
+        for run in (served, loaded):
+            for out, right in zip(run(one), expected, strict=True):
+                close(out, right)
+    assert served.joined == (("a", "b"),)
+    for part in (served.model.c.scale, *([served.model.c.zero] if kind == "int4_weights" else [])):
+        part.zero_()
+    close(served(x.abs())[0], torch.zeros(3, 256) + served.model.c.bias.float())
