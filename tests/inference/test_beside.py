@@ -193,3 +193,50 @@ def _follow(state, first, second):
         == state[f"{second}.{part}"].data_ptr()
         for part, size in (("q", 1), ("scale", 4))
     )
+
+
+class Again(nn.Module):
+    """Two layers of one bias, one of them called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.b.bias = self.a.bias
+
+    def forward(self, x):
+        return self.a(x) + self.b(x) * self.a(x)
+
+
+def test_what_is_shared_or_called_twice_is_kept_once(tmp_path):
+    served, x = Served(Again(), FORM, CPU), torch.randn(2, 256)
+    assert served.model.a.bias is served.model.b.bias
+    assert _memory(served) == distinct_bytes(parts(served))
+    before = [part.data_ptr() for part in parts(served)]
+    lay_beside(served.model)
+    assert [part.data_ptr() for part in parts(served)] == before
+    served.save(tmp_path / "model.pt2", (x,))
+    loaded = load(tmp_path / "model.pt2", CPU)
+    assert torch.equal(loaded(x), served(x))
+    assert _memory(loaded) == distinct_bytes(parts(loaded))
+
+
+def _memory(model):
+    """Bytes of whole memories, also of what nothing reads."""
+    return sum({one.data_ptr(): one.nbytes() for one in (part.untyped_storage() for part in parts(model))}.values())
+
+
+def test_copies_of_loaded_models_and_moved_ones_are_laid_again(tmp_path):
+    x = torch.randn(2, 256)
+    served = Served(Llama(True), FORM, CPU)
+    served.save(tmp_path / "model.pt2", (x,))
+    loaded = load(tmp_path / "model.pt2", CPU)
+    expected, bytes = loaded(x), distinct_bytes(parts(loaded))
+    made = copy.deepcopy(loaded)
+    moved = loaded._apply(torch.clone)
+    for model in (made, moved):
+        assert torch.equal(model(x), expected)
+        assert distinct_bytes(parts(model)) == bytes
+        state = model.graph.state_dict()
+        assert _follow(state, "model.gate", "model.up")
+        up = state["model.up.bias"]
+        assert state["model.gate.bias"].data_ptr() + up.numel() * up.element_size() == up.data_ptr()
