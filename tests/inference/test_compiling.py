@@ -132,28 +132,51 @@ def _noting(call, found):
     return noting
 
 
-def test_recorded_calls_read_the_joined_weights_of_later_loads(monkeypatch):
-    class Recorder:
-        bytes = 0
+class Recorder:
+    bytes = 0
 
-        def __init__(self, device):
-            self.device = device
+    def __init__(self, device):
+        self.device = device
 
-        def warm(self, call):
-            call()
+    def warm(self, call):
+        call()
 
-        def record(self, call):
-            outputs = call()
-            return (lambda: outputs.copy_(call())), outputs
+    def record(self, call):
+        outputs = call()
+        return (lambda: outputs.copy_(call())), outputs
 
+
+@pytest.fixture
+def recording(monkeypatch):
+    """A form whose calls count as recorded on a CPU."""
     monkeypatch.setattr(graphed, "records", lambda device: True)
     monkeypatch.setattr(graphed, "DeviceRecorder", Recorder)
-    form = Form(format="bf16", linear="fp8_weights", compiled=True, graphed=True)
-    served, other, x = Served(Model(), form, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
+    return Form(format="bf16", linear="fp8_weights", compiled=True, graphed=True)
+
+
+def test_recorded_calls_read_the_joined_weights_of_later_loads(recording):
+    served, other, x = Served(Model(), recording, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
     served(x)
     assert set(served.joined) == set(JOINED)
+    graph = served._graphed
     served.load_state_dict(other.state_dict())
     assert torch.equal(served(x), other(x))
+    assert served._graphed is graph
+    assert len(graph) == 1
+
+
+def test_weights_that_take_the_place_of_others_are_laid_and_recorded_anew(recording):
+    served, other, x = Served(Model(), recording, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
+    holder = nn.ModuleList([copy.deepcopy(served)])
+    for run, state in ((served, ""), (holder, "0.")):
+        (served if run is served else holder[0])(x)
+        given = {state + name: value.clone() for name, value in other.state_dict().items()}
+        run.load_state_dict(given, assign=True)
+    for made in (served, holder[0]):
+        assert len(made._graphed) == 0
+        assert torch.equal(made(x), other(x))
+        assert set(made.joined) == set(JOINED)
+        assert lie_beside(made.model, JOINED[0])
 
 
 def test_weights_are_laid_before_code_is_made():
