@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -240,3 +241,22 @@ def test_copies_of_loaded_models_and_moved_ones_are_laid_again(tmp_path):
         assert _follow(state, "model.gate", "model.up")
         up = state["model.up.bias"]
         assert state["model.gate.bias"].data_ptr() + up.numel() * up.element_size() == up.data_ptr()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickles_hold_each_weight_once(kind):
+    model = nn.Module()
+    model.experts = nn.ModuleList(
+        QuantisedLinear(KINDS[kind].keep(torch.randn(32, 256), ""), None, kind, torch.bfloat16, "reference")
+        for _ in range(16)
+    )
+    bytes = distinct_bytes(parts(model))
+    apart = len(pickle.dumps(model))
+    lay_beside(model)
+    pickled = pickle.dumps(model)
+    assert len(pickled) < apart
+    for made in (pickle.loads(pickled), copy.deepcopy(model)):
+        assert lie_beside(made, [f"experts.{at}" for at in range(16)])
+        assert _memory(made) == bytes
+        assert all(torch.equal(one.q, two.q) for one, two in zip(made.experts, model.experts, strict=True))
+        assert torch.equal(made.experts[3].weight, model.experts[3].weight)
