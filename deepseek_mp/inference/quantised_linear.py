@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.backends import capabilities
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.ops.adjacent import Part
 
@@ -59,7 +59,10 @@ class QuantisedLinear(nn.Module):
         return self._kind.widened(self._kind.unprepared(self._prepared(), self.implementation)).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N]."""
+        """[..., K] to [..., N]; `ShapeError` for another last dimension."""
+        if x.shape[-1:] != (self.in_features,):
+            passed = f"an input of {list(x.shape)} for a linear layer of width {self.in_features}"
+            raise ShapeError(explain(passed, f"[..., {self.in_features}]", "Pass what the original layer takes"))
         rows = x.reshape(-1, self.in_features)
         out = self._kind.linear(rows, self._prepared(), self.bias, self.implementation)
         return out.view(*x.shape[:-1], self.out_features)
