@@ -64,7 +64,7 @@ WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda given: pickle.loads(pickle.d
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", set(PARTS) - {"parameters"})
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "parameters"])
 def test_copies_of_parts_have_their_memory_once_and_lie_beside_each_other(name, way):
     dim, parts = PARTS[name]
     laid = laid_out(parts, dim)
