@@ -14,7 +14,7 @@ from torch.export.passes import move_to_device_pass
 
 from deepseek_mp.backends import capabilities, default_device, math_mode
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
-from deepseek_mp.inference.beside import lay_program_beside
+from deepseek_mp.inference.beside import Group, lay_named_beside, lay_program_beside
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.compiling import compiled, compiler_for
 from deepseek_mp.inference.form import Form
@@ -61,6 +61,7 @@ class LoadedModel(nn.Module):
         super().__init__()
         self.form, self.device, self.signature = form, device, signature
         """`signature` says which inputs it takes."""
+        self._beside: tuple[Group, ...] = lay_program_beside(program)
         self.graph = program.module(check_guards=False)
         self.card: Card | None = None if about["card"] is None else card_from_json(about["card"])
         """What was measured before it was saved, with the plan and its reasons; None where nothing was."""
@@ -79,8 +80,18 @@ class LoadedModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lay()  # Python copies parameters each on its own
         if self.form.compiled:
             self._call = self._compiled()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What moves or casts the weights takes them apart."""
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._lay()
+        return self
+
+    def _lay(self) -> None:
+        lay_named_beside(self.graph.state_dict(keep_vars=True), self._beside)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs; `BatchError` for inputs that the program was not made for."""
@@ -99,7 +110,7 @@ class LoadedModel(nn.Module):
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self.graph(args, kwargs)
 
-        return compiled(with_own_code(run), compiler_for(self.device, self.form))
+        return compiled(with_own_code(run), compiler_for(self.graph, self.device, self.form))
 
 
 def save(served: Served, path: str | Path, example_inputs: Any = None, *, dynamic: Sequence[int] = (0,)) -> None:
@@ -163,7 +174,6 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         if place.type != "cpu":
             program = move_to_device_pass(program, place)
         adapt(program, place)
-        lay_program_beside(program)
         return LoadedModel(program, signature, form, place, about)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -7,9 +7,10 @@ all with a bias or all without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
@@ -18,6 +19,14 @@ from deepseek_mp.ops.adjacent import laid_out, together
 
 _CHANNELS = 16
 """Channels are a multiple of it, so that every part starts at whole 16 bytes, as kernels want it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of a state that belong beside each other, by name, and along which dimension."""
+
+    names: tuple[str, ...]
+    dim: int
 
 
 def lay_beside(model: nn.Module) -> None:
@@ -47,21 +56,39 @@ def lie_beside(model: nn.Module, names: Sequence[str]) -> bool:
     return all(together([getattr(layer, name) for layer in layers], dim) is not None for name, dim in dims.items())
 
 
-def lay_program_beside(program: ExportedProgram) -> None:
-    """The same in a program from a file, on its device, whose graph says which layers do read the same input."""
+def lay_program_beside(program: ExportedProgram) -> tuple[Group, ...]:
+    """The same in a program from a file, on its device, whose graph says which layers do read the same input.
+
+    Returns:
+        What belongs beside each other in its state, for `lay_named_beside` when it was moved.
+    """
+    groups = tuple(_groups(program))
+    lay_named_beside(program.state_dict, groups)
+    return groups
+
+
+def lay_named_beside(state: Mapping[str, Tensor], groups: Iterable[Group]) -> None:
+    """Move tensors of a state that belong beside each other and do not lie so; the objects stay."""
+    for group in groups:
+        tensors = [state[name] for name in group.names]
+        if together(tensors, group.dim) is None:
+            for tensor, own in zip(tensors, laid_out(tensors, group.dim), strict=True):
+                tensor.data = own
+
+
+def _groups(program: ExportedProgram) -> Iterator[Group]:
     signature, state = program.graph_signature, program.state_dict
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     done: set[str] = set()
-    for group in same_input(program.graph):
-        for part, dim in group[0].parts.items():
-            stored = [names.get(product.given[part].name, "") for product in group]
-            if len(set(stored)) < 2 or not state.keys() >= set(stored) or done & set(stored):
+    for products in same_input(program.graph):
+        for part, dim in products[0].parts.items():
+            # A layer that is called twice is there once.
+            stored = tuple(dict.fromkeys(names.get(product.given[part].name, "") for product in products))
+            if len(stored) < 2 or not state.keys() >= set(stored) or done & set(stored):
                 continue
             done.update(stored)
-            tensors = [state[name] for name in stored]
-            if together(tensors, dim) is None and not any(tensor.shape[dim] % _CHANNELS for tensor in tensors):
-                for tensor, own in zip(tensors, laid_out(tensors, dim), strict=True):
-                    tensor.data = own
+            if not any(state[name].shape[dim] % _CHANNELS for name in stored):
+                yield Group(stored, dim)
 
 
 def _layers(parent: nn.Module) -> Iterator[QuantisedLinear]:
@@ -81,6 +108,7 @@ def _lay(group: list[QuantisedLinear]) -> None:
             for layer, part in zip(group, laid_out(parts, dim), strict=True):
                 setattr(layer, name, part)
     biases = [layer.bias for layer in group if layer.bias is not None]
-    if biases and together(biases, 0) is None:
+    shared = len({id(bias) for bias in biases}) < len(biases)  # it cannot lie in two places
+    if biases and not shared and together(biases, 0) is None:
         for bias, part in zip(biases, laid_out(biases, 0), strict=True):
             bias.data = part

@@ -6,15 +6,17 @@ linear layers of fewer bits that read the same input become one product (`nn.gra
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo  # so that its backends can be looked up before anything was compiled
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from deepseek_mp.inference import attention
 from deepseek_mp.inference.form import Form
+from deepseek_mp.nn.graph_alias import described_apart
 from deepseek_mp.nn.graph_linear import join_products
 from deepseek_mp.nn.graph_row_casts import share_row_casts
 from deepseek_mp.ops.native.fp8_linear import plain
@@ -26,11 +28,12 @@ class Compiler:
     """A backend for `torch.compile`, of one served model.
 
     Args:
+        model: what is compiled. Not held: PyTorch may keep compilers for good.
         own_attention: whether attention and masks are rewritten.
     """
 
-    def __init__(self, *, own_attention: bool) -> None:
-        self.own_attention = own_attention
+    def __init__(self, model: nn.Module, *, own_attention: bool) -> None:
+        self._model, self.own_attention = weakref.ref(model), own_attention
         self._joined: dict[tuple[int, ...], None] = {}
         """Groups of joined layers, each by where its weights lie."""
 
@@ -40,10 +43,12 @@ class Compiler:
         compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
         made = join_products(graph, inputs)
         share_row_casts(graph if made is None else made.graph)
+        model = self._model()
+        weights = set() if model is None else {one.data_ptr() for one in (*model.parameters(), *model.buffers())}
         if made is None:
-            return compiler(graph, inputs)
+            return compiler(graph, described_apart(graph, inputs, weights))
         self._joined.update(dict.fromkeys(tuple(q.data_ptr() for q in group) for group in made.groups))
-        return made.taking_former(compiler(made.graph, made.inputs))
+        return made.taking_former(compiler(made.graph, described_apart(made.graph, made.inputs, weights)))
 
     def joined(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
         """The layers of each group that was joined in code compiled so far, by their names beside their weights."""
@@ -51,10 +56,10 @@ class Compiler:
         return tuple(tuple(names[at] for at in group) for group in self._joined if names.keys() >= set(group))
 
 
-def compiler_for(device: torch.device, form: Form) -> Compiler | None:
-    """None: nothing would be rewritten, and PyTorch's own is as good."""
+def compiler_for(model: nn.Module, device: torch.device, form: Form) -> Compiler | None:
+    """That of a model, in a form on a device. None: nothing would be rewritten, and PyTorch's own is as good."""
     own_attention = attention.is_rewritten(device, form.format)
-    return Compiler(own_attention=own_attention) if own_attention or form.linear or form.layers else None
+    return Compiler(model, own_attention=own_attention) if own_attention or form.linear or form.layers else None
 
 
 def compiled(call: attention.Call, compiler: Compiler | None) -> Any:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.backends import capabilities
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.inference.linear_kinds import KINDS
+from deepseek_mp.ops.adjacent import Part
 
 SMALLEST = 2**16
 """Weights of a layer that is worth it: with fewer, a call's time is not that of reading them."""
@@ -58,7 +59,10 @@ class QuantisedLinear(nn.Module):
         return self._kind.widened(self._kind.unprepared(self._prepared(), self.implementation)).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N]."""
+        """[..., K] to [..., N]; `ShapeError` for another last dimension."""
+        if x.shape[-1:] != (self.in_features,):
+            passed = f"an input of {list(x.shape)} for a linear layer of width {self.in_features}"
+            raise ShapeError(explain(passed, f"[..., {self.in_features}]", "Pass what the original layer takes"))
         rows = x.reshape(-1, self.in_features)
         out = self._kind.linear(rows, self._prepared(), self.bias, self.implementation)
         return out.view(*x.shape[:-1], self.out_features)
@@ -80,10 +84,19 @@ class QuantisedLinear(nn.Module):
     def _prepared(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What lies beside other layers' as parts of one memory, which copies and pickles of these hold once."""
+        return {**self.__dict__, "_buffers": {name: Part.of(tensor) for name, tensor in self._prepared().items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kept = {name: one.tensor() if isinstance(one, Part) else one for name, one in state["_buffers"].items()}
+        super().__setstate__({**state, "_buffers": kept})  # type: ignore[no-untyped-call]
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         kept = self._kind.unprepared(self._prepared(), self.implementation)
-        destination.update({prefix + name: tensor for name, tensor in kept.items()})
+        # What lies beside another layer's may be cut by columns, which few files can hold.
+        destination.update({prefix + name: tensor.contiguous() for name, tensor in kept.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *how: Any) -> None:
         names = list(self._kind.unprepared(self._prepared(), self.implementation))

@@ -73,6 +73,7 @@ class Served(nn.Module):
         self.model = _formed(copied(model).eval(), form) if like is None else like.model
         self.left_alone = linear_layers(self.model, form.linear)[1] if form.linear else {}
         self._prepare(like)
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -87,6 +88,7 @@ class Served(nn.Module):
 
     def _prepare(self, like: Served | None = None) -> None:
         """What calls go through."""
+        self._places = self._where()
         if like is not None and replace(like.form, graphed=self.form.graphed) == self.form:
             self._plain, self._compiler = like._plain, like._compiler  # noqa: SLF001 - of its own class
         else:
@@ -132,9 +134,21 @@ class Served(nn.Module):
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self._graphed is not None:
             self._graphed.forget()
-        if not all(lie_beside(self.model, group) for group in joined):
+        if all(lie_beside(self.model, group) for group in joined):
+            self._places = self._where()
+        else:
             self._prepare()
         return self
+
+    def _where(self) -> list[int]:
+        """Where in memory the weights lie."""
+        return [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
+
+    def _replaced(self) -> None:
+        """After weights may have been put in the place of others, instead of written into them."""
+        if self._where() != self._places:
+            lay_beside(self.model)
+            self._prepare()
 
     @property
     def joined(self) -> tuple[tuple[str, ...], ...]:
@@ -175,7 +189,7 @@ class Served(nn.Module):
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._converted(args, kwargs)
 
-        self._compiler = compiler_for(self.device, self.form)
+        self._compiler = compiler_for(self.model, self.device, self.form)
         return compiled(with_own_code(run), self._compiler)
 
     def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -192,6 +206,11 @@ class Served(nn.Module):
     @staticmethod
     def _result(leaf: Any) -> Any:
         return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in NARROW.values() else leaf
+
+
+def _loaded(served: Any, _keys: Any) -> None:
+    """`load_state_dict(assign=True)` makes recordings void, and code that reads weights of layers as one."""
+    served._replaced()  # noqa: SLF001 - the hook of its own class, which copies and files name
 
 
 def copied(model: nn.Module) -> nn.Module:

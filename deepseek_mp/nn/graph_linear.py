@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, fx
@@ -37,6 +38,7 @@ class _Joined:
         self._places, self._dim = places, dim
         self._pointers: list[int] = []
         self._whole: Tensor | None = None
+        self._first: ref[Tensor] | None = None
 
     def of(self, inputs: Sequence[Any]) -> Tensor:
         """A view, as long as they lie beside each other; otherwise a copy that is made at every call."""
@@ -44,7 +46,12 @@ class _Joined:
         pointers = [part.data_ptr() for part in parts]
         if self._whole is None or pointers != self._pointers:
             self._whole, self._pointers = together(parts, self._dim), pointers
+            self._first = ref(parts[0], self._forget)
         return torch.cat([part.detach() for part in parts], self._dim) if self._whole is None else self._whole
+
+    def _forget(self, _first: ref[Tensor]) -> None:
+        """The memory is not kept once the weight is gone."""
+        self._whole = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +66,11 @@ class JoinedGraph:
     """Of each joined product the weights `q` of its layers, as they lie in memory."""
 
     def taking_former(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of this graph's inputs as one of the former graph's."""
+        """A function of this graph's inputs as one of the former graph's; it keeps none of those of now."""
+        joined = self.joined
 
         def call(*given: Any) -> Any:
-            return run(*given, *[one.of(given) for one in self.joined])
+            return run(*given, *[one.of(given) for one in joined])
 
         return call
 

@@ -3,10 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+_memories: WeakValueDictionary[tuple[torch.device, int], Tensor] = WeakValueDictionary()
+"""By where they begin, memories as tensors of bytes, as long as somebody has them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor as a part of its memory, for copies and pickles: those of one memory have it once, beside each other.
+
+    Python's own pickles of tensors hold for each of them all of the memory that it is in.
+    """
+
+    memory: Tensor
+    """All of it, in bytes; the same object for all parts."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Part | Tensor:
+        """The tensor itself where it is all that is in its memory, or of a class of its own."""
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == tensor.nbytes:
+            return tensor
+        at = tensor.device, storage.data_ptr()
+        memory = _memories.get(at)
+        if memory is None or memory.nbytes != storage.nbytes():
+            memory = _memories[at] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        return cls(memory, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def tensor(self) -> Tensor:
+        """A view of the memory."""
+        return self.memory.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 
 
 def laid_out(parts: Sequence[Tensor], dim: int) -> list[Tensor]:

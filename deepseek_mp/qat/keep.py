@@ -11,6 +11,8 @@ from deepseek_mp.errors import ConfigError, explain, suggest
 from deepseek_mp.precision import PrecisionPlan
 
 WIDE = ("fp64", "fp32", "tf32", "hf32")
+SHOWN = 8
+"""Names in a message."""
 
 
 def kept_names(model: nn.Module, keep: Collection[str] | PrecisionPlan | Path) -> list[str]:
@@ -35,9 +37,15 @@ def kept_names(model: nn.Module, keep: Collection[str] | PrecisionPlan | Path) -
         hint = suggest(wrong, names) if isinstance(wrong, str) else ""
         if isinstance(keep, str) and keep in names:
             hint = f" Pass [{keep!r}]."
+        hint = hint or f" The model has {_first(names)}."
         allowed = "a list of names of the model's modules, a PrecisionPlan, or the Path of one"
         raise ConfigError(explain(f"keep={keep!r}", allowed, f"Change {wrong!r}.{hint}"))
     return list(keep)
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (", ".join(map(repr, names[:SHOWN])) or "no modules in it") + more
 
 
 def _raised(names: Collection[str], plan: PrecisionPlan) -> list[str]:

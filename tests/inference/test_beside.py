@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deepseek_mp.costs.memory import distinct_bytes
@@ -154,6 +156,22 @@ def test_what_is_saved_of_a_layer_is_contiguous():
     assert all(part.is_contiguous() for part in model.a.portable().buffers())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_can_be_written_to_files_of_contiguous_tensors(kind, tmp_path):
+    model = nn.Module()
+    for name in ("a", "b"):
+        kept = KINDS[kind].keep(torch.randn(32, 256), name)
+        setattr(model, name, QuantisedLinear(kept, None, kind, torch.bfloat16, "reference"))
+    lay_beside(model)
+    save_file(model.state_dict(), tmp_path / "state.safetensors")
+    found = load_file(tmp_path / "state.safetensors")
+    assert all(torch.equal(found[name].float(), value.float()) for name, value in model.state_dict().items())
+    before = distinct_bytes(parts(model))
+    model.load_state_dict(found)
+    assert lie_beside(model, ["a", "b"])
+    assert distinct_bytes(parts(model)) == before
+
+
 def test_programs_whose_weights_lie_apart_are_laid_by_what_their_graph_says():
     served = Served(Llama(), FORM, CPU)
     served.model._apply(torch.clone)
@@ -176,3 +194,69 @@ def _follow(state, first, second):
         == state[f"{second}.{part}"].data_ptr()
         for part, size in (("q", 1), ("scale", 4))
     )
+
+
+class Again(nn.Module):
+    """Two layers of one bias, one of them called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.b.bias = self.a.bias
+
+    def forward(self, x):
+        return self.a(x) + self.b(x) * self.a(x)
+
+
+def test_what_is_shared_or_called_twice_is_kept_once(tmp_path):
+    served, x = Served(Again(), FORM, CPU), torch.randn(2, 256)
+    assert served.model.a.bias is served.model.b.bias
+    assert _memory(served) == distinct_bytes(parts(served))
+    before = [part.data_ptr() for part in parts(served)]
+    lay_beside(served.model)
+    assert [part.data_ptr() for part in parts(served)] == before
+    served.save(tmp_path / "model.pt2", (x,))
+    loaded = load(tmp_path / "model.pt2", CPU)
+    assert torch.equal(loaded(x), served(x))
+    assert _memory(loaded) == distinct_bytes(parts(loaded))
+
+
+def _memory(model):
+    """Bytes of whole memories, also of what nothing reads."""
+    return sum({one.data_ptr(): one.nbytes() for one in (part.untyped_storage() for part in parts(model))}.values())
+
+
+def test_copies_of_loaded_models_and_moved_ones_are_laid_again(tmp_path):
+    x = torch.randn(2, 256)
+    served = Served(Llama(True), FORM, CPU)
+    served.save(tmp_path / "model.pt2", (x,))
+    loaded = load(tmp_path / "model.pt2", CPU)
+    expected, bytes = loaded(x), distinct_bytes(parts(loaded))
+    made = copy.deepcopy(loaded)
+    moved = loaded._apply(torch.clone)
+    for model in (made, moved):
+        assert torch.equal(model(x), expected)
+        assert distinct_bytes(parts(model)) == bytes
+        state = model.graph.state_dict()
+        assert _follow(state, "model.gate", "model.up")
+        up = state["model.up.bias"]
+        assert state["model.gate.bias"].data_ptr() + up.numel() * up.element_size() == up.data_ptr()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickles_hold_each_weight_once(kind):
+    model = nn.Module()
+    model.experts = nn.ModuleList(
+        QuantisedLinear(KINDS[kind].keep(torch.randn(32, 256), ""), None, kind, torch.bfloat16, "reference")
+        for _ in range(16)
+    )
+    bytes = distinct_bytes(parts(model))
+    apart = len(pickle.dumps(model))
+    lay_beside(model)
+    pickled = pickle.dumps(model)
+    assert len(pickled) < apart
+    for made in (pickle.loads(pickled), copy.deepcopy(model)):
+        assert lie_beside(made, [f"experts.{at}" for at in range(16)])
+        assert _memory(made) == bytes
+        assert all(torch.equal(one.q, two.q) for one, two in zip(made.experts, model.experts, strict=True))
+        assert torch.equal(made.experts[3].weight, model.experts[3].weight)

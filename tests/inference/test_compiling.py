@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deepseek_mp.inference import Form, Served, attention, graphed, load
 from deepseek_mp.inference.beside import lay_beside, lie_beside
 from deepseek_mp.inference.compiling import Compiler, compiler_for
+from deepseek_mp.ops import int4_linear
 
 CPU = torch.device("cpu")
 FORM = Form(format="bf16", linear="fp8_weights", compiled=True)
@@ -131,28 +132,51 @@ def _noting(call, found):
     return noting
 
 
-def test_recorded_calls_read_the_joined_weights_of_later_loads(monkeypatch):
-    class Recorder:
-        bytes = 0
+class Recorder:
+    bytes = 0
 
-        def __init__(self, device):
-            self.device = device
+    def __init__(self, device):
+        self.device = device
 
-        def warm(self, call):
-            call()
+    def warm(self, call):
+        call()
 
-        def record(self, call):
-            outputs = call()
-            return (lambda: outputs.copy_(call())), outputs
+    def record(self, call):
+        outputs = call()
+        return (lambda: outputs.copy_(call())), outputs
 
+
+@pytest.fixture
+def recording(monkeypatch):
+    """A form whose calls count as recorded on a CPU."""
     monkeypatch.setattr(graphed, "records", lambda device: True)
     monkeypatch.setattr(graphed, "DeviceRecorder", Recorder)
-    form = Form(format="bf16", linear="fp8_weights", compiled=True, graphed=True)
-    served, other, x = Served(Model(), form, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
+    return Form(format="bf16", linear="fp8_weights", compiled=True, graphed=True)
+
+
+def test_recorded_calls_read_the_joined_weights_of_later_loads(recording):
+    served, other, x = Served(Model(), recording, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
     served(x)
     assert set(served.joined) == set(JOINED)
+    graph = served._graphed
     served.load_state_dict(other.state_dict())
     assert torch.equal(served(x), other(x))
+    assert served._graphed is graph
+    assert len(graph) == 1
+
+
+def test_weights_that_take_the_place_of_others_are_laid_and_recorded_anew(recording):
+    served, other, x = Served(Model(), recording, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
+    holder = nn.ModuleList([copy.deepcopy(served)])
+    for run, state in ((served, ""), (holder, "0.")):
+        (served if run is served else holder[0])(x)
+        given = {state + name: value.clone() for name, value in other.state_dict().items()}
+        run.load_state_dict(given, assign=True)
+    for made in (served, holder[0]):
+        assert len(made._graphed) == 0
+        assert torch.equal(made(x), other(x))
+        assert set(made.joined) == set(JOINED)
+        assert lie_beside(made.model, JOINED[0])
 
 
 def test_weights_are_laid_before_code_is_made():
@@ -165,7 +189,38 @@ def test_weights_are_laid_before_code_is_made():
 
 
 def test_forms_without_kinds_keep_pytorch_s_compiler(monkeypatch):
-    assert compiler_for(CPU, Form(compiled=True)) is None
-    assert compiler_for(CPU, FORM) is not None
+    assert compiler_for(nn.Identity(), CPU, Form(compiled=True)) is None
+    assert compiler_for(nn.Identity(), CPU, FORM) is not None
     monkeypatch.setattr(attention, "is_rewritten", lambda device, format: True)
-    assert compiler_for(CPU, Form(compiled=True)).own_attention
+    assert compiler_for(nn.Identity(), CPU, Form(compiled=True)).own_attention
+
+
+class Branching(nn.Module):
+    """A layer of three of one input in each branch of `torch.cond`, which refuses inputs of one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(256, 256) for _ in range(3))
+
+    def forward(self, x):
+        chosen = torch.cond(x.sum() > 0, lambda x: self.c(x) * 1, lambda x: self.a(x) * 2, (x,))
+        return chosen, self.a(x), self.b(x)
+
+
+@pytest.mark.parametrize("kind", ["int8_weights", "fp8", "int4_weights"])
+def test_layers_beside_each_other_may_be_in_branches(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(int4_linear, "fastest", lambda *sizes: "reference")
+    model, x = Branching(), torch.randn(3, 256)
+    eager = Served(model, Form(format="bf16", linear=kind), CPU)
+    served = Served(model, Form(format="bf16", linear=kind, compiled=True), CPU)
+    served.save(tmp_path / "model.pt2", x)
+    loaded = load(tmp_path / "model.pt2", CPU)
+    for one in (x.abs(), -x.abs()):
+        expected = eager(one)
+        for run in (served, loaded):
+            for out, right in zip(run(one), expected, strict=True):
+                close(out, right)
+    assert served.joined == (("a", "b"),)
+    for part in (served.model.c.scale, *([served.model.c.zero] if kind == "int4_weights" else [])):
+        part.zero_()
+    close(served(x.abs())[0], torch.zeros(3, 256) + served.model.c.bias.float())

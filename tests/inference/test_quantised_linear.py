@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_mp.errors import ConfigError
+from deepseek_mp.errors import ConfigError, ShapeError
 from deepseek_mp.inference import QuantisedLinear
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_linear import linear_kinds, linear_layers, quantised
@@ -198,3 +198,12 @@ def test_compiled_code_has_it_as_one_op(kind):
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 255), (4, 128), (512,), (0, 128), ()])
+def test_inputs_of_another_width_are_named(shape):
+    layer, x = made(nn.Linear(256, 256)), torch.randn(shape).to(BF16)
+    torch._dynamo.reset()
+    for run in (layer, torch.compile(layer, backend="eager")):
+        with torch.no_grad(), pytest.raises(ShapeError, match=r"an input of \[.*\] for a linear layer of width 256"):
+            run(x)

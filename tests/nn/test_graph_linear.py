@@ -1,5 +1,8 @@
 """Joined products give what the layers give apart, bit for bit, and read the layers' own memory."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from captured_graph import captured
@@ -117,6 +120,26 @@ def test_weights_that_were_moved_apart_are_still_read():
     lay_beside(model)
     assert equal(run(x), model(x))
     assert len(backend.made) == 1
+
+
+@torch.no_grad()
+def test_neither_first_inputs_nor_weights_that_were_replaced_are_kept():
+    model = Gated("int8_weights")
+    lay_beside(model)
+    run, backend = compiled(model)
+    x = inputs(3)
+    expected = run(x)
+    backend.made.clear()
+    gone = [weakref.ref(one) for one in (x, model.a.q, model.a.q.untyped_storage())]
+    memory = model.a.q.untyped_storage()._weak_ref()
+    again = x.clone()
+    del x
+    model._apply(torch.clone)
+    gc.collect()
+    assert [one() for one in gone] == [None, None, None]
+    assert torch.UntypedStorage._expired(memory)
+    torch.UntypedStorage._free_weak_ref(memory)
+    assert equal(run(again), expected)
 
 
 @torch.no_grad()

@@ -1,9 +1,13 @@
 """Tensors beside each other are one without a copy, and nothing else is taken for that."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 
-from deepseek_mp.ops.adjacent import laid_out, together
+from deepseek_mp.ops.adjacent import Part, laid_out, together
 
 PARTS = {
     "rows": (0, [torch.randn(4, 8), torch.randn(16, 8), torch.randn(4, 8)]),
@@ -48,3 +52,39 @@ APART = {
 @pytest.mark.parametrize("name", APART)
 def test_tensors_that_do_not_follow_each_other_are_not_one(name):
     assert together(APART[name], 0) is None
+
+
+def _saved(given):
+    file = io.BytesIO()
+    torch.save(given, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda given: pickle.loads(pickle.dumps(given)), "torch.save": _saved}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "parameters"])
+def test_copies_of_parts_have_their_memory_once_and_lie_beside_each_other(name, way):
+    dim, parts = PARTS[name]
+    laid = laid_out(parts, dim)
+    made = [part.tensor() for part in WAYS[way]([Part.of(part) for part in laid])]
+    assert all(torch.equal(own.float(), part.float()) for own, part in zip(made, parts, strict=True))
+    assert all(own.dtype is part.dtype and own.stride() == part.stride() for own, part in zip(made, laid, strict=True))
+    whole = together(made, dim)
+    assert whole is not None
+    assert whole.untyped_storage().nbytes() == whole.nbytes
+    made[0].copy_(torch.zeros_like(made[0]))
+    assert laid[0].float().any()
+
+
+def test_only_parts_of_more_are_taken_as_such():
+    alone = torch.randn(4, 8)
+    parameter = torch.nn.Parameter(torch.randn(8)[:4])
+    assert Part.of(alone) is alone
+    assert Part.of(parameter) is parameter
+    left, right = laid_out([alone, alone], 0)
+    assert Part.of(left) is not left
+    first, second = Part.of(left), Part.of(right)
+    assert first.memory is second.memory
+    assert first.memory.data_ptr() == left.data_ptr()

@@ -46,3 +46,13 @@ def test_names_that_the_model_does_not_have_are_refused(keep):
 def test_a_name_that_is_no_list_is_shown_as_one():
     with pytest.raises(ConfigError, match=r"keep='1\.1'.*Pass \['1\.1'\]"):
         kept_names(model(), "1.1")
+
+
+def test_where_no_name_is_near_those_of_the_model_are_shown():
+    with pytest.raises(ConfigError, match=r"Change 'head'\. The model has '0', '1'"):
+        kept_names(model(), ["head"])
+    many = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(10)))
+    with pytest.raises(ConfigError, match=r"'6', '7' and 2 more\."):
+        kept_names(many, ["head"])
+    with pytest.raises(ConfigError, match=r"The model has no modules in it\."):
+        kept_names(torch.nn.Linear(1, 1), ["head"])
