@@ -101,18 +101,13 @@ def goes_through(call: Callable[[], object], device: torch.device) -> bool:
     try:
         call()
     except (RuntimeError, MemoryError, SystemError) as error:
-        if not (is_out_of_memory(error) or _is_lost(error)):
+        if not is_out_of_memory(error):
             raise
     else:
         return True
     gc.collect()  # a model may leave cycles, and in them activations
     release_memory(device)
     return False
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether PyTorch's backward has lost what was raised in it: out of memory in a checkpointed part ends so."""
-    return isinstance(error, SystemError) and "without setting an exception" in str(error)
 
 
 def on_what_fits(call: Callable[[Any], PrecisionPlan], batch: Any, device: torch.device) -> PrecisionPlan:
