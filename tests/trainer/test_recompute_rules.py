@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from deepseek_mp.trainer import recompute_costs
 from deepseek_mp.trainer.graph_backend import backend
 from deepseek_mp.trainer.recompute_rules import draws, rules
 
@@ -45,6 +46,50 @@ def test_the_same_in_code_of_inductor(budget):
     kept, reached = masks(budget)
     assert torch.equal(kept, reached)
     torch._dynamo.reset()
+
+
+class Bottleneck(nn.Module):
+    """Of ResNet-50, with its in-place operations."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(n, m, size, padding=size // 2, bias=False)
+            for n, m, size in ((4 * channels, channels, 1), (channels, channels, 3), (channels, 4 * channels, 1))
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (channels, channels, 4 * channels))
+
+    def forward(self, x):
+        y = x
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            y = norm(convolution(y))
+            if norm is not self.norms[-1]:
+                y = F.relu(y, inplace=True)
+        y += x
+        return F.relu(y, inplace=True)
+
+
+@pytest.mark.parametrize("format", [torch.float32, torch.bfloat16])
+def test_what_is_computed_again_has_the_bits_of_what_would_have_been_kept(backward, monkeypatch, format):
+    """Convolutions, BatchNorms and pools: loss, gradients and statistics are those of the code that keeps all."""
+    monkeypatch.setattr(recompute_costs, "LAUNCH_BYTES", 1.0)  # small as it is, work counts
+
+    def trained(budget):
+        torch.manual_seed(0)
+        stem = (nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+        net = nn.Sequential(*stem, *(Bottleneck(8) for _ in range(3)), nn.Flatten(), nn.Linear(32 * 9 * 9, 5))
+        net, x = net.to(memory_format=torch.channels_last), torch.randn(4, 3, 20, 20)
+        run = torch.compile(net, backend=backend(budget))
+        with torch.autocast("cpu", format, enabled=format is not torch.float32):
+            loss = run(x.contiguous(memory_format=torch.channels_last)).float().square().mean()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in net.parameters()), *net.buffers()]
+
+    kept = trained(None)
+    assert "aten.convolution.default" not in backward
+    again = trained(0.3)
+    assert "aten.convolution.default" in backward
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
 
 def test_attention_draws_where_it_drops():
