@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepseek_mp.inference import Form, Served, attention, graphed, load
+from deepseek_mp.inference import Form, Served, attention, load
 from deepseek_mp.nn.graph_masks import contiguous_mask
 from deepseek_mp.ops import few_query_attention as op
 
@@ -31,24 +31,8 @@ class Step(nn.Module):
         return mixed.transpose(1, 2).reshape(len(x), 32)
 
 
-class Recorder:
-    """Replays by calling again."""
-
-    bytes = 0
-
-    def __init__(self, device):
-        self.device = device
-
-    def warm(self, call):
-        call()
-
-    def record(self, call):
-        outputs = call()
-        return (lambda: [mine.copy_(new) for mine, new in zip([outputs], [call()], strict=True)]), outputs
-
-
 @pytest.fixture
-def calls(monkeypatch):
+def calls(recording, monkeypatch):
     """Our op is taken in BF16 on a CPU, and its calls are counted; Inductor is left out."""
     found = []
     run = op.few_query_attention_of
@@ -61,8 +45,6 @@ def calls(monkeypatch):
     monkeypatch.setattr(op, "fastest", lambda device, dtype, width: "reference" if dtype is torch.bfloat16 else None)
     lookup = torch._dynamo.lookup_backend
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lookup("aot_eager"))
-    monkeypatch.setattr(graphed, "records", lambda device: True)
-    monkeypatch.setattr(graphed, "DeviceRecorder", Recorder)
     torch._dynamo.reset()
     return found
 

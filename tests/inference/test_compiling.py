@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch._dynamo
 from torch import nn
 from torch.nn import functional as F
 
-from deepseek_mp.inference import Form, Served, attention, graphed, load
+from deepseek_mp.inference import Form, Served, attention, load
 from deepseek_mp.inference.beside import lay_beside, lie_beside
 from deepseek_mp.inference.compiling import Compiler, compiler_for
 from deepseek_mp.ops import int4_linear
@@ -132,30 +133,12 @@ def _noting(call, found):
     return noting
 
 
-class Recorder:
-    bytes = 0
-
-    def __init__(self, device):
-        self.device = device
-
-    def warm(self, call):
-        call()
-
-    def record(self, call):
-        outputs = call()
-        return (lambda: outputs.copy_(call())), outputs
+RECORDED = replace(FORM, graphed=True)
 
 
-@pytest.fixture
-def recording(monkeypatch):
-    """A form whose calls count as recorded on a CPU."""
-    monkeypatch.setattr(graphed, "records", lambda device: True)
-    monkeypatch.setattr(graphed, "DeviceRecorder", Recorder)
-    return Form(format="bf16", linear="fp8_weights", compiled=True, graphed=True)
-
-
-def test_recorded_calls_read_the_joined_weights_of_later_loads(recording):
-    served, other, x = Served(Model(), recording, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
+@pytest.mark.usefixtures("recording")
+def test_recorded_calls_read_the_joined_weights_of_later_loads():
+    served, other, x = Served(Model(), RECORDED, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
     served(x)
     assert set(served.joined) == set(JOINED)
     graph = served._graphed
@@ -165,8 +148,9 @@ def test_recorded_calls_read_the_joined_weights_of_later_loads(recording):
     assert len(graph) == 1
 
 
-def test_weights_that_take_the_place_of_others_are_laid_and_recorded_anew(recording):
-    served, other, x = Served(Model(), recording, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
+@pytest.mark.usefixtures("recording")
+def test_weights_that_take_the_place_of_others_are_laid_and_recorded_anew():
+    served, other, x = Served(Model(), RECORDED, CPU), Served(Model(), FORM, CPU), torch.randn(1, 1, 256)
     holder = nn.ModuleList([copy.deepcopy(served)])
     for run, state in ((served, ""), (holder, "0.")):
         (served if run is served else holder[0])(x)

@@ -6,8 +6,18 @@ from torch._dynamo.backends import debugging
 
 
 @pytest.fixture
-def backward(monkeypatch):
-    """What the backwards of compiled code call; code is parted as Inductor parts it, and runs as it is."""
+def partitioned(monkeypatch):
+    """Graphs are parted as Inductor parts them, and run as they are."""
+    parting = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: parting(graph, inputs))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def backward(partitioned, monkeypatch):
+    """What the backwards of compiled code call, by name."""
     called = []
 
     def parted(*args, **settings):
@@ -17,8 +27,4 @@ def backward(monkeypatch):
 
     part = debugging.min_cut_rematerialization_partition
     monkeypatch.setattr(debugging, "min_cut_rematerialization_partition", parted)
-    parting = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: parting(graph, inputs))
-    torch._dynamo.reset()
-    yield called
-    torch._dynamo.reset()
+    return called

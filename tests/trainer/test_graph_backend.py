@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends import debugging
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -145,16 +144,6 @@ def test_pools_become_ours_where_there_is_an_implementation(graphs, monkeypatch)
     torch.testing.assert_close(found, Pooled()(x), rtol=0, atol=0)
 
 
-@pytest.fixture
-def partitioned(monkeypatch):
-    """Graphs are parted as Inductor parts them, and run as they are."""
-    parting = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **_: parting(graph, inputs))
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def kept_and_gradient(model, x, budget):
     """Bytes that the compiled model keeps for its backward, and the gradient of x."""
     kept = []
@@ -173,21 +162,6 @@ def test_under_a_budget_less_is_kept_and_the_rest_computed_again(partitioned):
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
-@pytest.fixture
-def backward(monkeypatch):
-    """What the backward of compiled code calls, by name."""
-    called = []
-
-    def parted(*args, **settings):
-        forward, backward = part(*args, **settings)
-        called.extend(str(node.target) for node in backward.graph.nodes if node.op == "call_function")
-        return forward, backward
-
-    part = debugging.min_cut_rematerialization_partition
-    monkeypatch.setattr(debugging, "min_cut_rematerialization_partition", parted)
-    return called
-
-
 class Attention(nn.Module):
     def forward(self, x):
         query, key, value = x.unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4).unbind()
@@ -195,7 +169,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize(("mode", "most"), [("block", 2), ("bf16", 1)])
-def test_products_are_not_taken_for_free(partitioned, backward, mode, most, monkeypatch):
+def test_products_are_not_taken_for_free(backward, mode, most, monkeypatch):
     """Each of five layers has two in its backward; what is computed again is mostly the elementwise work in between."""
     monkeypatch.setattr(recompute_costs, "LAUNCH_BYTES", 0.0)  # as if the layers were wide
     monkeypatch.setattr(recompute_costs, "FLOPS_PER_BYTE", dict.fromkeys(recompute_costs.FLOPS_PER_BYTE, 1.0))
