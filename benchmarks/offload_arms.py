@@ -25,6 +25,9 @@ RATE = 1e-4
 BYTES_PER_VALUE = 14
 """That a value of a BF16 model frees on the device: its FP32 master, two moments, and its gradient in BF16."""
 
+FP32_BYTES_PER_VALUE = 12
+"""Of an FP32 model: two moments and its gradient; the weights stay."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -189,7 +192,8 @@ def optimizer_of(training: Training, arm: Arm, memory: HostMemory) -> Steps:
 
 
 def _offloaded(training: Training, arm: Arm, memory: HostMemory) -> OffloadedOptimizer:
-    free = None if arm.share == 1.0 else int(arm.share * training.values) * BYTES_PER_VALUE
+    per_value = FP32_BYTES_PER_VALUE if arm.fp32 else BYTES_PER_VALUE
+    free = None if arm.share == 1.0 else int(arm.share * training.values) * per_value
     settings = OffloadSettings(
         mode=arm.mode,
         undo=arm.undo,

@@ -71,18 +71,16 @@ class LoadedModel(nn.Module):
         self.origin = Origin(**about["origin"])
         fast = form.format in ("tf32", "hf32") and form.format in capabilities(device).matmul_formats
         self._fp32: Any = form.format if fast else "ieee"
-        self._call: Any = self._compiled() if form.compiled else self.graph
+        self._code = self._compiled() if form.compiled else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code, which is of this model's weights and not of a copy's."""
-        left_out = "_call" if self.form.compiled else ""
-        return {name: value for name, value in self.__dict__.items() if name != left_out}
+        return {name: value for name, value in self.__dict__.items() if name != "_code"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lay()  # Python copies parameters each on its own
-        if self.form.compiled:
-            self._call = self._compiled()
+        self._code = self._compiled() if self.form.compiled else None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """What moves or casts the weights takes them apart."""
@@ -97,7 +95,8 @@ class LoadedModel(nn.Module):
         """The outputs; `BatchError` for inputs that the program was not made for."""
         self.signature.check(args, kwargs)
         with torch.no_grad(), math_mode(self.device, fp32=self._fp32, search=True):
-            return self._call(*inputs(args, kwargs))
+            call = self.graph if self._code is None else self._code
+            return call(*inputs(args, kwargs))
 
     def train(self, mode: bool = True) -> LoadedModel:
         """Refused: a graph of inference has no training mode."""

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from deepseek_mp.costs.restore import random_states, set_random_states
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.arguments import Shapes, arguments_of, shapes_of, undoing
 from deepseek_mp.inference.by_shape import ServedByShape
 from deepseek_mp.inference.card import Card, ServingPlan
-from deepseek_mp.inference.layer_errors import undone
 from deepseek_mp.inference.optimize import optimize_for_inference
 from deepseek_mp.inference.serve import Served
 from deepseek_mp.inference.shared_weights import share_weights
@@ -82,6 +82,8 @@ def _names(shapes: list[Shapes]) -> list[str]:
 def _warmed(served: Served, inputs: Any) -> None:
     """Its first call with other weights' memory is made here, since code may be compiled or recorded for it again."""
     (args, kwargs), undo = arguments_of(inputs), undoing(inputs)
-    with undone(served.model, served.device):
+    before = random_states(served.device)
+    with served.kept_state():  # which copies no weights, as they are not written to
         served(*args, **kwargs)
+    set_random_states(before, served.device)
     undo()

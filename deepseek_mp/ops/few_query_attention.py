@@ -12,8 +12,8 @@ lets no query see are not read.
 Scores, softmax and sums are fp32; for several queries Triton's kernel rounds the softmax, before it is divided by its
 sum, to 16 bits, as PyTorch's kernels do. A query that sees nothing gets zeros, as PyTorch's (2.11, 2.13) gives it.
 
-It is an opaque op, the same in eager and in compiled code; it has no gradient. Times have not been measured on a GPU
-yet; `benchmarks/few_query_attention.py` does it.
+It is an opaque op, the same in eager and in compiled code; it has no gradient. Its time alone has not been measured
+on a GPU yet; `benchmarks/few_query_attention.py` does it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from deepseek_mp.ops.pointer_table import PointerTable, sent
 from deepseek_mp.ops.storage_marks import mark_storage, storage_of
 from deepseek_mp.ops.stored import joined, random_bits, round_by_bits
 from deepseek_mp.ops.updates import update_fate
-from deepseek_mp.optim.states import Moments, StateFormat, close, convert, goes_in_blocks, new_moments, opened, pieces
+from deepseek_mp.optim.states import Moments, StateFormat, close, convert, goes_in_blocks, opened, pieces
 from deepseek_mp.precision.checks import find_member
 from deepseek_mp.precision.storage import StorageFormat
 
@@ -195,13 +195,9 @@ class StoredOptimizer(Optimizer):
         """What the rule keeps of each value of a parameter and 8-bit blocks can hold, with the type of their codes."""
         raise NotImplementedError
 
-    def _new_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """What the rule keeps of a parameter, before its first step."""
-        return new_moments(parameter, self._moments(group), in_blocks=self._in_blocks(parameter, group))
-
-    def _in_blocks(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the parameter's moments are kept in blocks."""
-        return goes_in_blocks(parameter, group) and bool(self._moments(group))
+    def _new_state(self, _parameter: Tensor, _group: Mapping[str, Any]) -> dict[str, Any]:
+        """What the rule keeps of a parameter besides its moments, before its first step."""
+        return {}
 
     def _run_kernels(
         self,

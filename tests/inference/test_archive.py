@@ -267,3 +267,11 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights(tmp_path, monkeypatch):
             weight.zero_()
     assert not made(x).any()
     assert torch.equal(loaded(x), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_state_of_a_loaded_model_has_each_tensor_once(tmp_path, compiled):
+    served = Served(nn.Linear(4, 2), Form(compiled=compiled), torch.device("cpu"))
+    served.save(tmp_path / "model.pt2", (torch.randn(3, 4),))
+    state = load(tmp_path / "model.pt2").state_dict()
+    assert len(state) == 2

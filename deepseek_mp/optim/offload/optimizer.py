@@ -197,7 +197,7 @@ class OffloadedOptimizer(Optimizer):
     def _judged_step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._mode.gather()
-        unseen = [slot.wire for chunk in self._chunks for slot in chunk.slots if slot.pending]
+        unseen = any(chunk.is_pending for chunk in self._chunks)
         grads = self._gradients()
         verdict = judge(grads, self.settings, scale=scale, found_inf=found, norm=self._norm, unseen=unseen)
         self._mode.step(verdict)

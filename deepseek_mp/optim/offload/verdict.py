@@ -76,7 +76,7 @@ def judge(
     scale: Tensor | None,
     found_inf: Tensor | None,
     norm: Callable[[], Tensor] | None = None,
-    unseen: Sequence[Tensor] = (),
+    unseen: bool = False,
 ) -> Verdict:
     """The verdict on a step.
 
@@ -87,7 +87,7 @@ def judge(
         found_inf: [], 1 where a loss scaler has found numbers that are not finite.
         norm: gives the L2 norm of the gradients, []. Where they are clipped it must be PyTorch's to the bit, as
             `torch.nn.utils.get_total_norm` takes it; None takes that.
-        unseen: gradients that are on their way, in mode 'immediate'.
+        unseen: whether gradients are on their way, in mode 'immediate'.
 
     Raises:
         ConfigError: a loss scaler that has not seen all gradients: infinities in the others would be applied.
