@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-ERROR_LINES = 12
+ERROR_LINES = 40
+"""Of what a failed script wrote last: enough of a traceback to see what called what failed."""
 
 
 def run_script(script: Path, arguments: Sequence[str], *, limit: int, keep_caches: bool) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deepseek_mp.nn.deferred import is_pending
+from deepseek_mp.nn.nested import tensors
 
 Look = Callable[[Any, Any, Any], None]
-"""Given a call's positional arguments, its keyword arguments and its output, None if nobody computes that."""
+"""Given a call's positional arguments, its keyword arguments and its output, without what nobody has computed yet."""
 _Left = Callable[[nn.Module, Any, Any, Any], None]
 
 
@@ -51,9 +52,19 @@ class ModuleCalls:
             handle.remove()
 
     def _left(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen = None if is_pending(output) else output  # a look must not be what computes it
+        args, kwargs, output = (_computed(tree) for tree in (args, kwargs, output))
         for looks in self._looks:
             if (look := looks.get(module)) is not None:
-                look(args, kwargs, seen)
+                look(args, kwargs, output)
         if module is self._model:
             self.end()
+
+
+def _computed(tree: Any) -> Any:
+    """The tree as it is, or the tensors in it that are there already: a look must not be what computes the others.
+
+    They may be anywhere in it: models of transformers give their scores as a field of their output.
+    """
+    found = list(tensors(tree))
+    there = [tensor for tensor in found if not is_pending(tensor)]
+    return tree if len(there) == len(found) else there

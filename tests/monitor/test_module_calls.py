@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.monitor.module_calls import ModuleCalls
+from deepseek_mp.nn.deferred import deferring, is_pending
+from deepseek_mp.nn.nested import tensors
 
 
 def hooks(model: nn.Module) -> int:
@@ -50,3 +53,37 @@ def test_a_forward_that_raises_leaves_hooks_until_the_end() -> None:
         other(torch.ones(1, 2))  # their hooks do nothing
     calls.end()
     assert hooks(model) == 0
+
+
+@dataclass
+class Scores:
+    """As the outputs of transformers."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class Wrapped(nn.Module):
+    """Passes on what its head gives, by a keyword, and in a dataclass of its own or a dict."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.head, self.same, self.wrap = nn.Linear(2, 3), nn.Identity(), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.same(input=self.head(x)))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: Scores(None, x), lambda x: {"logits": x}, lambda x: (x, 1), lambda x: x])
+def test_what_nobody_has_computed_is_not_shown_wherever_it_is(wrap: Any) -> None:
+    model = Wrapped(wrap)
+    x, shown = torch.ones(1, 2, requires_grad=True), []
+
+    def look(args: Any, kwargs: Any, output: Any) -> None:
+        shown.append([len(list(tensors(tree))) for tree in (args, kwargs, output)])
+
+    ModuleCalls(model, [dict.fromkeys((model.head, model.same, model), look)])
+    with deferring(model.head):
+        output = next(iter(tensors(model(x))))
+    assert shown == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert is_pending(output)

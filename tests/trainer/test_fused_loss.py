@@ -434,6 +434,26 @@ def test_statistics_of_the_last_layer_do_not_compute_its_output(chunks: list[Any
     assert len(chunks) == 6
 
 
+class Named(Classifier):
+    """Gives its scores as a field of a mapping, as models of transformers do, and its caller takes them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Classifier(lambda output: {"logits": output})
+        self.body = self.head = None
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x)["logits"]
+
+
+def test_statistics_do_not_compute_an_output_that_is_inside_of_another(chunks: list[Any]) -> None:
+    """The first step watches all modules: what it computes is decided for good in it."""
+    run = trainer(Named(), fused_loss=True, statistics_every=1)
+    train(run, batches(6))
+    assert len(chunks) == 6
+    assert fused(run).layer is run.model.inner.head
+
+
 def test_evaluation_sees_the_output() -> None:
     run = trainer(model_of("classifier"), fused_loss=True)
     run.fit(batches())
