@@ -30,9 +30,11 @@ class Lines:
 
 
 LINES = {
-    torch.int8: Lines(channels=16, width=512, warps=8),
-    torch.float8_e4m3fn: Lines(channels=4, width=2048, warps=4),
+    torch.int8: Lines(channels=8, width=2048, warps=4),
+    torch.float8_e4m3fn: Lines(channels=8, width=1024, warps=2),
 }
+AT_ONCE = 4
+"""Steps that a program has as code of their own, so that it stays in the cache of instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +70,11 @@ def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None)
     with on_device(x.device):
         if rows == 1:
             lines = LINES[q.dtype]
+            steps = triton.cdiv(width, lines.width)
+            turns = triton.cdiv(steps, AT_ONCE)
             vector_kernel[(triton.cdiv(channels, lines.channels),)](
                 *given, channels, width, HAS_BIAS=bias is not None, BLOCK_N=lines.channels, BLOCK_K=lines.width,
-                STEPS=triton.cdiv(width, lines.width), num_warps=lines.warps,
+                TURNS=turns, STEPS=triton.cdiv(steps, turns), num_warps=lines.warps,
             )  # fmt: skip
         else:
             tiling = next((tiling for tiling in TILINGS if rows <= tiling.m), TILINGS[-1])

@@ -1,6 +1,6 @@
 """The kernels of a linear layer with a weight in 8 bits: one for a single row of x, one for several.
 
-A weight [N, K] is read along its rows, 16 bytes a thread, and widened in registers. Nothing of it is read again by
+A weight [N, K] is read along its rows, RUN bytes a thread, and widened in registers. Nothing of it is read again by
 another program as long as one tile holds all rows of x.
 """
 
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+RUN = tl.constexpr(16)
+"""Values that a thread reads at once."""
 
 
 @triton.jit
@@ -24,25 +27,27 @@ def _widened(weights):
 @triton.jit
 def vector_kernel(
     x, q, scale, bias, out, N, K, HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TURNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """out [N] = (q [N, K] @ x [K]) * scale [N] (+ bias [N]): BLOCK_N channels a program, STEPS blocks of K each.
+    """out [N] = (q [N, K] @ x [K]) * scale [N] (+ bias [N]): BLOCK_N channels a program, TURNS * STEPS blocks of K.
 
-    Each place of the block has a sum of its own, and threads meet only at the end: a step waits for nothing but loads.
+    Each thread has a sum for each channel, and threads meet only at the end: a step waits for nothing but loads.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     there = n < N
     weights_at = q + n.to(tl.int64)[:, None] * K + k[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    for step in tl.static_range(STEPS):  # so that loads of several steps are under way
-        start = step * BLOCK_K
-        inside = k < K - start
-        weights = tl.load(
-            weights_at + start, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
-        )
-        values = tl.load(x + start + k, mask=inside, other=0.0)
-        total += _widened(weights) * values.to(tl.float32)[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_K // RUN], dtype=tl.float32)
+    for turn in range(TURNS):
+        for step in tl.static_range(STEPS):  # so that loads of several steps are under way
+            start = (turn * STEPS + step) * BLOCK_K
+            inside = k < K - start
+            weights = tl.load(
+                weights_at + start, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
+            )
+            values = tl.load(x + start + k, mask=inside, other=0.0)
+            products = _widened(weights) * values.to(tl.float32)[None, :]
+            total += tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_K // RUN, RUN)), axis=2)
     sums = tl.sum(total, axis=1) * tl.load(scale + n, mask=there, other=0.0)
     if HAS_BIAS:
         sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)

@@ -44,7 +44,7 @@ def test_all_numbers_of_rows(rows, format, dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize(("channels", "width"), [(1, 1), (7, 33), (129, 1040), (16, 2048)])
+@pytest.mark.parametrize(("channels", "width"), [(1, 1), (7, 33), (129, 1040), (16, 2048), (9, 9232)])
 def test_sizes_that_are_no_whole_tiles(rows, channels, width):
     agree(rows, channels, width, "int8", torch.float16, bias=False)
     agree(rows, channels, width, "fp8", torch.float16, bias=True)
