@@ -128,7 +128,7 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
     from deepseek_mp.qat.scheme import Quantizer
 
     own = norm_settings(graph.graph)
-    with warnings.catch_warnings():
+    with fp32_flags_left_alone(), warnings.catch_warnings():  # it exports the patterns that it looks for
         warnings.simplefilter("ignore")  # of torchao about itself
         prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep))
     put_back_settings(prepared, own)

@@ -119,4 +119,5 @@ def test_a_model_elsewhere_is_refused():
 
 def test_the_old_flags_of_fp32_products_are_not_read(monkeypatch):
     monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")  # it raises where users write the new ones
-    assert prepare(linear(), X).decisions
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))  # which torchao finds by exported patterns
+    assert prepare(model, torch.randn(4, 3, 8, 8)).decisions
