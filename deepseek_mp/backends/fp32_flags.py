@@ -7,11 +7,14 @@ own; reading it raises RuntimeError when the two disagree. So this module
 
 - saves and restores through the new interface only, and restores "follows its parent" as such, not
   as the value it happened to have;
-- sets cuDNN's flags at their parent where it can: their default (TF32 unless a parent says
-  otherwise) cannot be written back once an operation's own flag was touched;
+- sets cuDNN's flags at their parent where it can: from PyTorch 2.13 their default (TF32 unless a
+  parent says otherwise) cannot be written back once an operation's own flag was touched;
 - keeps the old copy for matrix products readable while a region is open, because the autotuner of
   `torch.compile` and other libraries read it. If the user's own mixture makes it unreadable, it is
-  left alone.
+  left alone;
+- keeps the old copy for cuDNN readable as well (`torch.backends.cudnn.flags` reads it), unless that
+  would touch such a default: it is written together with the flags of convolutions and RNNs alone.
+  Exporting, which reads it too, goes through `exporting_flags`.
 """
 
 from __future__ import annotations
@@ -62,6 +65,47 @@ def _old_copy_to_write(mode: str, cpu_matmul: Any) -> str | None:
     return None if agrees or (mode == "ieee" and cpu_is_fast) else old
 
 
+def _stored(operation: Any, library_written: str) -> str | None:
+    """What was written to an operation of cuDNN; None: nothing yet, and its default cannot be written back."""
+    backends: Any = torch.backends
+    everything = backends.fp32_precision
+    try:
+        backends.fp32_precision = backends.cudnn.fp32_precision = FOLLOW
+        alone: str = operation.fp32_precision
+        backends.cudnn.fp32_precision = "ieee" if alone == "tf32" else "tf32"
+        stays = operation.fp32_precision == alone
+    finally:
+        backends.cudnn.fp32_precision = library_written
+        backends.fp32_precision = everything
+    return alone if stays or alone == FOLLOW else None
+
+
+def _old_copy_of_cudnn(conv: Any, rnn: Any) -> bool:
+    """The old interface's copy, whatever else makes it unreadable; writes to both flags."""
+    guess = conv.fp32_precision == "tf32"
+    conv.fp32_precision = rnn.fp32_precision = "tf32" if guess else "ieee"
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # it disagrees with the two
+        return not guess
+
+
+def _operations(undo: ExitStack, mode: str) -> None:
+    """cuDNN's convolutions and RNNs run in `mode`, to which their parent was set, until the region ends."""
+    cudnn: Any = torch.backends.cudnn
+    operations = (cudnn.conv, cudnn.rnn)
+    stored = [_stored(operation, mode) for operation in operations]
+    if None in stored:
+        for operation in operations:
+            if operation.fp32_precision != mode:
+                _assign(undo, operation, mode, back=operation.fp32_precision)
+        return
+    for operation, back in zip(operations, stored, strict=True):
+        undo.callback(setattr, operation, "fp32_precision", back)
+    undo.callback(setattr, cudnn, "allow_tf32", _old_copy_of_cudnn(*operations))
+    cudnn.allow_tf32 = mode == "tf32"  # False makes the two follow their parent
+
+
 @contextmanager
 def cuda_fp32(mode: str) -> Iterator[None]:
     """FP32 matrix products, convolutions and RNNs of CUDA or ROCm run in `mode` ('ieee' or 'tf32')."""
@@ -80,9 +124,7 @@ def cuda_fp32(mode: str) -> Iterator[None]:
             cpu_matmul.fp32_precision = cpu_written  # the old interface writes it too
         _assign(undo, library, mode, back=written)
         matmul.fp32_precision = mode
-        for operation in (backends.cudnn.conv, backends.cudnn.rnn):
-            if operation.fp32_precision != mode:
-                _assign(undo, operation, mode, back=operation.fp32_precision)
+        _operations(undo, mode)
         yield
 
 

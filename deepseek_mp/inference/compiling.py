@@ -1,7 +1,8 @@
 """The compiler of served models: Inductor, on graphs in which attention and linear layers have been rewritten before.
 
 Attention of few queries becomes ours and masks are made such that PyTorch's kernels take them (`inference.attention`);
-linear layers of fewer bits that read the same input become one product (`nn.graph_linear`), or share its cast.
+linear layers of fewer bits that read the same input become one product (`nn.graph_linear`), or share its cast. Products
+in FP8 of a file's graph are opened to the compiler before, as those of a model's own code are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from deepseek_mp.inference import attention
 from deepseek_mp.inference.form import Form
 from deepseek_mp.nn.graph_alias import described_apart
 from deepseek_mp.nn.graph_linear import join_products
+from deepseek_mp.nn.graph_plain_products import open_products
 from deepseek_mp.nn.graph_row_casts import share_row_casts
 from deepseek_mp.ops.native.fp8_linear import plain
 
@@ -41,6 +43,7 @@ class Compiler:
         if self.own_attention:
             attention.rewrite(graph)
         compiler: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")  # noqa: SLF001
+        open_products(graph)
         made = join_products(graph, inputs)
         share_row_casts(graph if made is None else made.graph)
         model = self._model()

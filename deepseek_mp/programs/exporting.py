@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
+from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.programs.conditions import named
 from deepseek_mp.programs.signature import Leaf, Signature, dtype_name, inputs, leaves_of
@@ -99,7 +100,7 @@ def _from_one(module: nn.Module, made: Exported, given: tuple[Any, Any], free: l
 def _traced(module: nn.Module, given: tuple[Any, Any], free: Sequence[int]) -> Exported:
     shapes = pytree.tree_map(lambda leaf: _dims(leaf, given, free), given)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), fp32_flags_left_alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter about itself
             program = torch.export.export(module, given, dynamic_shapes=shapes, strict=False)
         return Exported(program=program, signature=_signature(program, given))

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.programs.writing import checked, whole_file
 
@@ -98,7 +99,7 @@ def _wide(value: Any) -> Any:
 def _translated(program: ExportedProgram, inputs: list[str] | None, outputs: list[str]) -> Any:
     table: dict[Any, Any] = {_WEIGHT_ONLY: _weight_only_linear}
     try:
-        with warnings.catch_warnings(), _quiet("torch.onnx"):
+        with fp32_flags_left_alone(), warnings.catch_warnings(), _quiet("torch.onnx"):
             warnings.simplefilter("ignore")  # of the exporter about itself and packages that it does not find
             return torch.onnx.export(
                 program,

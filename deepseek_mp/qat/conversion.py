@@ -6,6 +6,7 @@ import warnings
 
 import torch
 
+from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.qat.constants import fold_constants
 from deepseek_mp.qat.int8 import Int8Model
@@ -26,7 +27,7 @@ def convert(simulated: SimulatedModel) -> Int8Model:
         raise ConfigError(explain(passed, "a CPU build of PyTorch with oneDNN", "Convert on an x86-64 machine"))
     args, kwargs = simulated.example
     graph = simulated.evaluated()
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), fp32_flags_left_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchao and the exporter about themselves
         graph(*args, **kwargs)  # the ranges of the weights as the last step left them
         fold_norms(graph)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
@@ -110,7 +111,8 @@ def _exported(
 ) -> fx.GraphModule:
     """The model's graph in training mode, on the model's own tensors."""
     try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+        with fp32_flags_left_alone():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
     except Exception as error:  # the exporter raises whatever the model's code makes it raise
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         passed = f"a {type(model).__name__} that torch.export cannot export ({why})"
@@ -126,7 +128,7 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
     from deepseek_mp.qat.scheme import Quantizer
 
     own = norm_settings(graph.graph)
-    with warnings.catch_warnings():
+    with fp32_flags_left_alone(), warnings.catch_warnings():  # it exports the patterns that it looks for
         warnings.simplefilter("ignore")  # of torchao about itself
         prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep))
     put_back_settings(prepared, own)

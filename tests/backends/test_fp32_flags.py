@@ -13,77 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from fp32_users import USERS, B, read, state_and_reactions
 
 from deepseek_mp.backends.fp32_flags import cuda_fp32, cuda_mode, onednn_fp32, onednn_mode
 
-B: Any = torch.backends
 InChild = Callable[[Callable[[], Any]], Any]
-
-
-def old_then_new() -> None:
-    torch.set_float32_matmul_precision("high")
-    B.cuda.matmul.fp32_precision = "ieee"
-
-
-def new_everywhere_and_here() -> None:
-    B.fp32_precision = "tf32"
-    B.cudnn.fp32_precision = "tf32"
-    B.cuda.matmul.fp32_precision = "tf32"
-    B.mkldnn.conv.fp32_precision = "tf32"
-
-
-def old_twice() -> None:
-    torch.set_float32_matmul_precision("high")
-    B.cuda.matmul.allow_tf32 = False
-
-
-USERS: dict[str, Callable[[], None]] = {
-    "wrote nothing": lambda: None,
-    "old: matmul on": lambda: setattr(B.cuda.matmul, "allow_tf32", True),
-    "old: matmul off": lambda: setattr(B.cuda.matmul, "allow_tf32", False),
-    "old: high": lambda: torch.set_float32_matmul_precision("high"),
-    "old: medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "old: cudnn off": lambda: setattr(B.cudnn, "allow_tf32", False),
-    "old: cudnn on": lambda: setattr(B.cudnn, "allow_tf32", True),
-    "new: all tf32": lambda: setattr(B, "fp32_precision", "tf32"),
-    "new: all ieee": lambda: setattr(B, "fp32_precision", "ieee"),
-    "new: cudnn ieee": lambda: setattr(B.cudnn, "fp32_precision", "ieee"),
-    "new: matmul tf32": lambda: setattr(B.cuda.matmul, "fp32_precision", "tf32"),
-    "new: conv ieee": lambda: setattr(B.cudnn.conv, "fp32_precision", "ieee"),
-    "new: conv none": lambda: setattr(B.cudnn.conv, "fp32_precision", "none"),
-    "new: cpu matmul bf16": lambda: setattr(B.mkldnn.matmul, "fp32_precision", "bf16"),
-    "new: everywhere and here": new_everywhere_and_here,
-    "mixed: high, then matmul ieee": old_then_new,
-    "mixed: high, then matmul off": old_twice,
-}
-
-
-def read(owner: Any, name: str) -> str:
-    try:
-        return str(getattr(owner, name)() if name == "get_float32_matmul_precision" else getattr(owner, name))
-    except RuntimeError:
-        return "unreadable"
-
-
-def state() -> list[str]:
-    flags = [B, B.cudnn, B.mkldnn, B.cuda.matmul, B.cudnn.conv, B.cudnn.rnn]
-    flags += [B.mkldnn.matmul, B.mkldnn.conv, B.mkldnn.rnn]
-    old = [(B.cuda.matmul, "allow_tf32"), (B.cudnn, "allow_tf32"), (torch, "get_float32_matmul_precision")]
-    return [read(flag, "fp32_precision") for flag in flags] + [read(*pair) for pair in old]
-
-
-def state_and_reactions() -> list[list[str]]:
-    """The flags, and how they follow when a parent changes later: which were written, which inherit."""
-    seen = [state()]
-    for value in ("ieee", "tf32"):
-        B.fp32_precision = value
-        seen.append(state())
-    for value in ("ieee", "tf32"):
-        B.cudnn.fp32_precision = value
-        seen.append(state())
-    return seen
-
-
 Region = Callable[[], AbstractContextManager[None]]
 REGIONS: dict[str, Region] = {
     "cuda ieee": lambda: cuda_fp32("ieee"),
@@ -145,6 +79,31 @@ def test_inside_the_old_interface_of_matrix_products_can_be_read(in_child: InChi
     else:
         assert ieee == ["False", "highest"]
     assert tf32 in (["True", "high"], ["True", "medium"])
+
+
+BOTH_WRITTEN = [user for user in USERS if "cudnn o" in user or "conv and rnn" in user]
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_inside_the_old_interface_of_cudnn_can_be_read_if_that_can_be_undone(in_child: InChild, user: str) -> None:
+    def can_be_undone() -> bool:
+        """Whether PyTorch's default for convolutions is a value like others, as before 2.13."""
+        B.cudnn.fp32_precision = "ieee"
+        return B.cudnn.conv.fp32_precision == "tf32"
+
+    def inside() -> Any:
+        USERS[user]()
+        seen = []
+        for mode in ("ieee", "tf32"):
+            with cuda_fp32(mode):
+                seen.append(read(B.cudnn, "allow_tf32"))
+        return seen
+
+    ieee, tf32 = in_child(inside)
+    if in_child(can_be_undone) or user in BOTH_WRITTEN:
+        assert (ieee, tf32) == ("False", "True")
+    else:
+        assert (ieee, tf32) == ("unreadable", "True")
 
 
 def test_a_region_for_cuda_leaves_the_cpu_alone_and_the_other_way_round(in_child: InChild) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from deepseek_mp.inference import Form, Served, attention, load
 from deepseek_mp.inference.beside import lay_beside, lie_beside
 from deepseek_mp.inference.compiling import Compiler, compiler_for
-from deepseek_mp.ops import int4_linear
+from deepseek_mp.ops import fp8_linear, int4_linear
 
 CPU = torch.device("cpu")
 FORM = Form(format="bf16", linear="fp8_weights", compiled=True)
@@ -208,3 +208,13 @@ def test_layers_beside_each_other_may_be_in_branches(kind, tmp_path, monkeypatch
     for part in (served.model.c.scale, *([served.model.c.zero] if kind == "int4_weights" else [])):
         part.zero_()
     close(served(x.abs())[0], torch.zeros(3, 256) + served.model.c.bias.float())
+
+
+@pytest.mark.skipif(not fp8_linear._native_is_right(CPU, torch.bfloat16), reason="no FP8 product by row here")
+def test_fp8_products_of_files_are_compiled_as_those_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(fp8_linear, "fastest", lambda *_where: "native")
+    served, x = Served(Model(), Form(format="bf16", linear="fp8", compiled=True), CPU), torch.randn(1, 3, 256)
+    served.save(tmp_path / "model.pt2", (x,))
+    loaded = load(tmp_path / "model.pt2", CPU)
+    monkeypatch.delattr(fp8_linear, "fp8_linear_of")  # what the opaque op runs
+    assert torch.equal(loaded(x), served(x))

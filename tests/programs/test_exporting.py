@@ -99,3 +99,8 @@ def test_equal_bits_have_nans_in_the_same_places():
     assert not bits_equal(nan, torch.tensor([1.0, 1.0]))
     assert not bits_equal(nan, nan.double())
     assert not bits_equal((nan,), nan)
+
+
+def test_the_old_flags_of_fp32_products_are_not_read(monkeypatch):
+    monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")  # it raises where users write the new ones
+    assert made(lambda layer, x: layer(x), torch.randn(4, 3))[1].signature.is_free

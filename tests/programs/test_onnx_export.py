@@ -36,6 +36,13 @@ def program(module=None):
     return exported(Net() if module is None else module, *given).program
 
 
+@needs_onnx
+def test_the_old_flags_of_fp32_products_are_not_read(monkeypatch, tmp_path):
+    made = program()
+    monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")  # it raises where users write the new ones
+    export_onnx(tmp_path / "model.onnx", made)
+
+
 def test_without_onnx_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(ConfigError, match=r"ONNX without onnxscript\. .*pip install 'deepseek-mp\[onnx\]'"):

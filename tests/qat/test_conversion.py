@@ -43,3 +43,8 @@ def test_without_onednn_it_is_refused(simulated, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="has no oneDNN"):
         convert(simulated)
+
+
+def test_the_old_flags_of_fp32_products_are_not_read(simulated, monkeypatch):
+    monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")  # it raises where users write the new ones
+    assert convert(simulated).decisions

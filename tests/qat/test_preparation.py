@@ -115,3 +115,9 @@ def test_a_model_that_cannot_be_copied_is_refused():
 def test_a_model_elsewhere_is_refused():
     with pytest.raises(ConfigError, match="a model or example_inputs on meta"):
         prepare(linear().to("meta"), X)
+
+
+def test_the_old_flags_of_fp32_products_are_not_read(monkeypatch):
+    monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")  # it raises where users write the new ones
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))  # which torchao finds by exported patterns
+    assert prepare(model, torch.randn(4, 3, 8, 8)).decisions
