@@ -128,9 +128,10 @@ def measure(name: str, bench: Bench) -> dict[str, Any]:
     arm = ARMS[name]
     training = bench.training(arm)
     bare = bench.bare(training, arm) * arm.micro
+    rates = bench.rates  # measured once, and not in the time that making takes
     before = bench.allocated()
     start = time.perf_counter()
-    optimizer = optimizer_of(training, arm, bench.memory)
+    optimizer = optimizer_of(training, arm, bench.memory, rates)
     made = time.perf_counter() - start
     losses: list[torch.Tensor] = []
 
@@ -184,7 +185,7 @@ def _offloaded(
         mode=arm.mode,
         keep=arm.undo,
         wire="fp32" if arm.fp32 else "bf16",
-        cast=not arm.fp32,
+        cast=optimizer.casts_on_host and not arm.fp32,
     )
     predicted = predict(optimizer.split, bench.rates, work)
     host = []

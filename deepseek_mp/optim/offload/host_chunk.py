@@ -18,9 +18,10 @@ from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.pieces import Block, Piece, Slot, blocks, state_of
 from deepseek_mp.optim.offload.verdict import Scaling
 
-BLOCK = 1 << 18
-"""Values for each thread of a team, which works on them before it takes the next ones: many for each call, and still
-shared out evenly. A multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
+BLOCK = 1 << 19
+"""Values for each thread of a team, which works on them before it takes the next ones: many for each call, as Python
+does those of one team at a time, and still shared out evenly. Fewer would fit into a cache, but Python would be too
+slow for them. A multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from deepseek_mp.optim.offload.schedule import FP32_BYTES
+
+STAGED_BYTES = 64 << 20
+"""Of the device's memory that a copy up is cast from: so much of a tensor is sent and cast at a time."""
+
 
 class Lanes(Protocol):
     """Two lanes of copies, down to the host and up to the device.
@@ -92,13 +97,27 @@ class StreamLanes:
 def _copy_up(target: Tensor, source: Tensor) -> None:
     """Copy on the current stream. What casts or changes strides goes through memory of the device: a copy that did it
     itself would do so on the host, and wait.
+
+    The memory is the stream's: the next piece gets it at once, and writes it when this one has been read.
     """
     if source.dtype is target.dtype and target.is_contiguous():
         target.copy_(source, non_blocking=True)
         return
-    here = torch.empty(source.shape, dtype=source.dtype, device=target.device)
-    here.copy_(source, non_blocking=True)
-    target.copy_(here)
+    if target.is_contiguous() and source.is_contiguous():
+        target, source = target.view(-1), source.view(-1)
+    for part, values in zip(_in_pieces(target), _in_pieces(source), strict=True):
+        here = torch.empty(values.shape, dtype=values.dtype, device=target.device)
+        here.copy_(values, non_blocking=True)
+        part.copy_(here)
+        del here  # else the next one would be made while there is still this one
+
+
+def _in_pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Views along the first dimension, with `STAGED_BYTES` in FP32 at most, but at least one row."""
+    if tensor.numel() * FP32_BYTES <= STAGED_BYTES or not tensor.dim():
+        return [tensor]
+    rows = max(1, STAGED_BYTES * tensor.shape[0] // (tensor.numel() * FP32_BYTES))
+    return [tensor[first : first + rows] for first in range(0, tensor.shape[0], rows)]
 
 
 def lanes_for(device: torch.device) -> Lanes:

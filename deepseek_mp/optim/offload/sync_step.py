@@ -42,6 +42,11 @@ class Parts:
     """Whether the device works beside the host."""
 
 
+AHEAD = 2
+"""Chunks that are begun before the one in front of them is waited for. While that is sent, a team still finds work: the
+blocks of one chunk are about as many as there are teams, and under way by then."""
+
+
 class SyncStep:
     """The mode 'sync', and the base of the others."""
 
@@ -149,8 +154,8 @@ class SyncStep:
         groups: Sequence[Mapping[str, Any]],
         begun: list[HostChunk],
     ) -> None:
-        """One chunk is begun before the one in front of it is waited for, so that no thread of the crew waits."""
-        ahead = 1 if self.parts.crew.threads > 1 else 0
+        """Some chunks are begun before the one in front of them is waited for, so that no thread of the crew waits."""
+        ahead = AHEAD if self.parts.crew.threads > 1 else 0
         under_way: deque[tuple[HostChunk, Stepping | None]] = deque()
         try:
             for chunk in chunks:

@@ -106,3 +106,20 @@ def test_up_waits_for_readers_and_is_waited_for(streams, transposed, dtype):
     assert events == ["up waits for main", *["memory is used on up"] * 2, "main waits for event of up"]
     assert torch.equal(other.as_subclass(torch.Tensor), values + 1)
     assert torch.equal(target.as_subclass(torch.Tensor).float(), values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_transposed", "most"),
+    [((), False, 1), ((0,), False, 0), ((30,), False, 8), ((2, 30), False, 8), ((30, 2), True, 8), ((2, 30), True, 30)],
+)
+def test_what_is_cast_on_the_device_takes_bounded_memory_there(streams, monkeypatch, shape, is_transposed, most):
+    """Of one piece at a time: some values, or rows where the target is not contiguous."""
+    lanes, _ = streams
+    monkeypatch.setattr(lanes_module, "STAGED_BYTES", 32)
+    values = torch.linspace(-3, 3, torch.Size(shape).numel()).view(shape)
+    target = torch.zeros(shape[::-1], dtype=torch.bfloat16).t() if is_transposed else values.new_zeros(shape).bfloat16()
+    sizes, real = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **given: (sizes.append(size.numel()), real(size, **given))[1])
+    lanes.up([target.as_subclass(Recorded)], [values])
+    assert torch.equal(target, values.bfloat16())
+    assert max(sizes) == most
