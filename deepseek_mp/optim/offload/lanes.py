@@ -36,6 +36,9 @@ class Lanes(Protocol):
     def land(self, mark: Any) -> None:
         """Let the host wait for a copy."""
 
+    def has_ended(self, mark: Any) -> bool:
+        """Whether a copy has ended; waits for nothing."""
+
 
 class DirectLanes:
     """Copies that have ended when the call returns: CPUs, and devices without streams. Marks are None."""
@@ -52,6 +55,9 @@ class DirectLanes:
 
     def land(self, mark: None) -> None:
         """Nothing to wait for."""
+
+    def has_ended(self, mark: None) -> bool:
+        return mark is None
 
 
 class StreamLanes:
@@ -84,6 +90,9 @@ class StreamLanes:
 
     def land(self, mark: Any) -> None:
         mark.synchronize()
+
+    def has_ended(self, mark: Any) -> bool:
+        return bool(mark.query())
 
     def _current(self) -> Any:
         return self._module.current_stream(self._device)

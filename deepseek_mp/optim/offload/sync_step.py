@@ -155,7 +155,11 @@ class SyncStep:
             begun.append(chunk)
             return self.begin_chunk(chunk, scaling, groups)
 
-        in_turn(chunks, begin, self.send, self.parts.crew)
+        in_turn(chunks, begin, self.stepped, self.parts.crew)
+
+    def stepped(self, chunk: HostChunk) -> None:
+        """The host has stepped a chunk."""
+        self.send(chunk)
 
     def prepare(self) -> None:
         """What can fail before anything is changed; and take over what others wrote into the weights."""
