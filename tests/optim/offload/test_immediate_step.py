@@ -63,6 +63,7 @@ def test_weights_in_bf16_have_the_numbers_of_sync(micro):
     assert same(*masters)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_chunks_are_stepped_as_they_arrive_and_none_waits_for_another(monkeypatch):
     lanes, model = FakeLanes(), small_model()
     optimizer = offloaded(model, lanes, chunk_bytes=4, **FREE)
@@ -110,6 +111,7 @@ def test_each_chunk_goes_up_when_it_is_done_where_the_lane_is_free(monkeypatch):
     assert sent_by(optimizer, model, lanes) == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("on_the_way", "place"), [(2, 3), (8, 6)])
 def test_the_device_steps_its_part_while_the_first_weights_go_up(monkeypatch, on_the_way, place):
     monkeypatch.setattr(immediate_step, "ON_THE_WAY", on_the_way)
