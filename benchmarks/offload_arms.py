@@ -15,7 +15,7 @@ import torch
 from decoder import Decoder, DecoderConfig, next_token_loss
 from torch import Tensor, nn
 
-from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, OffloadSettings
+from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, OffloadSettings, Rates
 
 SIZES = DecoderConfig(width=2048, heads=16, hidden=5632, layers=24)
 """1.36 billion weights."""
@@ -181,17 +181,17 @@ def why_not(arm: Arm, device: torch.device) -> str | None:
     return None
 
 
-def optimizer_of(training: Training, arm: Arm, memory: HostMemory) -> Steps:
-    """The arm's optimizer for this model."""
+def optimizer_of(training: Training, arm: Arm, memory: HostMemory, rates: Rates | None = None) -> Steps:
+    """The arm's optimizer for this model; `rates` decide which side rounds weights."""
     makers: dict[str, Callable[[], Steps]] = {
         "device": lambda: OnDevice(training.model),
         "torchao": lambda: Torchao(training, arm),
-        "offloaded": lambda: _offloaded(training, arm, memory),
+        "offloaded": lambda: _offloaded(training, arm, memory, rates),
     }
     return makers[arm.kind]()
 
 
-def _offloaded(training: Training, arm: Arm, memory: HostMemory) -> OffloadedOptimizer:
+def _offloaded(training: Training, arm: Arm, memory: HostMemory, rates: Rates | None) -> OffloadedOptimizer:
     per_value = FP32_BYTES_PER_VALUE if arm.fp32 else BYTES_PER_VALUE
     free = None if arm.share == 1.0 else int(arm.share * training.values) * per_value
     settings = OffloadSettings(
@@ -199,7 +199,7 @@ def _offloaded(training: Training, arm: Arm, memory: HostMemory) -> OffloadedOpt
         undo=arm.undo,
         free_bytes=free,
         delay_from=0,
-        cast="host",
+        rates=rates,
         accumulation=arm.micro,
         check_finite=arm.mode != "immediate",
     )

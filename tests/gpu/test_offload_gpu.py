@@ -10,7 +10,8 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.controller import LossScaler
-from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, calibrate
+from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, calibrate, immediate_step
+from deepseek_mp.optim.offload import lanes as lanes_module
 from deepseek_mp.optim.offload.lanes import DirectLanes, StreamLanes, lanes_for
 
 CHUNK = 1 << 20
@@ -78,13 +79,15 @@ def test_fp32_is_adamw_on_the_host_to_the_bit(mode, clip):
     assert same(weights(theirs), weights(ours))
 
 
-@pytest.mark.parametrize("mode", ["sync", "speculative", "delayed"])
+@pytest.mark.parametrize("mode", ["sync", "speculative", "delayed", "immediate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cast", ["host", "device"])
 def test_streams_give_the_numbers_of_copies_that_wait(mode, dtype, cast):
     """A copy that nobody waits for, or memory that is used too early, would change a bit in some of many steps."""
     slow, fast = model(dtype), model(dtype)
     options = {"mode": mode, "cast": cast, "accumulation": 2, "delay_from": 3}
+    if mode == "immediate":
+        options |= {"undo": False, "check_finite": False}
     reference, optimizer = offloaded(slow, lambda _: DirectLanes(), **options), offloaded(fast, **options)
     for _ in range(40):
         backward(slow, fast)
@@ -93,6 +96,37 @@ def test_streams_give_the_numbers_of_copies_that_wait(mode, dtype, cast):
     reference.synchronize()
     optimizer.synchronize()
     assert same(weights(slow), weights(fast))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_that_the_device_steps_while_weights_go_up_in_pieces(monkeypatch, dtype):
+    """Two on their way at a time, the one that forward reads first before others, each in several pieces."""
+    monkeypatch.setattr(immediate_step, "ON_THE_WAY", 2)
+    monkeypatch.setattr(lanes_module, "STAGED_BYTES", 300_000)
+    slow, fast = model(dtype), model(dtype)
+    options = {"mode": "immediate", "undo": False, "check_finite": False, "free_bytes": 12 << 20}
+    reference, optimizer = offloaded(slow, lambda _: DirectLanes(), **options), offloaded(fast, **options)
+    assert 0.5 < optimizer.split.fraction < 1
+    for _ in range(40):
+        backward(slow, fast, micro=1)
+        reference.step()
+        optimizer.step()
+    reference.synchronize()
+    optimizer.synchronize()
+    assert same(weights(slow), weights(fast))
+
+
+def test_weights_that_the_device_rounds_take_bounded_memory_there(monkeypatch):
+    monkeypatch.setattr(lanes_module, "STAGED_BYTES", 1 << 20)
+    where, lanes = device(), lanes_for(device())
+    source = torch.randn(4, 1 << 22, pin_memory=True)
+    target = torch.zeros(4, 1 << 22, device=where, dtype=torch.bfloat16)
+    torch.accelerator.synchronize()
+    before = torch.accelerator.memory_allocated(where)
+    torch.accelerator.reset_peak_memory_stats(where)
+    lanes.land(lanes.up([target], [source]))
+    assert torch.accelerator.max_memory_allocated(where) - before <= 2 << 20
+    assert torch.equal(target.cpu(), source.bfloat16())
 
 
 def test_part_on_the_device_with_a_loss_scaler():

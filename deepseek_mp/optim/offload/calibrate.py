@@ -1,9 +1,11 @@
-"""Measures what the schedule is computed from: copies both ways and the host's step, in two seconds at most."""
+"""Measures what the schedule is computed from: copies both ways, and the host's work, in two seconds or little more."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -11,15 +13,28 @@ import torch
 from torch import nn
 
 from deepseek_mp.optim.offload.arena import allocate
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory
-from deepseek_mp.optim.offload.lanes import Lanes, lanes_for
-from deepseek_mp.optim.offload.schedule import CAST_BYTES, FP32_BYTES, KEEP_BYTES, STEP_BYTES, Rates
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Stepping
+from deepseek_mp.optim.offload.in_turn import in_turn
+from deepseek_mp.optim.offload.lanes import DirectLanes, Lanes, lanes_for
+from deepseek_mp.optim.offload.schedule import (
+    CHUNK_BYTES,
+    FP32_BYTES,
+    KEEP_BYTES,
+    STEP_BYTES,
+    WIRES,
+    Rates,
+    landing_bytes,
+)
 from deepseek_mp.optim.offload.verdict import AS_IT_IS
 
 VALUES = 1 << 22
 """Of a copy: long enough for full bandwidth."""
-STEP_VALUES = 1 << 24
-"""Of a step: half a gigabyte with all that belongs to them, which no cache holds."""
+STEP_VALUES = CHUNK_BYTES // FP32_BYTES
+"""Of a chunk that the host steps: as many as in training."""
+CHUNKS = 5
+"""That the host works on in turn, with 2.5 GB in all: what is worked on again has left any cache meanwhile."""
+BYTES = 7 * FP32_BYTES + 2
+"""Of a value: weight, two moments, gradient, and what is kept of them, in FP32, and a BF16 gradient as it arrives."""
 _OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
@@ -39,9 +54,10 @@ def calibrate(
 
     Args:
         device: that the model is on.
-        seconds: for everything; each rate takes at most a quarter, but is measured at least once.
+        seconds: for everything: a quarter for each way of copies, the rest for the host, whose memory is written for
+            the first time in a part of it. Each rate is measured at least once.
         values: fp32, of a copy.
-        step_values: of a step of the host, which rounds to BF16.
+        step_values: of each of the chunks that the host steps in turn; they are fewer where time is up.
         lanes: makes the copies of a device.
         clock: in seconds.
     """
@@ -59,24 +75,98 @@ def calibrate(
 
     end = max(seconds - (clock() - begun), 0.0) / 4
     sent, received = typical(down, end, clock), typical(up, end, clock)
-    plain, kept = (typical(_host_step(step_values, keep=keep), end, clock) for keep in (False, True))
+    work = HostWork(step_values, clock)
+    work.grow(end)
+    land, keep, step = work.typical(max(seconds - (clock() - begun), 0.0))
     return Rates(
         down=values * FP32_BYTES / sent,
         up=values * FP32_BYTES / received,
-        cpu=step_values * (STEP_BYTES + CAST_BYTES) / plain,
-        keep=step_values * KEEP_BYTES / (kept - plain) if kept > plain else None,
+        cpu=work.values * STEP_BYTES / step,
+        keep=work.values * KEEP_BYTES / keep,
+        land=work.values * landing_bytes(WIRES["bf16"]) / land,
     )
 
 
-def _host_step(values: int, *, keep: bool) -> Callable[[], None]:
-    """The step of one chunk, by the code that trains."""
-    memory = Memory(wire=None, pin=False, undo=keep, cast_on_host=True, two_gradients=False)
-    member = Member(parameter=nn.Parameter(torch.zeros(values, dtype=torch.bfloat16)), group=0)
-    chunk = HostChunk(0, [member], memory)
-    states: dict[Any, dict[str, Any]] = {}
-    for slot in chunk.slots:
-        slot.master.grad = slot.total.fill_(1e-3)
-    return lambda: chunk.step([_OPTIONS], states, chunk.gradients(), AS_IT_IS)
+class HostWork:
+    """What the host does for a step, by the code that trains, on chunks in turn.
+
+    Args:
+        values: of a chunk.
+        clock: in seconds.
+    """
+
+    def __init__(self, values: int, clock: Callable[[], float]) -> None:
+        self._of_chunk, self._clock = values, clock
+        self._memory = Memory(wire=None, pin=False, undo=True, cast_on_host=False, two_gradients=False)
+        self._chunks: list[HostChunk] = []
+        self._states: dict[Any, dict[str, Any]] = {}
+        self._lanes = DirectLanes()
+
+    @property
+    def values(self) -> int:
+        """Of all chunks."""
+        return sum(chunk.values for chunk in self._chunks)
+
+    def grow(self, seconds: float) -> None:
+        """Make chunks, one at least, and write their memory for the first time."""
+        begun = before = self._clock()
+        most, longest = min(CHUNKS, _bearable(self._of_chunk)), 0.0
+        while not self._chunks or (len(self._chunks) < most and before - begun + longest <= seconds):
+            parameter = nn.Parameter(torch.empty(self._of_chunk, dtype=torch.bfloat16))
+            chunk = HostChunk(len(self._chunks), [Member(parameter=parameter, group=0)], self._memory)
+            for slot in chunk.slots:
+                slot.wire.fill_(1e-3)  # what was never written is the same zeros everywhere, and in a cache
+            self._chunks.append(chunk)
+            self._round([chunk])
+            now = self._clock()
+            longest, before = max(longest, now - before), now
+
+    def typical(self, seconds: float) -> tuple[float, float, float]:
+        """Medians of the times to land gradients, to keep the state and to step, each of all chunks."""
+        begun = before = self._clock()
+        rounds: list[tuple[float, float, float]] = []
+        longest = 0.0
+        while not rounds or before - begun + longest <= seconds:
+            rounds.append(self._round(self._chunks))
+            now = self._clock()
+            longest, before = max(longest, now - before), now
+        land, keep, step = (median(times) for times in zip(*rounds, strict=True))
+        return land, keep, step
+
+    def _round(self, chunks: list[HostChunk]) -> tuple[float, float, float]:
+        times = [self._clock()]
+        for action in (self._land, self._keep, self._step):
+            action(chunks)
+            times.append(self._clock())
+        land, keep, step = (end - start for start, end in pairwise(times))
+        return land, keep, step
+
+    def _land(self, chunks: list[HostChunk]) -> None:
+        for chunk in chunks:
+            for slot in chunk.slots:
+                slot.master.grad, slot.pending = None, True
+        in_turn(chunks, lambda chunk: chunk.begin_land(self._lanes, measure=True), _nothing, self._memory.crew)
+
+    def _keep(self, chunks: list[HostChunk]) -> None:
+        for job in [chunk.keep_ahead() for chunk in chunks]:
+            job.end()
+
+    def _step(self, chunks: list[HostChunk]) -> None:
+        def begin(chunk: HostChunk) -> Stepping:
+            return chunk.begin([_OPTIONS], self._states, chunk.gradients(), AS_IT_IS)
+
+        in_turn(chunks, begin, _nothing, self._memory.crew)
+
+
+def _bearable(values: int) -> int:
+    """Chunks that take a sixteenth of the machine's memory."""
+    if not hasattr(os, "sysconf"):
+        return CHUNKS
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (16 * BYTES * values))
+
+
+def _nothing(_chunk: HostChunk) -> None:
+    """A chunk that is done needs no looking after."""
 
 
 def typical(action: Callable[[], None], seconds: float, clock: Callable[[], float]) -> float:

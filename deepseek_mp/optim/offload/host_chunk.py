@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,13 +14,15 @@ from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.arena import Arena, HostMemory, Scratch
 from deepseek_mp.optim.offload.crew import Crew, Job
 from deepseek_mp.optim.offload.grad_norm import Landed
+from deepseek_mp.optim.offload.in_turn import UnderWay
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.pieces import Block, Piece, Slot, blocks, state_of
 from deepseek_mp.optim.offload.verdict import Scaling
 
-BLOCK = 1 << 18
-"""Values for each thread of a team, which works on them before it takes the next ones: many for each call, and still
-shared out evenly. A multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
+BLOCK = 1 << 19
+"""Values for each thread of a team, which works on them before it takes the next ones: many for each call, as Python
+does those of one team at a time, and still shared out evenly. Fewer would fit into a cache, but Python would be too
+slow for them. A multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +70,12 @@ class Given:
         return gradient if self.scaling.is_one else self.scaling.into(room, gradient)
 
 
-@dataclass(frozen=True)
-class Stepping:
+class Stepping(UnderWay):
     """A step of a chunk that is under way."""
 
-    job: Job
-    _done: Callable[[], None]
 
-    def end(self) -> None:
-        """Wait until it is made; raises what it has raised."""
-        self.job.end()
-        self._done()
-
-    def cancel(self) -> None:
-        """Wait until nobody is at work on it; it may be made in part then."""
-        self.job.cancel()
+class Landing(UnderWay):
+    """Gradients of a chunk that are added up."""
 
 
 class HostChunk:
@@ -156,8 +149,12 @@ class HostChunk:
 
         Args:
             lanes: that they come by.
-            measure: take their norms, too, while they are in a cache.
+            measure: take their norms, too.
         """
+        self.begin_land(lanes, measure=measure).end()
+
+    def begin_land(self, lanes: Lanes, *, measure: bool = False) -> Landing:
+        """Begin what `land` does, when the gradients on their way are there."""
         arrived = [slot for slot in self.slots if slot.pending]
         for slot in arrived:
             lanes.land(slot.mark)
@@ -173,13 +170,15 @@ class HostChunk:
                     if measure:
                         norms[piece] = piece.norms(piece.slot.total, self._crew.width)
 
-        self._crew.run([partial(add, block) for block in self._blocks] if arrived else [])
-        for slot in arrived:
-            if slot in first:
-                slot.master.grad = slot.total
-            if measure:
-                self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
-        self._used(arrived)  # last, so that an interrupt loses nothing
+        def landed() -> None:
+            for slot in arrived:
+                if slot in first:
+                    slot.master.grad = slot.total
+                if measure:
+                    self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
+            self._used(arrived)  # last, so that an interrupt loses nothing
+
+        return Landing(self._crew.begin([partial(add, block) for block in self._blocks] if arrived else []), landed)
 
     def _add(self, piece: Piece, *, first: bool) -> None:
         """Once, whoever tries again."""
@@ -307,8 +306,8 @@ class HostChunk:
                 states[piece.slot.master]["step"].add_(1)
         self._rounded, self._has_copy = True, set()
 
-    def keep_ahead(self) -> None:
-        """Copy what the next step will change, while the crew has nothing else to do.
+    def keep_ahead(self) -> Job:
+        """Copy what the next step will change, while the crew has nothing else to do; `rest` ends that early.
 
         Writes that PyTorch counts are found, and the step copies again what they may have changed.
         """
@@ -321,6 +320,7 @@ class HostChunk:
                 self._has_copy.add(piece)
 
         self._ahead = self._crew.begin([partial(keep, block) for block in self._blocks], beside=True)
+        return self._ahead
 
     def rest(self) -> None:
         """Nothing of this chunk is copied ahead from now on; what was copied counts if it is still the same."""

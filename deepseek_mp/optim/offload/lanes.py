@@ -8,6 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from deepseek_mp.optim.offload.schedule import FP32_BYTES
+
+STAGED_BYTES = 64 << 20
+"""Of the device's memory that a copy up is cast from: so much of a tensor is sent and cast at a time."""
+
 
 class Lanes(Protocol):
     """Two lanes of copies, down to the host and up to the device.
@@ -31,6 +36,9 @@ class Lanes(Protocol):
     def land(self, mark: Any) -> None:
         """Let the host wait for a copy."""
 
+    def has_ended(self, mark: Any) -> bool:
+        """Whether a copy has ended; waits for nothing."""
+
 
 class DirectLanes:
     """Copies that have ended when the call returns: CPUs, and devices without streams. Marks are None."""
@@ -47,6 +55,9 @@ class DirectLanes:
 
     def land(self, mark: None) -> None:
         """Nothing to wait for."""
+
+    def has_ended(self, mark: None) -> bool:
+        return mark is None
 
 
 class StreamLanes:
@@ -80,6 +91,9 @@ class StreamLanes:
     def land(self, mark: Any) -> None:
         mark.synchronize()
 
+    def has_ended(self, mark: Any) -> bool:
+        return bool(mark.query())
+
     def _current(self) -> Any:
         return self._module.current_stream(self._device)
 
@@ -92,13 +106,27 @@ class StreamLanes:
 def _copy_up(target: Tensor, source: Tensor) -> None:
     """Copy on the current stream. What casts or changes strides goes through memory of the device: a copy that did it
     itself would do so on the host, and wait.
+
+    The memory is the stream's: the next piece gets it at once, and writes it when this one has been read.
     """
     if source.dtype is target.dtype and target.is_contiguous():
         target.copy_(source, non_blocking=True)
         return
-    here = torch.empty(source.shape, dtype=source.dtype, device=target.device)
-    here.copy_(source, non_blocking=True)
-    target.copy_(here)
+    if target.is_contiguous() and source.is_contiguous():
+        target, source = target.view(-1), source.view(-1)
+    for part, values in zip(_in_pieces(target), _in_pieces(source), strict=True):
+        here = torch.empty(values.shape, dtype=values.dtype, device=target.device)
+        here.copy_(values, non_blocking=True)
+        part.copy_(here)
+        del here  # else the next one would be made while there is still this one
+
+
+def _in_pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Views along the first dimension, with `STAGED_BYTES` in FP32 at most, but at least one row."""
+    if tensor.numel() * FP32_BYTES <= STAGED_BYTES or not tensor.dim():
+        return [tensor]
+    rows = max(1, STAGED_BYTES * tensor.shape[0] // (tensor.numel() * FP32_BYTES))
+    return [tensor[first : first + rows] for first in range(0, tensor.shape[0], rows)]
 
 
 def lanes_for(device: torch.device) -> Lanes:

@@ -374,15 +374,16 @@ class OffloadedOptimizer(Optimizer):
         narrow = all(m.parameter.dtype is not torch.float32 for m in members)
         per_value = 4 + 8 + 2 if narrow else 8 + 4  # the master, the moments and the gradient
         self._split = schedule.split(parts, free_bytes=settings.free_bytes, bytes_per_value=per_value)
-        on_host = settings.cast == "host"
-        if settings.cast == "auto":
-            on_host = settings.rates is None or schedule.cast_on_host(settings.rates)
+        self.casts_on_host = settings.cast == "host"
+        """Whether weights that are not FP32 are rounded before they are sent up."""
+        if settings.cast == "auto" and settings.rates is not None:
+            self.casts_on_host = schedule.cast_on_host(settings.rates)
         memory = Memory(
             crew=self._crew,
             wire=_WIRES[settings.wire],
             pin=device.type != "cpu",
             undo=settings.undo,
-            cast_on_host=on_host,
+            cast_on_host=self.casts_on_host,
             two_gradients=settings.mode == "delayed",
             source=self._memory or HostMemory(),
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepseek_mp.errors import ConfigError, explain
 
@@ -15,11 +15,17 @@ FP32_BYTES = 4
 CHUNK_BYTES = 64 << 20
 """Default bound of a chunk: large enough that a copy runs at full bandwidth, small enough to overlap with others."""
 STEP_BYTES = 28
-"""Bytes that AdamW moves per value: weight, gradient and two moments read, all but the gradient written, in FP32."""
-KEEP_BYTES = 24
-"""Bytes that keeping the state before a step moves per value: weight and two moments read and written. Done ahead."""
-CAST_BYTES = 6
-"""Bytes that rounding an FP32 weight to BF16 moves: 4 read, 2 written."""
+"""Bytes that AdamW moves per value: weight, gradient and two moments read, all but the gradient written, in FP32.
+
+Here and below, what is written without being read counts twice: a processor fetches it before it writes."""
+KEEP_BYTES = 36
+"""Bytes that keeping the state before a step moves per value: weight and two moments read, and written elsewhere. Done
+ahead."""
+CAST_BYTES = 8
+"""Bytes that rounding an FP32 weight to BF16 moves: 4 read, 2 written. No cache holds a block from its step on."""
+WIDENED_BYTES = 4
+"""Bytes that a BF16 gradient costs which is made FP32 for a moment only: those of a block are written and read again,
+and leave the cores' own caches once."""
 NORM_BYTES = 4
 """Bytes that the norm of the gradients reads per value, where it is not taken as they land."""
 BACKWARD = 2 / 3
@@ -73,11 +79,13 @@ class Rates:
     """Through the host's AdamW, at `STEP_BYTES` a value."""
     keep: float | None = None
     """Through the copies of the state before a step, at `KEEP_BYTES` a value; None: as `cpu`."""
+    land: float | None = None
+    """Through gradients that are taken over, with their norm, at `landing_bytes` a value; None: as `cpu`."""
 
     def __post_init__(self) -> None:
-        for name in ("down", "up", "cpu", "keep"):
+        for name in ("down", "up", "cpu", "keep", "land"):
             value = getattr(self, name)
-            if not (value is None and name == "keep") and not (value > 0 and math.isfinite(value)):
+            if not (value is None and name in ("keep", "land")) and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(explain(f"{name}={value!r} bytes/s", "positive numbers", "Measure with calibrate()"))
 
 
@@ -95,8 +103,8 @@ class Work:
     mode: str = "sync"
     keep: bool = True
     """Whether the state before the step is kept, so that it can be taken back; False in mode 'immediate'."""
-    cast: bool = True
-    """Whether the host rounds weights to BF16 before it sends them."""
+    cast: bool = False
+    """Whether the host rounds weights to BF16 before it sends them; else it sends FP32."""
     clip: bool = False
     """Whether gradients are clipped by their norm, which is taken when all are there then."""
 
@@ -120,6 +128,8 @@ class Prediction:
     tail: float
     """What nothing hides."""
     total: float
+    after: float
+    """How long weights are still on their way up when the step has ended, beside the next forward."""
 
     @property
     def bound(self) -> str:
@@ -186,7 +196,7 @@ def cast_on_host(rates: Rates) -> bool:
     """Whether the host should round BF16 weights before it sends them; else it sends FP32 and the device rounds.
 
     The host's step and the copies up overlap, so the slower of the two counts: rounding loads the host with
-    `CAST_BYTES` a value and saves the wire half.
+    `CAST_BYTES` a value and saves half of the wire's.
     """
     host = max((STEP_BYTES + CAST_BYTES) / rates.cpu, WIRES["bf16"] / rates.up)
     return host <= max(STEP_BYTES / rates.cpu, FP32_BYTES / rates.up)
@@ -194,65 +204,74 @@ def cast_on_host(rates: Rates) -> bool:
 
 def host_bytes(work: Work) -> float:
     """Bytes per value that the host moves in its memory for one step, without adding up earlier micro-batches."""
-    arrival = arrival_bytes(work, first=True) - _sum_bytes(work)
-    return arrival + NORM_BYTES * work.clip + KEEP_BYTES * work.keep + _step_bytes(work)
+    only = replace(work, micro_steps=1)
+    return _arrival_bytes(only) + NORM_BYTES * work.clip + KEEP_BYTES * work.keep + _step_bytes(only)
 
 
-def arrival_bytes(work: Work, *, first: bool) -> float:
-    """Bytes per value to take over a gradient that has arrived, or to add it to those before."""
-    return WIRES[work.wire] + FP32_BYTES * (1 if first else 2)
+def landing_bytes(wire: int, *, first: bool = True) -> float:
+    """Bytes per value to take over a gradient that has arrived, or to add it to those before.
+
+    Args:
+        wire: bytes of a value that arrives.
+        first: whether there is none before; then FP32 is only written, but fetched all the same.
+    """
+    return wire + 2 * FP32_BYTES + (WIDENED_BYTES if wire < FP32_BYTES and not first else 0)
+
+
+def _arrival_bytes(work: Work) -> float:
+    """Of the last micro-batch's gradients. In 'immediate' they are added up within the step, in a cache."""
+    wire, first = WIRES[work.wire], work.micro_steps == 1
+    if work.mode != "immediate":
+        return landing_bytes(wire, first=first)
+    return wire + (0 if first else FP32_BYTES) + (WIDENED_BYTES if wire < FP32_BYTES else 0)
 
 
 def _step_bytes(work: Work) -> float:
-    return STEP_BYTES + CAST_BYTES * work.cast - _sum_bytes(work)
-
-
-def _sum_bytes(work: Work) -> float:
-    """What is neither written when the last gradient is added nor read by the step: it stays in the cache."""
-    return FP32_BYTES if work.mode == "immediate" else 0.0
+    return STEP_BYTES + CAST_BYTES * work.cast - (FP32_BYTES if work.mode == "immediate" else 0)
 
 
 def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
-    """The time of a step: what is longest in each part of the window, and then the tail that nothing hides.
+    """The time of a step among others: what is longest in each part of the window, and then what nothing hides.
 
     Gradients go down and are added up beside backward; those of earlier micro-batches also beside the next forward. The
     state before the step is kept beside both, as far as there is time. In 'sync' the host's step begins when the
     gradients' norm is known, after backward, so it is in the tail. In 'speculative' and 'immediate' it runs beside the
-    last backward, in 'delayed' beside the whole next window. What the chunk that arrives last needs after backward is
-    in the tail, and so is the first chunk's way up, with the others behind it.
+    last backward, in 'delayed' beside the whole next window. What the chunk that arrives last needs then follows
+    backward, unless the host has more to do anyway. Weights go up behind backward, beside the rest of the host's step
+    and the next forward; the last chunk's way is in the tail.
 
-    The host's work is taken as bytes moved at the rate of `Rates.cpu`, as the host's AdamW is bound by memory.
+    The host's work is taken as bytes moved at the rates of its parts, as all of it is bound by memory.
     """
     values = sum(chunk.values for chunk in placed.host)
     last = placed.host[-1].values if placed.host else 0
-    wire = WIRES[work.wire]
-    first, added = (arrival_bytes(work, first=first) / rates.cpu for first in (True, False))
-    landing = (first if work.micro_steps == 1 else added) - _sum_bytes(work) / rates.cpu
+    wire, land = WIRES[work.wire], rates.land or rates.cpu
+    landing = _arrival_bytes(work) / (rates.cpu if work.mode == "immediate" else land)
     norm = NORM_BYTES * work.clip / rates.cpu
     stepping = _step_bytes(work) / rates.cpu
     keeping = KEEP_BYTES * work.keep / (rates.keep or rates.cpu)
     down = values * wire / rates.down
     micro = work.forward_backward / work.micro_steps
+    forward = (1 - BACKWARD) * micro
     on_device = (1 - placed.fraction) * work.device_step
     up = (WIRES["bf16"] if work.cast else FP32_BYTES) / rates.up
-    tail = last * (up + wire / rates.down + landing) + values * norm
-    before = [first, *[added] * (work.micro_steps - 2)][: work.micro_steps - 1]
-    begun = sum(max(micro, down, values * each) for each in before) + (1 - BACKWARD) * micro
-    beside = values * landing
-    if work.mode == "sync":
-        tail += values * stepping
-    elif work.mode in ("speculative", "immediate"):
-        beside += values * stepping
-        tail += last * stepping
+    before = [landing_bytes(wire, first=not number) / land for number in range(work.micro_steps - 1)]
+    begun = sum(max(micro, down, values * each) for each in before) + forward
+    is_early = work.mode in ("speculative", "immediate")
+    beside = landing + stepping * is_early
     adding = values * (sum(before) + landing)
     busy = adding + values * (keeping + (0.0 if work.mode == "sync" else stepping))
-    hidden = max(begun + max(BACKWARD * micro, down, beside), busy)
+    arrived = begun + max(BACKWARD * micro, down) + last * (wire / rates.down + beside)
+    hidden = max(arrived, begun + values * beside, busy)
+    tail = last * up + values * (norm + stepping * (work.mode == "sync"))
+    sent = work.forward_backward + values * up
+    total = max(hidden + tail, sent - forward) + on_device
     return Prediction(
         device=work.forward_backward + on_device,
         down=work.micro_steps * down,
         host=adding + values * (norm + keeping + stepping),
         tail=tail,
-        total=hidden + on_device + tail,
+        total=total,
+        after=max(sent - total, 0.0),
     )
 
 

@@ -33,9 +33,11 @@ class OffloadSettings:
     undo: bool = True
     """Keep the state before a step, 12 bytes of host memory per value, so that a step that fails is taken back."""
     cast: str = "auto"
-    """BF16 weights are rounded on the 'host' or on the 'device'. 'auto' is the side that `rates` speak for."""
+    """BF16 and FP16 weights are rounded on the 'host', which sends half the bytes, or on the 'device', which leaves the
+    host more of its memory's bandwidth for AdamW. The bits are the same. 'auto' is the side that `rates` speak for."""
     rates: Rates | None = None
-    """Measured by `calibrate`. Without them 'auto' rounds on the host, which sends half the bytes."""
+    """Measured by `calibrate`. Without them 'auto' rounds on the device: a link of 16 lanes sends FP32 weights several
+    times as fast as the host steps them."""
 
     def __post_init__(self) -> None:
         check_member("mode", self.mode, MODES)

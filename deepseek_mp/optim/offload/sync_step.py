@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Stepping
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Landing, Stepping
+from deepseek_mp.optim.offload.in_turn import in_turn
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.verdict import Scaling, Verdict
 from deepseek_mp.optim.offload.worker import Worker
@@ -84,12 +84,14 @@ class SyncStep:
 
     def land(self) -> None:
         """Wait for gradients and add them."""
-        for chunk in self.parts.chunks:
-            self._land(chunk)
+        self._land_all(self.parts.chunks)
 
-    def _land(self, chunk: HostChunk) -> None:
-        SyncStep.reopened(self, chunk)
-        chunk.land(self.parts.lanes, measure=self.parts.measure)
+    def _land_all(self, chunks: Iterable[HostChunk]) -> None:
+        def begin(chunk: HostChunk) -> Landing:
+            SyncStep.reopened(self, chunk)
+            return chunk.begin_land(self.parts.lanes, measure=self.parts.measure)
+
+        in_turn(chunks, begin, lambda _: None, self.parts.crew)
 
     def forget(self) -> None:
         """The gradients of the window are not wanted."""
@@ -149,26 +151,14 @@ class SyncStep:
         groups: Sequence[Mapping[str, Any]],
         begun: list[HostChunk],
     ) -> None:
-        """One chunk is begun before the one in front of it is waited for, so that no thread of the crew waits."""
-        ahead = 1 if self.parts.crew.threads > 1 else 0
-        under_way: deque[tuple[HostChunk, Stepping | None]] = deque()
-        try:
-            for chunk in chunks:
-                begun.append(chunk)
-                under_way.append((chunk, self.begin_chunk(chunk, scaling, groups)))
-                if len(under_way) > ahead:
-                    self._finish(*under_way.popleft())
-            while under_way:
-                self._finish(*under_way.popleft())
-        except BaseException:
-            for _, stepping in under_way:
-                if stepping is not None:
-                    stepping.cancel()
-            raise
+        def begin(chunk: HostChunk) -> Stepping | None:
+            begun.append(chunk)
+            return self.begin_chunk(chunk, scaling, groups)
 
-    def _finish(self, chunk: HostChunk, stepping: Stepping | None) -> None:
-        if stepping is not None:
-            stepping.end()
+        in_turn(chunks, begin, self.stepped, self.parts.crew)
+
+    def stepped(self, chunk: HostChunk) -> None:
+        """The host has stepped a chunk."""
         self.send(chunk)
 
     def prepare(self) -> None:

@@ -1,6 +1,7 @@
-"""What the tests of offloading share: a step of the host that fails."""
+"""What the tests of offloading share: a step of the host that fails, and crews of one thread."""
 
 import pytest
+import torch
 
 from deepseek_mp.optim.offload import rule
 
@@ -31,3 +32,12 @@ class FailingStep:
 @pytest.fixture
 def failing_step(monkeypatch):
     return FailingStep(monkeypatch)
+
+
+@pytest.fixture
+def one_thread():
+    """Of each crew, so that chunks are stepped one after the other on any machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from deepseek_mp.optim.offload.calibrate import calibrate, typical
+from deepseek_mp.optim.offload.calibrate import CHUNKS, HostWork, calibrate, typical
+from deepseek_mp.optim.offload.host_chunk import HostChunk
 from deepseek_mp.optim.offload.lanes import DirectLanes
 
 module = importlib.import_module("deepseek_mp.optim.offload.calibrate")  # the package has the function by this name
@@ -43,7 +44,7 @@ def test_rates_are_bytes_per_second():
     )
     assert found.down == pytest.approx(4000 / 0.25, rel=0.01)
     assert found.up == pytest.approx(4000 / 0.5, rel=0.01)
-    assert found.cpu > 4000
+    assert min(found.cpu, found.keep, found.land) > 4000
 
 
 def _ticking(clock):
@@ -56,23 +57,64 @@ def _ticking(clock):
 
 def test_runs_on_this_machine():
     found = calibrate("cpu", seconds=0.05, values=1 << 16, step_values=1 << 16)
-    assert min(found.down, found.up, found.cpu) > 0
-    assert found.keep is None or found.keep > 0
+    assert min(found.down, found.up, found.cpu, found.keep, found.land) > 0
 
 
-def test_keeping_the_state_has_a_rate_of_its_own(monkeypatch):
+def test_landing_keeping_and_stepping_have_rates_of_their_own(monkeypatch):
     clock = Clock()
+    seconds = {"begin_land": 0.1, "keep_ahead": 0.3, "begin": 0.2}
+    for name, each in seconds.items():
+        monkeypatch.setattr(HostChunk, name, _timed(getattr(HostChunk, name), clock, each))
+    lanes = lambda _: TimedLanes(clock, 0.1, 0.1)  # noqa: E731
+    found = calibrate("cpu", values=10, step_values=100, lanes=lanes, clock=clock, seconds=60.0)
+    assert found.land == pytest.approx(100 * 10 / 0.1)
+    assert found.keep == pytest.approx(100 * 36 / 0.3)
+    assert found.cpu == pytest.approx(100 * 28 / 0.2)
 
-    def host_step(values, *, keep):
-        def step():
-            clock.now += 0.5 if keep else 0.2
 
-        return step
+def _timed(real, clock, seconds):
+    def slow(*given, **options):
+        clock.now += seconds
+        return real(*given, **options)
 
-    monkeypatch.setattr(module, "_host_step", host_step)
-    found = calibrate("cpu", values=10, step_values=100, lanes=lambda _: TimedLanes(clock, 0.1, 0.1), clock=clock)
-    assert found.cpu == pytest.approx(100 * 34 / 0.2)
-    assert found.keep == pytest.approx(100 * 24 / 0.3)
+    return slow
+
+
+@pytest.mark.parametrize(("first", "chunks"), [(0.01, CHUNKS), (0.2, 2), (5.0, 1)])
+def test_the_host_works_on_as_many_chunks_in_turn_as_there_is_time_to_make(monkeypatch, first, chunks):
+    clock, worked_on = Clock(), []
+    work = HostWork(100, clock)
+
+    def a_round(chunks):
+        worked_on.append(len(chunks))
+        clock.now += first
+        return 1.0, 2.0, 3.0 + len(worked_on)
+
+    monkeypatch.setattr(work, "_round", a_round)
+    work.grow(0.5)
+    assert (work.values, worked_on) == (100 * chunks, [1] * chunks)
+    assert work.typical(3.5 * first) == (1.0, 2.0, 3.0 + chunks + 2)
+    assert worked_on[chunks:] == [chunks] * 3, "all of them in each round"
+
+
+def test_small_machines_have_few_chunks(monkeypatch):
+    monkeypatch.setattr(module.os, "sysconf", {"SC_PHYS_PAGES": 16 * 30 * 100, "SC_PAGE_SIZE": 2}.__getitem__)
+    work = HostWork(100, Clock())
+    work.grow(100.0)
+    assert work.values == 200
+
+
+@torch.no_grad()
+def test_what_the_host_does_is_a_step_on_gradients_that_have_arrived():
+    work = HostWork(100, itertools.count().__next__)
+    work.grow(1.0)
+    [slot] = work._chunks[0].slots
+    assert torch.equal(slot.total, slot.wire.float())
+    assert slot.master.all()
+    assert (slot.before.any(), work._states[slot.master]["step"]) == (False, 1)
+    work.typical(0.0)
+    assert slot.before.all()
+    assert work._states[slot.master]["step"] == 2
 
 
 @pytest.mark.parametrize(("each", "calls"), [(0.3, 3), (5.0, 1)])

@@ -47,6 +47,10 @@ class FakeEvent:
     def record(self, stream):
         self.stream = stream.name
 
+    def query(self):
+        self.events.append(f"host looks at event of {self.stream}")
+        return False
+
     def synchronize(self):
         self.events.append(f"host waits for event of {self.stream}")
 
@@ -69,7 +73,9 @@ def test_direct_copies_cast():
     lanes, host = DirectLanes(), torch.zeros(3, dtype=torch.bfloat16)
     lanes.land(lanes.down(host, torch.ones(3)))
     there = torch.zeros(3)
-    lanes.wait(lanes.up([there], [host]))
+    mark = lanes.up([there], [host])
+    assert lanes.has_ended(mark)
+    lanes.wait(mark)
     assert there.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -88,8 +94,9 @@ def test_down_waits_for_the_gradient_and_keeps_its_memory(streams):
     source = torch.ones(3, 2).t().as_subclass(Recorded)
     mark = lanes.down(host, source)
     assert events == ["down waits for main", "memory is used on down"]
+    assert not lanes.has_ended(mark)
     lanes.land(mark)
-    assert events[-1] == "host waits for event of down"
+    assert events[-2:] == ["host looks at event of down", "host waits for event of down"]
     assert torch.equal(host, torch.ones(2, 3, dtype=torch.bfloat16))
 
 
@@ -106,3 +113,20 @@ def test_up_waits_for_readers_and_is_waited_for(streams, transposed, dtype):
     assert events == ["up waits for main", *["memory is used on up"] * 2, "main waits for event of up"]
     assert torch.equal(other.as_subclass(torch.Tensor), values + 1)
     assert torch.equal(target.as_subclass(torch.Tensor).float(), values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_transposed", "most"),
+    [((), False, 1), ((0,), False, 0), ((30,), False, 8), ((2, 30), False, 8), ((30, 2), True, 8), ((2, 30), True, 30)],
+)
+def test_what_is_cast_on_the_device_takes_bounded_memory_there(streams, monkeypatch, shape, is_transposed, most):
+    """Of one piece at a time: some values, or rows where the target is not contiguous."""
+    lanes, _ = streams
+    monkeypatch.setattr(lanes_module, "STAGED_BYTES", 32)
+    values = torch.linspace(-3, 3, torch.Size(shape).numel()).view(shape)
+    target = torch.zeros(shape[::-1], dtype=torch.bfloat16).t() if is_transposed else values.new_zeros(shape).bfloat16()
+    sizes, real = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **given: (sizes.append(size.numel()), real(size, **given))[1])
+    lanes.up([target.as_subclass(Recorded)], [values])
+    assert torch.equal(target, values.bfloat16())
+    assert max(sizes) == most

@@ -9,7 +9,7 @@ from torch import nn
 
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, OffloadSettings
+from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, OffloadSettings, Rates
 
 
 def train_both(theirs, ours, reference, optimizer, *, steps=5, micro=2, clip=None):
@@ -104,6 +104,22 @@ def test_bf16_model_has_fp32_masters(cast, free_bytes):
     assert same(weights(rounded), weights(ours))
     assert all(torch.equal(optimizer.master(p), m) for p, m in zip(ours.parameters(), masters, strict=True))
     assert not same([p.float() for p in weights(ours)], [m.detach() for m in masters])
+
+
+@pytest.mark.parametrize(
+    ("options", "on_host"),
+    [
+        ({}, False),
+        ({"cast": "host"}, True),
+        ({"rates": Rates(down=50e9, up=50e9, cpu=130e9)}, False),
+        ({"rates": Rates(down=50e9, up=5e9, cpu=130e9)}, True),
+        ({"rates": Rates(down=50e9, up=5e9, cpu=130e9), "cast": "device"}, False),
+    ],
+)
+def test_the_device_rounds_unless_the_way_up_is_slow(options, on_host):
+    optimizer = offloaded(small_model(torch.bfloat16), **options)
+    assert optimizer.casts_on_host == on_host
+    assert all((pair.sending is not pair.master) == on_host for pair in optimizer.pairs)
 
 
 def test_gradients_leave_the_device_while_backward_runs():

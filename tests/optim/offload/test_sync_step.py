@@ -9,6 +9,7 @@ from fake_device import WORKERS, FakeLanes, LateWorker, backward, offloaded, pla
 from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, host_chunk, rule
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_chunks_go_up_one_by_one_in_the_order_of_forward(monkeypatch):
     lanes, model = FakeLanes(), small_model()
     optimizer = offloaded(model, lanes, chunk_bytes=4)
@@ -29,6 +30,7 @@ def test_chunks_go_up_one_by_one_in_the_order_of_forward(monkeypatch):
     assert lanes.events == [word for i, name in enumerate(names) for word in (f"step {name}", f"up {i}")]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_masters_are_not_changed_before_they_have_arrived(monkeypatch):
     """FP32 masters are sent from where they are, and nothing else waits when no forward lies between two steps."""
     lanes, model = FakeLanes(), small_model()
