@@ -28,7 +28,8 @@ Run = Callable[[calls.Call], calls.Result]
 def computation(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Run:
     """From a call to its loss: the trainer's model and loss, compiled, fused, compressed or within a budget."""
     config = trainer.config
-    return _around(compiled_run(trainer.model, trainer.loss_fn, config.compile, config.activation_memory_budget), trainer, plan)
+    run = compiled_run(trainer.model, trainer.loss_fn, config.compile, config.activation_memory_budget)
+    return _around(run, trainer, plan)
 
 
 def computation_anew(trainer: MixedPrecisionTrainer, plan: PrecisionPlan, compute: Run) -> Run:

@@ -188,7 +188,12 @@ class _Trials:
     """Steps of one trainer with sets of measures, each tried and taken back."""
 
     def __init__(
-        self, trainer: MixedPrecisionTrainer, plan: PrecisionPlan, gauge: Gauge, batch: Any, known: ConfirmedBatch | None
+        self,
+        trainer: MixedPrecisionTrainer,
+        plan: PrecisionPlan,
+        gauge: Gauge,
+        batch: Any,
+        known: ConfirmedBatch | None,
     ) -> None:
         self._trainer, self._plan, self._gauge = trainer, plan, gauge
         self._batch, self.known = batch, known
@@ -242,7 +247,7 @@ class _Trials:
         return compute
 
     def as_confirmed(self, order: Sequence[Weighed], chosen: Chosen, limit: int) -> tuple[tuple[Weighed, ...], Chosen]:
-        """The batch with all that `find_batch_size` confirmed it with, where that goes through; else as it was chosen."""
+        """The batch with all that `find_batch_size` confirmed it with, if that goes through; else as it was chosen."""
         wanted = [] if self.known is None else [m for m in self.measures if m.name in self.known.measures]
         if not wanted or set(wanted) == set(chosen.taken):
             return tuple(order), chosen

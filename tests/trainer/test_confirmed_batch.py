@@ -32,7 +32,7 @@ def test_smaller_batches_are_covered() -> None:
     [
         (None, 6, "step of 6 samples ran out of memory. find_batch_size finds the largest batch that fits"),
         (KNOWN, 7, "step of 7 samples ran out of memory. find_batch_size saw steps of 6 .* give no more than that"),
-        (KNOWN, 6, "saw steps of 6 samples go through with .*These samples are larger .* or something else holds memory"),
+        (KNOWN, 6, "saw steps of 6 samples go through with .*samples are larger .* or something else holds memory"),
     ],
 )
 def test_a_step_that_runs_out_of_memory_says_what_is_known(known: ConfirmedBatch | None, size: int, said: str) -> None:
