@@ -260,11 +260,11 @@ class _Trials:
         peak: int | None = None
 
         def step() -> None:
-            for _ in range(steps):
+            for number in range(1, steps + 1):
                 batch = self._make_batch(size)
                 self._samples = calls.batch_size(calls.parse_batch(batch))
-                self._steps.step(batch)
-                del batch  # the next is made without it
+                self._steps.step(batch, settle=number == steps)
+                del batch
 
         def measured() -> None:
             nonlocal peak

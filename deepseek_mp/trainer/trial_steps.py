@@ -109,11 +109,15 @@ class TrialSteps:
     def _finished(self, facts: StepFacts, _window: Window) -> None:
         self._status = facts.status
 
-    def step(self, batch: Any) -> None:
-        """One window, settled; of more micro-batches than two the others are like the second."""
+    def step(self, batch: Any, *, settle: bool = True) -> None:
+        """One window; of more micro-batches than two the others are like the second.
+
+        Without `settle` its batch is held until the next is about to be applied, as in a training.
+        """
         for number in range(1, self._micro_batches + 1):
             self._stepper.run(batch, close=number == self._micro_batches)
-        self._stepper.settle()
+        if settle:
+            self._stepper.settle()
 
     def warm_up(self, step: Callable[[], bool]) -> bool:
         """Make steps until one is applied, so that the optimizer has its state; False as soon as one does."""

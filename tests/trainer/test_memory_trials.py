@@ -18,8 +18,8 @@ from deepseek_mp.nn import chunked_loss
 from deepseek_mp.optim import AdamW
 from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Reason
-from deepseek_mp.trainer import compile as compile_module
 from deepseek_mp.trainer import budget, memory_trials
+from deepseek_mp.trainer import compile as compile_module
 from deepseek_mp.trainer.fused_loss import FusedLoss
 from deepseek_mp.trainer.memory_measures import UNCOUNTED
 from deepseek_mp.trainer.memory_report import GIB
