@@ -21,6 +21,7 @@ from deepseek_mp.backends import available_memory_bytes, peak_memory_bytes, rese
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.assembly import computation, computation_anew
 from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
@@ -215,6 +216,8 @@ class _Trials:
     ) -> None:
         self._trainer, self._device, self._make_batch = trainer, trainer.device, make_batch
         self._steps, self._limit_bytes = steps, limit_bytes
+        optimizer = trainer.optimizer
+        self._is_fresh = not (optimizer.state or isinstance(optimizer, OffloadedOptimizer))  # the host has the latter's
         self.measures = measures
         """Names of those in force."""
         self.tried: list[Tried] = []
@@ -227,7 +230,13 @@ class _Trials:
         return self._steps.warm_up(lambda: self.fits(size))
 
     def confirmed(self, size: int) -> bool:
-        """Whether steps of this size go through beside what is to stay free."""
+        """Whether steps of this size go through beside what is to stay free.
+
+        An optimizer that has made no steps gets its state in them, as in a training: where in memory that comes to lie
+        is part of what the second step finds.
+        """
+        if self._is_fresh:
+            self._trainer.optimizer.state.clear()
         release_memory(self._device)
         held: list[Tensor | None] = []
         try:

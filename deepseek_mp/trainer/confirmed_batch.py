@@ -43,7 +43,7 @@ def explained(trainer: MixedPrecisionTrainer, batch: Any) -> Iterator[None]:
     """What a step with the batch raises inside says more: what to change where memory ran out, or formats are mixed."""
     try:
         yield
-    except (RuntimeError, MemoryError, SystemError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
             error.add_note(_note(trainer.confirmed, batch))
             raise

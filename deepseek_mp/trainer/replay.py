@@ -64,7 +64,7 @@ def find_first_bad_module(
             culprit = watch.culprit(entry.batch, loss)
             if culprit is not None:
                 return culprit
-    except (RuntimeError, MemoryError, SystemError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         let_go(error, device)
