@@ -163,7 +163,7 @@ def test_out_of_memory_is_known_on_every_device(error: Exception, *, expected: b
 
 
 def test_an_error_raised_from_one_of_memory_is_one() -> None:
-    """As libraries and compilers wrap what goes wrong below them; what was only being handled meanwhile does not count."""
+    """As libraries and compilers wrap what goes wrong below them; what was merely being handled does not count."""
     memory = torch.OutOfMemoryError("CUDA out of memory")
     wrapped = ValueError("the layer failed")
     wrapped.__cause__ = memory
