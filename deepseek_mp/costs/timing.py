@@ -140,7 +140,7 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice, on whatever device.
+    """Whether an exception, or one that it was raised from, says that memory did not suffice, on whatever device.
 
     Also one that PyTorch's backward raises where it has lost another: out of memory in a checkpointed part ends so.
     """
@@ -149,4 +149,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, SystemError):
         return "run_backward" in str(error) and "without setting an exception" in str(error)
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(message in text for message in _MEMORY_MESSAGES)
+    if isinstance(error, RuntimeError) and any(message in text for message in _MEMORY_MESSAGES):
+        return True
+    cause = error.__cause__
+    return cause is not None and cause is not error and is_out_of_memory(cause)

@@ -2,7 +2,8 @@
 
 Sizes are tried by making the steps that the trainer would make, in its own precision and with its own optimizer:
 forward, loss, backward and update, with the optimizer's state in place. They double until one does not fit, and the
-gap is then halved. What was tried leaves no trace: see `kept_state`.
+gap is then halved. Each is tried as the first step of a training, which decides by its batch what later ones do, and
+is counted and measured. What was tried leaves no trace (see `kept_state`), but the trainer knows what was confirmed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from torch import Tensor
 from deepseek_mp.backends import available_memory_bytes, peak_memory_bytes, reset_peak_memory
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.nn import call as calls
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer.assembly import computation
+from deepseek_mp.trainer.assembly import computation, computation_anew
+from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.memory_measures import possible, settings_of
 from deepseek_mp.trainer.memory_report import gib_for, in_gib, limit_of
 from deepseek_mp.trainer.memory_trials import Gauge, in_force
-from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials, unrecorded
+from deepseek_mp.trainer.trial_steps import Run, TrialSteps, goes_through, trials, unrecorded
 
 log = logging.getLogger("deepseek_mp")
 
@@ -115,6 +119,7 @@ def find_batch_size(
     limit_bytes = _limit_bytes(made)
     with _trials(made, make_batch, limit_bytes) as trials:
         good, bad = _tried(trials, first, top, multiple)
+    made.confirmed = trials.last_confirmed
     if limit_bytes is None or made.memory is not None or bad is None:
         return _result(good, bad, multiple, trials.tried, limit_bytes)
     with _trials(made, make_batch, limit_bytes, all_measures=True) as more:
@@ -122,6 +127,7 @@ def find_batch_size(
     tried = [*trials.tried, *more.tried]
     if better <= good:
         return _result(good, bad, multiple, tried, limit_bytes)
+    made.confirmed = more.last_confirmed
     return replace(_result(better, worse, multiple, tried), as_it_was=good * multiple, measures=more.measures)
 
 
@@ -210,24 +216,43 @@ class _Trials:
     ) -> None:
         self._trainer, self._device, self._make_batch = trainer, trainer.device, make_batch
         self._steps, self._limit_bytes = steps, limit_bytes
+        optimizer = trainer.optimizer
+        self._is_fresh = not (optimizer.state or isinstance(optimizer, OffloadedOptimizer))  # the host has the latter's
         self.measures = measures
         """Names of those in force."""
         self.tried: list[Tried] = []
+        self.last_confirmed: ConfirmedBatch | None = None
+        self._samples = 0
+        """Of the batch that was made last."""
 
     def warm_up(self, size: int) -> bool:
         """Whether steps of this size fit; they are made until one is applied."""
         return self._steps.warm_up(lambda: self.fits(size))
 
     def confirmed(self, size: int) -> bool:
-        """Whether steps of this size go through beside what is to stay free."""
+        """Whether steps of this size go through beside what is to stay free.
+
+        An optimizer that has made no steps gets its state in them, as in a training: where in memory that comes to lie
+        is part of what the second step finds.
+        """
+        if self._is_fresh:
+            self._trainer.optimizer.state.clear()
         release_memory(self._device)
         held: list[Tensor | None] = []
         try:
             if not goes_through(lambda: held.append(_spare(self._device)), self._device):
                 return False
-            return self.fits(size, steps=CONFIRMING, beside=sum(spare.nbytes for spare in held if spare is not None))
+            fits = self.fits(size, steps=CONFIRMING, beside=sum(spare.nbytes for spare in held if spare is not None))
         finally:
             held.clear()
+        if fits:
+            self.last_confirmed = ConfirmedBatch(
+                samples=self._samples,
+                measures=self.measures,
+                peak_bytes=self.tried[-1].peak_bytes,
+                limit_bytes=self._limit_bytes,
+            )
+        return fits
 
     def fits(self, size: int, *, steps: int = 1, beside: int = 0) -> bool:
         """Whether so many steps of this size go through, within the budget if there is one.
@@ -239,12 +264,16 @@ class _Trials:
             steps: that are made.
             beside: bytes that are held meanwhile and are no part of a step, nor of the budget.
         """
+        self._steps.begin_anew()
         release_memory(self._device)
         peak: int | None = None
 
         def step() -> None:
-            for _ in range(steps):
-                self._steps.step(self._make_batch(size))
+            for number in range(1, steps + 1):
+                batch = self._make_batch(size)
+                self._samples = calls.batch_size(calls.parse_batch(batch))
+                self._steps.step(batch, settle=number == steps)
+                del batch
 
         def measured() -> None:
             nonlocal peak
@@ -289,15 +318,25 @@ def _trials(
 def _steps(
     trainer: MixedPrecisionTrainer, plan: PrecisionPlan, names: tuple[str, ...], *, all_measures: bool
 ) -> Iterator[TrialSteps]:
-    if not all_measures:
-        compute = trainer.stepper.compute if trainer.has_stepper else computation(trainer, plan)
-        counted = trainer.stepper.counts if trainer.has_stepper else True
+    with unrecorded(trainer):
+        if all_measures:
+            settings = settings_of(names, counted=not trainer.config.compile)
+            with in_force(trainer, plan, settings, lambda: computation(trainer, plan)) as steps:
+                yield steps
+            return
+        compute, counted = _compute(trainer, plan)
         with closing(TrialSteps(trainer, plan, compute, counted=counted)) as steps:
             yield steps
-        return
-    settings = settings_of(names, counted=not trainer.config.compile)
-    with unrecorded(trainer), in_force(trainer, plan, settings, lambda: computation(trainer, plan)) as steps:
-        yield steps
+
+
+def _compute(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> tuple[Run, bool]:
+    """What computes the trainer's next step, and whether that is counted."""
+    if not trainer.has_stepper:
+        return computation(trainer, plan), True
+    compute, counted = trainer.stepper.compute, trainer.stepper.counts
+    if not trainer.stepper.windows_opened:  # what it decides by its first batch it must not decide by one that is tried
+        compute = computation_anew(trainer, plan, compute)
+    return compute, counted
 
 
 def _check(start: int, limit: int | None, multiple: int) -> None:

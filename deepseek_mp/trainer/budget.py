@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 Run = Callable[[calls.Call], calls.Result]
+Region = Callable[[], AbstractContextManager[None]]
 
 
 def check_budget(model: nn.Module, config: TrainerConfig) -> None:
@@ -35,12 +36,16 @@ def check_budget(model: nn.Module, config: TrainerConfig) -> None:
         raise ConfigError(explain(passed, allowed, "Use compile=True, whose compiler chooses, or activations=True"))
 
 
-def with_budget(run: Run, trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> Run:
-    """`run`, which computes some blocks again in its backward if the trainer is set so."""
+def with_budget(run: Run, trainer: MixedPrecisionTrainer, plan: PrecisionPlan, *, unread: Region = nullcontext) -> Run:
+    """`run`, which computes some blocks again in its backward if the trainer is set so.
+
+    Args:
+        unread: context for a forward of the model whose output nobody reads.
+    """
     budget = trainer.config.activation_memory_budget
     if budget is None or trainer.config.compile:
         return run
-    return Budgeted(run, trainer, budget, base=plan.base.name)
+    return Budgeted(run, trainer, budget, base=plan.base.name, unread=unread)
 
 
 def trial_within_budget(
@@ -75,11 +80,14 @@ def blocks_of(trainer: MixedPrecisionTrainer) -> BlockChoice | None:
 class Budgeted:
     """From a call to its loss, as `run`, within a budget for what the model keeps for its backward.
 
-    The blocks are measured and chosen by the first batch.
+    The blocks are measured and chosen by the first batch, in a forward that takes no more memory than a step: scores
+    that a step does without are not computed there either.
     """
 
-    def __init__(self, run: Run, trainer: MixedPrecisionTrainer, budget: float, *, base: str) -> None:
-        self.run = run
+    def __init__(
+        self, run: Run, trainer: MixedPrecisionTrainer, budget: float, *, base: str, unread: Region = nullcontext
+    ) -> None:
+        self.run, self._unread = run, unread
         self._trainer, self._budget, self._base = trainer, budget, base
         self._blocks, self._writes = _blocks(trainer.model), Writes()
         self.choice: BlockChoice | None = None
@@ -97,9 +105,12 @@ class Budgeted:
 
     def _choose(self, call: calls.Call) -> None:
         trainer = self._trainer
-        cost = measure_blocks(
-            trainer.model, self._blocks, lambda: calls.invoke(trainer.model, call), trainer.device, self._writes
-        )
+
+        def forward() -> None:
+            with self._unread():
+                calls.invoke(trainer.model, call)
+
+        cost = measure_blocks(trainer.model, self._blocks, forward, trainer.device, self._writes)
         self.choice = choose_blocks(cost, self._budget)
         trainer.recorder.decided(_decisions(self.choice, self._base))
 

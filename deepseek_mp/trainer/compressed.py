@@ -46,7 +46,7 @@ class Compressed:
     """From a call to its loss, as `run`, whose saved tensors are compressed."""
 
     def __init__(self, run: Run, trainer: MixedPrecisionTrainer, settings: ActivationSettings) -> None:
-        self._run, self._trainer, self._settings = run, trainer, settings
+        self.run, self._trainer, self._settings = run, trainer, settings
         self._account: Account | None = None
 
     def __call__(self, call: calls.Call) -> calls.Result:
@@ -56,7 +56,7 @@ class Compressed:
         if trainer.has_stepper:
             number += trainer.stepper.window.micro_batches
         with compressed_activations(trainer.model, self._settings, number=number) as account:
-            found = self._run(call)
+            found = self.run(call)
         self._account = account
         return found
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 COMPARED_ROWS = 64
 """Rows of a flat output that the two losses are compared on; of others one sequence."""
+SMALL = "the output takes no more than a chunk"
+"""Why the loss of this batch is not worth it, though that of a larger one may be."""
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}
 CLOSE_NARROW = 2e-2
 """How far the two may be apart, relative to the loss or 1: products of other shapes round differently."""
@@ -107,7 +109,7 @@ class FusedLoss:
         said: Callable[[str, Reason, str], None],
     ) -> None:
         self._model, self._loss_fn, self._how = model, loss_fn, how
-        self._run, self._required, self._said = ordinary, required, said
+        self.run, self._required, self._said = ordinary, required, said
         self.layer: nn.Linear | None = None
         """The model's last layer, once it was found."""
         self.why = ""
@@ -117,9 +119,14 @@ class FusedLoss:
 
     def __call__(self, call: calls.Call) -> calls.Result:
         if self.why:
-            return self._run(call)
+            return self.run(call)
         with many_plans():
             return self._look(call) if self.layer is None else self._step(call, self.layer)
+
+    def unread(self) -> AbstractContextManager[None]:
+        """Context for a forward of the model whose output nobody reads: what a step would not compute it does not."""
+        last = self._likely() if self.layer is None else [self.layer]
+        return deferring(last[0]) if last and not self.why and _can_defer(last[0], self._path) else nullcontext()
 
     def _step(self, call: calls.Call, layer: nn.Linear) -> calls.Result:
         with deferring(layer) if _can_defer(layer, self._path) else nullcontext():
@@ -141,9 +148,8 @@ class FusedLoss:
 
     def _look(self, call: calls.Call) -> calls.Result:
         ran: list[_Ran] = []
-        layers = _uncompiled_layers(self._model)
-        likely = layers[-1:] if layers and _can_defer(layers[-1], _path(self._model, layers[-1])) else []
-        others = [layer for layer in layers if layer not in likely]
+        likely = self._likely()
+        others = [layer for layer in _uncompiled_layers(self._model) if layer not in likely]
         with self._watched(others, ran), deferring(likely[0]) if likely else nullcontext():
             output = calls.invoke(self._model, call)
         last = self._last(output, ran[-1] if ran else None)
@@ -156,6 +162,11 @@ class FusedLoss:
         if why:
             self._give_up(why)
         return self._ordinary(call, output)
+
+    def _likely(self) -> list[nn.Linear]:
+        """The last layer that the model names, if its product may wait."""
+        last = _uncompiled_layers(self._model)[-1:]
+        return [layer for layer in last if _can_defer(layer, _path(self._model, layer))]
 
     def _found(self, layer: nn.Linear, output: Tensor) -> None:
         self.layer, self._path = layer, _path(self._model, layer)
@@ -190,7 +201,7 @@ class FusedLoss:
             return own
         chunk = chunk_bytes(output.device)
         if 4 * output.numel() <= chunk and not self._required:
-            return f"the output takes no more than a chunk, {chunk >> 20} MiB in FP32"
+            return f"{SMALL}, {chunk >> 20} MiB in FP32"
         return self._why_other(output, target, last)
 
     def _why_other(self, output: Tensor, target: Tensor, last: LinearCall) -> str | None:

@@ -39,10 +39,10 @@ from deepseek_mp.trainer.callbacks import Callback, check_callbacks, overrides
 from deepseek_mp.trainer.compile import check_compile
 from deepseek_mp.trainer.compressed import activations_of, check_activations
 from deepseek_mp.trainer.config import Compile, FusedLossOption, MemoryOption, TrainerConfig, check_extent
+from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch, explained
 from deepseek_mp.trainer.ema import WeightAverage
 from deepseek_mp.trainer.evaluation import Inference, Metric, check_metrics, evaluate, inference
 from deepseek_mp.trainer.fitting import Fitting, unfinished_discarded
-from deepseek_mp.trainer.functions import mixed_formats
 from deepseek_mp.trainer.fused_loss import check_fused_loss
 from deepseek_mp.trainer.memory_report import MemoryReport
 from deepseek_mp.trainer.memory_trials import fit_memory
@@ -124,6 +124,8 @@ class MixedPrecisionTrainer:
     loader: Any = None
     memory: MemoryReport | None = None
     """What was done to fit into the `memory` asked for, from the first step on."""
+    confirmed: ConfirmedBatch | None = None
+    """What `find_batch_size` has seen go through."""
     _stepper: Stepper | None = None
 
     def __init__(
@@ -337,13 +339,8 @@ class MixedPrecisionTrainer:
         if not stepper.window.micro_batches:
             for callback in self.callbacks:
                 callback.on_step_start(self, batch)
-        try:
+        with explained(self, batch):
             return stepper.run(batch, index=max(self.position.batch - 1, 0), close=close)
-        except RuntimeError as error:
-            named = mixed_formats(error)
-            if named is None:
-                raise
-            raise named from error
 
     def settle(self) -> None:
         """Wait for the last step's outcome and act on it (scheduler, average, records)."""

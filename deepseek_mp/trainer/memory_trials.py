@@ -25,6 +25,8 @@ from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.trainer.assembly import computation
 from deepseek_mp.trainer.batch_part import first_samples
+from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
+from deepseek_mp.trainer.fused_loss import SMALL
 from deepseek_mp.trainer.memory_measures import UNCOUNTED, Settings, possible, put_in_force, settings_of
 from deepseek_mp.trainer.memory_report import MemoryLine, MemoryReport, gib_for, in_gib, limit_of, lines_of
 from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials, unrecorded
@@ -56,21 +58,25 @@ class Gauge:
 def fit_memory(trainer: MixedPrecisionTrainer, batch: Any, *, gauge: Gauge | None = None) -> MemoryReport:
     """Take what makes a step with this batch fit into `trainer.config.memory`, and record it.
 
-    Called between steps. Trials leave nothing behind; afterwards the trainer's options, its optimizer and the storage
-    of its weights are those chosen.
+    Called between steps. Trials leave nothing behind; afterwards the trainer's options, its optimizer, the storage of
+    its weights and what computes its steps are those of the trial that went through. Of a batch that `find_batch_size`
+    has confirmed, the measures that it was confirmed with are tried too, whatever weighing says of them.
 
     Raises:
         ConfigError: all measures together do not suffice; the trainer is as it was.
     """
     asked = trainer.config.memory
     assert asked is not None, "asked for before"
+    known = trainer.confirmed if trainer.confirmed is not None and trainer.confirmed.covers(batch) else None
     limit = limit_of(asked, available_memory_bytes(trainer.device))
+    if known is not None and known.limit_bytes is not None:
+        limit = known.limit_bytes
     with trials(trainer, "memory") as plan:
-        made = _Trials(trainer, plan, gauge or Gauge())
+        made = _Trials(trainer, plan, gauge or Gauge(), batch, known)
         report, settings = _decide(made, batch, limit)
     if settings != Settings():
         put_in_force(trainer, plan, settings)
-        trainer.stepper.compute = made.computation(settings)
+        trainer.stepper.compute = made.tried(settings)
         trainer.stepper.counts = settings.counted
     _record(trainer, report)
     return report
@@ -90,6 +96,8 @@ def _decide(made: _Trials, batch: Any, limit: int) -> tuple[MemoryReport, Settin
     sample, part = made.largest_part(batch, base)
     order, part = made.weighed(sample, part, scale=size / calls.batch_size(calls.parse_batch(sample)))
     chosen = choose(order, lambda taken: made.trial(taken, batch), limit_bytes=limit)
+    if not chosen.fits:
+        order, chosen = made.as_confirmed(order, chosen, limit)
     if not chosen.fits:
         _refuse(made, base, chosen, order, limit)
     after = made.trial(chosen.taken, sample, timed=True)
@@ -118,6 +126,8 @@ def _refuse(made: _Trials, base: Trial, chosen: Chosen, order: Sequence[Weighed]
     passed = f"a memory budget of {in_gib(limit)}; a step of this batch needs {need} with all there is ({names})"
     more = f"Pass memory={gib_for(min(peaks)):g} or more, or give" if peaks else "Give"
     change = f"{more} smaller batches (find_batch_size finds the largest)"
+    if made.known is not None:
+        passed += f". Before, {made.known}: something else holds memory now, or these samples are larger"
     if not made.offloaded:
         change += ", or keep the optimizer's state on the host (optimizer=optim.offload.OffloadedOptimizer)"
     for name, why in made.refused.items():
@@ -170,13 +180,27 @@ def in_force(
             computation(trainer, plan)
 
 
+def _key(settings: Settings) -> object:
+    return tuple(settings.options.items()), settings.states, settings.storage, settings.counted
+
+
 class _Trials:
     """Steps of one trainer with sets of measures, each tried and taken back."""
 
-    def __init__(self, trainer: MixedPrecisionTrainer, plan: PrecisionPlan, gauge: Gauge) -> None:
+    def __init__(
+        self,
+        trainer: MixedPrecisionTrainer,
+        plan: PrecisionPlan,
+        gauge: Gauge,
+        batch: Any,
+        known: ConfirmedBatch | None,
+    ) -> None:
         self._trainer, self._plan, self._gauge = trainer, plan, gauge
+        self._batch, self.known = batch, known
         self._compiled: dict[object, Run] = {}
         self._heard: list[Any] = []
+        self._ran: dict[object, tuple[Run, list[Any]]] = {}
+        """What computed the steps of the whole batch, by settings, and what was decided in them."""
         self.compiled = bool(trainer.config.compile)
         self.offloaded = isinstance(trainer.optimizer, OffloadedOptimizer)
         self.counted = True
@@ -193,6 +217,8 @@ class _Trials:
         compute = partial(self.computation, settings)
         with unrecorded(self._trainer) as self._heard, in_force(self._trainer, self._plan, settings, compute) as steps:
             peaks: list[int] = []
+            if batch is self._batch:
+                self._ran[_key(settings)] = steps.compute, self._heard
 
             def step() -> bool:
                 return goes_through(lambda: peaks.append(self._peak(lambda: steps.step(batch))), self._trainer.device)
@@ -208,6 +234,31 @@ class _Trials:
             passed = f"memory={self._trainer.config.memory!r} on {self._trainer.device}, which does not count memory"
             raise ConfigError(explain(passed, "a device that does", "Leave memory out"))
         return peak
+
+    def tried(self, settings: Settings) -> Run:
+        """What computed the trial of the whole batch with these settings, which are in force, and decided by it how.
+
+        A second look would be one that no trial has seen. Its decisions become the run's. Compiled code is made anew.
+        """
+        if self._trainer.config.compile or _key(settings) not in self._ran:
+            return self.computation(settings)
+        compute, heard = self._ran[_key(settings)]
+        self._trainer.recorder.decided(heard)
+        return compute
+
+    def as_confirmed(self, order: Sequence[Weighed], chosen: Chosen, limit: int) -> tuple[tuple[Weighed, ...], Chosen]:
+        """The batch with all that `find_batch_size` confirmed it with, if that goes through; else as it was chosen."""
+        wanted = [] if self.known is None else [m for m in self.measures if m.name in self.known.measures]
+        if not wanted or set(wanted) == set(chosen.taken):
+            return tuple(order), chosen
+        trial = self.trial(wanted, self._batch)
+        if not trial.fits(limit):
+            return tuple(order), chosen
+        for measure in wanted:
+            self.refused.pop(measure.name, None)
+        missing = [m for m in wanted if all(one.measure != m for one in order)]
+        found = Chosen(taken=tuple(wanted), trial=trial, fits=True)
+        return (*order, *(Weighed(measure=measure) for measure in missing)), found
 
     def computation(self, settings: Settings) -> Run:
         """What computes a step with these options, which are in force. A whole compiled model is compiled once."""
@@ -238,6 +289,7 @@ class _Trials:
         Where no step goes through as it is, the order is that of `possible`.
         """
         alone: dict[Measure, Trial] = {}
+        unknown: list[Weighed] = []
         if base.peak_bytes is None:
             return tuple(Weighed(measure=measure) for measure in self.measures), base
         for measure in self.measures:
@@ -249,11 +301,14 @@ class _Trials:
                 continue
             said = [d.detail for d in self._heard if d.reason == Reason.LOSS_NOT_FUSED]
             if said and measure.name.startswith("fused_loss"):
-                self.refused[measure.name] = said[0]
                 del alone[measure]
+                if sample is not self._batch and said[0].startswith(SMALL):
+                    unknown.append(Weighed(measure=measure))  # of the whole batch it may be large enough
+                else:
+                    self.refused[measure.name] = said[0]
         again = self.trial((), sample, timed=True)  # the first steps of a process are slow ones
         base = replace(base, seconds=min(filter(None, (base.seconds, again.seconds)), default=None))
-        return weigh(base, alone, scale=scale), base
+        return (*weigh(base, alone, scale=scale), *unknown), base
 
     def _before(self, measure: Measure) -> list[Measure]:
         """Those that it builds on."""

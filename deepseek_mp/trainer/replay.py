@@ -8,6 +8,7 @@ in forward or in backward; modules that merely pass a NaN on are not named.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.nn.again import is_computed_again
 from deepseek_mp.nn.nested import numbers, tensors
+from deepseek_mp.trainer.failed_step import let_go
 from deepseek_mp.trainer.rng import rng_state, set_rng, set_rng_state
 from deepseek_mp.trainer.window import MicroBatch
+
+log = logging.getLogger("deepseek_mp")
 
 LOSS = "(loss function)"
 """The name given when all modules are finite and the loss, or its gradient, is not."""
@@ -43,7 +48,8 @@ def find_first_bad_module(
 
     Returns:
         The module's name, `BATCH`, `LOSS`, or None if everything was finite this time (a sum over the
-        window overflowed, or the hardware erred).
+        window overflowed, or the hardware erred), or if memory ran out: a replay holds scores that a step with a
+        fused loss does without, and activations as they are.
     """
     kept = [(p, p.grad) for p in (*model.parameters(), *others)]
     everything = rng_state(device)  # Python's and NumPy's too: a forward may draw from any of them
@@ -58,6 +64,11 @@ def find_first_bad_module(
             culprit = watch.culprit(entry.batch, loss)
             if culprit is not None:
                 return culprit
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        let_go(error, device)
+        log.warning("memory ran out when a skipped step was run again, so that no module is named")
     finally:
         set_rng_state(*everything, device)
         for param, grad in kept:

@@ -19,15 +19,17 @@ from deepseek_mp.controller.loss_scale import make_policy
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.monitor import PrecisionMonitor
+from deepseek_mp.monitor import Limits, PrecisionMonitor, Sampling
 from deepseek_mp.nn import apply, memory_format_of, revert, unconverted
 from deepseek_mp.nn import call as calls
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer.assembly import assemble_stepper
+from deepseek_mp.trainer.assembly import assemble_stepper, computation_anew
 from deepseek_mp.trainer.batch_part import first_samples
 from deepseek_mp.trainer.kept_state import kept_state
+from deepseek_mp.trainer.offloaded import updates_are_seen
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.setup import make_scaler
+from deepseek_mp.trainer.step import Stepper
 from deepseek_mp.trainer.window import Window
 
 if TYPE_CHECKING:
@@ -35,12 +37,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deepseek_mp")
 
+Run = Callable[[calls.Call], calls.Result]
+"""From a call to its loss."""
+SILENT = Limits(
+    mass=None, gradient_mass=None, lean=None, underflow=None, gradient_underflow=None, overflow=None, by_row=None,
+    kurtosis=None, spike=None, rms=None, edq=None, non_finite=False,
+)  # fmt: skip
+"""A trial raises no alarm: its batch may be made up, and its learning rate is zero."""
 WARM_UP = 8
 """Steps at most until one is applied: the optimizer then has its state."""
 
 
 class TrialSteps:
     """Makes training steps beside those of the trainer, with its model and optimizer.
+
+    They are the first steps of a training, and hold what those hold: what is counted and measured in them too.
 
     Args:
         plan: which the model was converted to.
@@ -51,35 +62,62 @@ class TrialSteps:
         self,
         trainer: MixedPrecisionTrainer,
         plan: PrecisionPlan,
-        compute: Callable[[calls.Call], calls.Result],
+        compute: Run,
         *,
         counted: bool = True,
     ) -> None:
+        self._trainer, self._plan, self._counted = trainer, plan, counted
         self._micro_batches = min(2, trainer.config.gradient_accumulation_steps)
         self._status = ""
-        self._monitor = PrecisionMonitor(trainer.model, trainer.optimizer, sample_every=None, sampling=None)
         if trainer.has_stepper:
-            scaler = deepcopy(trainer.scaler)
+            self._scaler = deepcopy(trainer.scaler)
         else:
-            scaler = make_scaler(make_policy("dynamic"), plan, trainer.capabilities, trainer.device)
-        self._stepper = assemble_stepper(
-            trainer,
-            plan,
-            compute=compute,
-            scaler=scaler,
-            monitor=self._monitor,
-            finished=self._finished,
+            self._scaler = make_scaler(make_policy("dynamic"), plan, trainer.capabilities, trainer.device)
+        self._stepper, self._monitor = self._assembled(compute)
+
+    @property
+    def compute(self) -> Run:
+        """What computes a step; by now it may have decided by the batch how."""
+        return self._stepper.compute
+
+    def begin_anew(self) -> None:
+        """The next step is a first one again, which decides by its batch; the optimizer keeps its state.
+
+        Not where the trainer has made steps itself: its next ones go by what those decided.
+        """
+        compute = self._stepper.compute
+        self.close()
+        if not (self._trainer.has_stepper and compute is self._trainer.stepper.compute):
+            compute = computation_anew(self._trainer, self._plan, compute)
+        self._stepper, self._monitor = self._assembled(compute)
+
+    def _assembled(self, compute: Run) -> tuple[Stepper, PrecisionMonitor]:
+        trainer, every = self._trainer, self._trainer.config.statistics_every
+        monitor = PrecisionMonitor(
+            trainer.model,
+            trainer.optimizer if updates_are_seen(trainer.optimizer) else None,
+            sample_every=None,
+            sampling=None if every is None else Sampling(every=every),
+            limits=SILENT,
         )
-        self._stepper.counts = counted
+        stepper = assemble_stepper(
+            trainer, self._plan, compute=compute, scaler=self._scaler, monitor=monitor, finished=self._finished
+        )
+        stepper.counts = self._counted
+        return stepper, monitor
 
     def _finished(self, facts: StepFacts, _window: Window) -> None:
         self._status = facts.status
 
-    def step(self, batch: Any) -> None:
-        """One window, settled; of more micro-batches than two the others are like the second."""
+    def step(self, batch: Any, *, settle: bool = True) -> None:
+        """One window; of more micro-batches than two the others are like the second.
+
+        Without `settle` its batch is held until the next is about to be applied, as in a training.
+        """
         for number in range(1, self._micro_batches + 1):
             self._stepper.run(batch, close=number == self._micro_batches)
-        self._stepper.settle()
+        if settle:
+            self._stepper.settle()
 
     def warm_up(self, step: Callable[[], bool]) -> bool:
         """Make steps until one is applied, so that the optimizer has its state; False as soon as one does."""
@@ -100,7 +138,7 @@ def goes_through(call: Callable[[], object], device: torch.device) -> bool:
     """Whether memory suffices for the call; any other error propagates."""
     try:
         call()
-    except (RuntimeError, MemoryError, SystemError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
     else:

@@ -160,3 +160,15 @@ def test_a_timing_survives_json_and_refuses_nonsense() -> None:
 )
 def test_out_of_memory_is_known_on_every_device(error: Exception, *, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def test_an_error_raised_from_one_of_memory_is_one() -> None:
+    """As libraries and compilers wrap what goes wrong below them; what was merely being handled does not count."""
+    memory = torch.OutOfMemoryError("CUDA out of memory")
+    wrapped = ValueError("the layer failed")
+    wrapped.__cause__ = memory
+    twice = KeyError("the model failed")
+    twice.__cause__ = wrapped
+    beside = ValueError("a mistake")
+    beside.__context__ = memory
+    assert [is_out_of_memory(error) for error in (wrapped, twice, beside)] == [True, True, False]

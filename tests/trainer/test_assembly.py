@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionMonitor
-from deepseek_mp.trainer.assembly import assemble_stepper, computation
+from deepseek_mp.trainer import fused_loss
+from deepseek_mp.trainer.assembly import assemble_stepper, computation, computation_anew
+from deepseek_mp.trainer.budget import Budgeted
+from deepseek_mp.trainer.compressed import Compressed
 from deepseek_mp.trainer.fused_loss import FusedLoss
 from deepseek_mp.trainer.result import StepFacts
 
@@ -41,3 +46,48 @@ def test_the_computation_is_fused_where_the_trainer_is_to() -> None:
     run = made(fused_loss="auto")
     assert isinstance(computation(run, run.plan), FusedLoss)
     assert not isinstance(computation(made(), run.plan), FusedLoss)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_a_computation_anew_has_decided_nothing_and_runs_the_same() -> None:
+    options = {"fused_loss": True, "activations": True, "activation_memory_budget": 0.01}
+    run = MixedPrecisionTrainer(Two(), "fp32", device="cpu", **options)  # type: ignore[arg-type]
+    run.step((torch.randn(5, 4), torch.randint(0, 3, (5,))))
+    used: Any = run.stepper.compute
+    anew: Any = computation_anew(run, run.plan, used)
+    assert used.choice is not None
+    assert used.run.run.layer is run.model.head
+    assert [type(one) for one in (anew, anew.run, anew.run.run)] == [Budgeted, Compressed, FusedLoss]
+    assert anew.choice is None
+    assert anew.run.run.layer is None
+    assert anew.run.run.run is used.run.run.run
+
+
+def test_blocks_are_measured_without_the_scores_that_a_step_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the largest tensor of a language model: a batch that fits without them would not be measured."""
+    run = MixedPrecisionTrainer(Two(), "fp32", device="cpu", fused_loss=True, activation_memory_budget=0.01)
+    rows: list[int] = []
+    kind: Any = type(run.model.head)
+    original = kind.forward
+
+    def forward(layer: Any, x: torch.Tensor) -> Any:
+        if layer is run.model.head:
+            rows.append(len(x))
+        return original(layer, x)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    monkeypatch.setattr(fused_loss, "COMPARED_ROWS", 2)
+    run.step((torch.randn(50, 4), torch.randint(0, 3, (50,))))
+    assert run.recomputed_blocks is not None
+    assert rows == [2]

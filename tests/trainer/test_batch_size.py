@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from deepseek_mp import Callback, MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.trainer import batch_size, find_batch_size, memory_trials, trial_steps
+from deepseek_mp.nn import chunked_loss
+from deepseek_mp.nn.deferred import is_pending
+from deepseek_mp.trainer import batch_size, find_batch_size, fused_loss, memory_trials, trial_steps
+from deepseek_mp.trainer import budget as budget_module
 from deepseek_mp.trainer.batch_size import BatchSize
 from deepseek_mp.trainer.memory_report import GIB
 
@@ -228,8 +231,7 @@ def test_the_optimizer_has_its_state_while_sizes_are_tried() -> None:
     run = trainer(model)
     model.first.register_forward_hook(lambda *_: seen.append(len(run.optimizer.state)))
     find_batch_size(run, make_batch, limit=2)
-    assert seen[0] == 0
-    assert set(seen[1:]) == {6}
+    assert seen == [0, 6, 0, 6]  # to warm up, the one size, and what confirms it, as in a training
     assert run.optimizer.state == {}
 
 
@@ -449,6 +451,151 @@ def test_auto_is_tried_in_the_recommended_format(budget: float) -> None:
 
 def test_a_budget_that_not_even_the_smallest_batch_fits_into_says_what_would_do() -> None:
     run = MixedPrecisionTrainer(nn.Linear(64, 4), "fp32", device="cpu", memory=1e-7)
-    match = r"a batch of 2, .* fit into 0.00010\d MiB: its step needs 0\.00\d+ MiB with all there is.*memory=0.001 "
+    match = r"a batch of 2, .* fit into 0.00010\d MiB: its step needs 0\.0\d+ MiB with all there is.*memory=0.001 "
     with pytest.raises(ConfigError, match=match):
         find_batch_size(run, lambda size: (torch.ones(size, 64), torch.ones(size, 4)), limit=8, multiple=2)
+
+
+# -- what a real step does after it --------------------------------------------------------------------------
+
+
+class Looked(Model):
+    """Takes more where hooks look at its modules, as they do in the steps that statistics are taken in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first._forward_hooks and len(x) > 9:
+            raise torch.OutOfMemoryError("no room for statistics")
+        return super().forward(x)
+
+
+def test_what_the_first_step_measures_is_part_of_what_is_tried(caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(Looked(13), statistics_every=50)
+    with caplog.at_level("WARNING", "deepseek_mp.monitor"):
+        found = find_batch_size(run, make_batch, limit=64)
+    assert found.size == 9
+    assert caplog.text == ""
+    assert run.monitor.alarms == ()
+    assert run.step(make_batch(found.size)).status == "applied"
+
+
+def test_a_step_that_counts_is_part_of_what_is_tried() -> None:
+    """Of compiled code it runs uncompiled, and holds what eager code holds; it is the first step of a training."""
+    depths = Log()
+
+    class Counted(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            depths.append(torch._C._len_torch_dispatch_stack())
+            if depths[-1] and len(x) > 9:
+                raise torch.OutOfMemoryError("no room to count")
+            return super().forward(x)
+
+    run = trainer(Counted(13))
+    assert find_batch_size(run, make_batch, limit=64).size == 9
+    assert run.step(make_batch(9)).status == "applied"
+
+
+class Scores(Model):
+    """Runs out of memory above so many samples where its last layer multiplies for all of them."""
+
+    multiplied = 5
+
+    def __init__(self, room: int) -> None:
+        super().__init__(room)
+        self.last.register_forward_hook(self._look)
+
+    def _look(self, _layer: nn.Module, args: Any, output: Any) -> None:
+        if not is_pending(output) and len(output) > self.multiplied:
+            raise torch.OutOfMemoryError("no room for the scores")
+
+
+def test_a_small_batch_that_was_tried_decides_nothing_for_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 'auto' a loss is fused where its scores are large, which the first batch decides for all that follow."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 3 * 4)
+    monkeypatch.setattr(fused_loss, "COMPARED_ROWS", 1)
+    run = trainer(Scores(30), fused_loss="auto")
+    found = find_batch_size(run, make_batch, start=2, limit=64)
+    assert found.size == 30
+    compute: Any = run.stepper.compute
+    assert (compute.layer, compute.why) == (None, "")
+    assert run.step(make_batch(30)).status == "applied"
+    assert compute.layer is run.model.last
+
+
+def test_a_trainer_that_has_made_steps_goes_on_as_those_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 3 * 4)
+    run = trainer(Scores(30), fused_loss="auto")
+    run.step(make_batch(2))  # whose scores are small
+    found = find_batch_size(run, make_batch, start=2, limit=64)
+    assert found.size == Scores.multiplied
+    assert run.step(make_batch(found.size)).status == "applied"
+
+
+class Blocks(Model):
+    def __init__(self) -> None:
+        super().__init__(1000)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_are_chosen_by_each_size_that_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, original = Log(), budget_module.measure_blocks
+
+    def measure(model: Any, *rest: Any) -> Any:
+        found = original(model, *rest)
+        measured.append(model.sizes[-1])
+        return found
+
+    monkeypatch.setattr(budget_module, "measure_blocks", measure)
+    run = trainer(Blocks(), activation_memory_budget=0.01)
+    find_batch_size(run, make_batch, start=4, limit=20)
+    assert measured == [4, 4, 8, 16, 20, 20]  # one to warm up, each size, and to confirm
+    run.step(make_batch(20))
+    assert measured[-1] == 20
+    assert len(measured) == 7
+
+
+def test_what_is_decided_in_a_trial_is_no_decision_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(Blocks(), activation_memory_budget=0.01)
+    with caplog.at_level("INFO", "deepseek_mp.decisions"):
+        find_batch_size(run, make_batch, limit=20)
+    assert "recomputed" not in caplog.text
+
+
+def test_the_trainer_knows_what_was_confirmed(budget: float) -> None:
+    run = trainer(Model(1000), "bf16", memory=budget)
+    found = find_batch_size(run, make_batch, limit=500)
+    assert run.confirmed is not None
+    assert (run.confirmed.samples, run.confirmed.measures) == (found.size, found.measures)
+    assert run.confirmed.peak_bytes == run.confirmed.limit_bytes == 500 * MIB
+    plain = trainer(Model(13))
+    find_batch_size(plain, make_batch, limit=64)
+    plain.model.room = 0
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory") as caught:
+        plain.step(make_batch(13))
+    assert "find_batch_size saw steps of 13 samples go through" in caught.value.__notes__[0]
+
+
+def test_the_first_step_takes_what_was_confirmed_where_weighing_finds_less(
+    budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weighing makes other trials than the search: one of them may fail, or go another way."""
+    run = trainer(Model(1000), "bf16", memory=budget)
+    found = find_batch_size(run, make_batch, limit=500)
+    monkeypatch.setattr(memory_trials, "weigh", lambda base, alone, scale: ())
+    assert run.step(make_batch(found.size)).status == "applied"
+    assert run.memory is not None
+    assert run.memory.taken == found.measures
+    assert run.memory.after_bytes <= run.memory.limit_bytes
+
+
+def test_a_first_step_that_needs_more_than_was_confirmed_says_so(budget: float) -> None:
+    run = trainer(Model(1000), "bf16", memory=budget)
+    find_batch_size(run, make_batch, limit=500)
+    run.model.room = 70  # something else holds memory now
+    with pytest.raises(ConfigError, match=r"Before, find_batch_size saw steps of 80 samples go through with .*larger"):
+        run.step(make_batch(80))

@@ -208,7 +208,7 @@ def test_an_optimizer_that_had_begun_to_write_is_told_of() -> None:
     run.optimizer.fails = True
     with pytest.raises(torch.OutOfMemoryError, match="out of memory") as caught:
         run.step(batch(SIZE))
-    (note,) = caught.value.__notes__
+    note, _ = caught.value.__notes__
     assert "had begun to change its parameters" in note
     assert "Load a checkpoint" in note
 
@@ -217,7 +217,7 @@ def test_one_that_had_not_is_not() -> None:
     run = trainer(Model("forward"))
     with pytest.raises(torch.OutOfMemoryError, match="out of memory") as caught:
         run.step(batch(SIZE + 1))
-    assert not hasattr(caught.value, "__notes__")
+    assert "had begun" not in "".join(caught.value.__notes__)
 
 
 def test_callbacks_are_told_of_steps_that_were_made_only() -> None:

@@ -18,8 +18,9 @@ from deepseek_mp.nn import chunked_loss
 from deepseek_mp.optim import AdamW
 from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Reason
+from deepseek_mp.trainer import budget, memory_trials
 from deepseek_mp.trainer import compile as compile_module
-from deepseek_mp.trainer import memory_trials
+from deepseek_mp.trainer.fused_loss import FusedLoss
 from deepseek_mp.trainer.memory_measures import UNCOUNTED
 from deepseek_mp.trainer.memory_report import GIB
 from deepseek_mp.trainer.memory_trials import Gauge
@@ -422,3 +423,54 @@ def test_who_offloads_already_is_not_told_to() -> None:
     plain = MixedPrecisionTrainer(Model(), "fp32", device="cpu", memory=1e-6)
     with pytest.raises(ConfigError, match=r"on the host \(optimizer=optim.offload.OffloadedOptimizer\)\."):
         plain.step(batch())
+
+
+# -- the trial and the step -------------------------------------------------------------------------------
+
+
+class Blocks(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_the_first_step_is_computed_by_what_computed_the_trial(
+    gauge: MadeUp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a trial has decided by the batch is not decided again: a second look might come out otherwise."""
+    in_trials, original = [], budget.measure_blocks
+
+    def measure(*args: Any) -> Any:
+        in_trials.append(run.memory is None)
+        return original(*args)
+
+    monkeypatch.setattr(budget, "measure_blocks", measure)
+    run = trainer(700, Blocks(), activation_memory_budget=0.01)
+    with caplog.at_level(logging.INFO, "deepseek_mp.decisions"):
+        run.step(batch())
+        run.step(batch())
+    assert run.memory.taken == ("states=8bit",)
+    assert run.recomputed_blocks is not None
+    assert all(in_trials)
+    assert len([r for r in caplog.records if "of 2 blocks are computed again" in r.getMessage()]) == 1
+
+
+def test_a_loss_whose_scores_are_small_in_a_part_of_the_batch_is_tried_in_the_whole(
+    gauge: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measures are weighed on what goes through as it is."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 3 * 4)
+    model = model_with_room(monkeypatch, as_it_is=4, setting="options")
+    gauge.saves = {"fused": 500}
+    run = trainer(600, model)
+    run.step(batch())
+    assert run.memory.timed_samples == 4
+    assert "fused_loss=auto" in run.memory.taken
+    assert type(run.stepper.compute) is FusedLoss
+    assert run.stepper.compute.layer is run.model.last

@@ -28,6 +28,16 @@ def test_a_call_goes_through_or_runs_out_of_memory_and_other_errors_are_the_call
         goes_through(lambda: (_ for _ in ()).throw(RuntimeError("mine")), CPU)
 
 
+def test_memory_that_ran_out_is_found_below_what_a_library_makes_of_it() -> None:
+    def wraps() -> None:
+        try:
+            ran_out()
+        except torch.OutOfMemoryError as error:
+            raise ValueError("the layer failed") from error
+
+    assert not goes_through(wraps, CPU)
+
+
 def test_what_pytorch_has_lost_in_a_backward_did_not_go_through() -> None:
     """A checkpointed part that runs out of memory ends so; another `SystemError` is the caller's."""
     lost = SystemError("<built-in method run_backward of ...> returned NULL without setting an exception")
