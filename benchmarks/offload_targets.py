@@ -9,9 +9,25 @@ Cases = Mapping[str, Mapping[str, Any]]
 
 FREED, SLOWER, PREDICTED, HIDDEN = 0.60, 1.10, 0.15, 0.80
 TORCHAO = {
-    "torchao": ("sync", "speculative", "sync-without-undo", "speculative-65", "immediate", "immediate-65"),
+    "torchao": (
+        "sync",
+        "speculative",
+        "sync-without-undo",
+        "speculative-65",
+        "immediate",
+        "immediate-65",
+        "immediate-60",
+    ),
     "torchao-gradients": ("sync", "speculative", "sync-without-undo"),
-    "torchao-4": ("sync-4", "speculative-4", "delayed-4", "speculative-4-65", "immediate-4", "immediate-4-65"),
+    "torchao-4": (
+        "sync-4",
+        "speculative-4",
+        "delayed-4",
+        "speculative-4-65",
+        "immediate-4",
+        "immediate-4-65",
+        "immediate-4-60",
+    ),
     "fp32-torchao": (
         "fp32-sync",
         "fp32-speculative",
@@ -23,11 +39,19 @@ TORCHAO = {
 }
 """Arms of torchao, and those of ours that train the same. All of ours but 'delayed' have the numbers of AdamW; torchao
 keeps no state to take a step back, and of BF16 weights no masters."""
-ACCUMULATING = ("sync-4", "speculative-4", "delayed-4", "speculative-4-65", "immediate-4", "immediate-4-65")
+ACCUMULATING = (
+    "sync-4",
+    "speculative-4",
+    "delayed-4",
+    "speculative-4-65",
+    "immediate-4",
+    "immediate-4-65",
+    "immediate-4-60",
+)
 MEMORY = (
     ("device", "sync"), ("device", "speculative-65"), ("device-4", "sync-4"), ("device-4", "delayed-4"),
     ("device-4", "speculative-4-65"), ("device", "immediate"), ("device", "immediate-65"),
-    ("device-4", "immediate-4"), ("device-4", "immediate-4-65"),
+    ("device-4", "immediate-4"), ("device-4", "immediate-4-65"), ("device", "immediate-60"), ("device-4", "immediate-4-60"),
 )  # fmt: skip
 """Arms on the device, and those whose state is compared with theirs."""
 LATE = {"speculative": "sync", "delayed": "sync", "speculative-4": "sync-4", "delayed-4": "sync-4"}

@@ -3,7 +3,7 @@
 from deepseek_mp.backends.base import Backend
 from deepseek_mp.backends.capabilities import Capabilities, Combination, Identity
 from deepseek_mp.backends.contexts import autocast, fp32_mode, math_mode
-from deepseek_mp.backends.detect import backend_for, capabilities, default_device
+from deepseek_mp.backends.detect import backend_for, capabilities, default_device, numbered
 from deepseek_mp.backends.low_precision import formats_of, fp8_recipe, nearest_recipe
 from deepseek_mp.backends.measure import (
     available_memory_bytes,
@@ -33,6 +33,7 @@ __all__ = [
     "fp32_mode",
     "math_mode",
     "nearest_recipe",
+    "numbered",
     "overflow_seen",
     "peak_memory_bytes",
     "peak_reserved_bytes",

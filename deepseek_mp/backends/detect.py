@@ -135,11 +135,15 @@ def backend_for(device: Device) -> Backend:
 
 def capabilities(device: Device) -> Capabilities:
     """What a device can do; `ConfigError` when this machine does not have it. Remembered per device."""
+    return remembered(backend_for(device), numbered(device))
+
+
+def numbered(device: Device) -> torch.device:
+    """A device with its number, which is the current one's where none is given; as it is where none is in use."""
     where = as_device(device)
-    backend = backend_for(where)
-    if where.index is None and where.type != "cpu" and backend.is_available() and _is_current_accelerator(where):
-        where = torch.device(where.type, torch.accelerator.current_device_index())
-    return remembered(backend, where)
+    if where.index is not None or where.type == "cpu" or not backend_for(where).is_available():
+        return where
+    return torch.device(where.type, torch.accelerator.current_device_index()) if _is_current_accelerator(where) else where
 
 
 @cache

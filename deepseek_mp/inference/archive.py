@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from deepseek_mp.backends import capabilities, default_device, math_mode
+from deepseek_mp.backends import capabilities, default_device, math_mode, numbered
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
 from deepseek_mp.inference.beside import Group, lay_named_beside, lay_program_beside
 from deepseek_mp.inference.card import Card
@@ -163,7 +163,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         CheckpointError: the file is missing, damaged, of another version or origin, or asks for code.
         ConfigError: there is no such device.
     """
-    place = default_device() if device is None else torch.device(device)
+    place = numbered(default_device() if device is None else torch.device(device))  # as tensors there say themselves
     capabilities(place)  # says so where there is none
     program, about = read(path, ABOUT)
     _check_version(path, about)

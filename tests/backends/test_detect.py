@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_mp.backends import Capabilities, backend_for, capabilities, default_device
+from deepseek_mp.backends import Capabilities, backend_for, capabilities, default_device, detect, numbered
 from deepseek_mp.backends.capabilities import table
 from deepseek_mp.backends.detect import BUILT_IN, GROUP, as_device
 from deepseek_mp.errors import ConfigError
@@ -221,3 +221,15 @@ def test_a_broken_plugin_is_skipped_with_one_warning(
     assert len(messages) == 1
     assert messages[0].startswith(f"backend plug-in 'acme' ({target}) does not work and is skipped")
     assert why in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu"), ("meta", "meta"), ("xpu", "xpu")]
+)
+def test_a_device_in_use_without_a_number_is_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, found: str
+) -> None:
+    monkeypatch.setattr(type(backend_for("cuda")), "is_available", lambda self: True)
+    monkeypatch.setattr(detect, "_is_current_accelerator", lambda device: device.type == "cuda")
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    assert str(numbered(name)) == found

@@ -141,6 +141,6 @@ def launches(call, x):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         call(x)
         torch.cuda.synchronize()
-    kernels = [event for event in profiled.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert kernels
     return len(kernels)

@@ -10,7 +10,7 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.controller import LossScaler
-from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, calibrate, immediate_step
+from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, calibrate
 from deepseek_mp.optim.offload import lanes as lanes_module
 from deepseek_mp.optim.offload.lanes import DirectLanes, StreamLanes, lanes_for
 
@@ -100,8 +100,6 @@ def test_streams_give_the_numbers_of_copies_that_wait(mode, dtype, cast):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_part_that_the_device_steps_while_weights_go_up_in_pieces(monkeypatch, dtype):
-    """Two on their way at a time, the one that forward reads first before others, each in several pieces."""
-    monkeypatch.setattr(immediate_step, "ON_THE_WAY", 2)
     monkeypatch.setattr(lanes_module, "STAGED_BYTES", 300_000)
     slow, fast = model(dtype), model(dtype)
     options = {"mode": "immediate", "undo": False, "check_finite": False, "free_bytes": 12 << 20}

@@ -36,7 +36,7 @@ class Arena:
 
 
 class Scratch(threading.local):
-    """Memory for what is needed for a moment only, one block for each thread, in huge pages as arenas are."""
+    """Memory for what is needed for a moment only, one block for each thread."""
 
     def __init__(self) -> None:
         self._flat = torch.empty(0)
@@ -44,7 +44,7 @@ class Scratch(threading.local):
     def of(self, values: int) -> Tensor:
         """fp32 [values], of any content, until the thread asks again."""
         if self._flat.numel() < values:
-            self._flat = _pageable(values, torch.float32)
+            self._flat = torch.empty(values)
         return self._flat[:values]
 
 

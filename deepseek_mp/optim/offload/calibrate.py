@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -77,13 +78,15 @@ def calibrate(
     sent, received = typical(down, end, clock), typical(up, end, clock)
     work = HostWork(step_values, clock)
     work.grow(end)
-    land, keep, step = work.typical(max(seconds - (clock() - begun), 0.0))
+    land, check, keep, step = work.typical(max(seconds - (clock() - begun), 0.0))
+    landed = work.values * landing_bytes(WIRES["bf16"])
     return Rates(
         down=values * FP32_BYTES / sent,
         up=values * FP32_BYTES / received,
         cpu=work.values * STEP_BYTES / step,
         keep=work.values * KEEP_BYTES / keep,
-        land=work.values * landing_bytes(WIRES["bf16"]) / land,
+        land=landed / land,
+        check=landed / check,
     )
 
 
@@ -121,31 +124,32 @@ class HostWork:
             now = self._clock()
             longest, before = max(longest, now - before), now
 
-    def typical(self, seconds: float) -> tuple[float, float, float]:
-        """Medians of the times to land gradients, to keep the state and to step, each of all chunks."""
+    def typical(self, seconds: float) -> tuple[float, ...]:
+        """Medians of the times to land gradients, to land them with their norm, to keep the state and to step.
+
+        Each of all chunks. The first round, in which threads wake up, is not counted, unless time is up after it.
+        """
         begun = before = self._clock()
-        rounds: list[tuple[float, float, float]] = []
+        rounds: list[tuple[float, ...]] = []
         longest = 0.0
         while not rounds or before - begun + longest <= seconds:
             rounds.append(self._round(self._chunks))
             now = self._clock()
             longest, before = max(longest, now - before), now
-        land, keep, step = (median(times) for times in zip(*rounds, strict=True))
-        return land, keep, step
+        return tuple(median(times) for times in zip(*(rounds[1:] or rounds), strict=True))
 
-    def _round(self, chunks: list[HostChunk]) -> tuple[float, float, float]:
+    def _round(self, chunks: list[HostChunk]) -> tuple[float, ...]:
         times = [self._clock()]
-        for action in (self._land, self._keep, self._step):
+        for action in (self._land, partial(self._land, measure=True), self._keep, self._step):
             action(chunks)
             times.append(self._clock())
-        land, keep, step = (end - start for start, end in pairwise(times))
-        return land, keep, step
+        return tuple(end - start for start, end in pairwise(times))
 
-    def _land(self, chunks: list[HostChunk]) -> None:
+    def _land(self, chunks: list[HostChunk], *, measure: bool = False) -> None:
         for chunk in chunks:
             for slot in chunk.slots:
                 slot.master.grad, slot.pending = None, True
-        in_turn(chunks, lambda chunk: chunk.begin_land(self._lanes, measure=True), _nothing, self._memory.crew)
+            chunk.land(self._lanes, measure=measure)
 
     def _keep(self, chunks: list[HostChunk]) -> None:
         for job in [chunk.keep_ahead() for chunk in chunks]:

@@ -57,10 +57,6 @@ class CompressedDown:
         else:
             self._lanes.land(mark)
 
-    def has_ended(self, mark: Any) -> bool:
-        """A gradient is expanded when somebody waits for it."""
-        return not isinstance(mark, _Compressed) and self._lanes.has_ended(mark)
-
 
 def compressed_gradients(
     placement: Placement, lanes: Callable[[torch.device], Lanes] = lanes_for

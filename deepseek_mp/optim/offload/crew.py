@@ -133,8 +133,8 @@ def _end_all() -> None:
             thread.join()
 
 
-TEAMS = 8
-"""So many, or more where that leaves fewer threads over; below twice as many threads each is a team."""
+TEAMS = 4
+"""So many, or one more where that leaves fewer threads over; below twice as many threads each is a team."""
 
 
 class Crew:

@@ -19,10 +19,9 @@ from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.pieces import Block, Piece, Slot, blocks, state_of
 from deepseek_mp.optim.offload.verdict import Scaling
 
-BLOCK = 1 << 19
-"""Values for each thread of a team, which works on them before it takes the next ones: many for each call, as Python
-does those of one team at a time, and still shared out evenly. Fewer would fit into a cache, but Python would be too
-slow for them. A multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
+BLOCK = 1 << 18
+"""Values for each thread of a team, which works on them before it takes the next ones: many for each call, and still
+shared out evenly. A multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,6 @@ class Given:
 
 class Stepping(UnderWay):
     """A step of a chunk that is under way."""
-
-
-class Landing(UnderWay):
-    """Gradients of a chunk that are added up."""
 
 
 class HostChunk:
@@ -149,12 +144,8 @@ class HostChunk:
 
         Args:
             lanes: that they come by.
-            measure: take their norms, too.
+            measure: take their norms, too, while they are in a cache.
         """
-        self.begin_land(lanes, measure=measure).end()
-
-    def begin_land(self, lanes: Lanes, *, measure: bool = False) -> Landing:
-        """Begin what `land` does, when the gradients on their way are there."""
         arrived = [slot for slot in self.slots if slot.pending]
         for slot in arrived:
             lanes.land(slot.mark)
@@ -170,15 +161,13 @@ class HostChunk:
                     if measure:
                         norms[piece] = piece.norms(piece.slot.total, self._crew.width)
 
-        def landed() -> None:
-            for slot in arrived:
-                if slot in first:
-                    slot.master.grad = slot.total
-                if measure:
-                    self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
-            self._used(arrived)  # last, so that an interrupt loses nothing
-
-        return Landing(self._crew.begin([partial(add, block) for block in self._blocks] if arrived else []), landed)
+        self._crew.run([partial(add, block) for block in self._blocks] if arrived else [])
+        for slot in arrived:
+            if slot in first:
+                slot.master.grad = slot.total
+            if measure:
+                self._landed[slot] = Landed.of(slot.total, [norms[p] for p in self._pieces[slot]])
+        self._used(arrived)  # last, so that an interrupt loses nothing
 
     def _add(self, piece: Piece, *, first: bool) -> None:
         """Once, whoever tries again."""

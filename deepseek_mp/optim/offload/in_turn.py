@@ -1,4 +1,4 @@
-"""The host's work on one chunk after the other: some are begun before the one in front of them is waited for.
+"""The host's work on one chunk after the other: the next one is begun before the one in front of it is waited for.
 
 So no thread of the crew waits while a chunk that is done is looked after.
 """
@@ -12,9 +12,8 @@ from typing import TypeVar
 
 from deepseek_mp.optim.offload.crew import Crew, Job
 
-AHEAD = 2
-"""Chunks that are begun ahead. The blocks of one chunk are about as many as there are teams, and all of them are taken
-when the chunk in front is done: with one chunk ahead, teams would wait until the next is begun."""
+AHEAD = 1
+"""Chunks that are begun ahead."""
 
 Item = TypeVar("Item")
 

@@ -36,9 +36,6 @@ class Lanes(Protocol):
     def land(self, mark: Any) -> None:
         """Let the host wait for a copy."""
 
-    def has_ended(self, mark: Any) -> bool:
-        """Whether a copy has ended; waits for nothing."""
-
 
 class DirectLanes:
     """Copies that have ended when the call returns: CPUs, and devices without streams. Marks are None."""
@@ -55,9 +52,6 @@ class DirectLanes:
 
     def land(self, mark: None) -> None:
         """Nothing to wait for."""
-
-    def has_ended(self, mark: None) -> bool:
-        return mark is None
 
 
 class StreamLanes:
@@ -90,9 +84,6 @@ class StreamLanes:
 
     def land(self, mark: Any) -> None:
         mark.synchronize()
-
-    def has_ended(self, mark: Any) -> bool:
-        return bool(mark.query())
 
     def _current(self) -> Any:
         return self._module.current_stream(self._device)

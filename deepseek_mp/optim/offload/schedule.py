@@ -80,12 +80,14 @@ class Rates:
     keep: float | None = None
     """Through the copies of the state before a step, at `KEEP_BYTES` a value; None: as `cpu`."""
     land: float | None = None
-    """Through gradients that are taken over, with their norm, at `landing_bytes` a value; None: as `cpu`."""
+    """Through gradients that are taken over, at `landing_bytes` a value; None: as `cpu`."""
+    check: float | None = None
+    """The same, with their norm; None: as `land`."""
 
     def __post_init__(self) -> None:
-        for name in ("down", "up", "cpu", "keep", "land"):
+        for name in ("down", "up", "cpu", "keep", "land", "check"):
             value = getattr(self, name)
-            if not (value is None and name in ("keep", "land")) and not (value > 0 and math.isfinite(value)):
+            if not (value is None and name in ("keep", "land", "check")) and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(explain(f"{name}={value!r} bytes/s", "positive numbers", "Measure with calibrate()"))
 
 
@@ -105,6 +107,9 @@ class Work:
     """Whether the state before the step is kept, so that it can be taken back; False in mode 'immediate'."""
     cast: bool = False
     """Whether the host rounds weights to BF16 before it sends them; else it sends FP32."""
+    check: bool = True
+    """Whether the last gradients are checked for numbers that are not finite, by a norm taken as they land; not in mode
+    'immediate', nor where they are clipped."""
     clip: bool = False
     """Whether gradients are clipped by their norm, which is taken when all are there then."""
 
@@ -226,6 +231,14 @@ def _arrival_bytes(work: Work) -> float:
     return wire + (0 if first else FP32_BYTES) + (WIDENED_BYTES if wire < FP32_BYTES else 0)
 
 
+def _landing_rate(rates: Rates, work: Work) -> float:
+    """Of the last micro-batch's gradients. In 'immediate' they are a part of the step."""
+    if work.mode == "immediate":
+        return rates.cpu
+    land = rates.land or rates.cpu
+    return (rates.check or land) if work.check and not work.clip else land
+
+
 def _step_bytes(work: Work) -> float:
     return STEP_BYTES + CAST_BYTES * work.cast - (FP32_BYTES if work.mode == "immediate" else 0)
 
@@ -238,14 +251,15 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     gradients' norm is known, after backward, so it is in the tail. In 'speculative' and 'immediate' it runs beside the
     last backward, in 'delayed' beside the whole next window. What the chunk that arrives last needs then follows
     backward, unless the host has more to do anyway. Weights go up behind backward, beside the rest of the host's step
-    and the next forward; the last chunk's way is in the tail.
+    and the next forward, but in 'immediate', where those that forward reads first go last; the last chunk's way is in
+    the tail.
 
     The host's work is taken as bytes moved at the rates of its parts, as all of it is bound by memory.
     """
     values = sum(chunk.values for chunk in placed.host)
     last = placed.host[-1].values if placed.host else 0
     wire, land = WIRES[work.wire], rates.land or rates.cpu
-    landing = _arrival_bytes(work) / (rates.cpu if work.mode == "immediate" else land)
+    landing = _arrival_bytes(work) / _landing_rate(rates, work)
     norm = NORM_BYTES * work.clip / rates.cpu
     stepping = _step_bytes(work) / rates.cpu
     keeping = KEEP_BYTES * work.keep / (rates.keep or rates.cpu)
@@ -264,7 +278,7 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     hidden = max(arrived, begun + values * beside, busy)
     tail = last * up + values * (norm + stepping * (work.mode == "sync"))
     sent = work.forward_backward + values * up
-    total = max(hidden + tail, sent - forward) + on_device
+    total = max(hidden + tail, sent - forward * (work.mode != "immediate")) + on_device
     return Prediction(
         device=work.forward_backward + on_device,
         down=work.micro_steps * down,

@@ -66,15 +66,15 @@ class SpeculativeStep(SyncStep):
         for slot in chunk.slots:
             slot.adopt()
         guess = Guess(scaling=self._scaling, options=rule.options(self.parts.owner().param_groups))
-        guess.landed = self._lander.submit(self._take, chunk, guess)  # beside the step of the chunk before
+        guess.landed = self._worker.submit(self._take, chunk, guess)
         guess.stepped = self._worker.submit(self._speculate, chunk, guess)
         self._guesses[chunk.number] = guess  # not before it is sure that somebody works on it
 
     def land(self) -> None:
-        self._land_all(chunk for chunk in self.parts.chunks if chunk.number not in self._guesses)
         for chunk in self.parts.chunks:
             guess = self._guesses.get(chunk.number)
             if guess is None:
+                self._land(chunk)
                 continue
             error = guess.landed.exception()
             if error is not None:

@@ -14,7 +14,7 @@ from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Landing, Stepping
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Stepping
 from deepseek_mp.optim.offload.in_turn import in_turn
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.verdict import Scaling, Verdict
@@ -84,14 +84,12 @@ class SyncStep:
 
     def land(self) -> None:
         """Wait for gradients and add them."""
-        self._land_all(self.parts.chunks)
+        for chunk in self.parts.chunks:
+            self._land(chunk)
 
-    def _land_all(self, chunks: Iterable[HostChunk]) -> None:
-        def begin(chunk: HostChunk) -> Landing:
-            SyncStep.reopened(self, chunk)
-            return chunk.begin_land(self.parts.lanes, measure=self.parts.measure)
-
-        in_turn(chunks, begin, lambda _: None, self.parts.crew)
+    def _land(self, chunk: HostChunk) -> None:
+        SyncStep.reopened(self, chunk)
+        chunk.land(self.parts.lanes, measure=self.parts.measure)
 
     def forget(self) -> None:
         """The gradients of the window are not wanted."""
@@ -155,11 +153,7 @@ class SyncStep:
             begun.append(chunk)
             return self.begin_chunk(chunk, scaling, groups)
 
-        in_turn(chunks, begin, self.stepped, self.parts.crew)
-
-    def stepped(self, chunk: HostChunk) -> None:
-        """The host has stepped a chunk."""
-        self.send(chunk)
+        in_turn(chunks, begin, self.send, self.parts.crew)
 
     def prepare(self) -> None:
         """What can fail before anything is changed; and take over what others wrote into the weights."""

@@ -9,6 +9,7 @@ import torch
 from deepseek_mp.optim.offload.calibrate import CHUNKS, HostWork, calibrate, typical
 from deepseek_mp.optim.offload.host_chunk import HostChunk
 from deepseek_mp.optim.offload.lanes import DirectLanes
+from deepseek_mp.optim.offload.pieces import Piece
 
 module = importlib.import_module("deepseek_mp.optim.offload.calibrate")  # the package has the function by this name
 
@@ -44,7 +45,7 @@ def test_rates_are_bytes_per_second():
     )
     assert found.down == pytest.approx(4000 / 0.25, rel=0.01)
     assert found.up == pytest.approx(4000 / 0.5, rel=0.01)
-    assert min(found.cpu, found.keep, found.land) > 4000
+    assert min(found.cpu, found.keep, found.land, found.check) > 4000
 
 
 def _ticking(clock):
@@ -57,17 +58,19 @@ def _ticking(clock):
 
 def test_runs_on_this_machine():
     found = calibrate("cpu", seconds=0.05, values=1 << 16, step_values=1 << 16)
-    assert min(found.down, found.up, found.cpu, found.keep, found.land) > 0
+    assert min(found.down, found.up, found.cpu, found.keep, found.land, found.check) > 0
 
 
 def test_landing_keeping_and_stepping_have_rates_of_their_own(monkeypatch):
     clock = Clock()
-    seconds = {"begin_land": 0.1, "keep_ahead": 0.3, "begin": 0.2}
+    seconds = {"land": 0.1, "keep_ahead": 0.3, "begin": 0.2}
     for name, each in seconds.items():
         monkeypatch.setattr(HostChunk, name, _timed(getattr(HostChunk, name), clock, each))
+    monkeypatch.setattr(Piece, "norms", _timed(Piece.norms, clock, 0.4))
     lanes = lambda _: TimedLanes(clock, 0.1, 0.1)  # noqa: E731
     found = calibrate("cpu", values=10, step_values=100, lanes=lanes, clock=clock, seconds=60.0)
     assert found.land == pytest.approx(100 * 10 / 0.1)
+    assert found.check == pytest.approx(100 * 10 / 0.5)
     assert found.keep == pytest.approx(100 * 36 / 0.3)
     assert found.cpu == pytest.approx(100 * 28 / 0.2)
 
@@ -93,8 +96,9 @@ def test_the_host_works_on_as_many_chunks_in_turn_as_there_is_time_to_make(monke
     monkeypatch.setattr(work, "_round", a_round)
     work.grow(0.5)
     assert (work.values, worked_on) == (100 * chunks, [1] * chunks)
-    assert work.typical(3.5 * first) == (1.0, 2.0, 3.0 + chunks + 2)
+    assert work.typical(3.5 * first) == (1.0, 2.0, 3.0 + chunks + 2.5)
     assert worked_on[chunks:] == [chunks] * 3, "all of them in each round"
+    assert work.typical(0.5 * first) == (1.0, 2.0, 3.0 + chunks + 4)
 
 
 def test_small_machines_have_few_chunks(monkeypatch):

@@ -59,7 +59,7 @@ def test_an_interrupted_start_leaves_no_thread_and_may_be_repeated(monkeypatch):
     assert sorted(done) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("threads", "teams", "width"), [(7, 7, 1), (15, 15, 1), (16, 8, 2), (28, 9, 3), (32, 8, 4)])
+@pytest.mark.parametrize(("threads", "teams", "width"), [(7, 7, 1), (8, 4, 2), (15, 5, 3), (32, 4, 8)])
 def test_many_threads_work_in_few_teams(threads, teams, width):
     """Python lets one team at a time go on to its next operation."""
     meeting, found = threading.Barrier(teams, timeout=10), []

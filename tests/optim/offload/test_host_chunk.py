@@ -343,7 +343,7 @@ def test_a_team_has_the_bits_of_pytorch_s_adamw():
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape)) for shape in ((1200, 1000), (700, 33), (5,))]
     expected = [nn.Parameter(weight.detach().clone()) for weight in weights]
-    crew = Crew(16)
+    crew = Crew(8)
     chunk, states = chunk_of(*weights, crew=crew), {}
     optimizer = torch.optim.AdamW(expected, lr=GROUP["lr"], fused=True)
     optimizer.param_groups[0].update({key: value for key, value in GROUP.items() if key != "params"})

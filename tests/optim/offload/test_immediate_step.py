@@ -7,7 +7,7 @@ import torch
 from fake_device import WORKERS, FakeLanes, LateWorker, backward, offloaded, plain, same, small_model, weights
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
-from deepseek_mp.optim.offload import OffloadSettings, host_chunk, immediate_step, rule
+from deepseek_mp.optim.offload import OffloadSettings, host_chunk, rule
 from deepseek_mp.optim.offload.pieces import Piece
 
 FREE = {"mode": "immediate", "undo": False, "check_finite": False}
@@ -63,7 +63,6 @@ def test_weights_in_bf16_have_the_numbers_of_sync(micro):
     assert same(*masters)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_chunks_are_stepped_as_they_arrive_and_none_waits_for_another(monkeypatch):
     lanes, model = FakeLanes(), small_model()
     optimizer = offloaded(model, lanes, chunk_bytes=4, **FREE)
@@ -77,63 +76,6 @@ def test_chunks_are_stepped_as_they_arrive_and_none_waits_for_another(monkeypatc
     landed, stepped, sent = (lanes.events[first::3] for first in range(3))
     assert sorted(landed) == [f"land down {i}" for i in range(8)]
     assert (stepped, sent) == (["step"] * 8, [f"up {i}" for i in range(8)])
-
-
-def sent_by(optimizer, model, lanes):
-    """Which layers' parameters went up in a step, by their place in forward."""
-    backward(model)
-    lanes.events.clear()
-    order, real = [], lanes.up
-
-    def up(targets, sources):
-        order.extend(i for i, p in enumerate(model.parameters()) for t in targets if t.data_ptr() == p.data_ptr())
-        return real(targets, sources)
-
-    lanes.up = up
-    optimizer.step()
-    del lanes.up
-    return order
-
-
-def test_what_forward_reads_first_does_not_wait_for_the_rest(monkeypatch):
-    """Two are on their way; all others are done by the time when these arrive."""
-    monkeypatch.setattr(immediate_step, "ON_THE_WAY", 2)
-    lanes, model = FakeLanes(), small_model()
-    optimizer = offloaded(model, lanes, chunk_bytes=4, **FREE)
-    assert sent_by(optimizer, model, lanes) == [7, 6, 0, 1, 2, 3, 4, 5]
-
-
-def test_each_chunk_goes_up_when_it_is_done_where_the_lane_is_free(monkeypatch):
-    monkeypatch.setattr(immediate_step, "ON_THE_WAY", 2)
-    monkeypatch.setattr(FakeLanes, "has_ended", lambda lanes, mark: True)
-    lanes, model = FakeLanes(), small_model()
-    optimizer = offloaded(model, lanes, chunk_bytes=4, **FREE)
-    assert sent_by(optimizer, model, lanes) == [7, 6, 5, 4, 3, 2, 1, 0]
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("on_the_way", "place"), [(2, 3), (8, 6)])
-def test_the_device_steps_its_part_while_the_first_weights_go_up(monkeypatch, on_the_way, place):
-    monkeypatch.setattr(immediate_step, "ON_THE_WAY", on_the_way)
-    ours, theirs = small_model(), small_model()
-    optimizer, reference = offloaded(ours, chunk_bytes=4, free_bytes=12 * 400, **FREE), plain(theirs)
-    assert len(optimizer.split.host) == 6
-    stepped, real = [], rule.step
-
-    def step(group, weights, *rest):
-        stepped.append(any(w is p for w in weights for p in ours.parameters()))
-        real(group, weights, *rest)
-
-    monkeypatch.setattr(rule, "step", step)
-    for _ in range(2):
-        backward(ours, theirs)
-        stepped.clear()
-        optimizer.step()
-        reference.step()
-        reference.zero_grad()
-        assert stepped == [number == place for number in range(7)]
-    optimizer.synchronize()
-    assert same(weights(ours), weights(theirs))
 
 
 def test_no_gradient_is_added_up_in_memory_of_its_own():

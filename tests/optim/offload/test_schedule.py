@@ -155,8 +155,21 @@ def test_a_host_that_is_late_anyway_does_not_wait_for_the_last_chunk():
     assert late.total == pytest.approx(1 / 3 + 10 * 30 / 100 + 0.1)
 
 
+def test_gradients_that_are_checked_land_at_another_rate():
+    placed, slowly = parts_of(10_000_000_000), replace(RATES, land=50e9, check=20e9)
+    for change, more in (({}, 4.0), ({"check": False}, 1.0), ({"clip": True}, 1.0), ({"mode": "immediate"}, 0.0)):
+        work = replace(WORK, **change)
+        assert predict(placed, slowly, work).host - predict(placed, RATES, work).host == pytest.approx(more)
+
+
+def test_what_forward_reads_first_is_waited_for_where_it_goes_up_last():
+    placed = parts_of(1_000_000_000)
+    found = predict(placed, replace(RATES, up=4e9), replace(WORK, mode="immediate"))
+    assert (found.total, found.after) == (pytest.approx(1.0 + 1.0), 0.0)
+
+
 def test_weights_go_up_behind_backward_and_beside_the_next_forward():
-    placed, work = parts_of(1_000_000_000), replace(WORK, mode="immediate")
+    placed, work = parts_of(1_000_000_000), replace(WORK, mode="speculative")
     found = predict(placed, replace(RATES, up=10e9), work)
     assert found.after == pytest.approx(1.0 + 0.4 - found.total)
     slow = predict(placed, replace(RATES, up=4e9), work)

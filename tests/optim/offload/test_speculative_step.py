@@ -1,7 +1,5 @@
 """`SpeculativeStep`: begins early, and has the numbers of AdamW whether or not its guess was right."""
 
-import threading
-
 import pytest
 import torch
 from fake_device import WORKERS, FakeLanes, NowWorker, backward, offloaded, plain, same, small_model, weights
@@ -12,7 +10,6 @@ from deepseek_mp.errors import ConfigError
 from deepseek_mp.optim.offload import OffloadSettings, rule
 from deepseek_mp.optim.offload.host_chunk import HostChunk
 from deepseek_mp.optim.offload.pieces import Piece
-from deepseek_mp.optim.offload.worker import ThreadWorker
 
 
 def speculative(model, lanes=None, *, worker=NowWorker, accumulation=2, **options):
@@ -239,32 +236,6 @@ def test_a_failed_step_is_taken_back_and_can_be_made_again(worker, pair, failing
     reference.step()
     optimizer.step()
     assert_equal(*four)
-
-
-def test_gradients_are_added_up_while_the_chunk_before_is_stepped(monkeypatch):
-    ours, theirs = small_model(), small_model()
-    optimizer, reference = speculative(ours, accumulation=1, worker=ThreadWorker), plain(theirs)
-    all_landed, landings, real_land, real_step = threading.Event(), [], HostChunk.land, rule.step
-
-    def land(chunk, lanes, **options):
-        real_land(chunk, lanes, **options)
-        landings.append(chunk)
-        if len(landings) == len(optimizer.split.host):
-            all_landed.set()
-
-    def step(*given):
-        assert all_landed.wait(10), "no gradient lands before the first step is made"
-        real_step(*given)
-
-    monkeypatch.setattr(HostChunk, "land", land)
-    monkeypatch.setattr(rule, "step", step)
-    backward(ours, theirs)
-    optimizer.step()
-    monkeypatch.setattr(rule, "step", real_step)
-    reference.step()
-    optimizer.synchronize()
-    assert len(landings) > 2
-    assert same(weights(ours), weights(theirs))
 
 
 def test_needs_undo():
