@@ -51,7 +51,8 @@ ACCUMULATING = (
 MEMORY = (
     ("device", "sync"), ("device", "speculative-65"), ("device-4", "sync-4"), ("device-4", "delayed-4"),
     ("device-4", "speculative-4-65"), ("device", "immediate"), ("device", "immediate-65"),
-    ("device-4", "immediate-4"), ("device-4", "immediate-4-65"), ("device", "immediate-60"), ("device-4", "immediate-4-60"),
+    ("device", "immediate-60"), ("device-4", "immediate-4"), ("device-4", "immediate-4-65"),
+    ("device-4", "immediate-4-60"),
 )  # fmt: skip
 """Arms on the device, and those whose state is compared with theirs."""
 LATE = {"speculative": "sync", "delayed": "sync", "speculative-4": "sync-4", "delayed-4": "sync-4"}

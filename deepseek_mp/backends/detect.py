@@ -143,7 +143,11 @@ def numbered(device: Device) -> torch.device:
     where = as_device(device)
     if where.index is not None or where.type == "cpu" or not backend_for(where).is_available():
         return where
-    return torch.device(where.type, torch.accelerator.current_device_index()) if _is_current_accelerator(where) else where
+    return where if not _is_current_accelerator(where) else _current(where)
+
+
+def _current(kind: torch.device) -> torch.device:
+    return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 @cache

@@ -2,7 +2,8 @@
 
 Attention of few queries becomes ours and masks are made such that PyTorch's kernels take them (`inference.attention`);
 linear layers of fewer bits that read the same input become one product (`nn.graph_linear`), or share its cast. Products
-in FP8 of a file's graph are opened to the compiler before, as those of a model's own code are.
+in FP8 of a file's graph are opened to the compiler before, as those of a model's own code are. Where the device can,
+kernels are made to be launched early (`inference.early_code`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch._dynamo  # so that its backends can be looked up before anything wa
 from torch import Tensor, fx, nn
 
 from deepseek_mp.inference import attention
+from deepseek_mp.inference.early_code import early_kernels
 from deepseek_mp.inference.form import Form
 from deepseek_mp.nn.graph_alias import described_apart
 from deepseek_mp.nn.graph_linear import join_products
@@ -31,11 +33,12 @@ class Compiler:
 
     Args:
         model: what is compiled. Not held: PyTorch may keep compilers for good.
+        device: that it is on.
         own_attention: whether attention and masks are rewritten.
     """
 
-    def __init__(self, model: nn.Module, *, own_attention: bool) -> None:
-        self._model, self.own_attention = weakref.ref(model), own_attention
+    def __init__(self, model: nn.Module, device: torch.device, *, own_attention: bool) -> None:
+        self._model, self._device, self.own_attention = weakref.ref(model), device, own_attention
         self._joined: dict[tuple[int, ...], None] = {}
         """Groups of joined layers, each by where its weights lie."""
 
@@ -48,10 +51,11 @@ class Compiler:
         share_row_casts(graph if made is None else made.graph)
         model = self._model()
         weights = set() if model is None else {one.data_ptr() for one in (*model.parameters(), *model.buffers())}
-        if made is None:
-            return compiler(graph, described_apart(graph, inputs, weights))
-        self._joined.update(dict.fromkeys(tuple(q.data_ptr() for q in group) for group in made.groups))
-        return made.taking_former(compiler(made.graph, described_apart(made.graph, made.inputs, weights)))
+        with early_kernels(self._device):
+            if made is None:
+                return compiler(graph, described_apart(graph, inputs, weights))
+            self._joined.update(dict.fromkeys(tuple(q.data_ptr() for q in group) for group in made.groups))
+            return made.taking_former(compiler(made.graph, described_apart(made.graph, made.inputs, weights)))
 
     def joined(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
         """The layers of each group that was joined in code compiled so far, by their names beside their weights."""
@@ -62,7 +66,7 @@ class Compiler:
 def compiler_for(model: nn.Module, device: torch.device, form: Form) -> Compiler | None:
     """That of a model, in a form on a device. None: nothing would be rewritten, and PyTorch's own is as good."""
     own_attention = attention.is_rewritten(device, form.format)
-    return Compiler(model, own_attention=own_attention) if own_attention or form.linear or form.layers else None
+    return Compiler(model, device, own_attention=own_attention) if own_attention or form.linear or form.layers else None
 
 
 def compiled(call: attention.Call, compiler: Compiler | None) -> Any:

@@ -16,6 +16,7 @@ import torch
 
 from deepseek_mp.backends import synchronize
 from deepseek_mp.costs.timing import current_device
+from deepseek_mp.ops.early_launch import early_launches
 
 WARM = 2
 """Calls before the one that may not wait."""
@@ -48,14 +49,14 @@ class DeviceRecorder:
         self._pool: Any = None
 
     def warm(self, call: Callable[[], Any]) -> None:
-        with self._on_side():
+        with self._on_side(), early_launches(self.device):
             for _ in range(WARM):
                 call()
             with _no_waiting(self._module):
                 call()
 
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
-        with current_device(self.device):
+        with current_device(self.device), early_launches(self.device):
             self._module.empty_cache()  # as recording does first; only then is more memory that of the recording
             before = torch.accelerator.memory_reserved(self.device)
             self._pool = self._pool or self._module.graph_pool_handle()

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.early_launch import early
 from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.few_query_attention_kernel import combine_kernel, one_row_kernel, rows_kernel
 
@@ -79,7 +80,7 @@ def few_query_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
             combine_kernel[(out.numel() // wide, triton.cdiv(wide, COMBINED))](
                 parts, marks, out, heads, queries, *out.stride()[:3],
                 DV=wide, SPLITS=plan.parts, BLOCK_S=triton.next_power_of_2(plan.parts), BLOCK_DV=COMBINED,
-                num_warps=WARPS,
+                num_warps=WARPS, **early(),
             )  # fmt: skip
     return out
 
@@ -102,7 +103,7 @@ def _launch(
     between = (*key.stride()[:3], *value.stride()[:3])
     sizes = {
         "MASK": kind, "D": width, "DV": value.shape[3], "SPLIT": plan.parts > 1, "BLOCK_L": plan.positions,
-        "BLOCK_D": _padded(width), "BLOCK_DV": _padded(value.shape[3]), "num_warps": plan.warps,
+        "BLOCK_D": _padded(width), "BLOCK_DV": _padded(value.shape[3]), "num_warps": plan.warps, **early(),
     }  # fmt: skip
     if heads == shared and queries == 1:
         one_row_kernel[(batch * shared, plan.parts)](*given, qb, qh, *between, mb, mh, ml, ob, oh, **sizes)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deepseek_mp.ops.triton.early_kernel import wait_for_those_before
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-3.4e38)
 """Nearly that of fp32."""
@@ -38,7 +40,7 @@ def one_row_kernel(
     q, k, v, mask, out, parts, marks, factor, HEADS, L,
     QB, QH, KB, KH, KL, VB, VH, VL, MB, MH, ML, OB, OH,
     MASK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query of one head, program [head of the batch, part].
 
@@ -47,6 +49,7 @@ def one_row_kernel(
     head, part, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, h = (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
     place, d, dv = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    wait_for_those_before(EARLY)
     query = tl.load(q + batch * QB + h * QH + d, mask=d < D, other=0.0).to(tl.float32) * factor
     first, step = part.to(tl.int64) * BLOCK_L, splits.to(tl.int64) * BLOCK_L
     k += batch * KB + h * KH + first * KL
@@ -98,6 +101,7 @@ def rows_kernel(
     MASK: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """All queries of the heads that share a key head, BLOCK_R rows a program, [key head of the batch, part, rows].
 
@@ -109,6 +113,7 @@ def rows_kernel(
     there = r < GROUP * QUERIES
     h, i = shared * GROUP + r // QUERIES, (r % QUERIES).to(tl.int64)
     place, d, dv = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    wait_for_those_before(EARLY)
     query = tl.load(
         q + (batch * QB + h * QH + i * QQ)[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
     )
@@ -168,13 +173,14 @@ def rows_kernel(
 @triton.jit
 def combine_kernel(
     parts, marks, out, HEADS, QUERIES, OB, OH, OQ,
-    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The parts of a row put together, program [row of all heads, block of its values]."""
     row = tl.program_id(0).to(tl.int64)
     batch, h, i = row // (HEADS * QUERIES), row // QUERIES % HEADS, row % QUERIES
     s, dv = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     at = row * SPLITS + s
+    wait_for_those_before(EARLY)
     top = tl.load(marks + at * 2, mask=s < SPLITS, other=float("-inf"))
     total = tl.load(marks + at * 2 + 1, mask=s < SPLITS, other=0.0)
     sums = tl.load(parts + at[:, None] * DV + dv[None, :], mask=(s < SPLITS)[:, None] & (dv < DV)[None, :], other=0.0)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deepseek_mp.ops.triton.early_kernel import wait_for_those_before
+
 
 @triton.jit
 def _scale_and_offset(scale, zero, n, group, there, LINE):
@@ -23,7 +25,7 @@ def _scale_and_offset(scale, zero, n, group, there, LINE):
 @triton.jit
 def int4_vector_kernel(
     x, q, scale, zero, bias, out, N, BYTES, LINE, HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [N] = weight [N, K] @ x [K] (+ bias [N]): BLOCK_N channels a program, STEPS blocks of GROUPS groups each.
 
@@ -39,6 +41,7 @@ def int4_vector_kernel(
     values_at = x + flat // HALF * (2 * HALF) + flat % HALF
     total = tl.zeros([BLOCK_N, GROUPS, HALF], dtype=tl.float32)
     offsets = tl.zeros([BLOCK_N, GROUPS], dtype=tl.float32)
+    wait_for_those_before(EARLY)
     for step in range(STEPS):
         first = step * GROUPS
         inside = flat < BYTES - first * HALF
@@ -62,6 +65,7 @@ def int4_vector_kernel(
 def int4_matrix_kernel(
     x, q, scale, zero, bias, out, M, N, BYTES, LINE, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K].T (+ bias [N]): a tile a program, those of the same channels next.
 
@@ -76,6 +80,7 @@ def int4_matrix_kernel(
     weights_at = q + n.to(tl.int64)[:, None] * BYTES + flat[None, :]
     values_at = x + m.to(tl.int64)[None, :] * (2 * BYTES) + (flat // HALF * (2 * HALF) + flat % HALF)[:, None]
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    wait_for_those_before(EARLY)
     for step in range(STEPS):
         first = step * GROUPS
         inside = flat < BYTES - first * HALF

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.early_launch import early
 from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.int4_kernel import int4_matrix_kernel, int4_vector_kernel
 from deepseek_mp.ops.triton.weight_only import DTYPES, Tiling
@@ -44,7 +45,8 @@ def int4_linear(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, bias: 
             count = _BYTES // half
             int4_vector_kernel[(triton.cdiv(channels, _CHANNELS),)](
                 *given, channels, width // 2, scale.stride(0), HAS_BIAS=bias is not None,
-                BLOCK_N=_CHANNELS, GROUPS=count, HALF=half, STEPS=triton.cdiv(groups, count), num_warps=_WARPS,
+                BLOCK_N=_CHANNELS, GROUPS=count, HALF=half, STEPS=triton.cdiv(groups, count),
+                num_warps=_WARPS, **early(),
             )  # fmt: skip
         else:
             tiling = next((tiling for tiling in TILINGS if rows <= tiling.m), TILINGS[-1])
@@ -52,6 +54,6 @@ def int4_linear(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, bias: 
             int4_matrix_kernel[(triton.cdiv(rows, tiling.m) * triton.cdiv(channels, tiling.n),)](
                 *given, rows, channels, width // 2, scale.stride(0), HAS_BIAS=bias is not None,
                 BLOCK_M=tiling.m, BLOCK_N=tiling.n, GROUPS=count, HALF=half, STEPS=triton.cdiv(groups, count),
-                num_warps=tiling.warps, num_stages=tiling.stages,
+                num_warps=tiling.warps, num_stages=tiling.stages, **early(),
             )  # fmt: skip
     return out

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from deepseek_mp.ops.early_launch import early
 from deepseek_mp.ops.layouts import padded_rows
 from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.row_cast_kernel import row_cast_kernel
@@ -35,6 +36,6 @@ def row_cast(x: Tensor) -> tuple[Tensor, Tensor]:
             row_cast_kernel[(padded,)](
                 x, values.view(torch.uint8), scale, count, width, LARGEST=find_format("fp8_e4m3").max, BLOCK=block,
                 STEPS=triton.cdiv(width, block), PTX=x.is_cuda and torch.version.hip is None,
-                num_warps=min(8, max(1, block // (32 * _VALUES))),
+                num_warps=min(8, max(1, block // (32 * _VALUES))), **early(),
             )  # fmt: skip
     return values, scale

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from deepseek_mp.ops.triton.cast_kernel import fp8_bytes, larger, scales
+from deepseek_mp.ops.triton.early_kernel import wait_for_those_before
 
 
 @triton.jit
@@ -14,10 +15,14 @@ def _part(x, k, row, M, K):
 
 
 @triton.jit(do_not_specialize=["M"])
-def row_cast_kernel(x, q, s, M, K, LARGEST: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr):
+def row_cast_kernel(
+    x, q, s, M, K,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """q[row], s[row] of x [M, K]; rows from M on are zeros. See `ops.schema.quantise` for scales and NaN."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
+    wait_for_those_before(EARLY)
     value = _part(x, k, row, M, K)
     size = tl.abs(value)
     for step in range(1, STEPS):

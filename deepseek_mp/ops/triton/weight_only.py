@@ -13,8 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from deepseek_mp.backends.early_launch import can_launch_early
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.early_launch import early
 from deepseek_mp.ops.triton.current_device import on_device
+from deepseek_mp.ops.triton.paired_kernel import VALUES, paired_vector_kernel
 from deepseek_mp.ops.triton.weight_only_kernel import matrix_kernel, vector_kernel
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -34,7 +37,9 @@ LINES = {
     torch.float8_e4m3fn: Lines(channels=8, width=1024, warps=2),
 }
 AT_ONCE = 4
-"""Steps that a program has as code of their own, so that it stays in the cache of instructions."""
+"""Steps that a program has as code of their own, so that loads of several are under way."""
+PAIRED, PAIRED_AT_ONCE = Lines(channels=16, width=1024, warps=4), 12
+"""Those of the kernel that multiplies pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +73,43 @@ def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None)
         return out
     given = (x, q, scale, scale if bias is None else bias.contiguous(), out)
     with on_device(x.device):
-        if rows == 1:
+        if rows == 1 and _is_paired(x, q):
+            _paired(*given, has_bias=bias is not None)
+        elif rows == 1:
             lines = LINES[q.dtype]
-            steps = triton.cdiv(width, lines.width)
-            turns = triton.cdiv(steps, AT_ONCE)
+            turns, steps = _turns(width, lines, AT_ONCE)
             vector_kernel[(triton.cdiv(channels, lines.channels),)](
                 *given, channels, width, HAS_BIAS=bias is not None, BLOCK_N=lines.channels, BLOCK_K=lines.width,
-                TURNS=turns, STEPS=triton.cdiv(steps, turns), num_warps=lines.warps,
+                TURNS=turns, STEPS=steps, num_warps=lines.warps, **early(),
             )  # fmt: skip
         else:
             tiling = next((tiling for tiling in TILINGS if rows <= tiling.m), TILINGS[-1])
             matrix_kernel[(triton.cdiv(rows, tiling.m) * triton.cdiv(channels, tiling.n),)](
                 *given, rows, channels, width, HAS_BIAS=bias is not None,
                 BLOCK_M=tiling.m, BLOCK_N=tiling.n, BLOCK_K=tiling.k, STEPS=triton.cdiv(width, tiling.k),
-                num_warps=tiling.warps, num_stages=tiling.stages,
+                num_warps=tiling.warps, num_stages=tiling.stages, **early(),
             )  # fmt: skip
     return out
+
+
+def _is_paired(x: Tensor, q: Tensor) -> bool:
+    """Whether the kernel that multiplies pairs takes these: BF16, whole words, and a device with its instructions."""
+    whole = x.shape[1] % VALUES.value == 0 and x.data_ptr() % 8 == 0 and q.data_ptr() % 8 == 0
+    return whole and x.dtype is torch.bfloat16 and can_launch_early(x.device)
+
+
+def _paired(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor, out: Tensor, *, has_bias: bool) -> None:
+    (channels, width), lines = q.shape, PAIRED
+    turns, steps = _turns(width, lines, PAIRED_AT_ONCE)
+    paired_vector_kernel[(triton.cdiv(channels, lines.channels),)](
+        x.view(torch.int64), q.view(torch.int64), scale, bias, out, channels, width // VALUES.value,
+        HAS_BIAS=has_bias, IS_INT8=q.dtype is torch.int8, BLOCK_N=lines.channels,
+        BLOCK_W=lines.width // VALUES.value, TURNS=turns, STEPS=steps, num_warps=lines.warps, **early(),
+    )  # fmt: skip
+
+
+def _turns(width: int, lines: Lines, at_once: int) -> tuple[int, int]:
+    """Turns of a program, and steps in each, at most so many."""
+    steps = -(-width // lines.width)
+    turns = max(1, -(-steps // at_once))
+    return turns, -(-steps // turns)

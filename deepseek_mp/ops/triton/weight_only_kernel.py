@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deepseek_mp.ops.triton.early_kernel import wait_for_those_before
+
 RUN = tl.constexpr(16)
 """Values that a thread reads at once."""
 
@@ -27,7 +29,7 @@ def _widened(weights):
 @triton.jit
 def vector_kernel(
     x, q, scale, bias, out, N, K, HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TURNS: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TURNS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [N] = (q [N, K] @ x [K]) * scale [N] (+ bias [N]): BLOCK_N channels a program, TURNS * STEPS blocks of K.
 
@@ -38,6 +40,7 @@ def vector_kernel(
     there = n < N
     weights_at = q + n.to(tl.int64)[:, None] * K + k[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_K // RUN], dtype=tl.float32)
+    wait_for_those_before(EARLY)
     for turn in range(TURNS):
         for step in tl.static_range(STEPS):  # so that loads of several steps are under way
             start = (turn * STEPS + step) * BLOCK_K
@@ -58,6 +61,7 @@ def vector_kernel(
 def matrix_kernel(
     x, q, scale, bias, out, M, N, K,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] = (x [M, K] @ q [N, K].T) * scale [N] (+ bias [N]): a tile a program, those of the same channels next.
 
@@ -71,6 +75,7 @@ def matrix_kernel(
     weights_at = q + n.to(tl.int64)[:, None] * K + k[None, :]
     values_at = x + m.to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    wait_for_those_before(EARLY)
     for step in range(STEPS):
         start = step * BLOCK_K
         inside = k < K - start

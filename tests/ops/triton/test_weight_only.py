@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from deepseek_mp.backends.early_launch import can_launch_early
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.ops.weight_only import quantised_weight, weight_only_linear
 
@@ -69,3 +70,46 @@ def test_inputs_in_fp32_are_for_the_reference():
 @pytest.mark.parametrize("rows", [1, 8, 64, 512])
 def test_large_layers(rows, format):
     agree(rows, 4096, 11008, format, torch.bfloat16, bias=False)
+
+
+def paired(x, format, channels=40):
+    """Outputs by the kernel that multiplies pairs, and in FP64, in units of what the sum of magnitudes is."""
+    if INTERPRETED or not can_launch_early(torch.device(DEVICE, 0)):
+        pytest.skip("no device with the instructions of pairs (sm_90)")
+    width = len(x)
+    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(channels, width), format))
+    found = weight_only_linear(x[None].to(DEVICE), q, scale, None, implementation="triton")[0].double()
+    weight = q.double() * scale.double()[:, None]
+    size = (weight**2 @ x.to(DEVICE).double() ** 2).sqrt()
+    return found / size, (weight @ x.to(DEVICE).double()) / size
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("width", [8, 24, 1024, 4096, 11008, 49152])
+def test_pairs_are_near_to_fp64(width, format):
+    found, expected = paired(torch.randn(width).bfloat16(), format)
+    assert (found - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("size", [1e-35, 1e-20, 1e20, 1e35])
+def test_pairs_of_any_size(size, format):
+    spread = torch.randn(4096) * 2.0 ** torch.randint(-30, 1, (4096,))
+    found, expected = paired((spread * size).bfloat16(), format)
+    assert (found - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_pairs_of_zeros_and_of_what_is_not_finite(format):
+    x = torch.zeros(4096).bfloat16()
+    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(40, 4096), format))
+
+    def by_pairs(x):
+        return weight_only_linear(x[None].to(DEVICE), q, scale, None, implementation="triton")
+
+    assert not by_pairs(x).any()
+    x[77] = 1.0
+    torch.testing.assert_close(by_pairs(x)[0], (q.float()[:, 77] * scale).bfloat16())
+    for value in (float("inf"), float("-inf"), float("nan")):
+        x[78] = value
+        assert not by_pairs(x).isfinite().any()
