@@ -34,7 +34,7 @@ class Block(nn.Module):
         seen = torch.arange(256, device=x.device)[None, :] <= position[:, None]
         x = x + F.scaled_dot_product_attention(query, self.keys, self.values, attn_mask=seen).transpose(1, 2).flatten(2)
         normed = self.norms[1](x)
-        marks = torch.zeros_like(x).index_fill(2, position, 1.0) + torch.ones(1024, device=x.device)
+        marks = torch.zeros_like(x).index_fill(2, position, 1.0) + torch.ones(1024, device=x.device, dtype=x.dtype)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed)) * marks
 
 

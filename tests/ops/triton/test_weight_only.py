@@ -31,8 +31,21 @@ def agree(rows, channels, width, format, dtype, *, bias):
     found = weight_only_linear(x, q, scale, b, implementation="triton")
     expected = weight_only_linear(x, q, scale, b, implementation="reference")
     assert found.dtype is dtype
-    # Sums of another order differ by fp32's last bits of their largest part.
-    torch.testing.assert_close(found.float(), expected.float(), rtol=CLOSE[dtype], atol=1e-5 * width**0.5)
+    # Sums of another order differ by fp32's last bits of their largest part; sums of eight in FP16 by 4e-4 of a row's.
+    off = 1e-5 * width**0.5 + (2e-3 * sizes(x, q, scale) if by_pairs(x) else 0.0)
+    assert ((found.double() - expected.double()).abs() <= CLOSE[dtype] * expected.double().abs() + off).all()
+
+
+def by_pairs(x):
+    """Whether the kernel that multiplies pairs takes it."""
+    fits = x.shape[0] == 1 and x.shape[1] % 8 == 0 and x.dtype is torch.bfloat16
+    return fits and not INTERPRETED and can_launch_early(torch.device(DEVICE, 0))
+
+
+def sizes(x, q, scale):
+    """Of each output, if signs were random: [M, N]."""
+    weight = q.double() * scale.double()[:, None]
+    return (x.double() ** 2 @ (weight**2).t()).sqrt()
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -73,15 +86,14 @@ def test_large_layers(rows, format):
 
 
 def paired(x, format, channels=40):
-    """Outputs by the kernel that multiplies pairs, and in FP64, in units of what the sum of magnitudes is."""
-    if INTERPRETED or not can_launch_early(torch.device(DEVICE, 0)):
+    """Outputs by the kernel that multiplies pairs, and in FP64, in units of their sizes."""
+    x = x[None].to(DEVICE)
+    if not by_pairs(x):
         pytest.skip("no device with the instructions of pairs (sm_90)")
-    width = len(x)
-    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(channels, width), format))
-    found = weight_only_linear(x[None].to(DEVICE), q, scale, None, implementation="triton")[0].double()
-    weight = q.double() * scale.double()[:, None]
-    size = (weight**2 @ x.to(DEVICE).double() ** 2).sqrt()
-    return found / size, (weight @ x.to(DEVICE).double()) / size
+    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(channels, x.shape[1]), format))
+    found = weight_only_linear(x, q, scale, None, implementation="triton").double()
+    expected = x.double() @ (q.double() * scale.double()[:, None]).t()
+    return found / sizes(x, q, scale), expected / sizes(x, q, scale)
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8"])
@@ -104,12 +116,12 @@ def test_pairs_of_zeros_and_of_what_is_not_finite(format):
     x = torch.zeros(4096).bfloat16()
     q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(40, 4096), format))
 
-    def by_pairs(x):
+    def outputs(x):
         return weight_only_linear(x[None].to(DEVICE), q, scale, None, implementation="triton")
 
-    assert not by_pairs(x).any()
+    assert not outputs(x).any()
     x[77] = 1.0
-    torch.testing.assert_close(by_pairs(x)[0], (q.float()[:, 77] * scale).bfloat16())
+    torch.testing.assert_close(outputs(x)[0], (q.float()[:, 77] * scale).bfloat16())
     for value in (float("inf"), float("-inf"), float("nan")):
         x[78] = value
-        assert not by_pairs(x).isfinite().any()
+        assert not outputs(x).isfinite().any()
