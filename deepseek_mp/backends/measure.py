@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from deepseek_mp.backends.detect import Device, as_device, backend_for
@@ -44,6 +45,15 @@ def available_memory_bytes(device: Device) -> int | None:
     """
     where = as_device(device)
     return backend_for(where).available_memory_bytes(where)
+
+
+def out_of_memory_count(device: Device) -> int | None:
+    """How often memory of the device ran out in this process, by its allocator's count; None where nothing counts."""
+    where = as_device(device)
+    if where.type == "cpu" or not hasattr(torch.accelerator, "memory_stats"):
+        return None
+    count = torch.accelerator.memory_stats(where).get("num_ooms")
+    return None if count is None else int(count)
 
 
 def energy_joules(device: Device) -> float | None:

@@ -9,15 +9,17 @@ is counted and measured. What was tried leaves no trace (see `kept_state`), but 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepseek_mp.backends import available_memory_bytes, peak_memory_bytes, reset_peak_memory
+from deepseek_mp.controller.memory_choice import Measure
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
@@ -29,11 +31,12 @@ from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.memory_measures import possible, settings_of
 from deepseek_mp.trainer.memory_report import gib_for, in_gib, limit_of
 from deepseek_mp.trainer.memory_trials import Gauge, in_force
-from deepseek_mp.trainer.trial_steps import Run, TrialSteps, goes_through, trials, unrecorded
+from deepseek_mp.trainer.trial_steps import FAILURES, Run, TrialSteps, goes_through, trials, unrecorded
 
 log = logging.getLogger("deepseek_mp")
 
 Fits = Callable[[int], bool]
+Choose = Callable[[Sequence[Measure]], Sequence[Measure]]
 WARM_UP = 8
 """Steps of the first size at most, until one is applied: the optimizer then has its state."""
 CONFIRMING = 2
@@ -122,13 +125,52 @@ def find_batch_size(
     made.confirmed = trials.last_confirmed
     if limit_bytes is None or made.memory is not None or bad is None:
         return _result(good, bad, multiple, trials.tried, limit_bytes)
-    with _trials(made, make_batch, limit_bytes, all_measures=True) as more:
-        better, worse = _tried(more, good or first, top, multiple)
+    begin = good or first
+
+    def search(left_out: Collection[str]) -> tuple[_Trials, int, int | None]:
+        with _trials(made, make_batch, limit_bytes, _all_but(left_out)) as saving:
+            return saving, *_tried(saving, begin, top, multiple)
+
+    try:
+        more, better, worse = search(())
+    except FAILURES as error:
+        _said("all there is to save memory", error)
+        more, better, worse = search(_impossible(made, make_batch, limit_bytes, begin * multiple))
     tried = [*trials.tried, *more.tried]
     if better <= good:
         return _result(good, bad, multiple, tried, limit_bytes)
     made.confirmed = more.last_confirmed
     return replace(_result(better, worse, multiple, tried), as_it_was=good * multiple, measures=more.measures)
+
+
+def _impossible(
+    trainer: MixedPrecisionTrainer, make_batch: Callable[[int], Any], limit_bytes: int | None, size: int
+) -> set[str]:
+    """The ways to save memory with which no step of this size can be made, whether or not it fits; each is said."""
+    with trials(trainer, "find_batch_size") as plan:
+        measures = possible(trainer, plan)[0]
+    found: set[str] = set()
+    for measure in measures:
+        try:
+            with _trials(trainer, make_batch, limit_bytes, partial(_way_to, measure)) as alone:
+                alone.fits(size)
+        except FAILURES as error:
+            _said(measure.name, error)
+            found.add(measure.name)
+    return found
+
+
+def _said(what: str, error: BaseException) -> None:
+    log.warning("find_batch_size: no step can be made with %s: %s: %s", what, type(error).__name__, error)
+
+
+def _all_but(left_out: Collection[str]) -> Choose:
+    return lambda measures: [one for one in measures if not {way.name for way in _way_to(one, measures)} & {*left_out}]
+
+
+def _way_to(measure: Measure, measures: Sequence[Measure]) -> list[Measure]:
+    """It, behind those that it builds on."""
+    return [*(one for other in measures if other.name == measure.after for one in _way_to(other, measures)), measure]
 
 
 def _tried(trials: _Trials, first: int, top: int | None, multiple: int) -> tuple[int, int | None]:
@@ -304,22 +346,21 @@ def _trials(
     trainer: MixedPrecisionTrainer,
     make_batch: Callable[[int], Any],
     limit_bytes: int | None,
-    *,
-    all_measures: bool = False,
+    chosen: Choose | None = None,
 ) -> Iterator[_Trials]:
-    """Inside steps can be tried, as they are or with all there is to save memory; afterwards all is as it was."""
+    """Inside steps can be tried, as they are or with what is chosen to save memory; afterwards all is as it was."""
     with trials(trainer, "find_batch_size") as plan:
-        names = tuple(measure.name for measure in possible(trainer, plan)[0]) if all_measures else ()
-        with _steps(trainer, plan, names, all_measures=all_measures) as steps:
+        names = () if chosen is None else tuple(measure.name for measure in chosen(possible(trainer, plan)[0]))
+        with _steps(trainer, plan, names, saves=chosen is not None) as steps:
             yield _Trials(trainer, steps, make_batch, limit_bytes, names)
 
 
 @contextmanager
 def _steps(
-    trainer: MixedPrecisionTrainer, plan: PrecisionPlan, names: tuple[str, ...], *, all_measures: bool
+    trainer: MixedPrecisionTrainer, plan: PrecisionPlan, names: tuple[str, ...], *, saves: bool
 ) -> Iterator[TrialSteps]:
     with unrecorded(trainer):
-        if all_measures:
+        if saves:
             settings = settings_of(names, counted=not trainer.config.compile)
             with in_force(trainer, plan, settings, lambda: computation(trainer, plan)) as steps:
                 yield steps

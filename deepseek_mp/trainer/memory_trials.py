@@ -19,7 +19,7 @@ from deepseek_mp.controller.memory_choice import Chosen, Measure, Trial, Weighed
 from deepseek_mp.costs.memory import optimizer_tensors, peak_during
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.costs.timing import time_call
-from deepseek_mp.errors import ConfigError, MixedPrecisionError, explain
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
@@ -29,7 +29,7 @@ from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
 from deepseek_mp.trainer.fused_loss import SMALL
 from deepseek_mp.trainer.memory_measures import UNCOUNTED, Settings, possible, put_in_force, settings_of
 from deepseek_mp.trainer.memory_report import MemoryLine, MemoryReport, gib_for, in_gib, limit_of, lines_of
-from deepseek_mp.trainer.trial_steps import TrialSteps, goes_through, trials, unrecorded
+from deepseek_mp.trainer.trial_steps import FAILURES, TrialSteps, goes_through, trials, unrecorded
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -95,7 +95,7 @@ def _decide(made: _Trials, batch: Any, limit: int) -> tuple[MemoryReport, Settin
     log.info("a step does not fit into %s: what saves memory is tried", in_gib(limit))
     sample, part = made.largest_part(batch, base)
     order, part = made.weighed(sample, part, scale=size / calls.batch_size(calls.parse_batch(sample)))
-    chosen = choose(order, lambda taken: made.trial(taken, batch), limit_bytes=limit)
+    chosen = choose(order, partial(made.if_possible, batch), limit_bytes=limit)
     if not chosen.fits:
         order, chosen = made.as_confirmed(order, chosen, limit)
     if not chosen.fits:
@@ -228,6 +228,15 @@ class _Trials:
             seconds = self._gauge.seconds(lambda: steps.step(batch), self._trainer) if timed else None
             return Trial(peak_bytes=max(peaks), seconds=seconds)
 
+    def if_possible(self, batch: Any, measures: Sequence[Measure]) -> Trial:
+        """The trial with these measures, whose step does not fit if it cannot be made at all: each was possible."""
+        try:
+            return self.trial(measures, batch)
+        except FAILURES as error:
+            names = ", ".join(measure.name for measure in measures)
+            log.warning("memory: no step can be made with %s together: %s: %s", names, type(error).__name__, error)
+            return Trial(peak_bytes=None)
+
     def _peak(self, step: Callable[[], object]) -> int:
         peak = self._gauge.peak(step, self._trainer)
         if peak is None:
@@ -296,7 +305,7 @@ class _Trials:
             way = [*self._before(measure), measure]
             try:
                 alone[measure] = self.trial(way, sample, timed=True)
-            except (RuntimeError, MixedPrecisionError) as error:  # a step as it is went through
+            except FAILURES as error:  # a step as it is went through
                 self.refused[measure.name] = f"{type(error).__name__}: {error}"
                 continue
             said = [d.detail for d in self._heard if d.reason == Reason.LOSS_NOT_FUSED]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deepseek_mp.backends import out_of_memory_count
 from deepseek_mp.controller.loss_scale import make_policy
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.costs.timing import is_out_of_memory
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import ConfigError, MixedPrecisionError, explain
 from deepseek_mp.monitor import Limits, PrecisionMonitor, Sampling
 from deepseek_mp.nn import apply, memory_format_of, revert, unconverted
 from deepseek_mp.nn import call as calls
@@ -39,6 +40,8 @@ log = logging.getLogger("deepseek_mp")
 
 Run = Callable[[calls.Call], calls.Result]
 """From a call to its loss."""
+FAILURES = (RuntimeError, SystemError, ValueError, MixedPrecisionError)
+"""What a step may fail with that cannot be made in the way that is tried."""
 SILENT = Limits(
     mass=None, gradient_mass=None, lean=None, underflow=None, gradient_underflow=None, overflow=None, by_row=None,
     kurtosis=None, spike=None, rms=None, edq=None, non_finite=False,
@@ -135,11 +138,13 @@ class TrialSteps:
 
 
 def goes_through(call: Callable[[], object], device: torch.device) -> bool:
-    """Whether memory suffices for the call; any other error propagates."""
+    """Whether memory suffices for the call; any other error propagates, also one that PyTorch's backward has lost."""
+    before = out_of_memory_count(device)
     try:
         call()
     except Exception as error:
-        if not is_out_of_memory(error):
+        lost = isinstance(error, SystemError) and before is not None and out_of_memory_count(device) == before
+        if lost or not is_out_of_memory(error):
             raise
     else:
         return True

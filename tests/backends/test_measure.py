@@ -36,6 +36,15 @@ def test_each_function_asks_the_devices_backend(
     assert asked == [torch.device("cpu")]
 
 
+def test_an_accelerator_counts_how_often_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure.out_of_memory_count("cpu") is None
+    monkeypatch.setattr(torch.accelerator, "memory_stats", lambda device: {"num_ooms": 2} if device.index == 1 else {})
+    assert measure.out_of_memory_count("cuda:1") == 2
+    assert measure.out_of_memory_count("cuda:0") is None
+    monkeypatch.delattr(torch.accelerator, "memory_stats")
+    assert measure.out_of_memory_count("cuda:1") is None
+
+
 def test_a_cpu_overflows_to_infinities_and_has_no_energy_counter() -> None:
     measure.clear_overflow("cpu")
     assert measure.overflow_seen("cpu") is None

@@ -398,6 +398,33 @@ def test_a_budget_is_kept_with_all_that_saves_memory(budget: float) -> None:
     assert run.memory.taken == ("states=8bit", "activations=True")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), SystemError("run_backward without setting an exception")])
+def test_a_way_to_save_memory_with_which_no_step_can_be_made_is_left_out(
+    budget: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def hold(run: MixedPrecisionTrainer) -> None:
+        if "activations" in in_force(run):
+            raise error
+
+    made = BySize({}, {"8bit": 0.1, "sr": 0.2})
+    made.hold = hold
+    for module in (batch_size, memory_trials):
+        monkeypatch.setattr(module, "Gauge", lambda: made)
+    monkeypatch.setattr(trial_steps, "out_of_memory_count", lambda device: 7)
+    run = trainer(Model(1000), "bf16", memory=budget)
+    found = find_batch_size(run, make_batch, limit=500)
+    assert (found.size, found.as_it_was) == (40, 20)
+    assert found.measures == ("fused_loss=auto", "states=8bit", "storage=bf16_sr")
+    said = [record.getMessage() for record in caplog.records if "no step can be made" in record.getMessage()]
+    assert [text.split(": ")[1] for text in said] == [
+        "no step can be made with all there is to save memory", "no step can be made with activations=True"
+    ]  # fmt: skip
+    assert all(str(error) in text for text in said)
+    run.step(make_batch(found.size))
+    assert run.memory is not None
+    assert run.memory.taken == ("states=8bit",)
+
+
 def test_what_stays_free_is_no_part_of_the_budget(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's allocator counts it, as it counts all that is held."""
     held: list[weakref.ref[Tensor]] = []

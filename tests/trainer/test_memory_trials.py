@@ -150,6 +150,18 @@ def test_a_measure_whose_step_fails_is_left(gauge: MadeUp) -> None:
     assert reasons(run, "states=8bit") == [(Reason.MEMORY_LEFT, "RuntimeError: no kernel")]
 
 
+def test_measures_whose_step_fails_together_do_not_fit(gauge: MadeUp, caplog: pytest.LogCaptureFixture) -> None:
+    def hold(run: MixedPrecisionTrainer) -> None:
+        if {"8bit", "activations"} <= {*in_force(run)}:
+            raise RuntimeError("no kernel for both")
+
+    gauge.hold = hold
+    with pytest.raises(ConfigError, match="a budget that a step can be made to fit"):
+        trainer(100).step(batch())
+    assert "no step can be made with" in caplog.text
+    assert "together: RuntimeError: no kernel for both" in caplog.text
+
+
 def test_an_error_of_a_plain_step_is_the_users(gauge: MadeUp) -> None:
     def hold(_run: MixedPrecisionTrainer) -> None:
         raise RuntimeError("mine")

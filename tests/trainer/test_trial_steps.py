@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer import trial_steps
 from deepseek_mp.trainer.trial_steps import goes_through, on_what_fits, trials, unrecorded
 
 CPU = torch.device("cpu")
@@ -44,6 +45,23 @@ def test_what_pytorch_has_lost_in_a_backward_did_not_go_through() -> None:
     assert not goes_through(lambda: (_ for _ in ()).throw(lost), CPU)
     with pytest.raises(SystemError, match="bad argument"):
         goes_through(lambda: (_ for _ in ()).throw(SystemError("bad argument to internal function")), CPU)
+
+
+@pytest.mark.parametrize(("counts", "ran_out"), [((3, 4), True), ((3, 3), False), ((None, None), True)])
+def test_what_a_backward_has_lost_is_memory_only_if_that_ran_out_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, counts: tuple[int | None, int | None], ran_out: bool
+) -> None:
+    given = iter(counts)
+    monkeypatch.setattr(trial_steps, "out_of_memory_count", lambda device: next(given))
+
+    def call() -> None:
+        raise SystemError("<built-in method run_backward of ...> returned NULL without setting an exception")
+
+    if ran_out:
+        assert not goes_through(call, CPU)
+    else:
+        with pytest.raises(SystemError, match="without setting an exception"):
+            goes_through(call, CPU)
 
 
 def test_a_batch_that_is_too_large_is_halved_until_the_call_goes_through() -> None:
