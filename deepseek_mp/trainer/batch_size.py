@@ -125,17 +125,8 @@ def find_batch_size(
     made.confirmed = trials.last_confirmed
     if limit_bytes is None or made.memory is not None or bad is None:
         return _result(good, bad, multiple, trials.tried, limit_bytes)
-    begin = good or first
-
-    def search(left_out: Collection[str]) -> tuple[_Trials, int, int | None]:
-        with _trials(made, make_batch, limit_bytes, _all_but(left_out)) as saving:
-            return saving, *_tried(saving, begin, top, multiple)
-
-    try:
-        more, better, worse = search(())
-    except FAILURES as error:
-        _said("all there is to save memory", error)
-        more, better, worse = search(_impossible(made, make_batch, limit_bytes, begin * multiple))
+    saving = _Saving(made, make_batch, limit_bytes, good or first, top, multiple)
+    more, better, worse = saving.largest()
     tried = [*trials.tried, *more.tried]
     if better <= good:
         return _result(good, bad, multiple, tried, limit_bytes)
@@ -143,21 +134,54 @@ def find_batch_size(
     return replace(_result(better, worse, multiple, tried), as_it_was=good * multiple, measures=more.measures)
 
 
-def _impossible(
-    trainer: MixedPrecisionTrainer, make_batch: Callable[[int], Any], limit_bytes: int | None, size: int
-) -> set[str]:
-    """The ways to save memory with which no step of this size can be made, whether or not it fits; each is said."""
-    with trials(trainer, "find_batch_size") as plan:
-        measures = possible(trainer, plan)[0]
-    found: set[str] = set()
-    for measure in measures:
+@dataclass(frozen=True)
+class _Saving:
+    """The search with all there is to save memory; sizes are multiples of `multiple`."""
+
+    trainer: MixedPrecisionTrainer
+    make_batch: Callable[[int], Any]
+    limit_bytes: int | None
+    first: int
+    top: int | None
+    multiple: int
+
+    def largest(self) -> tuple[_Trials, int, int | None]:
+        """What fits. Where a step fails otherwise, what it fails with is said, and done without.
+
+        First without counting, if PyTorch's backward has lost the error; then without the ways with which no step can
+        be made.
+        """
+        counted = True
         try:
-            with _trials(trainer, make_batch, limit_bytes, partial(_way_to, measure)) as alone:
-                alone.fits(size)
+            return self._search(())
         except FAILURES as error:
-            _said(measure.name, error)
-            found.add(measure.name)
-    return found
+            _said("all there is to save memory", error)
+            counted = not isinstance(error, SystemError)
+        if not counted:
+            try:
+                return self._search((), counted=False)
+            except FAILURES as error:
+                _said("all there is to save memory, not counted", error)
+        return self._search(self._impossible(counted=counted), counted=counted)
+
+    def _search(self, left_out: Collection[str], *, counted: bool = True) -> tuple[_Trials, int, int | None]:
+        with _trials(self.trainer, self.make_batch, self.limit_bytes, _all_but(left_out), counted=counted) as made:
+            return made, *_tried(made, self.first, self.top, self.multiple)
+
+    def _impossible(self, *, counted: bool) -> set[str]:
+        """The ways with which no step of the first size can be made, whether or not it fits; each is said."""
+        with trials(self.trainer, "find_batch_size") as plan:
+            measures = possible(self.trainer, plan)[0]
+        found: set[str] = set()
+        for measure in measures:
+            way = partial(_way_to, measure)
+            try:
+                with _trials(self.trainer, self.make_batch, self.limit_bytes, way, counted=counted) as alone:
+                    alone.fits(self.first * self.multiple)
+            except FAILURES as error:
+                _said(measure.name, error)
+                found.add(measure.name)
+        return found
 
 
 def _said(what: str, error: BaseException) -> None:
@@ -347,21 +371,23 @@ def _trials(
     make_batch: Callable[[int], Any],
     limit_bytes: int | None,
     chosen: Choose | None = None,
+    *,
+    counted: bool = True,
 ) -> Iterator[_Trials]:
     """Inside steps can be tried, as they are or with what is chosen to save memory; afterwards all is as it was."""
     with trials(trainer, "find_batch_size") as plan:
         names = () if chosen is None else tuple(measure.name for measure in chosen(possible(trainer, plan)[0]))
-        with _steps(trainer, plan, names, saves=chosen is not None) as steps:
+        with _steps(trainer, plan, names, saves=chosen is not None, counted=counted) as steps:
             yield _Trials(trainer, steps, make_batch, limit_bytes, names)
 
 
 @contextmanager
 def _steps(
-    trainer: MixedPrecisionTrainer, plan: PrecisionPlan, names: tuple[str, ...], *, saves: bool
+    trainer: MixedPrecisionTrainer, plan: PrecisionPlan, names: tuple[str, ...], *, saves: bool, counted: bool
 ) -> Iterator[TrialSteps]:
     with unrecorded(trainer):
         if saves:
-            settings = settings_of(names, counted=not trainer.config.compile)
+            settings = settings_of(names, counted=counted and not trainer.config.compile)
             with in_force(trainer, plan, settings, lambda: computation(trainer, plan)) as steps:
                 yield steps
             return

@@ -88,10 +88,10 @@ def _decide(made: _Trials, batch: Any, limit: int) -> tuple[MemoryReport, Settin
         return _report(limit, base, base, samples=size), Settings()
     before = base
     if made.compiled:  # the steps that are counted run uncompiled, and hold what eager code holds
-        made.counted, base = False, made.trial((), batch, timed=True, counted=False)
-    first = (MemoryLine(name=UNCOUNTED, taken=True, why="counted steps run uncompiled"),) if made.compiled else ()
+        made.counted, made.uncounted = False, "counted steps run uncompiled"
+        base = made.trial((), batch, timed=True)
     if base.fits(limit):
-        return _report(limit, before, base, samples=size, lines=first), Settings(counted=False)
+        return _report(limit, before, base, samples=size, lines=made.uncounted_line()), Settings(counted=False)
     log.info("a step does not fit into %s: what saves memory is tried", in_gib(limit))
     sample, part = made.largest_part(batch, base)
     order, part = made.weighed(sample, part, scale=size / calls.batch_size(calls.parse_batch(sample)))
@@ -108,7 +108,7 @@ def _decide(made: _Trials, batch: Any, limit: int) -> tuple[MemoryReport, Settin
         samples=size,
         timed_samples=calls.batch_size(calls.parse_batch(sample)),
         slowdown=after.seconds / part.seconds if after.seconds and part.seconds else None,
-        lines=(*first, *lines_of(order, chosen, made.refused)),
+        lines=(*made.uncounted_line(), *lines_of(order, chosen, made.refused)),
     )
     return report, settings_of((measure.name for measure in chosen.taken), counted=made.counted)
 
@@ -203,17 +203,32 @@ class _Trials:
         """What computed the steps of the whole batch, by settings, and what was decided in them."""
         self.compiled = bool(trainer.config.compile)
         self.offloaded = isinstance(trainer.optimizer, OffloadedOptimizer)
-        self.counted = True
+        self.counted, self.uncounted = True, ""
+        """Whether steps are counted, and if not, why."""
         self.measures, self.refused = possible(trainer, plan)
 
     def trial(
         self, measures: Sequence[Measure], batch: Any, *, timed: bool = False, counted: bool | None = None
     ) -> Trial:
-        """Steps with these measures: the highest peak of the first and a later one, and the time."""
+        """Steps with these measures: the highest peak of the first and a later one, and the time.
+
+        Where a counted step ends in an error that PyTorch's backward has lost, it is tried without being counted, and
+        if that goes through no step is counted from then on.
+        """
+        counted = self.counted if counted is None else counted
+        try:
+            return self._made(measures, batch, timed=timed, counted=counted)
+        except SystemError as error:
+            if not counted or not measures:
+                raise
+            found = self._made(measures, batch, timed=timed, counted=False)
+            log.warning("memory: steps are not counted, as one that was with %s failed: %s", _names(measures), error)
+            self.counted, self.uncounted = False, "a step that is counted fails with what is taken"
+            return found
+
+    def _made(self, measures: Sequence[Measure], batch: Any, *, timed: bool, counted: bool) -> Trial:
         release_memory(self._trainer.device)  # what is left of other trials cuts it into pieces
-        settings = settings_of(
-            (measure.name for measure in measures), counted=self.counted if counted is None else counted
-        )
+        settings = settings_of((measure.name for measure in measures), counted=counted)
         compute = partial(self.computation, settings)
         with unrecorded(self._trainer) as self._heard, in_force(self._trainer, self._plan, settings, compute) as steps:
             peaks: list[int] = []
@@ -228,13 +243,17 @@ class _Trials:
             seconds = self._gauge.seconds(lambda: steps.step(batch), self._trainer) if timed else None
             return Trial(peak_bytes=max(peaks), seconds=seconds)
 
+    def uncounted_line(self) -> tuple[MemoryLine, ...]:
+        """What the report says where steps are not counted."""
+        return (MemoryLine(name=UNCOUNTED, taken=True, why=self.uncounted),) if self.uncounted else ()
+
     def if_possible(self, batch: Any, measures: Sequence[Measure]) -> Trial:
         """The trial with these measures, whose step does not fit if it cannot be made at all: each was possible."""
         try:
             return self.trial(measures, batch)
         except FAILURES as error:
-            names = ", ".join(measure.name for measure in measures)
-            log.warning("memory: no step can be made with %s together: %s: %s", names, type(error).__name__, error)
+            what, kind = _names(measures), type(error).__name__
+            log.warning("memory: no step can be made with %s together: %s: %s", what, kind, error)
             return Trial(peak_bytes=None)
 
     def _peak(self, step: Callable[[], object]) -> int:
@@ -322,3 +341,7 @@ class _Trials:
     def _before(self, measure: Measure) -> list[Measure]:
         """Those that it builds on."""
         return [m for one in self.measures if one.name == measure.after for m in (*self._before(one), one)]
+
+
+def _names(measures: Sequence[Measure]) -> str:
+    return ", ".join(measure.name for measure in measures)
