@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepseek_mp.backends.early_launch import can_launch_early
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.ops.early_launch import early
+from deepseek_mp.ops.early_launch import early, is_unwritten
 from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.paired_kernel import VALUES, paired_vector_kernel
 from deepseek_mp.ops.triton.weight_only_kernel import matrix_kernel, vector_kernel
@@ -104,7 +104,8 @@ def _paired(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor, out: Tensor, *, h
     paired_vector_kernel[(triton.cdiv(channels, lines.channels),)](
         x.view(torch.int64), q.view(torch.int64), scale, bias, out, channels, width // VALUES.value,
         HAS_BIAS=has_bias, IS_INT8=q.dtype is torch.int8, BLOCK_N=lines.channels,
-        BLOCK_W=lines.width // VALUES.value, TURNS=turns, STEPS=steps, num_warps=lines.warps, **early(),
+        BLOCK_W=lines.width // VALUES.value, TURNS=turns, STEPS=steps, AHEAD=is_unwritten(q),
+        num_warps=lines.warps, **early(),
     )  # fmt: skip
 
 

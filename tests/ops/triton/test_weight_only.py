@@ -14,6 +14,7 @@ import torch
 
 from deepseek_mp.backends.early_launch import can_launch_early
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.ops.early_launch import unwritten
 from deepseek_mp.ops.weight_only import quantised_weight, weight_only_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
@@ -125,3 +126,22 @@ def test_pairs_of_zeros_and_of_what_is_not_finite(format):
     for value in (float("inf"), float("-inf"), float("nan")):
         x[78] = value
         assert not outputs(x).isfinite().any()
+
+
+def test_weights_are_read_ahead_only_where_no_call_writes_to_them(monkeypatch):
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, **options: launched.append(options["AHEAD"])
+
+    weight_only = pytest.importorskip("deepseek_mp.ops.triton.weight_only")
+    monkeypatch.setattr(weight_only, "_is_paired", lambda x, q: True)
+    monkeypatch.setattr(weight_only, "paired_vector_kernel", Kernel())
+    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(24, 48), "int8"))
+    x = torch.randn(1, 48, device=DEVICE).bfloat16()
+    with unwritten([q]):
+        for weight in (q, q[8:], q.clone()):
+            weight_only_linear(x, weight, scale[: len(weight)], None, implementation="triton")
+    weight_only_linear(x, q, scale, None, implementation="triton")
+    assert launched == [True, True, False, False]
