@@ -44,6 +44,7 @@ shr.b32 t, a0, 16;
 and.b32 e, a0, 0xffff;
 max.u32 e, e, t;
 and.b32 e, e, 0x7f80;
+max.u32 e, e, 0x0080;
 min.u32 e, e, 0x7e80;
 shl.b32 t, e, 16;
 mov.b32 $2, t;
@@ -58,8 +59,8 @@ mov.b64 $1, {x2, x3};
 )
 """Eight values in BF16, $3 and $4, as FP16, $0 and $1, times a power of two in fp32, $2.
 
-The exponent of the largest, e, is that of the power. Its inverse has 254 - e, which must not be below 1: so no power is
-above 2^126. Without any value but zeros the power is 0. What is not finite stays so.
+The exponent of the largest, e, is that of the power, which is normal: from 1 for zeros and subnormals on. Its inverse
+has 254 - e, which must not be below 1: so no power is above 2^126. What is not finite stays so.
 """
 
 _HEAD = """{
