@@ -36,7 +36,7 @@ def _only_enabled(library: Any, whole: Any) -> Any:
         if named or len(given) != 1:
             return whole(*given, **named)
         was = (library.enabled,)
-        (library.enabled,) = given
+        vars(type(library))["enabled"].setter(*given)  # as the whole function does: also after disable_global_flags()
         return was
 
     return set_flags

@@ -1,8 +1,9 @@
 """Has Inductor make kernels that are launched before those in front of them have ended (`ops.early_launch`).
 
-Its own option for that (`triton.enable_pdl`) lets a kernel wait at the first load of what the kernel in front of it may
-still write, and tell the next one to begin after its last load. A kernel that loads nothing waits for nothing then,
-and may write memory that is still read. So those wait first here.
+Its own option for that (`triton.enable_pdl`) lets a kernel wait where it first needs what the kernel in front of it has
+written, and tell the next one to begin after its last load. What needs what it takes from the names of buffers, and two
+of them may have the same memory, one after the other: a kernel that stores in a loop would write what is still read,
+and one that loads nothing waits for nothing at all. So all wait before they do anything else here.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.compiler.config
 from torch._inductor import config
 from torch._inductor.codegen.triton import TritonKernel
 
 from deepseek_mp.backends.early_launch import can_launch_early
 
+TAG = "deepseek_mp: kernels wait first"
+"""Of code in PyTorch's caches, which know its options but not what is changed here."""
 _NEEDED = ("_filter_pdl", "_enable_pdl_codegen", "GDC_WAIT")
 
 
@@ -24,6 +28,7 @@ _NEEDED = ("_filter_pdl", "_enable_pdl_codegen", "GDC_WAIT")
 def early_kernels(device: torch.device) -> Iterator[None]:
     """Inside, code for the device is made so, where it and this PyTorch can."""
     kernel: Any = TritonKernel
+    caches: Any = torch.compiler.config
     known = hasattr(config.triton, "enable_pdl") and all(hasattr(kernel, name) for name in _NEEDED)
     if not known or not can_launch_early(device):
         yield
@@ -32,12 +37,13 @@ def early_kernels(device: torch.device) -> Iterator[None]:
 
     def waiting(self: Any, code: Any) -> None:
         filtered(self, code)
-        if self._enable_pdl_codegen() and not any(self.GDC_WAIT in line for line in map(str, code._lines)):  # noqa: SLF001
-            code._lines.insert(0, self.GDC_WAIT)  # noqa: SLF001
+        if self._enable_pdl_codegen():
+            others = [line for line in code._lines if not (isinstance(line, str) and self.GDC_WAIT in line)]  # noqa: SLF001
+            code._lines = [self.GDC_WAIT, *others]  # noqa: SLF001
 
     kernel._filter_pdl = waiting  # noqa: SLF001
     try:
-        with config.patch({"triton.enable_pdl": True}):
+        with config.patch({"triton.enable_pdl": True}), caches.patch(cache_key_tag=f"{caches.cache_key_tag}{TAG}"):
             yield
     finally:
         kernel._filter_pdl = filtered  # noqa: SLF001

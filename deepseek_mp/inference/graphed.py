@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.recorder import DeviceRecorder, Recorder, records
 from deepseek_mp.nn.nested import map_leaves, tensors
+from deepseek_mp.ops.early_launch import unwritten
 
 MOST = 16
 """Recordings that are kept; the one that was not used for longest goes first."""
@@ -42,7 +43,8 @@ class Graphed:
         model: whose buffers, and tensors in attributes, are the state. What it holds may change in place, not be
             replaced.
         device: of all tensors.
-        fixed: gives the buffers that no call writes to, which need not be saved while warming up.
+        fixed: gives the buffers that no call writes to. They need not be saved while warming up, and kernels may read
+            them before those in front have ended.
         out: what is done to each output on its way out; a copy is made where that is nothing.
         recorder: how calls are recorded; the device's own if None.
 
@@ -107,7 +109,7 @@ class Graphed:
         def run() -> Any:
             return self._call(own_args, own_kwargs)
 
-        with kept_state(self._model, self._fixed()) as replaced:
+        with kept_state(self._model, self._fixed()) as replaced, unwritten(self._fixed()):
             self._recorder.warm(run)
             replay, outputs = self._recorder.record(run)
         if replaced:

@@ -3,7 +3,9 @@
 A model that generates one token at a time reads every weight once for it and multiplies little, so that its time is
 that of the bytes. Here the weight is int8 or FP8 (E4M3) with a scale for each output channel; it is widened where it is
 multiplied, in a program's registers. Activations stay in 16 bits, sums are fp32. Both kinds of 8 bits are exact in bf16
-and fp16, so that a product loses nothing; what is lost was lost when the weight was rounded.
+and fp16, so that a product loses nothing; what is lost was lost when the weight was rounded. On NVIDIA from sm_90 a
+single row in bf16 is multiplied in fp16, eight products to a sum, which loses less than rounding the output to bf16
+does (`triton.paired_kernel`).
 
     implementation   x                  weight      where
     reference        fp32, bf16, fp16   int8, fp8   any device; slow: the weight is widened in memory
@@ -82,7 +84,7 @@ def rounded_by(wide: Tensor, scale: Tensor, format: str) -> Tensor:
 def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, *, implementation: str) -> Tensor:
     """x times the transposed weight: out[m, n] = (sum over k of x[m, k] * q[n, k]) * scale[n] + bias[n].
 
-    Sums, scale and bias are in fp32, rounded once to the dtype of x; native rounds the sum too.
+    Sums, scale and bias are in fp32, rounded once to the dtype of x; native rounds the sum too. Of one row see above.
 
     Args:
         x: [M, K] in fp32 (reference only), bf16 or fp16 (see above).

@@ -304,12 +304,21 @@ class Stepper:
 
     @contextmanager
     def _sampled(self) -> Iterator[None]:
-        """The first step after a report, and then every `monitor_every`-th, is counted with its FLOPs."""
+        """The first step after a report, and then every `monitor_every`-th, is counted with its FLOPs.
+
+        Its backward runs on this thread: from those that autograd keeps for devices an error that is raised among
+        dispatch modes may come back lost (`SystemError`).
+        """
         known = self.flops is not None and self.monitor.has_sample
         if not self.counts or (known and self.windows_opened % self.monitor_every):
             yield
             return
-        with self.monitor.sample(compiled=self._compiled), warnings.catch_warnings(), StepFlops() as counter:
+        with (
+            self.monitor.sample(compiled=self._compiled),
+            torch.autograd.set_multithreading_enabled(False),
+            warnings.catch_warnings(),
+            StepFlops() as counter,
+        ):
             warnings.filterwarnings("ignore", message="Using `torch.compile", category=UserWarning)
             yield
         self.flops = counter.get_total_flops()

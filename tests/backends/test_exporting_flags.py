@@ -73,3 +73,12 @@ def test_other_flags_are_set_as_ever_and_functions_put_back(in_child: InChild) -
         return [inside, B.cudnn.deterministic, after == before]
 
     assert in_child(asked) == [True, False, True]
+
+
+def test_frozen_flags_stand_in_no_exporter_s_way(in_child: InChild) -> None:
+    def frozen() -> Any:
+        torch.backends.disable_global_flags()
+        export()
+        return [B.cudnn.enabled, B.mkldnn.enabled]
+
+    assert in_child(frozen) == [True, True]

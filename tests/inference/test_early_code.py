@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._inductor import config
+from torch._inductor.codecache import FxGraphHashDetails
 from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.utils import IndentedBuffer
 
@@ -14,8 +15,18 @@ from deepseek_mp.inference import early_code
 from deepseek_mp.inference.early_code import early_kernels
 
 DEVICE = torch.device("cuda", 0)
-WAIT = TritonKernel.GDC_WAIT
-LOADS = ["xoffset = tl.program_id(0)", WAIT, "tmp0 = tl.load(in_ptr0)", WAIT, "tl.store(out_ptr0, tmp0)"]
+WAIT, LAUNCH = TritonKernel.GDC_WAIT, TritonKernel.GDC_LAUNCH
+LOADS = ["xoffset = tl.program_id(0)", WAIT, "tmp0 = tl.load(in_ptr0)", WAIT, LAUNCH, "tl.store(out_ptr0, tmp0)"]
+STORES_IN_A_LOOP = [
+    "for r0_offset in tl.range(0, r0_numel, R0_BLOCK):",
+    "    tmp0 = tl.load(in_ptr0)",
+    "    tl.store(out_ptr0, tmp0)",
+    WAIT,
+    LAUNCH,
+    "if rsplit_id == (0 % RSPLIT):",
+    f"    {WAIT}",
+    "    tl.store(out_ptr1, tmp1)",
+]
 LOADS_NOTHING = ["xoffset = tl.program_id(0)", "tl.store(out_ptr0, 1.0)"]
 
 
@@ -26,7 +37,7 @@ def early(monkeypatch):
 
 def made(lines, *, is_early=True):
     """A kernel's code as Inductor completes it."""
-    kernel = SimpleNamespace(GDC_WAIT=WAIT, GDC_LAUNCH=TritonKernel.GDC_LAUNCH, _enable_pdl_codegen=lambda: is_early)
+    kernel = SimpleNamespace(GDC_WAIT=WAIT, GDC_LAUNCH=LAUNCH, _enable_pdl_codegen=lambda: is_early)
     code = IndentedBuffer()
     code.writelines(lines)
     TritonKernel._filter_pdl(kernel, code)
@@ -41,9 +52,17 @@ def test_a_kernel_that_loads_nothing_waits_first(early):
     assert made(LOADS_NOTHING) == LOADS_NOTHING
 
 
-def test_a_kernel_that_loads_waits_where_it_did(early):
+@pytest.mark.parametrize("lines", [LOADS, STORES_IN_A_LOOP])
+def test_kernels_wait_once_and_before_they_load_or_store(early, lines):
     with early_kernels(DEVICE):
-        assert made(LOADS) == [line for place, line in enumerate(LOADS) if place != 3]
+        assert made(lines) == [WAIT, *(line for line in lines if WAIT not in line)]
+
+
+def test_code_made_elsewhere_is_not_taken_from_caches(early):
+    with torch.compiler.config.patch(cache_key_tag="own"):
+        with early_kernels(DEVICE):
+            assert FxGraphHashDetails(None, [], {}, []).cache_key_tag == f"own{early_code.TAG}"
+        assert FxGraphHashDetails(None, [], {}, []).cache_key_tag == "own"
 
 
 def test_kernels_that_are_not_early_are_left_alone(early):

@@ -9,6 +9,7 @@ from torch import nn
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.inference import Form, Served, graphed, optimize, optimize_for_inference, serve
 from deepseek_mp.inference.graphed import Graphed, kept_state, signature
+from deepseek_mp.ops.early_launch import is_unwritten
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,18 @@ def test_what_changes_on_its_way_out_is_not_copied_again():
     call((torch.zeros(2),), {})
     assert wide.eq(1).all()
     assert wide.data_ptr() != taken[1].data_ptr(), "the recording's own"
+
+
+def test_weights_that_no_call_writes_to_may_be_read_early():
+    model, seen = nn.BatchNorm1d(2), []
+
+    def call(args, kwargs):
+        seen.append([is_unwritten(tensor) for tensor in (model.running_mean, model.running_var, args[0])])
+        return args[0] + 1
+
+    Graphed(call, model, CPU, fixed=lambda: [model.running_mean], recorder=Fake())((torch.ones(2),), {})
+    assert seen[:2] == [[True, False, False]] * 2, "warm, and recorded"
+    assert not is_unwritten(model.running_mean)
 
 
 def test_inputs_are_not_written_to_and_not_kept():

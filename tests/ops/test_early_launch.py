@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_mp.ops import early_launch
-from deepseek_mp.ops.early_launch import early, early_launches
+from deepseek_mp.ops.early_launch import early, early_launches, is_unwritten, unwritten
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LATE, EARLY = {"EARLY": False}, {"EARLY": True, "launch_pdl": True}
@@ -42,3 +42,18 @@ def test_other_threads_are_not_inside():
         thread.start()
         thread.join()
     assert seen == [LATE]
+
+
+def test_only_memories_that_are_named_and_only_inside():
+    weights, other = [torch.zeros(4, 8), torch.zeros(3)], torch.zeros(4, 8)
+    with unwritten(weights):
+        assert is_unwritten(weights[0])
+        assert is_unwritten(weights[0].view(torch.int32)[2:])
+        assert not is_unwritten(other)
+        assert not is_unwritten(torch.cat(weights[:1])), "a copy that the call makes"
+        with unwritten([other]):
+            assert not is_unwritten(weights[0])
+    assert not is_unwritten(weights[0])
+    with pytest.raises(RuntimeError, match="inside"), unwritten(weights):
+        raise RuntimeError("inside")
+    assert not is_unwritten(weights[0])

@@ -418,6 +418,20 @@ def test_every_so_many_windows_operations_are_counted(every, sampled):
     assert usage.formats["fp32"].total > 0
 
 
+def test_the_backward_of_a_counted_step_runs_on_the_step_s_own_thread():
+    """Whatever the device: an error on a thread of autograd's may come back lost."""
+    trainer, seen = make(monitor_every=2), []
+
+    def forwarded(_module, _args, output):
+        output.register_hook(lambda _gradient: seen.append(torch._C._is_multithreading_enabled()))
+
+    next(trainer.model.modules()).register_forward_hook(forwarded)
+    for _ in range(3):
+        trainer.step(batch())
+    assert seen == [False, False, True]
+    assert torch._C._is_multithreading_enabled()
+
+
 def test_sampled_steps_have_the_same_numbers():
     often, never = make("bf16", monitor_every=1), make("bf16", monitor_every=10**6)
     for _ in range(2):

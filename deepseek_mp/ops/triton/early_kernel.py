@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def wait_for_those_before(EARLY: tl.constexpr):
-    """Loads before it are of what nobody has written since the device was idle; stores come after it.
+    """Loads before it are of what nothing in the calls writes (`ops.early_launch.unwritten`); stores come after it.
 
     Only after it is the next kernel told that it may begin: that one then knows all before this one to have ended.
     """

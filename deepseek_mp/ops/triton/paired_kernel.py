@@ -44,6 +44,7 @@ shr.b32 t, a0, 16;
 and.b32 e, a0, 0xffff;
 max.u32 e, e, t;
 and.b32 e, e, 0x7f80;
+max.u32 e, e, 0x0080;
 min.u32 e, e, 0x7e80;
 shl.b32 t, e, 16;
 mov.b32 $2, t;
@@ -58,8 +59,8 @@ mov.b64 $1, {x2, x3};
 )
 """Eight values in BF16, $3 and $4, as FP16, $0 and $1, times a power of two in fp32, $2.
 
-The exponent of the largest, e, is that of the power. Its inverse has 254 - e, which must not be below 1: so no power is
-above 2^126. Without any value but zeros the power is 0. What is not finite stays so.
+The exponent of the largest, e, is that of the power, which is normal: from 1 for zeros and subnormals on. Its inverse
+has 254 - e, which must not be below 1: so no power is above 2^126. What is not finite stays so.
 """
 
 _HEAD = """{
@@ -120,20 +121,24 @@ def _words(at, there, inside):
 @triton.jit
 def paired_vector_kernel(
     x, q, scale, bias, out, N, WORDS, HAS_BIAS: tl.constexpr, IS_INT8: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TURNS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, TURNS: tl.constexpr, STEPS: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """out [N] = (q [N, K] @ x [K]) * scale [N] (+ bias [N]), K in words of eight: BLOCK_N channels a program.
 
-    x and q are int64. A program has TURNS * STEPS blocks of BLOCK_W words. The first weights are asked for before what
-    is in front of the kernel has ended: nothing there writes to weights.
+    x and q are int64. A program has TURNS * STEPS blocks of BLOCK_W words. AHEAD: the first weights are asked for
+    before what is in front of the kernel has ended, which must not write to them.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word = tl.arange(0, BLOCK_W)
     there = n < N
     weights_at = q + n.to(tl.int64)[:, None] * WORDS + word[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_W], dtype=tl.float32)
+    if not AHEAD:
+        wait_for_those_before(EARLY)
     weights = _words(weights_at, there, word < WORDS)
-    wait_for_those_before(EARLY)
+    if AHEAD:
+        wait_for_those_before(EARLY)
     for turn in range(TURNS):
         for step in tl.static_range(STEPS):  # so that loads of several steps are under way
             start = (turn * STEPS + step) * BLOCK_W

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepseek_mp.backends.early_launch import can_launch_early
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.ops.early_launch import early
+from deepseek_mp.ops.early_launch import early, is_unwritten
 from deepseek_mp.ops.triton.current_device import on_device
 from deepseek_mp.ops.triton.paired_kernel import VALUES, paired_vector_kernel
 from deepseek_mp.ops.triton.weight_only_kernel import matrix_kernel, vector_kernel
@@ -66,6 +66,9 @@ def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None)
     if x.dtype not in DTYPES:
         passed = f"x in {x.dtype} for the Triton kernel of weights in 8 bits"
         raise ConfigError(explain(passed, "bf16 or fp16", "Use 'reference'"))
+    if q.dtype not in LINES:  # the bytes of another kind of FP8 mean other values
+        passed = f"weights in {q.dtype} for the Triton kernel of weights in 8 bits"
+        raise ConfigError(explain(passed, ", ".join(map(str, LINES)), "Use 'reference'"))
     x, scale = x.contiguous(), scale.contiguous()
     (rows, width), channels = x.shape, len(q)
     out = x.new_empty((rows, channels))
@@ -94,17 +97,25 @@ def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None)
 
 def _is_paired(x: Tensor, q: Tensor) -> bool:
     """Whether the kernel that multiplies pairs takes these: BF16, whole words, and a device with its instructions."""
-    whole = x.shape[1] % VALUES.value == 0 and x.data_ptr() % 8 == 0 and q.data_ptr() % 8 == 0
+    whole = x.shape[1] % VALUES.value == 0 and _is_whole(x) and _is_whole(q)
     return whole and x.dtype is torch.bfloat16 and can_launch_early(x.device)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it begins with a word, in memory and in what PyTorch keeps of it."""
+    begins = tensor.data_ptr(), tensor.storage_offset() * tensor.itemsize
+    return all(at % torch.int64.itemsize == 0 for at in begins)
 
 
 def _paired(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor, out: Tensor, *, has_bias: bool) -> None:
     (channels, width), lines = q.shape, PAIRED
     turns, steps = _turns(width, lines, PAIRED_AT_ONCE)
     paired_vector_kernel[(triton.cdiv(channels, lines.channels),)](
-        x.view(torch.int64), q.view(torch.int64), scale, bias, out, channels, width // VALUES.value,
+        # Flat, since the stride of a dimension of size 1 may be any, also one that is not in whole words.
+        x[0].view(torch.int64), q.flatten().view(torch.int64), scale, bias, out, channels, width // VALUES.value,
         HAS_BIAS=has_bias, IS_INT8=q.dtype is torch.int8, BLOCK_N=lines.channels,
-        BLOCK_W=lines.width // VALUES.value, TURNS=turns, STEPS=steps, num_warps=lines.warps, **early(),
+        BLOCK_W=lines.width // VALUES.value, TURNS=turns, STEPS=steps, AHEAD=is_unwritten(q),
+        num_warps=lines.warps, **early(),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 
 from deepseek_mp.backends.early_launch import can_launch_early
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.ops.early_launch import unwritten
 from deepseek_mp.ops.weight_only import quantised_weight, weight_only_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
@@ -85,12 +86,12 @@ def test_large_layers(rows, format):
     agree(rows, 4096, 11008, format, torch.bfloat16, bias=False)
 
 
-def paired(x, format, channels=40):
+def paired(x, format, channels=40, size=1.0):
     """Outputs by the kernel that multiplies pairs, and in FP64, in units of their sizes."""
     x = x[None].to(DEVICE)
     if not by_pairs(x):
         pytest.skip("no device with the instructions of pairs (sm_90)")
-    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(channels, x.shape[1]), format))
+    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(channels, x.shape[1]) * size, format))
     found = weight_only_linear(x, q, scale, None, implementation="triton").double()
     expected = x.double() @ (q.double() * scale.double()[:, None]).t()
     return found / sizes(x, q, scale), expected / sizes(x, q, scale)
@@ -125,3 +126,58 @@ def test_pairs_of_zeros_and_of_what_is_not_finite(format):
     for value in (float("inf"), float("-inf"), float("nan")):
         x[78] = value
         assert not outputs(x).isfinite().any()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_pairs_of_numbers_that_are_not_normal(format):
+    found, expected = paired((torch.randn(4096) * 1e-39).bfloat16(), format, size=2.0**30)
+    assert (found - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What the kernel that multiplies pairs is given, on a device that seems to have it, where it is not run."""
+    weight_only = pytest.importorskip("deepseek_mp.ops.triton.weight_only")
+    found = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, **options: found.append((given, options))
+
+    monkeypatch.setattr(weight_only, "can_launch_early", lambda device: True)
+    monkeypatch.setattr(weight_only, "paired_vector_kernel", Kernel())
+    return found
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_parts_of_rows_of_any_width_are_multiplied_by_pairs(launched, format):
+    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(1, 48), format))
+    wide = torch.zeros(1, 75, dtype=q.dtype, device=DEVICE)
+    wide[:, 8:56] = q
+    x = torch.randn(1, 75, device=DEVICE).bfloat16()
+    weight_only_linear(x[:, 4:52], wide[:, 8:56], scale, None, implementation="triton")
+    ((values, weights, *_), _) = launched.pop()
+    assert torch.equal(values.view(torch.bfloat16), x[0, 4:52])
+    assert torch.equal(weights.view(torch.int8), q[0].view(torch.int8))
+    weight_only_linear(x[:, 3:51], q, scale, None, implementation="triton")
+    weight_only_linear(x[:, 4:52], wide[:, 7:55], scale, None, implementation="triton")
+    assert not launched, "none of these begins with a word"
+
+
+def test_fp8_of_the_other_kind_is_for_the_reference():
+    q = torch.zeros(24, 48, device=DEVICE).to(torch.float8_e4m3fnuz)
+    with pytest.raises(ConfigError, match=r"weights in torch.float8_e4m3fnuz for the Triton kernel"):
+        weight_only_linear(
+            torch.zeros(1, 48, device=DEVICE).bfloat16(), q, torch.ones(24, device=DEVICE), None,
+            implementation="triton",
+        )  # fmt: skip
+
+
+def test_weights_are_read_ahead_only_where_no_call_writes_to_them(launched):
+    q, scale = (part.to(DEVICE) for part in quantised_weight(torch.randn(24, 48), "int8"))
+    x = torch.randn(1, 48, device=DEVICE).bfloat16()
+    with unwritten([q]):
+        for weight in (q, q[8:], q.clone()):
+            weight_only_linear(x, weight, scale[: len(weight)], None, implementation="triton")
+    weight_only_linear(x, q, scale, None, implementation="triton")
+    assert [options["AHEAD"] for _, options in launched] == [True, True, False, False]
