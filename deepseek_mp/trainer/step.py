@@ -49,7 +49,7 @@ from deepseek_mp.trainer.failed_step import let_go, undone_if_it_fails
 from deepseek_mp.trainer.replay import find_first_bad_module
 from deepseek_mp.trainer.result import StepFacts, StepResult
 from deepseek_mp.trainer.rng import get_rng, set_rng
-from deepseek_mp.trainer.step_flops import StepFlops
+from deepseek_mp.trainer.step_flops import counted
 from deepseek_mp.trainer.window import MicroBatch, Weight, Window
 
 log = logging.getLogger("deepseek_mp")
@@ -304,22 +304,12 @@ class Stepper:
 
     @contextmanager
     def _sampled(self) -> Iterator[None]:
-        """The first step after a report, and then every `monitor_every`-th, is counted with its FLOPs.
-
-        Its backward runs on this thread: from those that autograd keeps for devices an error that is raised among
-        dispatch modes may come back lost (`SystemError`).
-        """
+        """The first step after a report, and then every `monitor_every`-th, is counted with its FLOPs."""
         known = self.flops is not None and self.monitor.has_sample
         if not self.counts or (known and self.windows_opened % self.monitor_every):
             yield
             return
-        with (
-            self.monitor.sample(compiled=self._compiled),
-            torch.autograd.set_multithreading_enabled(False),
-            warnings.catch_warnings(),
-            StepFlops() as counter,
-        ):
-            warnings.filterwarnings("ignore", message="Using `torch.compile", category=UserWarning)
+        with counted(self.monitor, compiled=self._compiled) as counter:
             yield
         self.flops = counter.get_total_flops()
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn.again import is_computed_again
 
 
@@ -34,3 +39,20 @@ class StepFlops(FlopCounterMode):
         if is_computed_again():
             return out
         return super()._count_flops(func_packet, out, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def counted(monitor: PrecisionMonitor, *, compiled: bool) -> Iterator[StepFlops]:
+    """The forward and backward inside are counted, with their floating-point operations.
+
+    The backward runs on this thread: from those that autograd keeps for devices an error that is raised among dispatch
+    modes may come back lost (`SystemError`).
+    """
+    with (
+        monitor.sample(compiled=compiled),
+        torch.autograd.set_multithreading_enabled(False),
+        warnings.catch_warnings(),
+        StepFlops() as counter,
+    ):
+        warnings.filterwarnings("ignore", message="Using `torch.compile", category=UserWarning)
+        yield counter
