@@ -39,15 +39,7 @@ TORCHAO = {
 }
 """Arms of torchao, and those of ours that train the same. All of ours but 'delayed' have the numbers of AdamW; torchao
 keeps no state to take a step back, and of BF16 weights no masters."""
-ACCUMULATING = (
-    "sync-4",
-    "speculative-4",
-    "delayed-4",
-    "speculative-4-65",
-    "immediate-4",
-    "immediate-4-65",
-    "immediate-4-60",
-)
+ACCUMULATING = TORCHAO["torchao-4"]
 MEMORY = (
     ("device", "sync"), ("device", "speculative-65"), ("device-4", "sync-4"), ("device-4", "delayed-4"),
     ("device-4", "speculative-4-65"), ("device", "immediate"), ("device", "immediate-65"),

@@ -141,13 +141,10 @@ def capabilities(device: Device) -> Capabilities:
 def numbered(device: Device) -> torch.device:
     """A device with its number, which is the current one's where none is given; as it is where none is in use."""
     where = as_device(device)
-    if where.index is not None or where.type == "cpu" or not backend_for(where).is_available():
-        return where
-    return where if not _is_current_accelerator(where) else _current(where)
-
-
-def _current(kind: torch.device) -> torch.device:
-    return torch.device(kind.type, torch.accelerator.current_device_index())
+    backend = backend_for(where)
+    if where.index is None and where.type != "cpu" and backend.is_available() and _is_current_accelerator(where):
+        return torch.device(where.type, torch.accelerator.current_device_index())
+    return where
 
 
 @cache

@@ -25,20 +25,18 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer.assembly import computation, computation_anew
+from deepseek_mp.trainer.assembly import Run, computation, computation_anew
 from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.memory_measures import possible, settings_of
 from deepseek_mp.trainer.memory_report import gib_for, in_gib, limit_of
 from deepseek_mp.trainer.memory_trials import Gauge, in_force
-from deepseek_mp.trainer.trial_steps import FAILURES, Run, TrialSteps, goes_through, trials, unrecorded
+from deepseek_mp.trainer.trial_steps import FAILURES, TrialSteps, goes_through, trials, unrecorded
 
 log = logging.getLogger("deepseek_mp")
 
 Fits = Callable[[int], bool]
 Choose = Callable[[Sequence[Measure]], Sequence[Measure]]
-WARM_UP = 8
-"""Steps of the first size at most, until one is applied: the optimizer then has its state."""
 CONFIRMING = 2
 """Steps that the size found is tried with once more."""
 STEP_DOWN = 16

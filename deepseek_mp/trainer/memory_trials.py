@@ -23,7 +23,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
-from deepseek_mp.trainer.assembly import computation
+from deepseek_mp.trainer.assembly import Run, computation
 from deepseek_mp.trainer.batch_part import first_samples
 from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
 from deepseek_mp.trainer.fused_loss import SMALL
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deepseek_mp")
 
-Run = Callable[[calls.Call], calls.Result]
 TIMED = 3
 """Steps that are timed in a trial; the shortest counts, since what disturbs a step only makes it longer."""
 

@@ -24,7 +24,7 @@ from deepseek_mp.monitor import Limits, PrecisionMonitor, Sampling
 from deepseek_mp.nn import apply, memory_format_of, revert, unconverted
 from deepseek_mp.nn import call as calls
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer.assembly import assemble_stepper, computation_anew
+from deepseek_mp.trainer.assembly import Run, assemble_stepper, computation_anew
 from deepseek_mp.trainer.batch_part import first_samples
 from deepseek_mp.trainer.kept_state import kept_state
 from deepseek_mp.trainer.offloaded import updates_are_seen
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deepseek_mp")
 
-Run = Callable[[calls.Call], calls.Result]
-"""From a call to its loss."""
 FAILURES = (RuntimeError, SystemError, ValueError, MixedPrecisionError)
 """What a step may fail with that cannot be made in the way that is tried."""
 SILENT = Limits(

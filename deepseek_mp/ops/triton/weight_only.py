@@ -1,8 +1,7 @@
 """`weight_only_linear` by Triton: one launch, and every byte of the weight read once for up to 128 rows of x.
 
-Sizes are the fastest of a search over some 2400 on an H200, summed over the layers of a decoder of 7B weights. One row
-of x takes 0.55 (fp8) to 0.59 (int8) of BF16's time there, eight rows in int8 0.85 of it; from about 64 rows, and from
-eight in fp8, BF16 is faster.
+Sizes are the fastest of searches on an H200, for one row in a served decoder of 7B weights, for several summed over its
+layers: eight rows take 0.85 of BF16's time in int8; from about 64 rows, and from eight in fp8, BF16 is faster.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from deepseek_mp.optim.offload.arena import allocate
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory, Stepping
-from deepseek_mp.optim.offload.in_turn import in_turn
+from deepseek_mp.optim.offload.host_chunk import HostChunk, Member, Memory
+from deepseek_mp.optim.offload.in_turn import UnderWay, in_turn
 from deepseek_mp.optim.offload.lanes import DirectLanes, Lanes, lanes_for
 from deepseek_mp.optim.offload.schedule import (
     CHUNK_BYTES,
@@ -156,7 +156,7 @@ class HostWork:
             job.end()
 
     def _step(self, chunks: list[HostChunk]) -> None:
-        def begin(chunk: HostChunk) -> Stepping:
+        def begin(chunk: HostChunk) -> UnderWay:
             return chunk.begin([_OPTIONS], self._states, chunk.gradients(), AS_IT_IS)
 
         in_turn(chunks, begin, _nothing, self._memory.crew)

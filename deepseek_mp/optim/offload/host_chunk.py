@@ -69,10 +69,6 @@ class Given:
         return gradient if self.scaling.is_one else self.scaling.into(room, gradient)
 
 
-class Stepping(UnderWay):
-    """A step of a chunk that is under way."""
-
-
 class HostChunk:
     """One chunk of offloaded parameters.
 
@@ -268,7 +264,7 @@ class HostChunk:
         scaling: Scaling,
         *,
         arrived: frozenset[Slot] = frozenset(),
-    ) -> Stepping:
+    ) -> UnderWay:
         """Begin what `step` does; to the gradients of slots that have `arrived`, those are added on the way.
 
         They are still there afterwards, until `spend`.
@@ -286,7 +282,7 @@ class HostChunk:
                 piece.round()
 
         job = self._crew.begin([partial(step, block) for block in self._blocks])
-        return Stepping(job, partial(self._stepped, states))
+        return UnderWay(job, partial(self._stepped, states))
 
     def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]]) -> None:
         """Count the step of parameters that were stepped in parts."""

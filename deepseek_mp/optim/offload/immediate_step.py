@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Stepping
+from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload.in_turn import UnderWay
 from deepseek_mp.optim.offload.sync_step import SyncStep
 from deepseek_mp.optim.offload.verdict import Scaling
 
@@ -29,7 +30,7 @@ class ImmediateStep(SyncStep):
         """As their gradients arrive: the host begins while backward runs."""
         return [chunk for chunk in self.parts.chunks if chunk.has_gradients or chunk.is_pending]
 
-    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> Stepping | None:
+    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> UnderWay | None:
         chunk.freed(self.parts.lanes)
         arrived = chunk.arrived(self.parts.lanes)
         return chunk.begin(groups, self.parts.owner().state, chunk.gradients(), scaling, arrived=arrived)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.grad_norm import sample
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Stepping
+from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload.in_turn import UnderWay
 from deepseek_mp.optim.offload.pieces import Slot
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling, Verdict
@@ -115,7 +116,7 @@ class SpeculativeStep(SyncStep):
         self.redone, self._put_back = self.redone + self._put_back, 0
         super().prepare()
 
-    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> Stepping | None:
+    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> UnderWay | None:
         guess = self._guesses.get(chunk.number)
         if guess is not None:
             guess.stepped.result()

@@ -14,8 +14,8 @@ from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.crew import Crew
 from deepseek_mp.optim.offload.device_part import DevicePart
 from deepseek_mp.optim.offload.forward_waits import ForwardWaits
-from deepseek_mp.optim.offload.host_chunk import HostChunk, Stepping
-from deepseek_mp.optim.offload.in_turn import in_turn
+from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload.in_turn import UnderWay, in_turn
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.verdict import Scaling, Verdict
 from deepseek_mp.optim.offload.worker import Worker
@@ -149,7 +149,7 @@ class SyncStep:
         groups: Sequence[Mapping[str, Any]],
         begun: list[HostChunk],
     ) -> None:
-        def begin(chunk: HostChunk) -> Stepping | None:
+        def begin(chunk: HostChunk) -> UnderWay | None:
             begun.append(chunk)
             return self.begin_chunk(chunk, scaling, groups)
 
@@ -163,7 +163,7 @@ class SyncStep:
         for pair in pairs:
             pair.adopt()
 
-    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> Stepping | None:
+    def begin_chunk(self, chunk: HostChunk, scaling: Scaling, groups: Sequence[Mapping[str, Any]]) -> UnderWay | None:
         """Begin to step a chunk on the gradients of its masters; None if that is done."""
         chunk.freed(self.parts.lanes)
         return chunk.begin(groups, self.parts.owner().state, chunk.gradients(), scaling)
