@@ -68,6 +68,7 @@ ARMS = {
     "fp32-speculative-65": Arm(fp32=True, mode="speculative", share=0.65),
     "immediate": Arm(mode="immediate", undo=False),
     "immediate-65": Arm(mode="immediate", undo=False, share=0.65),
+    "immediate-70": Arm(mode="immediate", undo=False, share=0.7),
     "immediate-60": Arm(mode="immediate", undo=False, share=0.605),
     "immediate-4-60": Arm(micro=4, mode="immediate", undo=False, share=0.605),
     "immediate-4": Arm(micro=4, mode="immediate", undo=False),

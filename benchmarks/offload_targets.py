@@ -15,6 +15,7 @@ TORCHAO = {
         "sync-without-undo",
         "speculative-65",
         "immediate",
+        "immediate-70",
         "immediate-65",
         "immediate-60",
     ),
@@ -42,13 +43,23 @@ keeps no state to take a step back, and of BF16 weights no masters."""
 ACCUMULATING = TORCHAO["torchao-4"]
 MEMORY = (
     ("device", "sync"), ("device", "speculative-65"), ("device-4", "sync-4"), ("device-4", "delayed-4"),
-    ("device-4", "speculative-4-65"), ("device", "immediate"), ("device", "immediate-65"),
+    ("device-4", "speculative-4-65"), ("device", "immediate"), ("device", "immediate-70"), ("device", "immediate-65"),
     ("device", "immediate-60"), ("device-4", "immediate-4"), ("device-4", "immediate-4-65"),
     ("device-4", "immediate-4-60"),
 )  # fmt: skip
 """Arms on the device, and those whose state is compared with theirs."""
 LATE = {"speculative": "sync", "delayed": "sync", "speculative-4": "sync-4", "delayed-4": "sync-4"}
 """Arms that hide the host's step, and the ones in which it was timed."""
+SHARED = {
+    "immediate": "sync-without-undo",
+    "immediate-70": "sync-without-undo",
+    "immediate-65": "sync-without-undo",
+    "immediate-60": "sync-without-undo",
+    "immediate-4": "sync-without-undo",
+    "immediate-4-65": "sync-without-undo",
+    "immediate-4-60": "sync-without-undo",
+}
+"""The same; of 'immediate' the host's step is that of the share of the values that it offloads."""
 
 
 def targets(cases: Cases) -> list[dict[str, Any]]:
@@ -122,10 +133,12 @@ def _exact(cases: Cases) -> list[dict[str, Any]]:
 def _hidden(cases: Cases) -> list[dict[str, Any]]:
     """Demanded where the host's step is shorter than forward and backward; said in any case."""
     found = []
-    for name, timed in LATE.items():
+    for name, timed in (LATE | SHARED).items():
         taken, host = _ms(cases, name), cases.get(timed, {}).get("host_step_ms")
         if not taken or not host:
             continue
+        if name in SHARED:
+            host *= cases[name]["share"]
         bare = cases[name]["bare_ms"]
         hidden = 1 - (taken - bare) / host
         target = _target(f"share of the host's step that is hidden; {HIDDEN} wanted", name, hidden, hidden >= HIDDEN)

@@ -114,6 +114,27 @@ def test_a_part_that_the_device_steps_while_weights_go_up_in_pieces(monkeypatch,
     assert same(weights(slow), weights(fast))
 
 
+@pytest.mark.parametrize("beside", [0, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_reads_weights_before_a_step_sees_the_old_ones(monkeypatch, dtype, beside):
+    """In 'immediate' new ones are on the device while backward, and what follows it, is still at work."""
+    monkeypatch.setattr(lanes_module, "BESIDE_BYTES", beside)
+    net, long = model(dtype), torch.randn(8192, 8192, device=device())
+    optimizer = offloaded(net, mode="immediate", undo=False, check_finite=False)
+    for _ in range(4):
+        optimizer.synchronize()
+        before = weights(net)
+        backward(net, micro=1)
+        for _ in range(20):
+            long @ long
+        seen = [p.detach().clone() for p in net.parameters()]
+        optimizer.step()
+        optimizer.settle()
+        assert same(before, [p.cpu() for p in seen])
+        optimizer.synchronize()
+        assert not same(before, weights(net))
+
+
 def test_weights_that_the_device_rounds_take_bounded_memory_there(monkeypatch):
     monkeypatch.setattr(lanes_module, "STAGED_BYTES", 1 << 20)
     where, lanes = device(), lanes_for(device())

@@ -159,7 +159,8 @@ class HostWork:
         def begin(chunk: HostChunk) -> UnderWay:
             return chunk.begin([_OPTIONS], self._states, chunk.gradients(), AS_IT_IS)
 
-        in_turn(chunks, begin, _nothing, self._memory.crew)
+        for _ in in_turn(chunks, begin, _nothing, self._memory.crew):
+            pass
 
 
 def _bearable(values: int) -> int:

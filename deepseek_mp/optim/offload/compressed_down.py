@@ -45,8 +45,11 @@ class CompressedDown:
         # It comes back to the host's memory, and not to where it was.
         return _Compressed(packed=replace(packed, device=target.device, dtype=target.dtype), target=target)
 
-    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
-        return self._lanes.up(targets, sources)
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: Any = None) -> Any:
+        return self._lanes.up(targets, sources, readers=readers)
+
+    def now(self) -> Any:
+        return self._lanes.now()
 
     def wait(self, mark: Any) -> None:
         self._lanes.wait(mark)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,8 @@ class ForwardWaits:
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self._outstanding: dict[int, Sequence[Any]] = {}
+        self._expected: dict[int, Future[Any]] = {}
+        """What sends the weights of a chunk, beside whoever is here."""
         self._chunk_of: dict[int, int] = {}
         self._called: set[int] = set()
         self._early: set[int] = set()
@@ -70,7 +73,26 @@ class ForwardWaits:
     def sent(self, chunk: int, marks: Sequence[Any]) -> None:
         """The weights of a chunk are on their way."""
         self._outstanding[chunk] = marks
+        if chunk not in self._expected:
+            self._called = set()
+
+    def expect(self, chunk: int, sending: Future[Any]) -> None:
+        """When that has ended, the weights of a chunk are on their way; the next forward may begin before."""
+        self._expected[chunk] = sending
         self._called = set()
+
+    def until_sent(self, chunks: Iterable[int]) -> None:
+        """Let the host wait until these are on their way.
+
+        Whatever that has failed with is raised, once; nothing more is expected then.
+        """
+        for chunk in chunks:
+            sending = self._expected.get(chunk)
+            error = None if sending is None else sending.exception()  # an interrupt leaves it expected
+            if error is not None:
+                self._expected = {}
+                raise error
+            self._expected.pop(chunk, None)
 
     def graded(self, parameter: Tensor) -> None:
         """A gradient of the parameter has come."""
@@ -80,15 +102,20 @@ class ForwardWaits:
     def wait(self, chunks: Iterable[int]) -> None:
         """Let the device wait for these chunks."""
         for chunk in chunks:
+            self.until_sent([chunk])
             for mark in self._outstanding.pop(chunk, ()):
                 self._lanes.wait(mark)
 
     def wait_all(self) -> None:
+        self.until_sent(sorted(self._expected))
         self.wait(sorted(self._outstanding))
 
     def _model(self) -> None:
         """The model is about to run."""
-        self.wait(sorted(self._early if torch.is_grad_enabled() else self._outstanding))
+        if torch.is_grad_enabled():
+            self.wait(sorted(self._early))
+        else:
+            self.wait_all()
 
     def _module(self, parameters: frozenset[int]) -> None:
         """A module that owns these parameters is about to run."""

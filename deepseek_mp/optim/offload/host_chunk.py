@@ -69,6 +69,16 @@ class Given:
         return gradient if self.scaling.is_one else self.scaling.into(room, gradient)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """The gradients of a window that a step was given."""
+
+    added: Mapping[Slot, Tensor]
+    """fp32: those that are added up."""
+    coming: Mapping[Slot, Any]
+    """The ends of the copies of those on their way."""
+
+
 class HostChunk:
     """One chunk of offloaded parameters.
 
@@ -202,25 +212,12 @@ class HostChunk:
         for slot in self.slots:
             if slot.pending:
                 lanes.land(slot.mark)
-        self.spend()
-
-    def spend(self) -> None:
-        """The gradients on their way have arrived, and are not needed any more."""
         self._used(self.slots)
 
     def _used(self, slots: Iterable[Slot]) -> None:
         for slot in slots:
             slot.pending, slot.mark = False, None
         self._added = set()
-
-    def arrived(self, lanes: Lanes) -> frozenset[Slot]:
-        """Wait for the gradients on their way; whose they are. They are not added up, if that was not begun."""
-        if self._added:
-            self.land(lanes)
-        found = frozenset(slot for slot in self.slots if slot.pending)
-        for slot in found:
-            lanes.land(slot.mark)
-        return found
 
     @property
     def is_pending(self) -> bool:
@@ -240,6 +237,19 @@ class HostChunk:
         found = self.gradients()
         for slot in self.slots:
             slot.total, slot.spare, slot.master.grad = slot.spare, slot.total, None
+        return found
+
+    def take(self, lanes: Lanes) -> Taken:
+        """The gradients, for a step beside what comes next; those on their way are neither waited for nor added up.
+
+        The chunk has none then. Before that step has ended, no others may come.
+        """
+        if self._added:
+            self.land(lanes)
+        found = Taken(added=self.gradients(), coming={slot: slot.mark for slot in self.slots if slot.pending})
+        self._used(self.slots)
+        for slot in self.slots:
+            slot.master.grad = None
         return found
 
     def step(
@@ -265,10 +275,7 @@ class HostChunk:
         *,
         arrived: frozenset[Slot] = frozenset(),
     ) -> UnderWay:
-        """Begin what `step` does; to the gradients of slots that have `arrived`, those are added on the way.
-
-        They are still there afterwards, until `spend`.
-        """
+        """Begin what `step` does; to the gradients of slots that have `arrived`, those are added on the way."""
         stepped = {slot for slot in self.slots if slot in gradients or slot in arrived}
         self._steps_before = {slot: self._state(slot, states) for slot in self.slots if slot in stepped}
         self.rest()
@@ -283,6 +290,19 @@ class HostChunk:
 
         job = self._crew.begin([partial(step, block) for block in self._blocks])
         return UnderWay(job, partial(self._stepped, states))
+
+    def begin_taken(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        states: dict[Any, dict[str, Any]],
+        taken: Taken,
+        scaling: Scaling,
+        lanes: Lanes,
+    ) -> UnderWay:
+        """Begin to step on what was taken, once all of it has arrived."""
+        for mark in taken.coming.values():
+            lanes.land(mark)
+        return self.begin(groups, states, taken.added, scaling, arrived=frozenset(taken.coming))
 
     def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]]) -> None:
         """Count the step of parameters that were stepped in parts."""
@@ -366,14 +386,19 @@ class HostChunk:
         self._crew.run([piece.round for block in self._blocks for piece in block.pieces])
         self._rounded = True
 
-    def send(self, lanes: Lanes) -> None:
-        """Send the weights to the device. The memory they are sent from is free only after `freed`."""
+    def send(self, lanes: Lanes, *, readers: Any = None) -> None:
+        """Send the weights to the device. The memory they are sent from is free only after `freed`.
+
+        Args:
+            lanes: that they go by.
+            readers: of the weights that they replace, as for `Lanes.up`.
+        """
         if not self._rounded:
             self.freed(lanes)
             self.round()
         self._rounded = False
         targets = [slot.parameter.detach() for slot in self.slots]
-        self._uploads.append(lanes.up(targets, [slot.sending.detach() for slot in self.slots]))
+        self._uploads.append(lanes.up(targets, [slot.sending.detach() for slot in self.slots], readers=readers))
         for slot in self.slots:
             slot.look()
 

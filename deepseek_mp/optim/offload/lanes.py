@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from deepseek_mp.optim.offload.schedule import FP32_BYTES
+from deepseek_mp.optim.offload.schedule import BESIDE_BYTES, FP32_BYTES
 
 STAGED_BYTES = 64 << 20
 """Of the device's memory that a copy up is cast from: so much of a tensor is sent and cast at a time."""
@@ -24,11 +25,19 @@ class Lanes(Protocol):
     def down(self, target: Tensor, source: Tensor) -> Any:
         """Copy from the device, after the work that its current stream has been given so far; casts on the device."""
 
-    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
-        """Copy to the device, after the work that its current stream has been given so far; casts on the device.
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: Any = None) -> Any:
+        """Copy to the device; casts on the device. One mark is for all of them.
 
-        One mark is for all of them.
+        Args:
+            targets: on the device.
+            sources: on the host, one for each target.
+            readers: a mark of `now`: until the work before it has ended, targets keep their numbers. Copies need not
+                wait for that in memory of the device beside them. None: the copies wait for the work that the device's
+                current stream has been given so far.
         """
+
+    def now(self) -> Any:
+        """A mark of the work that the device's current stream has been given so far."""
 
     def wait(self, mark: Any) -> None:
         """Let the device's current stream wait for a copy."""
@@ -43,9 +52,12 @@ class DirectLanes:
     def down(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: None = None) -> None:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+    def now(self) -> None:
+        """What was given has ended."""
 
     def wait(self, mark: None) -> None:
         """Nothing to wait for."""
@@ -55,13 +67,19 @@ class DirectLanes:
 
 
 class StreamLanes:
-    """Copies on two side streams of a device; marks are its events. The host's side should be pinned memory."""
+    """Copies on side streams of a device; marks are its events. The host's side should be pinned memory.
+
+    Two are for the ways down and up, and a third one is for what was sent up beside its place and is to be put there.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._module: Any = torch.get_device_module(device)
         self._down = self._module.Stream(device=device)
         self._up = self._module.Stream(device=device)
+        self._put = self._module.Stream(device=device)
+        self._beside: deque[tuple[Any, int]] = deque()
+        """Marks of what is put into its place, with the bytes that it takes until then."""
 
     def down(self, target: Tensor, source: Tensor) -> Any:
         self._down.wait_stream(self._current())
@@ -70,14 +88,44 @@ class StreamLanes:
         source.record_stream(self._down)
         return self._mark(self._down)
 
-    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
-        self._up.wait_stream(self._current())
+    def now(self) -> Any:
+        return self._mark(self._current())
+
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: Any = None) -> Any:
+        if readers is not None and not readers.query() and self._has_room(sum(target.nbytes for target in targets)):
+            return self._up_beside(targets, sources, readers)
+        if readers is None:
+            self._up.wait_stream(self._current())
+        else:
+            self._up.wait_event(readers)
         with self._module.stream(self._up):
             for target, source in zip(targets, sources, strict=True):
                 _copy_up(target, source)
         for target in targets:
             target.record_stream(self._up)
         return self._mark(self._up)
+
+    def _has_room(self, wanted: int) -> bool:
+        while self._beside and self._beside[0][0].query():
+            self._beside.popleft()
+        return sum(taken for _, taken in self._beside) + wanted <= BESIDE_BYTES
+
+    def _up_beside(self, targets: Sequence[Tensor], sources: Sequence[Tensor], readers: Any) -> Any:
+        """Copy at once into other memory, and from there when the readers have ended."""
+        with self._module.stream(self._up):
+            beside = [torch.empty_like(target, memory_format=torch.contiguous_format) for target in targets]
+            for room, source in zip(beside, sources, strict=True):
+                _copy_up(room, source)
+        self._put.wait_event(self._mark(self._up))
+        self._put.wait_event(readers)
+        with self._module.stream(self._put):
+            for target, room in zip(targets, beside, strict=True):
+                target.copy_(room, non_blocking=True)
+        for tensor in (*targets, *beside):
+            tensor.record_stream(self._put)
+        mark = self._mark(self._put)
+        self._beside.append((mark, sum(room.nbytes for room in beside)))
+        return mark
 
     def wait(self, mark: Any) -> None:
         self._current().wait_event(mark)

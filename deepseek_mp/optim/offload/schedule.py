@@ -28,6 +28,8 @@ WIDENED_BYTES = 4
 and leave the cores' own caches once."""
 NORM_BYTES = 4
 """Bytes that the norm of the gradients reads per value, where it is not taken as they land."""
+BESIDE_BYTES = 1 << 30
+"""Of the device's memory at most that 'immediate' sends weights to while backward still reads those they replace."""
 BACKWARD = 2 / 3
 """Share of forward and backward that is backward: it makes two products where forward makes one."""
 MODES = ("sync", "speculative", "delayed", "immediate")
@@ -251,8 +253,11 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     gradients' norm is known, after backward, so it is in the tail. In 'speculative' and 'immediate' it runs beside the
     last backward, in 'delayed' beside the whole next window. What the chunk that arrives last needs then follows
     backward, unless the host has more to do anyway. Weights go up behind backward, beside the rest of the host's step
-    and the next forward, but in 'immediate', where those that forward reads first go last; the last chunk's way is in
-    the tail.
+    and the next forward; the last chunk's way is in the tail.
+
+    In 'immediate' weights go up beside backward, too, as far as the device has memory beside them, and what stays on
+    the device is stepped meanwhile. Its layers come first in forward, which needs the others only after them: the
+    chunk whose gradients arrive last.
 
     The host's work is taken as bytes moved at the rates of its parts, as all of it is bound by memory.
     """
@@ -274,11 +279,18 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     beside = landing + stepping * is_early
     adding = values * (sum(before) + landing)
     busy = adding + values * (keeping + (0.0 if work.mode == "sync" else stepping))
-    arrived = begun + max(BACKWARD * micro, down) + last * (wire / rates.down + beside)
+    ways = placed.fraction if work.mode == "immediate" else 1.0
+    arrived = begun + max(BACKWARD * micro * ways, down) + last * (wire / rates.down + beside)
     hidden = max(arrived, begun + values * beside, busy)
     tail = last * up + values * (norm + stepping * (work.mode == "sync"))
     sent = work.forward_backward + values * up
-    total = max(hidden + tail, sent - forward * (work.mode != "immediate")) + on_device
+    if work.mode == "immediate":
+        behind = max(values - BESIDE_BYTES / wire, 0.0)
+        early = begun + last * (wire / rates.down + beside) + values * up
+        sent = max(hidden + tail, early, work.forward_backward + behind * up)
+        total = max(work.forward_backward + on_device, sent - (1 - placed.fraction) * forward)
+    else:
+        total = max(hidden + tail, sent - forward) + on_device
     return Prediction(
         device=work.forward_backward + on_device,
         down=work.micro_steps * down,

@@ -153,7 +153,8 @@ class SyncStep:
             begun.append(chunk)
             return self.begin_chunk(chunk, scaling, groups)
 
-        in_turn(chunks, begin, self.send, self.parts.crew)
+        for _ in in_turn(chunks, begin, self.send, self.parts.crew):
+            pass
 
     def prepare(self) -> None:
         """What can fail before anything is changed; and take over what others wrote into the weights."""

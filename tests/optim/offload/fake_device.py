@@ -40,8 +40,12 @@ class FakeLanes:
     def down(self, target: Tensor, source: Tensor) -> Mark:
         return self._start("down", [target], [source.clone()])
 
-    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: Mark | None = None) -> Mark:
+        assert readers is None or readers.kind == "now"
         return self._start("up", targets, sources)
+
+    def now(self) -> Mark:
+        return Mark("now", 0, (), (), done=True)
 
     def wait(self, mark: Mark) -> None:
         self.events.append(f"wait {mark.kind} {mark.number}")

@@ -1,10 +1,11 @@
 """`ImmediateStep`: AdamW's numbers chunk by chunk as gradients arrive, and nothing that would have to wait for all."""
 
 import copy
+import gc
 
 import pytest
 import torch
-from fake_device import WORKERS, FakeLanes, LateWorker, backward, offloaded, plain, same, small_model, weights
+from fake_device import WORKERS, FakeLanes, LateWorker, NowWorker, backward, offloaded, plain, same, small_model, weights
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
 from deepseek_mp.optim.offload import OffloadSettings, host_chunk, rule
@@ -73,9 +74,71 @@ def test_chunks_are_stepped_as_they_arrive_and_none_waits_for_another(monkeypatc
     real = rule.step
     monkeypatch.setattr(rule, "step", lambda *given: (lanes.events.append("step"), real(*given))[1])
     optimizer.step()
+    optimizer.settle()
     landed, stepped, sent = (lanes.events[first::3] for first in range(3))
     assert sorted(landed) == [f"land down {i}" for i in range(8)]
     assert (stepped, sent) == (["step"] * 8, [f"up {i}" for i in range(8)])
+
+
+def test_the_next_forward_waits_for_what_it_reads_and_for_nothing_else():
+    """`step` returns when nothing is stepped yet; a layer that is on the device needs none of it."""
+    late, model = LateWorker(), small_model()
+    optimizer = offloaded(model, worker=lambda: late, chunk_bytes=4, free_bytes=3000, **FREE)
+    assert {slot.parameter for chunk in optimizer._chunks for slot in chunk.slots}.isdisjoint(model[0].parameters())
+    backward(model)
+    before = weights(model)
+    optimizer.step()
+    host = [slot for chunk in optimizer._chunks for slot in chunk.slots]
+    assert optimizer.report.applied
+    assert all(slot.master not in optimizer.state for slot in host), "the host has not begun"
+    assert not torch.equal(model[0].weight, before[0]), "the device has"
+    hidden = model[1](model[0](torch.randn(2, 19)))
+    assert all(slot.master not in optimizer.state for slot in host)
+    model[2](hidden)
+    assert not torch.equal(model[2].weight, before[2])
+
+
+def test_a_chunk_that_is_stepped_takes_no_gradient_of_the_next_window():
+    """Whoever reads weights without the model's hooks may send one before the host is done."""
+    late, ours, theirs = LateWorker(), small_model(), small_model()
+    optimizer, reference = offloaded(ours, worker=lambda: late, **FREE), plain(theirs)
+    backward(ours, theirs)
+    optimizer.step()
+    reference.step()
+    reference.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        (3.0 * mine).sum().backward()
+        (3.0 * other).sum().backward()
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_an_optimizer_that_is_let_go_finishes_its_step():
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, worker=NowWorker, **FREE), plain(theirs)
+    backward(ours, theirs)
+    optimizer.step()
+    reference.step()
+    del optimizer
+    gc.collect()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_schedules_change_the_next_step_only():
+    late, ours, theirs = LateWorker(), small_model(), small_model()
+    optimizer, reference = offloaded(ours, worker=lambda: late, **FREE), plain(theirs)
+    for _ in range(2):
+        backward(ours, theirs)
+        for one in (optimizer, reference):
+            one.step()
+            for group in one.param_groups:
+                group["lr"] *= 0.5
+        optimizer.zero_grad()
+        reference.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
 
 
 def test_no_gradient_is_added_up_in_memory_of_its_own():
@@ -140,25 +203,42 @@ def test_a_scaler_that_has_not_seen_all_gradients_is_refused(unscale, micro, fre
 
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("free_bytes", [None, 2000])
-def test_after_a_failure_the_gradients_stay_for_a_loaded_state(failing_step, micro, free_bytes):
+@pytest.mark.parametrize("noticed", ["forward", "evaluation", "step", "synchronize", "state_dict", "load_state_dict"])
+def test_whoever_needs_the_weights_next_finds_a_failure(failing_step, micro, free_bytes, noticed):
+    """The host's step runs beside what comes next. A window that failed is gone; a loaded state goes on."""
     ours, theirs = small_model(), small_model()
     settings = {"chunk_bytes": 4, "accumulation": micro, "free_bytes": free_bytes}
     optimizer, reference = offloaded(ours, **settings, **FREE), plain(theirs)
     saved = (copy.deepcopy(optimizer.state_dict()), copy.deepcopy(ours.state_dict()))
     for _ in range(micro):
-        backward(ours, theirs)
+        backward(ours)
     failing_step.arm(after=2)
+    optimizer.step()
+    what = {
+        "forward": lambda: ours(torch.randn(8, 19)),
+        "evaluation": lambda: torch.no_grad()(ours)(torch.randn(8, 19)),
+        "step": optimizer.step,
+        "synchronize": optimizer.synchronize,
+        "state_dict": ours.state_dict,
+        "load_state_dict": lambda: ours.load_state_dict(saved[1]),
+    }
     with pytest.raises(RuntimeError, match="the host's step failed"):
-        optimizer.step()
+        what[noticed]()
     failing_step.undo()
+    with pytest.raises(MixedPrecisionError, match="could not be taken back"):
+        backward(ours)
+        optimizer.step()
+    optimizer.zero_grad()
     ours.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[0])
+    optimizer.step()
+    assert optimizer.report.reason == "no_grads"
+    for _ in range(micro):
+        backward(ours, theirs)
     optimizer.step()
     reference.step()
     optimizer.synchronize()
     assert same(weights(ours), weights(theirs))
-    optimizer.step()
-    assert optimizer.report.reason == "no_grads"
 
 
 def test_a_chunk_that_is_added_up_just_now_is_stepped(monkeypatch):
@@ -243,8 +323,9 @@ def test_after_a_failure_steps_are_refused_until_a_state_is_loaded(failing_step)
     saved = (copy.deepcopy(optimizer.state_dict()), weights(ours))
     failing_step.arm(after=1)
     backward(ours)
+    optimizer.step()
     with pytest.raises(RuntimeError, match="the host's step failed"):
-        optimizer.step()
+        optimizer.settle()
     failing_step.undo()
     optimizer.zero_grad()
     backward(ours)
@@ -271,11 +352,11 @@ def test_what_would_have_to_wait_for_all_gradients_is_refused(more):
         OffloadSettings(**{**FREE, **more})
 
 
-@pytest.mark.parametrize("mode", ["sync", "immediate"])
-def test_a_failure_before_anything_is_changed_is_none_of_the_state_that_was_loaded(failing_step, monkeypatch, mode):
+def test_a_failure_before_anything_is_changed_is_none_of_the_state_that_was_loaded(failing_step, monkeypatch):
+    """In 'sync'; in 'immediate' whatever the host's thread fails with needs a loaded state."""
     ours, theirs = small_model(), small_model()
     lanes = FakeLanes()
-    optimizer, reference = offloaded(ours, lanes, **{**FREE, "mode": mode}), plain(theirs)
+    optimizer, reference = offloaded(ours, lanes, **{**FREE, "mode": "sync"}), plain(theirs)
     saved = (copy.deepcopy(optimizer.state_dict()), copy.deepcopy(ours.state_dict()))
     backward(ours, theirs)
     failing_step.arm(after=1)

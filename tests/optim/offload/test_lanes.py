@@ -11,7 +11,7 @@ from deepseek_mp.optim.offload.lanes import DirectLanes, StreamLanes, lanes_for
 
 class FakeStream:
     def __init__(self, name, events):
-        self.name, self.events = name, events
+        self.name, self.events, self.is_idle = name, events, True
 
     def wait_stream(self, other):
         self.events.append(f"{self.name} waits for {other.name}")
@@ -24,7 +24,7 @@ class FakeModule:
     """As torch.cuda, for streams whose work is done at once."""
 
     def __init__(self):
-        self.events, self._names = [], iter(["down", "up"])
+        self.events, self._names = [], iter(["down", "up", "put"])
         self._current = FakeStream("main", self.events)
 
     def Stream(self, device):  # noqa: N802 - the name in torch
@@ -45,7 +45,10 @@ class FakeEvent:
         self.events, self.stream = events, None
 
     def record(self, stream):
-        self.stream = stream.name
+        self.stream, self.is_over = stream.name, stream.is_idle
+
+    def query(self):
+        return self.is_over
 
     def synchronize(self):
         self.events.append(f"host waits for event of {self.stream}")
@@ -106,6 +109,45 @@ def test_up_waits_for_readers_and_is_waited_for(streams, transposed, dtype):
     assert events == ["up waits for main", *["memory is used on up"] * 2, "main waits for event of up"]
     assert torch.equal(other.as_subclass(torch.Tensor), values + 1)
     assert torch.equal(target.as_subclass(torch.Tensor).float(), values)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_still_read_is_replaced_behind_its_readers_from_memory_beside(streams, transposed, dtype):
+    """The way up waits for nobody; only what puts the weights into their place does."""
+    lanes, events = streams
+    target = torch.zeros(3, 2, dtype=dtype).t() if transposed else torch.zeros(2, 3, dtype=dtype)
+    values = torch.arange(6.0).view(2, 3)
+    lanes._current().is_idle = False
+    mark = lanes.up([target.as_subclass(Recorded)], [values], readers=lanes.now())
+    assert events[:2] == ["put waits for event of up", "put waits for event of main"]
+    assert events[2] == "memory is used on put"
+    assert not any(event.startswith("up waits") for event in events)
+    lanes.wait(mark)
+    assert events[-1] == "main waits for event of put"
+    assert torch.equal(target.float(), values)
+
+
+def test_memory_beside_is_bounded_and_comes_back(streams, monkeypatch):
+    lanes, events = streams
+    monkeypatch.setattr(lanes_module, "BESIDE_BYTES", 24)
+    lanes._current().is_idle = lanes._put.is_idle = False
+    target, source = torch.zeros(4).as_subclass(Recorded), torch.ones(4)
+    lanes.up([target], [source], readers=lanes.now())
+    marks = [mark for mark, _ in lanes._beside]
+    events.clear()
+    lanes.up([target], [source], readers=lanes.now())
+    assert events[0] == "up waits for event of main", "no room: behind the readers, in place"
+    marks[0].is_over = True
+    events.clear()
+    lanes.up([target], [source], readers=lanes.now())
+    assert events[0] == "put waits for event of up"
+
+
+def test_where_nobody_reads_any_more_weights_go_into_their_place(streams):
+    lanes, events = streams
+    lanes.up([torch.zeros(4).as_subclass(Recorded)], [torch.ones(4)], readers=lanes.now())
+    assert events == ["up waits for event of main", "memory is used on up"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload.schedule import Rates, Work, cast_on_host, chunks, host_bytes, predict, split
+from deepseek_mp.optim.offload.schedule import BESIDE_BYTES, Rates, Work, cast_on_host, chunks, host_bytes, predict, split
 
 RATES = Rates(down=50e9, up=40e9, cpu=100e9)
 WORK = Work(forward_backward=1.0, keep=False)
@@ -54,6 +54,8 @@ def parts_of(values):
 
 LAST = 0.1 * (4 / 40 + 2 / 50 + 10 / 100)
 """Up, down and added up: the last chunk's part of the tail."""
+LAST_STEPPED = 0.1 * (2 / 50 + 30 / 100)
+"""Down and stepped, in 'immediate'."""
 
 
 def test_each_mode_hides_what_it_can():
@@ -165,7 +167,21 @@ def test_gradients_that_are_checked_land_at_another_rate():
 def test_what_forward_reads_first_is_waited_for_where_it_goes_up_last():
     placed = parts_of(1_000_000_000)
     found = predict(placed, replace(RATES, up=4e9), replace(WORK, mode="immediate"))
-    assert (found.total, found.after) == (pytest.approx(1.0 + 1.0), 0.0)
+    behind = 1.0 - BESIDE_BYTES / 2 / 1_000_000_000  # of its way up: the rest went beside backward
+    assert (found.total, found.after) == (pytest.approx(1.0 + behind), 0.0)
+    few = predict(parts_of(500_000_000), replace(RATES, up=2e9), replace(WORK, mode="immediate"))
+    assert few.total == pytest.approx(1 / 3 + LAST_STEPPED / 2 + 1.0)
+
+
+def test_in_immediate_layers_on_the_device_run_before_the_others_are_needed():
+    parts = chunks([100_000_000] * 10, limit_bytes=400_000_000)
+    placed = split(parts, free_bytes=7_000_000_000, bytes_per_value=14)
+    work = replace(WORK, mode="immediate", device_step=0.2, forward_backward=0.03)
+    host = 0.01 + 0.5 * 30 / 100  # begins behind forward
+    found = predict(placed, RATES, work)
+    assert (found.total, found.after) == (pytest.approx(host + 0.01 - 0.005), pytest.approx(0.005))
+    long = predict(placed, RATES, replace(work, forward_backward=1.0))
+    assert (long.total, long.after) == (pytest.approx(1.0 + 0.1), 0.0), "the device steps its own part meanwhile"
 
 
 def test_weights_go_up_behind_backward_and_beside_the_next_forward():
