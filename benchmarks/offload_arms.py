@@ -41,6 +41,8 @@ class Arm:
     share: float = 1.0
     """Of the values that are offloaded."""
     undo: bool = True
+    begin: str = "step"
+    """Of mode 'immediate'."""
     fp32: bool = False
     """FP32 weights under BF16 autocast, instead of BF16 weights."""
     offload_gradients: bool = False
@@ -75,6 +77,15 @@ ARMS = {
     "immediate-4-65": Arm(micro=4, mode="immediate", undo=False, share=0.65),
     "fp32-immediate": Arm(fp32=True, mode="immediate", undo=False),
     "fp32-immediate-65": Arm(fp32=True, mode="immediate", undo=False, share=0.65),
+    "backward": Arm(mode="immediate", begin="backward", undo=False),
+    "backward-70": Arm(mode="immediate", begin="backward", undo=False, share=0.7),
+    "backward-65": Arm(mode="immediate", begin="backward", undo=False, share=0.65),
+    "backward-60": Arm(mode="immediate", begin="backward", undo=False, share=0.605),
+    "backward-4": Arm(micro=4, mode="immediate", begin="backward", undo=False),
+    "backward-4-65": Arm(micro=4, mode="immediate", begin="backward", undo=False, share=0.65),
+    "backward-4-60": Arm(micro=4, mode="immediate", begin="backward", undo=False, share=0.605),
+    "fp32-backward": Arm(fp32=True, mode="immediate", begin="backward", undo=False),
+    "fp32-backward-65": Arm(fp32=True, mode="immediate", begin="backward", undo=False, share=0.65),
     "fp32-sync": Arm(fp32=True),
     "fp32-speculative": Arm(fp32=True, mode="speculative"),
     "fp32-sync-without-undo": Arm(fp32=True, undo=False),
@@ -199,6 +210,7 @@ def _offloaded(training: Training, arm: Arm, memory: HostMemory, rates: Rates | 
     free = None if arm.share == 1.0 else int(arm.share * training.values) * per_value
     settings = OffloadSettings(
         mode=arm.mode,
+        begin=arm.begin,
         undo=arm.undo,
         free_bytes=free,
         delay_from=0,

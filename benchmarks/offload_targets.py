@@ -8,34 +8,16 @@ from typing import Any
 Cases = Mapping[str, Mapping[str, Any]]
 
 FREED, SLOWER, PREDICTED, HIDDEN = 0.60, 1.10, 0.15, 0.80
+_SHARES = ("", "-70", "-65", "-60")
+_STEPPED_EARLY = [f"{mode}{share}" for mode in ("immediate", "backward") for share in _SHARES]
+_STEPPED_EARLY_4 = [f"{mode}-4{share}" for mode in ("immediate", "backward") for share in _SHARES]
 TORCHAO = {
-    "torchao": (
-        "sync",
-        "speculative",
-        "sync-without-undo",
-        "speculative-65",
-        "immediate",
-        "immediate-70",
-        "immediate-65",
-        "immediate-60",
-    ),
+    "torchao": ("sync", "speculative", "sync-without-undo", "speculative-65", *_STEPPED_EARLY),
     "torchao-gradients": ("sync", "speculative", "sync-without-undo"),
-    "torchao-4": (
-        "sync-4",
-        "speculative-4",
-        "delayed-4",
-        "speculative-4-65",
-        "immediate-4",
-        "immediate-4-65",
-        "immediate-4-60",
-    ),
+    "torchao-4": ("sync-4", "speculative-4", "delayed-4", "speculative-4-65", *_STEPPED_EARLY_4),
     "fp32-torchao": (
-        "fp32-sync",
-        "fp32-speculative",
-        "fp32-sync-without-undo",
-        "fp32-speculative-65",
-        "fp32-immediate",
-        "fp32-immediate-65",
+        *("fp32-sync", "fp32-speculative", "fp32-sync-without-undo", "fp32-speculative-65"),
+        *(f"fp32-{name}" for name in _STEPPED_EARLY),
     ),
 }
 """Arms of torchao, and those of ours that train the same. All of ours but 'delayed' have the numbers of AdamW; torchao
@@ -43,22 +25,13 @@ keeps no state to take a step back, and of BF16 weights no masters."""
 ACCUMULATING = TORCHAO["torchao-4"]
 MEMORY = (
     ("device", "sync"), ("device", "speculative-65"), ("device-4", "sync-4"), ("device-4", "delayed-4"),
-    ("device-4", "speculative-4-65"), ("device", "immediate"), ("device", "immediate-70"), ("device", "immediate-65"),
-    ("device", "immediate-60"), ("device-4", "immediate-4"), ("device-4", "immediate-4-65"),
-    ("device-4", "immediate-4-60"),
+    ("device-4", "speculative-4-65"), *(("device", name) for name in _STEPPED_EARLY),
+    *(("device-4", name) for name in _STEPPED_EARLY_4),
 )  # fmt: skip
 """Arms on the device, and those whose state is compared with theirs."""
 LATE = {"speculative": "sync", "delayed": "sync", "speculative-4": "sync-4", "delayed-4": "sync-4"}
 """Arms that hide the host's step, and the ones in which it was timed."""
-SHARED = {
-    "immediate": "sync-without-undo",
-    "immediate-70": "sync-without-undo",
-    "immediate-65": "sync-without-undo",
-    "immediate-60": "sync-without-undo",
-    "immediate-4": "sync-without-undo",
-    "immediate-4-65": "sync-without-undo",
-    "immediate-4-60": "sync-without-undo",
-}
+SHARED = dict.fromkeys([*_STEPPED_EARLY, *_STEPPED_EARLY_4], "sync-without-undo")
 """The same; of 'immediate' the host's step is that of the share of the values that it offloads."""
 
 

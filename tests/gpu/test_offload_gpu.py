@@ -79,15 +79,16 @@ def test_fp32_is_adamw_on_the_host_to_the_bit(mode, clip):
     assert same(weights(theirs), weights(ours))
 
 
-@pytest.mark.parametrize("mode", ["sync", "speculative", "delayed", "immediate"])
+@pytest.mark.parametrize("mode", ["sync", "speculative", "delayed", "immediate", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cast", ["host", "device"])
 def test_streams_give_the_numbers_of_copies_that_wait(mode, dtype, cast):
     """A copy that nobody waits for, or memory that is used too early, would change a bit in some of many steps."""
     slow, fast = model(dtype), model(dtype)
     options = {"mode": mode, "cast": cast, "accumulation": 2, "delay_from": 3}
-    if mode == "immediate":
-        options |= {"undo": False, "check_finite": False}
+    if mode in ("immediate", "backward"):
+        begin = "backward" if mode == "backward" else "step"
+        options |= {"mode": "immediate", "begin": begin, "undo": False, "check_finite": False}
     reference, optimizer = offloaded(slow, lambda _: DirectLanes(), **options), offloaded(fast, **options)
     for _ in range(40):
         backward(slow, fast)
@@ -116,11 +117,12 @@ def test_a_part_that_the_device_steps_while_weights_go_up_in_pieces(monkeypatch,
 
 @pytest.mark.parametrize("beside", [0, 1 << 20, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_reads_weights_before_a_step_sees_the_old_ones(monkeypatch, dtype, beside):
+@pytest.mark.parametrize("begin", ["step", "backward"])
+def test_what_reads_weights_before_a_step_sees_the_old_ones(monkeypatch, begin, dtype, beside):
     """In 'immediate' new ones are on the device while backward, and what follows it, is still at work."""
     monkeypatch.setattr(lanes_module, "BESIDE_BYTES", beside)
     net, long = model(dtype), torch.randn(8192, 8192, device=device())
-    optimizer = offloaded(net, mode="immediate", undo=False, check_finite=False)
+    optimizer = offloaded(net, mode="immediate", begin=begin, undo=False, check_finite=False)
     for _ in range(4):
         optimizer.synchronize()
         before = weights(net)

@@ -159,8 +159,7 @@ class HostWork:
         def begin(chunk: HostChunk) -> UnderWay:
             return chunk.begin([_OPTIONS], self._states, chunk.gradients(), AS_IT_IS)
 
-        for _ in in_turn(chunks, begin, _nothing, self._memory.crew):
-            pass
+        in_turn(chunks, begin, _nothing, self._memory.crew)
 
 
 def _bearable(values: int) -> int:

@@ -5,82 +5,218 @@ state is copied. A gradient is added up, stepped on, and the weight rounded, blo
 least that the host's memory has to move.
 
 The host works on a thread of its own, so that `step` returns before it is done: the next forward begins with the layers
-that are there, and waits where it reads a chunk that is not.
+that are there, and waits where it reads a chunk that is not. A device takes only so many kernels ahead, so that backward
+returns, and `step` is called, when the device is in the middle of it. The host can begin before, at the first chunk that
+is complete; then the window's last backward is the step, which cannot be skipped any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import Any, NoReturn
 
 from torch.optim import Optimizer
 
+from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Taken
-from deepseek_mp.optim.offload.in_turn import UnderWay, in_turn
+from deepseek_mp.optim.offload.in_turn import UnderWay
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
-from deepseek_mp.optim.offload.verdict import Scaling
+from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
+
+
+@dataclass(eq=False, kw_only=True)
+class _Window:
+    """One step on its way."""
+
+    options: list[dict[str, Any]]
+    """Of all groups."""
+    given: dict[HostChunk, Future[Any]] = field(default_factory=dict)
+    """What the host's thread was given, and the last that it has to do for each."""
+    under_way: dict[HostChunk, UnderWay] = field(default_factory=dict)
+    placing: Lock = field(default_factory=Lock)
+    readers: tuple[Any] | None = None
+    """The mark of what still reads the weights that are replaced; None until `step`, which knows it."""
+    unsent: list[HostChunk] = field(default_factory=list)
+    """Stepped before that was known."""
+
+    @property
+    def last(self) -> HostChunk | None:
+        """The chunk that was given last, which nobody has been asked to finish."""
+        return next(reversed(self.given), None)
+
+    def cancel(self) -> None:
+        """Nobody is at work on it any more."""
+        for work in self.under_way.values():
+            work.cancel()
+        self.under_way.clear()
 
 
 class ImmediateStep(SyncStep):
-    """The mode 'immediate'. Weights go up while backward runs, and take their places when it has ended."""
+    """The mode 'immediate'. Weights go up while backward runs, and take their places when it has ended.
+
+    Args:
+        parts: what it works with.
+        in_backward: whether the host begins in the window's last backward, and not in `step`.
+    """
 
     waits_for_all = False
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, in_backward: bool) -> None:
         super().__init__(parts)
-        self._worker = parts.worker()
+        self._worker, self._in_backward = parts.worker(), in_backward
+        self._begun: _Window | None = None
+        """That backward has begun to step."""
+
+    @property
+    def has_begun(self) -> bool:
+        return self._begun is not None
 
     def reopened(self, chunk: HostChunk) -> None:
+        if self._begun is not None and chunk in self._begun.given:
+            self._refuse("a gradient of parameters that this window's backward has stepped")
         super().reopened(chunk)
         self.parts.waits.until_sent([chunk.number])
 
+    def complete(self, chunk: HostChunk, *, last: bool) -> None:
+        if not (last and self._in_backward) or self.broken is not None:
+            super().complete(chunk, last=last)
+            return
+        for slot in chunk.slots:
+            slot.adopt()
+        if self._begun is None:
+            self._begun = _Window(options=rule.options(self.parts.owner().param_groups))
+        self._give(self._begun, chunk, AS_IT_IS)
+
     def gather(self) -> None:
         """Wait for the last step, and the threads that add up gradients of earlier micro-batches; for no others."""
+        given = () if self._begun is None else self._begun.given
         for chunk in self.parts.chunks:
-            self.reopened(chunk)
+            if chunk not in given:
+                self.reopened(chunk)
+
+    def land(self) -> None:
+        if self._begun is not None:
+            self._refuse("gradients that are looked at behind the backward that steps on them", breaks=False)
+        super().land()
 
     def settle(self) -> None:
+        if self._begun is not None and self.broken is not None:
+            self._drop(self._begun)
+        if self._begun is not None:
+            self._refuse("masters and states that are read behind the backward that steps them", breaks=False)
         self.parts.waits.until_sent(chunk.number for chunk in self.parts.chunks)
 
+    def forget(self) -> None:
+        if self._begun is not None:
+            self._refuse("a window that is not wanted, whose backward has stepped")
+        super().forget()
+
     def apply(self, scaling: Scaling) -> None:
-        """Begin to step all chunks, in the order in which their gradients arrive, beside what the device does."""
+        """Step the chunks that are not begun, as their gradients arrive, and what is on the device."""
+        options = rule.options(self.parts.owner().param_groups)
+        if self._begun is not None and (options, scaling) != (self._begun.options, AS_IT_IS):
+            self._refuse("options or a loss scale that the backward that steps has not seen")
         self.prepare()
+        window, self._begun = self._begun or _Window(options=options), None
+        readers = (self.parts.lanes.now(),)
         try:
-            self._begin(scaling)
+            self.step_device_part(scaling)  # behind backward, so that the host's work hides it
+            self._place(window, readers)
+            for chunk in self.parts.chunks:
+                if chunk.has_gradients or chunk.is_pending:
+                    self._give(window, chunk, scaling)
+            if window.last is not None:
+                self._submit(window, window.last, self._finish)
         except BaseException as error:
             self.broken = error
             raise
+        for chunk, future in window.given.items():
+            self.parts.waits.expect(chunk.number, future)
         if not (self.parts.waits.attached and self.parts.is_beside):
             self.parts.waits.wait_all()
 
-    def _begin(self, scaling: Scaling) -> None:
-        lanes, owner = self.parts.lanes, self.parts.owner()
-        groups = rule.options(owner.param_groups)
-        readers = lanes.now()
-        self.step_device_part(scaling)  # behind backward, so that the host's work hides it
-        chunks = [chunk for chunk in self.parts.chunks if chunk.has_gradients or chunk.is_pending]
-        taken = {chunk: chunk.take(lanes) for chunk in chunks}
+    def prepare(self) -> None:
+        """As before other steps; for parameters that backward has stepped it was done there."""
+        given = () if self._begun is None else self._begun.given
+        done = {slot for chunk in given for slot in chunk.slots}
+        pairs = [*self.parts.device.pairs, *(slot for chunk in self.parts.chunks for slot in chunk.slots)]
+        for pair in pairs:
+            pair.check_place()
+        for pair in pairs:
+            if pair not in done:
+                pair.adopt()
 
-        def begin(chunk: HostChunk) -> UnderWay:
-            chunk.freed(lanes)
-            return chunk.begin_taken(groups, owner.state, taken[chunk], scaling, lanes)
+    def _refuse(self, passed: str, *, breaks: bool = True) -> NoReturn:
+        """Raise `ConfigError`; where the window's step cannot be ended any more, the state is no whole one."""
+        allowed = "`step` right behind the window's last backward, which is its step (begin='backward')"
+        error = ConfigError(explain(passed, allowed, "Do that, or take begin='step'"))
+        if breaks and self._begun is not None:
+            self.broken = self.broken or error
+            self._drop(self._begun)
+        raise error
 
-        def send(chunk: HostChunk) -> None:
-            chunk.send(lanes, readers=readers)
-            chunk.kept = False
-            self.parts.waits.sent(chunk.number, chunk.uploads)
+    def _drop(self, window: _Window) -> None:
+        """The step that backward has begun is not ended."""
+        for future in window.given.values():
+            future.exception()
+        window.cancel()
+        self._begun = None
 
-        stepped = in_turn(chunks, begin, send, self.parts.crew)
-        for chunk in chunks:
-            self.parts.waits.expect(chunk.number, self._worker.submit(self._next, stepped, owner))
+    # ------------------------------------------------------------------- what the host's thread does
 
-    def _next(self, stepped: Iterator[None], _owner: Optimizer) -> None:
-        """Finish the next chunk. The optimizer is held until then: who lets it go waits for nobody's work."""
+    def _give(self, window: _Window, chunk: HostChunk, scaling: Scaling) -> None:
+        """Let it begin a chunk, and finish the one before: then the crew need not wait in between."""
+        before, taken = window.last, chunk.take(self.parts.lanes)
+        tasks = [(chunk, partial(self._start, taken=taken, scaling=scaling))]
+        if before is not None:
+            # A crew of one thread does all its work in the beginning.
+            tasks.insert(1 if self.parts.crew.threads > 1 else 0, (before, self._finish))
+        for which, task in tasks:
+            self._submit(window, which, task)
+
+    def _submit(self, window: _Window, chunk: HostChunk, task: Callable[..., None]) -> None:
+        window.given[chunk] = self._worker.submit(self._guarded, task, window, chunk, self.parts.owner())
+
+    def _guarded(self, task: Callable[..., None], window: _Window, chunk: HostChunk, owner: Optimizer) -> None:
+        """The optimizer is held until then: who lets it go finds nobody at work."""
         if self.broken is not None:
             raise self.broken
         try:
-            next(stepped)
+            task(window, chunk, owner)
         except BaseException as error:
             self.broken = error
+            window.cancel()
             raise
+
+    def _start(self, window: _Window, chunk: HostChunk, owner: Optimizer, *, taken: Taken, scaling: Scaling) -> None:
+        lanes = self.parts.lanes
+        chunk.freed(lanes)
+        window.under_way[chunk] = chunk.begin_taken(window.options, owner.state, taken, scaling, lanes)
+
+    def _finish(self, window: _Window, chunk: HostChunk, _owner: Optimizer) -> None:
+        window.under_way[chunk].end()
+        del window.under_way[chunk]
+        chunk.kept = False
+        with window.placing:
+            if window.readers is None:
+                window.unsent.append(chunk)
+            else:
+                self._send(window, chunk)
+
+    def _place(self, window: _Window, readers: tuple[Any]) -> None:
+        """New weights may take their places, behind these."""
+        with window.placing:
+            window.readers = readers
+            for chunk in window.unsent:
+                self._send(window, chunk)
+            window.unsent = []
+
+    def _send(self, window: _Window, chunk: HostChunk) -> None:
+        assert window.readers is not None, "known by then"
+        chunk.send(self.parts.lanes, readers=window.readers[0])
+        self.parts.waits.sent(chunk.number, chunk.uploads)

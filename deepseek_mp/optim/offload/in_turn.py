@@ -6,7 +6,7 @@ So no thread of the crew waits while a chunk that is done is looked after.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -40,10 +40,8 @@ def in_turn(
     begin: Callable[[Item], UnderWay | None],
     finish: Callable[[Item], None],
     crew: Crew,
-) -> Iterator[None]:
-    """Begin and end the work on all items, in their order; each yield is behind the end of one.
-
-    After a failure nobody is at work on any.
+) -> None:
+    """Begin and end the work on all items, in their order; after a failure nobody is at work on any.
 
     Args:
         items: chunks.
@@ -65,10 +63,8 @@ def in_turn(
             under_way.append((item, begin(item)))
             if len(under_way) > ahead:
                 end()
-                yield
         while under_way:
             end()
-            yield
     except BaseException:
         for _, work in under_way:
             if work is not None:

@@ -197,7 +197,7 @@ class OffloadedOptimizer(Optimizer):
     def _judged_step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._mode.gather()
-        unseen = any(chunk.is_pending for chunk in self._chunks)
+        unseen = self._mode.has_begun or any(chunk.is_pending for chunk in self._chunks)
         grads = self._gradients()
         verdict = judge(grads, self.settings, scale=scale, found_inf=found, norm=self._norm, unseen=unseen)
         self._mode.step(verdict)
@@ -429,7 +429,7 @@ class OffloadedOptimizer(Optimizer):
         if self.settings.mode == "delayed":
             return DelayedStep(parts, self.settings.delay_from)
         if self.settings.mode == "immediate":
-            return ImmediateStep(parts)
+            return ImmediateStep(parts, in_backward=self.settings.begin == "backward")
         return SpeculativeStep(parts) if self.settings.mode == "speculative" else SyncStep(parts)
 
     # ------------------------------------------------------------------------------------------ gradients

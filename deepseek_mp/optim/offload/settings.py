@@ -15,6 +15,10 @@ class OffloadSettings:
     mode: str = "sync"
     """'sync' and 'speculative' give the numbers of AdamW; 'delayed' applies each gradient one step late. 'immediate'
     gives the numbers of AdamW without clipping, and takes no step back: it needs undo=False and check_finite=False."""
+    begin: str = "step"
+    """When 'immediate' steps a chunk whose gradients have arrived. In 'step': in `step`, and those before at once. In
+    'backward': already in the backward before, the last of `accumulation`; `step` then ends what cannot be skipped or
+    forgotten any more, and what the optimizer has is not to be read or changed between the two."""
     wire: str | None = None
     """Gradients are sent in 'bf16' or 'fp32'. None: BF16 parameters' in BF16, others' in FP32."""
     accumulation: int = 1
@@ -43,6 +47,10 @@ class OffloadSettings:
         check_member("mode", self.mode, MODES)
         if self.wire is not None:
             check_member("wire", self.wire, tuple(WIRES))
+        check_member("begin", self.begin, ("step", "backward"))
+        if self.begin == "backward" and self.mode != "immediate":
+            passed = f"begin='backward' with mode={self.mode!r}"
+            raise ConfigError(explain(passed, "mode='immediate' with it", "Take 'speculative', which can be taken back"))
         check_member("cast", self.cast, ("auto", "host", "device"))
         for name in ("accumulation", "delay_from", "chunk_bytes", "free_bytes"):
             value = getattr(self, name)

@@ -57,6 +57,11 @@ class SyncStep:
         self.redone = 0
         """Chunks that were stepped twice in the last step."""
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether gradients of a window were given to its step before `step` is called."""
+        return False
+
     def reopened(self, chunk: HostChunk) -> None:
         """Another gradient of this chunk is about to be sent down."""
         error = self._landed(chunk)
@@ -153,8 +158,7 @@ class SyncStep:
             begun.append(chunk)
             return self.begin_chunk(chunk, scaling, groups)
 
-        for _ in in_turn(chunks, begin, self.send, self.parts.crew):
-            pass
+        in_turn(chunks, begin, self.send, self.parts.crew)
 
     def prepare(self) -> None:
         """What can fail before anything is changed; and take over what others wrote into the weights."""

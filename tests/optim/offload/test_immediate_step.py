@@ -24,13 +24,20 @@ def threads(request, monkeypatch):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["step", "backward"])
+def begin(request):
+    """When the host begins."""
+    return request.param
+
+
 @pytest.mark.parametrize("worker", WORKERS)
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("free_bytes", [None, 2000])
 @pytest.mark.usefixtures("threads")
-def test_the_numbers_are_those_of_adamw(worker, micro, free_bytes):
+def test_the_numbers_are_those_of_adamw(begin, worker, micro, free_bytes):
     ours, theirs = small_model(), small_model()
-    optimizer = offloaded(ours, worker=worker, accumulation=micro, free_bytes=free_bytes, **FREE)
+    options = {"worker": worker, "accumulation": micro, "free_bytes": free_bytes, "begin": begin}
+    optimizer = offloaded(ours, **options, **FREE)
     reference = plain(theirs)
     for _ in range(3):
         for _ in range(micro):
@@ -48,9 +55,9 @@ def test_the_numbers_are_those_of_adamw(worker, micro, free_bytes):
 
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.usefixtures("threads")
-def test_weights_in_bf16_have_the_numbers_of_sync(micro):
+def test_weights_in_bf16_have_the_numbers_of_sync(begin, micro):
     ours, theirs = small_model(torch.bfloat16), small_model(torch.bfloat16)
-    optimizer = offloaded(ours, accumulation=micro, **FREE)
+    optimizer = offloaded(ours, accumulation=micro, begin=begin, **FREE)
     other = offloaded(theirs, accumulation=micro, mode="sync")
     for _ in range(3):
         for _ in range(micro):
@@ -139,6 +146,162 @@ def test_schedules_change_the_next_step_only():
         reference.zero_grad()
     optimizer.synchronize()
     assert same(weights(ours), weights(theirs))
+
+
+# -- the host begins in backward -------------------------------------------------------------------------
+
+
+def test_backward_steps_chunk_by_chunk_and_step_places_the_weights():
+    lanes, model = FakeLanes(), small_model()
+    optimizer = offloaded(model, lanes, worker=NowWorker, chunk_bytes=4, accumulation=2, begin="backward", **FREE)
+    backward(model)
+    assert not optimizer.state, "the first of two micro-batches"
+    before = weights(model)
+    lanes.events.clear()
+    backward(model)
+    masters = [optimizer.master(parameter) for parameter in model.parameters()]
+    assert all(master in optimizer.state for master in masters), "stepped"
+    assert not any(event.startswith("up") for event in lanes.events)
+    assert same(weights(model), before), "but somebody may still read these"
+    optimizer.step()
+    optimizer.synchronize()
+    assert not same(weights(model), before)
+
+
+def test_parameters_without_a_gradient_do_not_hold_the_others_up():
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, begin="backward", **FREE), plain(theirs)
+    for _ in range(2):
+        batch = torch.randn(8, 19)
+        for net in (ours, theirs):
+            net[:3](batch).square().mean().backward()  # the last two layers have none, and share a chunk with others
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_a_window_that_is_shorter_is_stepped_in_step():
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, accumulation=3, begin="backward", **FREE), plain(theirs)
+    for micro in (2, 3, 1):
+        for _ in range(micro):
+            backward(ours, theirs)
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_weights_that_others_wrote_before_backward_are_taken_over():
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, begin="backward", **FREE), plain(theirs)
+    for _ in range(2):
+        optimizer.synchronize()
+        with torch.no_grad():
+            for parameter in (*ours.parameters(), *theirs.parameters()):
+                parameter.mul_(1.5)
+        backward(ours, theirs)
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+def _changed_rate(optimizer):
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+
+
+def _scaled(optimizer):
+    optimizer.grad_scale = torch.tensor(2.0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+@pytest.mark.parametrize(
+    ("misuse", "match"),
+    [
+        (lambda optimizer, _: optimizer.zero_grad(), "a window that is not wanted"),
+        (lambda _, model: backward(model), "a gradient of parameters that this window's backward has stepped"),
+        (lambda optimizer, _: _changed_rate(optimizer), "options or a loss scale"),
+        (lambda optimizer, _: _scaled(optimizer), "options or a loss scale"),
+    ],
+)
+def test_what_backward_has_stepped_cannot_be_undone(worker, misuse, match):
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, worker=worker, begin="backward", **FREE), plain(theirs)
+    saved = (copy.deepcopy(optimizer.state_dict()), copy.deepcopy(ours.state_dict()))
+    backward(ours)
+    with pytest.raises(ConfigError, match=match):
+        misuse(optimizer, ours)
+    with pytest.raises(MixedPrecisionError, match="could not be taken back"):
+        backward(ours)
+        optimizer.step()
+    optimizer.zero_grad()
+    ours.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[0])
+    for _ in range(2):
+        backward(ours, theirs)
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("look", ["land", "synchronize", "state_dict", "refresh"])
+def test_nothing_is_looked_at_between_backward_and_step(look):
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, begin="backward", **FREE), plain(theirs)
+    backward(ours, theirs)
+    with pytest.raises(ConfigError, match=r"behind the backward that steps.*take begin='step'"):
+        getattr(optimizer, look)()
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_failure_in_backward_is_found_by_step_or_what_comes_next(failing_step, worker):
+    ours, theirs = small_model(), small_model()
+    optimizer = offloaded(ours, worker=worker, chunk_bytes=4, begin="backward", **FREE)
+    reference = plain(theirs)
+    saved = (copy.deepcopy(optimizer.state_dict()), copy.deepcopy(ours.state_dict()))
+    backward(ours)
+    optimizer.step()
+    failing_step.arm(after=1)
+    with pytest.raises((RuntimeError, MixedPrecisionError)) as found:
+        backward(ours)
+        optimizer.step()
+        optimizer.settle()
+    assert "the host's step failed" in f"{found.value} {found.value.__cause__}"
+    failing_step.undo()
+    with pytest.raises(MixedPrecisionError, match="could not be taken back"):
+        optimizer.step()
+        backward(ours)
+        optimizer.step()
+    ours.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[0])
+    backward(ours, theirs)
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_only_immediate_begins_in_backward():
+    with pytest.raises(ConfigError, match="begin='backward' with mode='sync'"):
+        OffloadSettings(begin="backward")
+    with pytest.raises(ConfigError, match="begin='now'"):
+        OffloadSettings(begin="now", **FREE)
+
+
+# -- gradients -------------------------------------------------------------------------------------------
 
 
 def test_no_gradient_is_added_up_in_memory_of_its_own():

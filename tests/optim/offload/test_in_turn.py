@@ -27,7 +27,7 @@ def run(numbers, *, threads, fails=None, done=()):
         return None if number in done else Work(number, events, fails)
 
     try:
-        list(in_turn(range(numbers), begin, lambda number: events.append(f"finish {number}"), Crew(threads)))
+        in_turn(range(numbers), begin, lambda number: events.append(f"finish {number}"), Crew(threads))
     except RuntimeError as error:
         events.append(str(error))
     return events
