@@ -43,6 +43,8 @@ class _Window:
     """The mark of what still reads the weights that are replaced; None until `step`, which knows it."""
     unsent: list[HostChunk] = field(default_factory=list)
     """Stepped before that was known."""
+    error: BaseException | None = None
+    """Why the rest is not done, also when another state has been loaded by then."""
 
     @property
     def last(self) -> HostChunk | None:
@@ -100,18 +102,15 @@ class ImmediateStep(SyncStep):
                 self.reopened(chunk)
 
     def land(self) -> None:
-        if self._begun is not None:
-            self._refuse("gradients that are looked at behind the backward that steps on them", breaks=False)
+        self._look("gradients")
         super().land()
 
     def settle(self) -> None:
-        if self._begun is not None and self.broken is not None:
-            self._drop(self._begun)
-        if self._begun is not None:
-            self._refuse("masters and states that are read behind the backward that steps them", breaks=False)
+        self._look("masters and states")
         self.parts.waits.until_sent(chunk.number for chunk in self.parts.chunks)
 
     def forget(self) -> None:
+        self._give_up_broken()
         if self._begun is not None:
             self._refuse("a window that is not wanted, whose backward has stepped")
         super().forget()
@@ -133,7 +132,7 @@ class ImmediateStep(SyncStep):
             if window.last is not None:
                 self._submit(window, window.last, self._finish)
         except BaseException as error:
-            self.broken = error
+            self.broken = window.error = error
             raise
         for chunk, future in window.given.items():
             self.parts.waits.expect(chunk.number, future)
@@ -151,6 +150,17 @@ class ImmediateStep(SyncStep):
             if pair not in done:
                 pair.adopt()
 
+    def _look(self, what: str) -> None:
+        """`ConfigError` if that is between two states."""
+        self._give_up_broken()
+        if self._begun is not None:
+            self._refuse(f"{what} that are looked at behind the backward that steps, before `step`", breaks=False)
+
+    def _give_up_broken(self) -> None:
+        """A step that backward has begun ends with a failure."""
+        if self._begun is not None and self.broken is not None:
+            self._drop(self._begun)
+
     def _refuse(self, passed: str, *, breaks: bool = True) -> NoReturn:
         """Raise `ConfigError`; where the window's step cannot be ended any more, the state is no whole one."""
         allowed = "`step` right behind the window's last backward, which is its step (begin='backward')"
@@ -162,6 +172,7 @@ class ImmediateStep(SyncStep):
 
     def _drop(self, window: _Window) -> None:
         """The step that backward has begun is not ended."""
+        window.error = window.error or self.broken
         for future in window.given.values():
             future.exception()
         window.cancel()
@@ -184,12 +195,13 @@ class ImmediateStep(SyncStep):
 
     def _guarded(self, task: Callable[..., None], window: _Window, chunk: HostChunk, owner: Optimizer) -> None:
         """The optimizer is held until then: who lets it go finds nobody at work."""
-        if self.broken is not None:
-            raise self.broken
+        window.error = window.error or self.broken
+        if window.error is not None:
+            raise window.error
         try:
             task(window, chunk, owner)
         except BaseException as error:
-            self.broken = error
+            self.broken = window.error = error
             window.cancel()
             raise
 

@@ -275,7 +275,7 @@ def test_a_failure_in_backward_is_found_by_step_or_what_comes_next(failing_step,
     backward(ours)
     optimizer.step()
     failing_step.arm(after=1)
-    with pytest.raises((RuntimeError, MixedPrecisionError)) as found:
+    with pytest.raises((RuntimeError, MixedPrecisionError), match=r"the host's step failed|failed halfway") as found:
         backward(ours)
         optimizer.step()
         optimizer.settle()
@@ -285,6 +285,7 @@ def test_a_failure_in_backward_is_found_by_step_or_what_comes_next(failing_step,
         optimizer.step()
         backward(ours)
         optimizer.step()
+    optimizer.zero_grad()
     ours.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[0])
     backward(ours, theirs)
