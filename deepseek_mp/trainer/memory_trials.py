@@ -178,6 +178,9 @@ def in_force(
         with closing(TrialSteps(trainer, plan, compute(), counted=settings.counted)) as steps:
             yield steps
     finally:
+        if fresh:
+            trainer.optimizer.state.clear()
+        release_memory(trainer.device)  # weights that get memory now would get pieces of what steps left, and hold it
         undo()
         if fresh:
             trainer.optimizer.state.clear()

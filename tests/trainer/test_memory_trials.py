@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from deepseek_mp import MixedPrecisionTrainer, WeightStorage
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import chunked_loss
-from deepseek_mp.optim import AdamW
+from deepseek_mp.optim import AdamW, set_storage
 from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Reason
-from deepseek_mp.trainer import budget, memory_trials
+from deepseek_mp.trainer import budget, memory_measures, memory_trials
 from deepseek_mp.trainer import compile as compile_module
 from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
 from deepseek_mp.trainer.fused_loss import FusedLoss
@@ -377,6 +377,28 @@ def test_a_part_too_small_to_be_halved_predicts_nothing(
 
 
 # -- what stays ------------------------------------------------------------------------------------------
+
+
+def test_weights_are_put_back_when_what_steps_left_has_gone_back_to_the_device(
+    gauge: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they lie in pieces of it, and hold what the next steps need in one."""
+    done: list[str] = []
+    run = trainer(600)
+
+    def held() -> bool:
+        return any(isinstance(value, Tensor) for state in run.optimizer.state.values() for value in state.values())
+
+    def stored(optimizer: Any, weight: Tensor, format: Any) -> None:
+        done.append(f"stored in {format.value}")
+        set_storage(optimizer, weight, format)
+
+    monkeypatch.setattr(memory_trials, "release_memory", lambda _device: done.append("moments" if held() else "free"))
+    monkeypatch.setattr(memory_measures, "set_storage", stored)
+    run.step(batch())
+    back = [number for number, what in enumerate(done) if what == "stored in fp32" and done[number - 1] != what]
+    assert back
+    assert {done[number - 1] for number in back} == {"free"}
 
 
 @pytest.mark.parametrize("mib", [1000, 700, 600])
