@@ -1,18 +1,24 @@
 """Chooses ways to save memory, by their measured cost per byte, so that a step fits a budget with the least slowdown.
 
 The measures are weighed alone, put in order, and added one by one until the step fits. Savings do not add up (the
-highest point of a step may lie elsewhere once one measure is taken), so that every set is tried as it is; and a
-measure that was taken early may be needless in the end, so each is left out once more, the slowest first.
+highest point of a step may lie elsewhere once one measure is taken), so that no set is taken that was not tried as it
+is; and a measure that was taken early may be needless in the end, so each is left out once more, the slowest first. No
+set is tried whose predicted peak is far above what is allowed: a step that runs out of memory takes time too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 NOISE = 0.02
 """Extra time below this share of a step is within what timings of equal steps differ by: it counts as none."""
+FAR = 1.3
+"""A predicted peak above so many times the limit is hopeless. What is left out of the savings that were weighed on a
+part of the batch, such as a buffer that does not grow with it, is less than that."""
+COMFORTABLE = 15 / 16
+"""A predicted peak up to this share of the limit is taken to fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,16 @@ class Trial:
 
     def fits(self, limit_bytes: int) -> bool:
         return self.peak_bytes is not None and self.peak_bytes <= limit_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Measures that the step is known to go through with."""
+
+    measures: frozenset[str]
+    """Their names."""
+    peak_bytes: int
+    """What it holds then, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,42 +152,130 @@ def _cost(block: Sequence[Weighed], noise: float) -> float:
     return math.inf if saved <= 0 else (extra if extra > noise else 0.0) / saved
 
 
-def choose(order: Sequence[Weighed], trial: Try, *, limit_bytes: int) -> Chosen:
-    """Measures that together make the step fit, of this order; all of them, and the smallest peak, if none do.
+def choose(
+    order: Sequence[Weighed], trial: Try, *, limit_bytes: int, base_bytes: int | None = None, known: Known | None = None
+) -> Chosen:
+    """Measures that together make the step fit, of this order; all of them, and the smallest peak tried, if none do.
+
+    A set is passed over if its predicted peak, the base less what was weighed, is more than `FAR` times the limit; all
+    of them together are tried whatever is predicted. What is known to go through is tried before a larger set and
+    before one that is predicted not to fit, and what saves anything of it is taken as needed, if leaving out any one of
+    its measures is predicted to be too much.
 
     Args:
         order: what `weigh` gave.
         trial: makes the step; called for each set at most once.
+        limit_bytes: the most that the step may hold.
+        base_bytes: what the step holds as it is, or less; None: nothing is predicted.
+        known: measures that it is known to go through with.
     """
+    steps = _Steps(order, trial, limit_bytes, base_bytes)
+    wanted = [one.measure for one in order if known is not None and one.measure.name in known.measures]
     taken: list[Measure] = []
     smallest: Chosen | None = None
     for one in order:
         taken.append(one.measure)
-        found = Chosen(taken=tuple(taken), trial=trial(tuple(taken)), fits=False)
+        if one is not order[-1] and steps.is_hopeless(taken):
+            continue
+        if known is not None and (smallest is not None or steps.is_short(taken) or set(wanted) <= set(taken)):
+            if (found := _as_known(wanted, known.peak_bytes, order, steps)) is not None:
+                return found
+            known = None
+        found = Chosen(taken=tuple(taken), trial=steps.trial(taken), fits=False)
         if found.trial.fits(limit_bytes):
-            return _without_needless(found, order, trial, limit_bytes)
+            return _without_needless(found, order, steps)
         if smallest is None or _peak(found) < _peak(smallest):
             smallest = found
     return smallest or Chosen(taken=(), trial=Trial(peak_bytes=None), fits=False)
+
+
+class _Steps:
+    """The steps of a choice: made once for each set, and predicted."""
+
+    def __init__(self, order: Sequence[Weighed], trial: Try, limit_bytes: int, base_bytes: int | None) -> None:
+        self._trial, self.limit_bytes, self._base = trial, limit_bytes, base_bytes
+        self.saved = {one.measure: one.saved_bytes for one in order}
+        self._made: dict[frozenset[Measure], Trial] = {frozenset(): Trial(peak_bytes=None)}
+        """The caller has seen that the step as it is does not fit."""
+        self._too_high = 0
+        """Bytes by which a prediction was above what was then measured."""
+
+    def trial(self, taken: Sequence[Measure]) -> Trial:
+        """The step with these measures."""
+        key = frozenset(taken)
+        if key not in self._made:
+            found = self._made[key] = self._trial(tuple(taken))
+            predicted = self._predicted(taken)
+            if predicted is not None and found.peak_bytes is not None:
+                self._too_high = max(self._too_high, predicted - found.peak_bytes)
+        return self._made[key]
+
+    def was_made(self, taken: Sequence[Measure]) -> bool:
+        """Whether the step with these measures was tried."""
+        return frozenset(taken) in self._made
+
+    def is_hopeless(self, taken: Sequence[Measure]) -> bool:
+        """Whether the step with these measures is predicted to be far from fitting."""
+        return self._exceeds(taken, FAR * self.limit_bytes)
+
+    def is_short(self, taken: Sequence[Measure]) -> bool:
+        """Whether the step with these measures is predicted not to fit."""
+        return self._exceeds(taken, self.limit_bytes)
+
+    def _exceeds(self, taken: Sequence[Measure], count: float) -> bool:
+        predicted = self._predicted(taken)
+        return predicted is not None and predicted - self._too_high > count
+
+    def _predicted(self, taken: Sequence[Measure]) -> int | None:
+        """Bytes of the base less all that the measures save alone, as if none saved what another does too.
+
+        So it is rather too low. It is too high where measures save together what none does alone, and where a part of
+        the batch is too small to show what one saves: what was measured afterwards corrects it.
+        """
+        saved = [self.saved[measure] for measure in taken]
+        if self._base is None or None in saved:
+            return None
+        return self._base - sum(max(0, one or 0) for one in saved)
 
 
 def _peak(chosen: Chosen) -> float:
     return math.inf if chosen.trial.peak_bytes is None else chosen.trial.peak_bytes
 
 
-def _without_needless(found: Chosen, order: Sequence[Weighed], trial: Try, limit_bytes: int) -> Chosen:
-    """Leave out, of what was taken before the last measure, what the step fits without; the slowest first."""
+def _as_known(taken: Sequence[Measure], peak_bytes: int, order: Sequence[Weighed], steps: _Steps) -> Chosen | None:
+    """What is known to go through, if the step with it fits, less what saves nothing and can be left out.
+
+    None if it does not fit, if nothing was weighed, or if a smaller set is predicted to fit comfortably.
+
+    Args:
+        peak_bytes: what the step holds with it, about.
+    """
+    ends = [measure for measure in taken if not _is_needed(measure, taken)]
+    saving = {measure for measure in taken if (steps.saved[measure] or 0) > 0}
+    allowed = COMFORTABLE * steps.limit_bytes
+    if not saving or any(peak_bytes + (steps.saved[one] or 0) <= allowed for one in ends if one in saving):
+        return None
+    found = Chosen(taken=tuple(taken), trial=steps.trial(taken), fits=False)
+    return _without_needless(found, order, steps, needed=saving) if found.trial.fits(steps.limit_bytes) else None
+
+
+def _without_needless(
+    found: Chosen, order: Sequence[Weighed], steps: _Steps, *, needed: Collection[Measure] = ()
+) -> Chosen:
+    """Leave out, of what was taken, what the step fits without; the slowest first.
+
+    The measure taken last is left out only where the step without it was passed over; what is `needed`, never.
+    """
     extra = {one.measure: one.extra_seconds for one in order}
-    taken, last, needless, best = list(found.taken), found.taken[-1], [], found.trial
-    waiting = sorted(taken[:-1], key=lambda measure: -_seconds(extra[measure]))
+    taken, needless, best = list(found.taken), [], found.trial
+    may_go = taken[:-1] if steps.was_made(taken[:-1]) else taken
+    waiting = sorted((one for one in may_go if one not in needed), key=lambda measure: -_seconds(extra[measure]))
     while (measure := next((one for one in waiting if not _is_needed(one, taken)), None)) is not None:
         waiting.remove(measure)
-        without = tuple(one for one in taken if one is not measure)
-        tried = trial(without)
-        if tried.fits(limit_bytes):
-            taken, best = list(without), tried
+        without = [one for one in taken if one is not measure]
+        if not steps.is_hopeless(without) and (tried := steps.trial(without)).fits(steps.limit_bytes):
+            taken, best = without, tried
             needless.append(measure)
-    assert last in taken, "without it the step did not fit"
     return Chosen(taken=tuple(taken), trial=best, fits=True, needless=tuple(needless))
 
 

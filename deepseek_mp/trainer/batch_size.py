@@ -2,8 +2,9 @@
 
 Sizes are tried by making the steps that the trainer would make, in its own precision and with its own optimizer:
 forward, loss, backward and update, with the optimizer's state in place. They double until one does not fit, and the
-gap is then halved. Each is tried as the first step of a training, which decides by its batch what later ones do, and
-is counted and measured. What was tried leaves no trace (see `kept_state`), but the trainer knows what was confirmed.
+gap is then halved, down to a 64th. Each is tried as the first step of a training, which decides by its batch what later
+ones do, and is counted and measured, beside memory that is to stay free. What was tried leaves no trace (see
+`kept_state`), but the trainer knows what was confirmed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from deepseek_mp.backends import available_memory_bytes, peak_memory_bytes, reset_peak_memory
 from deepseek_mp.controller.memory_choice import Measure
@@ -39,10 +41,13 @@ Fits = Callable[[int], bool]
 Choose = Callable[[Sequence[Measure]], Sequence[Measure]]
 CONFIRMING = 2
 """Steps that the size found is tried with once more."""
-STEP_DOWN = 16
-"""A size that is not confirmed is made smaller by this part of it."""
+NEAR = 64
+"""Where steps are made, the search ends with a gap of this part of the size: a step takes seconds, and what the same
+step needs differs by as much. A gap of one sample, below 128."""
+FIRST_DOWN, STEP_DOWN = 32, 16
+"""A size that is not confirmed is made smaller by this part of it: the first time, and each time after that."""
 SPARE = 64
-"""This part of a device's memory stays free in the steps that confirm: training takes a little more now and then, for
+"""This part of a device's memory stays free in the steps that are tried: training takes a little more now and then, for
 the statistics of a sampled step, workspaces, and gaps between blocks."""
 
 
@@ -61,7 +66,7 @@ class BatchSize:
     """What `find_batch_size` found."""
 
     size: int
-    """The largest that fits."""
+    """The largest that fits; where steps were made, to within a 64th of it."""
     too_large: int | None
     """The smallest that was tried and does not; None where the limit was reached."""
     tried: tuple[Tried, ...] = field(default=())
@@ -88,8 +93,10 @@ def find_batch_size(
 ) -> BatchSize:
     """The largest batch whose step fits; model, optimizer, gradients and random generators end as they began.
 
-    With 'auto', before its plan was measured, the device's recommended format is tried. Where the trainer has `memory`,
-    a size fits that its budget allows with all the ways to save memory that the trainer may take.
+    The search ends when the sizes that fit and that do not are within a 64th of each other: below 128 samples, and
+    with `fits=`, the size is exact. With 'auto', before its plan was measured, the device's recommended format is
+    tried. Where the trainer has `memory`, a size fits that its budget allows with all the ways to save memory that the
+    trainer may take.
 
     Example:
         found = find_batch_size(trainer, lambda size: (images[:size], labels[:size]), limit=len(images))
@@ -199,9 +206,10 @@ def _tried(trials: _Trials, first: int, top: int | None, multiple: int) -> tuple
     """The largest number of multiples that steps were made with, and the smallest that did not fit."""
     while not trials.warm_up(first * multiple) and first > 1:
         first //= 2
-    good, bad = _largest(lambda size: trials.fits(size * multiple), first, top)
+    good, bad = _largest(lambda size: trials.fits(size * multiple), first, top, near=NEAR)
+    down = FIRST_DOWN
     while good and not trials.confirmed(good * multiple):
-        good, bad = good - max(1, good // STEP_DOWN), good
+        good, bad, down = good - max(1, good // down), good, STEP_DOWN
     return good, bad
 
 
@@ -236,14 +244,14 @@ def _result(good: int, bad: int | None, multiple: int, tried: list[Tried], limit
     return found
 
 
-def _largest(fits: Fits, first: int, top: int | None) -> tuple[int, int | None]:
+def _largest(fits: Fits, first: int, top: int | None, *, near: int | None = None) -> tuple[int, int | None]:
     """The largest size that fits, 0 if none does, and the smallest known not to; None if `top`, the last to try, fits.
 
-    What fits is taken to fit for every smaller size too.
+    What fits is taken to fit for every smaller size too. With `near` the two may be that part of the size apart.
     """
     good, size = 0, first
     bad: int | None = None
-    while bad is None or bad - good > 1:
+    while bad is None or bad - good > max(1, good // near if near else 1):
         size = size if top is None else min(size, top)
         if fits(size):
             good = size
@@ -281,7 +289,8 @@ class _Trials:
         self._trainer, self._device, self._make_batch = trainer, trainer.device, make_batch
         self._steps, self._limit_bytes = steps, limit_bytes
         optimizer = trainer.optimizer
-        self._is_fresh = not (optimizer.state or isinstance(optimizer, OffloadedOptimizer))  # the host has the latter's
+        self._fresh = None if isinstance(optimizer, OffloadedOptimizer) else _before_steps(optimizer)
+        """The optimizer's state, if it has made no steps, and the device holds it."""
         self.measures = measures
         """Names of those in force."""
         self.tried: list[Tried] = []
@@ -294,21 +303,16 @@ class _Trials:
         return self._steps.warm_up(lambda: self.fits(size))
 
     def confirmed(self, size: int) -> bool:
-        """Whether steps of this size go through beside what is to stay free.
+        """Whether steps of this size go through one after the other.
 
         An optimizer that has made no steps gets its state in them, as in a training: where in memory that comes to lie
         is part of what the second step finds.
         """
-        if self._is_fresh:
-            self._trainer.optimizer.state.clear()
-        release_memory(self._device)
-        held: list[Tensor | None] = []
-        try:
-            if not goes_through(lambda: held.append(_spare(self._device)), self._device):
-                return False
-            fits = self.fits(size, steps=CONFIRMING, beside=sum(spare.nbytes for spare in held if spare is not None))
-        finally:
-            held.clear()
+        if self._fresh is not None:
+            state = self._trainer.optimizer.state
+            state.clear()
+            state.update({parameter: dict(kept) for parameter, kept in self._fresh.items()})
+        fits = self.fits(size, steps=CONFIRMING)
         if fits:
             self.last_confirmed = ConfirmedBatch(
                 samples=self._samples,
@@ -318,18 +322,33 @@ class _Trials:
             )
         return fits
 
-    def fits(self, size: int, *, steps: int = 1, beside: int = 0) -> bool:
-        """Whether so many steps of this size go through, within the budget if there is one.
+    def fits(self, size: int, *, steps: int = 1) -> bool:
+        """Whether so many steps of this size go through beside what is to stay free, within the budget if there is one.
 
         Memory goes back to the device before: what is left of other sizes cuts it into pieces.
 
         Args:
             size: of the batch.
             steps: that are made.
-            beside: bytes that are held meanwhile and are no part of a step, nor of the budget.
         """
         self._steps.begin_anew()
         release_memory(self._device)
+        spare: list[Tensor | None] = []
+        fits, peak = False, None
+        try:
+            if goes_through(lambda: spare.append(_spare(self._device)), self._device):
+                fits, peak = self._measured(size, steps, beside=sum(held.nbytes for held in spare if held is not None))
+        finally:
+            spare.clear()
+        self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
+        return fits
+
+    def _measured(self, size: int, steps: int, *, beside: int) -> tuple[bool, int | None]:
+        """Whether the steps go through, and the most memory in tensors meanwhile.
+
+        Args:
+            beside: bytes that are held and are no part of a step, nor of the budget.
+        """
         peak: int | None = None
 
         def step() -> None:
@@ -345,14 +364,18 @@ class _Trials:
             peak = None if found is None else found - beside
 
         if self._limit_bytes is not None:
-            fits = goes_through(measured, self._device) and peak is not None and peak <= self._limit_bytes
-        else:
-            reset_peak_memory(self._device)
-            fits = goes_through(step, self._device)
-            found = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
-            peak = None if found is None else found - beside
-        self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
-        return fits
+            return goes_through(measured, self._device) and peak is not None and peak <= self._limit_bytes, peak
+        reset_peak_memory(self._device)
+        fits = goes_through(step, self._device)
+        found = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
+        return fits, None if found is None else found - beside
+
+
+def _before_steps(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]] | None:
+    """What it keeps of parameters before its first step, such as how they are stored; None once it has made one."""
+    if any(isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values()):
+        return None
+    return {parameter: dict(state) for parameter, state in optimizer.state.items()}
 
 
 def _spare(device: torch.device) -> Tensor | None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deepseek_mp.backends import available_memory_bytes
-from deepseek_mp.controller.memory_choice import Chosen, Measure, Trial, Weighed, choose, weigh
+from deepseek_mp.controller.memory_choice import Chosen, Known, Measure, Trial, Weighed, choose, weigh
 from deepseek_mp.costs.memory import optimizer_tensors, peak_during
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.costs.timing import time_call
@@ -94,7 +94,13 @@ def _decide(made: _Trials, batch: Any, limit: int) -> tuple[MemoryReport, Settin
     log.info("a step does not fit into %s: what saves memory is tried", in_gib(limit))
     sample, part = made.largest_part(batch, base)
     order, part = made.weighed(sample, part, scale=size / calls.batch_size(calls.parse_batch(sample)))
-    chosen = choose(order, partial(made.if_possible, batch), limit_bytes=limit)
+    chosen = choose(
+        order,
+        partial(made.if_possible, batch),
+        limit_bytes=limit,
+        base_bytes=made.least_bytes(sample, part),
+        known=made.as_known(size),
+    )
     if not chosen.fits:
         order, chosen = made.as_confirmed(order, chosen, limit)
     if not chosen.fits:
@@ -172,6 +178,9 @@ def in_force(
         with closing(TrialSteps(trainer, plan, compute(), counted=settings.counted)) as steps:
             yield steps
     finally:
+        if fresh:
+            trainer.optimizer.state.clear()
+        release_memory(trainer.device)  # weights that get memory now would get pieces of what steps left, and hold it
         undo()
         if fresh:
             trainer.optimizer.state.clear()
@@ -273,10 +282,39 @@ class _Trials:
         self._trainer.recorder.decided(heard)
         return compute
 
+    def least_bytes(self, sample: Any, part: Trial) -> int | None:
+        """What a step of the whole batch holds as it is, at least; None where the part that was weighed tells nothing.
+
+        Each point of a step holds what is there anyway and so much for each sample, and the peak is the highest point:
+        the line through the peaks of two parts lies below it, for larger batches.
+        """
+        if sample is self._batch or part.peak_bytes is None:
+            return part.peak_bytes
+        size, whole = (calls.batch_size(calls.parse_batch(batch)) for batch in (sample, self._batch))
+        if size < 2:
+            return None
+        try:
+            half = self.trial((), first_samples(sample, size // 2))
+        except FAILURES as error:  # few samples may be too few for the model
+            log.info("no step can be made with %d samples: %s", size // 2, error)
+            return None
+        if half.peak_bytes is None:
+            return None
+        of_a_sample = max(0, part.peak_bytes - half.peak_bytes) / (size - size // 2)
+        return part.peak_bytes + round((whole - size) * of_a_sample)
+
+    def as_known(self, size: int) -> Known | None:
+        """What `find_batch_size` confirmed, for a batch of this size."""
+        if self.known is None or self.known.peak_bytes is None:
+            return None
+        peak = round(self.known.peak_bytes * size / self.known.samples)
+        return Known(measures=frozenset(self.known.measures), peak_bytes=peak)
+
     def as_confirmed(self, order: Sequence[Weighed], chosen: Chosen, limit: int) -> tuple[tuple[Weighed, ...], Chosen]:
         """The batch with all that `find_batch_size` confirmed it with, if that goes through; else as it was chosen."""
         wanted = [] if self.known is None else [m for m in self.measures if m.name in self.known.measures]
-        if not wanted or set(wanted) == set(chosen.taken):
+        measured = chosen.trial.peak_bytes is not None  # what ran out of memory may go through another time
+        if not wanted or (measured and set(wanted) == set(chosen.taken)):
             return tuple(order), chosen
         trial = self.trial(wanted, self._batch)
         if not trial.fits(limit):

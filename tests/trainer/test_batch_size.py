@@ -110,8 +110,27 @@ def test_that_nothing_fits_is_an_error() -> None:
 # -- real steps ------------------------------------------------------------------------------------------
 
 
-def test_a_size_is_confirmed_beside_memory_that_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training takes a little more now and then than the steps that were tried."""
+def sizes(found: BatchSize) -> list[int]:
+    return [one.size for one in found.tried]
+
+
+def test_the_search_ends_with_a_gap_of_a_64th() -> None:
+    found = find_batch_size(trainer(Model(393)), make_batch, start=37, limit=1000)
+    assert (found.size, found.too_large) == (392, 397)
+    # One step to warm up, ten sizes, and the one that is confirmed; eleven would have been tried to the last sample.
+    assert sizes(found) == [37, 37, 74, 148, 296, 592, 444, 370, 407, 388, 397, 392, 392]
+
+
+@pytest.mark.parametrize("room", [63, 126, 127, 128, 129, 200, 255, 300])
+def test_a_size_is_exact_below_128_and_within_a_64th_above(room: int) -> None:
+    found = find_batch_size(trainer(Model(room)), make_batch, start=16, limit=400)
+    assert found.too_large is not None
+    assert found.size <= room < found.too_large
+    assert found.too_large - found.size <= max(1, found.size // 64)
+
+
+def test_sizes_are_tried_beside_memory_that_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training takes a little more now and then. What the search finds beside it is confirmed at once."""
     held: list[weakref.ref[Tensor]] = []
     seen: list[tuple[int, bool]] = []
 
@@ -131,8 +150,23 @@ def test_a_size_is_confirmed_beside_memory_that_stays_free(monkeypatch: pytest.M
     monkeypatch.setattr(batch_size, "_spare", spare)
     found = find_batch_size(trainer(Watched(11)), make_batch, limit=64)
     assert found.size == 9
-    assert {size for size, is_held in seen if is_held} == {9, 10, 11}
-    assert any(size == 11 and not is_held for size, is_held in seen)
+    assert all(is_held for _, is_held in seen)
+    assert sizes(found) == [8, 8, 16, 12, 10, 9, 9]
+    assert all(one() is None for one in held)
+
+
+def test_a_size_beside_which_nothing_stays_free_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = Model(64), []
+
+    def spare(device: torch.device) -> None:
+        asked.append(len(model.sizes))
+        if len(asked) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(batch_size, "_spare", spare)
+    found = find_batch_size(trainer(model), make_batch, limit=64)
+    assert (found.size, found.too_large, found.tried[2].fits) == (15, 16, False)
+    assert 16 not in model.sizes
 
 
 ERRORS = [
@@ -236,6 +270,21 @@ def test_the_optimizer_has_its_state_while_sizes_are_tried() -> None:
     assert run.optimizer.state == {}
 
 
+def test_the_optimizer_s_state_is_made_anew_where_weights_are_stored_in_bf16(budget: float) -> None:
+    """How they are stored is part of its state too, and stays."""
+    run, seen = trainer(Model(1000), "bf16", memory=budget), []
+
+    def look(*_: Any) -> None:
+        if "sr" in in_force(run):
+            values = [value for state in run.optimizer.state.values() for value in state.values()]
+            seen.append((any(isinstance(value, Tensor) for value in values), bool(values)))
+
+    run.model.first.register_forward_hook(look)
+    find_batch_size(run, make_batch, limit=500)
+    assert seen[0] == seen[-2] == (False, True)
+    assert {*seen[1:-2], seen[-1]} == {(True, True)}
+
+
 def test_weights_stand_still_meanwhile() -> None:
     model, seen = Model(13), set()
     model.first.register_forward_hook(lambda *_: seen.add(float(model.first.weight.double().sum())))
@@ -270,7 +319,26 @@ def test_a_size_that_is_not_confirmed_is_made_smaller() -> None:
             self.room = 40 if again == 0 else 37
             return super().forward(x)
 
-    assert find_batch_size(trainer(Fragmented(0)), make_batch, limit=64).size == 36
+    found = find_batch_size(trainer(Fragmented(0)), make_batch, limit=64)
+    assert sizes(found)[-3:] == [40, 39, 37]
+    assert (found.size, found.too_large) == (37, 39)
+
+
+def test_the_first_step_down_is_a_small_one() -> None:
+    class Less(Model):
+        """Fits once what it does not fit again."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.room = 256 if len(x) not in self.sizes else self.again
+            return super().forward(x)
+
+        again = 250
+
+    found = find_batch_size(trainer(Less(0)), make_batch, start=64, limit=256)
+    assert sizes(found)[-2:] == [256, 248]
+    Less.again = 240
+    found = find_batch_size(trainer(Less(0)), make_batch, start=64, limit=256)
+    assert sizes(found)[-3:] == [256, 248, 233]
 
 
 def test_a_first_size_that_does_not_fit_is_halved() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from torch.nn import functional as F
 from deepseek_mp import MixedPrecisionTrainer, WeightStorage
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import chunked_loss
-from deepseek_mp.optim import AdamW
+from deepseek_mp.optim import AdamW, set_storage
 from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.precision import Reason
-from deepseek_mp.trainer import budget, memory_trials
+from deepseek_mp.trainer import budget, memory_measures, memory_trials
 from deepseek_mp.trainer import compile as compile_module
+from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
 from deepseek_mp.trainer.fused_loss import FusedLoss
 from deepseek_mp.trainer.memory_measures import UNCOUNTED
 from deepseek_mp.trainer.memory_report import GIB
@@ -225,7 +227,178 @@ def test_where_no_step_goes_through_as_it_is_measures_are_taken_in_their_own_ord
     assert run.memory.slowdown is None
 
 
+# -- what is not tried -----------------------------------------------------------------------------------
+
+
+class BySample(MadeUp):
+    """A step holds 300 MiB and 40 for each sample, a quarter of these with activations in FP8. There are `ROOM`."""
+
+    ROOM = 1200
+
+    def __init__(self, costs: dict[str, float]) -> None:
+        super().__init__({"8bit": 100, "sr": 50}, costs)
+        self.tried: list[tuple[int, tuple[str, ...]]] = []
+
+    def peak(self, step: Callable[[], object], trainer: Any) -> int:
+        step()
+        samples, here = trainer.model.sizes[-1], in_force(trainer)
+        if (samples, here) not in self.tried:
+            self.tried.append((samples, here))
+        fixed = 300 - sum(self.saves.get(name, 0.0) for name in here)
+        peak = fixed + (10 if "activations" in here else 40) * samples
+        if peak > self.ROOM:
+            raise torch.OutOfMemoryError("out of memory")
+        return round(MIB * peak)
+
+    def whole(self, size: int) -> list[tuple[str, ...]]:
+        """What was in force in trials of this size."""
+        return [here for samples, here in self.tried if samples == size]
+
+
+DEAR = {"8bit": 0.1, "sr": 0.2, "activations": 20.0}
+CHEAP = {"8bit": 0.5, "sr": 1.0, "activations": 0.1}
+
+
+def by_sample(monkeypatch: pytest.MonkeyPatch, costs: dict[str, float]) -> BySample:
+    made = BySample(costs)
+    monkeypatch.setattr(memory_trials, "Gauge", lambda: made)
+    return made
+
+
+def known(run: Any, *, samples: int = 64, peak: int = 790) -> None:
+    names = ("states=8bit", "storage=bf16_sr", "activations=True")
+    limit = round(run.config.memory * GIB)
+    run.confirmed = ConfirmedBatch(samples=samples, measures=names, peak_bytes=peak * MIB, limit_bytes=limit)
+
+
+def test_of_a_part_that_was_weighed_it_is_predicted_which_sets_are_not_worth_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = by_sample(monkeypatch, DEAR)
+    run = trainer(1200)
+    run.step(batch(64))
+    assert run.memory.taken == ("activations=True",)
+    assert run.memory.timed_samples == 16
+    assert [name for name in ("8bit", "sr") if (name,) in made.whole(64)] == []
+    # As it is; all, the first set that can do; and what is left out of it.
+    assert made.whole(64) == [(), ("activations", "8bit", "sr"), ("activations", "8bit"), ("activations",)]
+    assert made.whole(8) == [()]  # how much it is for a sample
+
+
+def test_no_more_is_taken_than_a_batch_needs_that_has_as_many_samples_as_were_confirmed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = by_sample(monkeypatch, DEAR)
+    run = trainer(1200)
+    known(run)
+    run.step(batch(64))
+    assert run.memory.taken == ("activations=True",)
+    assert len(made.whole(64)) == 4
+
+
+def test_what_was_confirmed_is_not_tried_with_less_where_each_measure_is_predicted_to_be_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = by_sample(monkeypatch, DEAR)
+    run = trainer(800)
+    known(run)
+    run.step(batch(64))
+    assert set(run.memory.taken) == {"activations=True", "states=8bit", "storage=bf16_sr"}
+    assert made.whole(64) == [(), ("activations", "8bit", "sr")]
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_what_was_confirmed_comes_before_what_is_predicted_not_to_fit(
+    monkeypatch: pytest.MonkeyPatch, *, confirmed: bool
+) -> None:
+    """All are needed: 790 MiB of 800, and each of them saves 50 or more."""
+    made = by_sample(monkeypatch, CHEAP)
+    run = trainer(800)
+    if confirmed:
+        known(run)
+    run.step(batch(64))
+    assert set(run.memory.taken) == {"activations=True", "states=8bit", "storage=bf16_sr"}
+    everything = ("activations", "8bit", "sr")
+    fewer = [] if confirmed else [("activations",), ("activations", "8bit")]
+    assert made.whole(64)[:1] == [()]
+    assert made.whole(64)[1:] in ([*fewer, everything], [*fewer, everything, ("activations", "sr")])
+    assert len(made.whole(64)) == 2 or not confirmed
+
+
+def test_a_smaller_batch_than_was_confirmed_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = by_sample(monkeypatch, CHEAP)
+    run = trainer(800)
+    known(run)
+    run.step(batch(40))
+    assert run.memory.taken == ("activations=True",)
+    assert made.whole(40) == [(), ("activations",)]
+    made.tried.clear()
+    less = trainer(800)
+    known(less)
+    less.step(batch(52))  # 720 MiB with two of them
+    assert less.memory.taken == ("activations=True", "states=8bit")
+    assert made.whole(52) == [(), ("activations",), ("activations", "8bit")]
+
+
+def test_a_batch_that_was_confirmed_and_runs_out_of_memory_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the rest of the memory lies is never quite the same."""
+    made = by_sample(monkeypatch, DEAR)
+    run = trainer(800)
+    known(run)
+    failed: list[int] = []
+
+    def hold(peak: Callable[..., int], step: Callable[[], object], run: Any) -> int:
+        found = peak(step, run)
+        if run.model.sizes[-1] == 64 and len(in_force(run)) >= 3 and len(failed) < 2:
+            failed.append(len(in_force(run)))
+            raise torch.OutOfMemoryError("in pieces")
+        return found
+
+    monkeypatch.setattr(made, "peak", partial(hold, made.peak))
+    run.step(batch(64))
+    assert failed == [3, 4]
+    assert set(run.memory.taken) == {"activations=True", "states=8bit", "storage=bf16_sr"}
+
+
+def test_a_part_too_small_to_be_halved_predicts_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = by_sample(monkeypatch, DEAR)
+    model = Model()
+    model.norm = nn.Identity()  # a BatchNorm needs two samples
+    made.ROOM = 360
+    run = trainer(350, model)
+    run.step(batch(2))
+    assert run.memory.timed_samples == 1
+    assert made.whole(2)[1] == ("8bit",)
+    assert "no step that was tried was applied" not in caplog.text  # none of an empty batch is
+
+
 # -- what stays ------------------------------------------------------------------------------------------
+
+
+def test_weights_are_put_back_when_what_steps_left_has_gone_back_to_the_device(
+    gauge: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they lie in pieces of it, and hold what the next steps need in one."""
+    done: list[str] = []
+    run = trainer(600)
+
+    def held() -> bool:
+        return any(isinstance(value, Tensor) for state in run.optimizer.state.values() for value in state.values())
+
+    def stored(optimizer: Any, weight: Tensor, format: Any) -> None:
+        done.append(f"stored in {format.value}")
+        set_storage(optimizer, weight, format)
+
+    monkeypatch.setattr(memory_trials, "release_memory", lambda _device: done.append("moments" if held() else "free"))
+    monkeypatch.setattr(memory_measures, "set_storage", stored)
+    run.step(batch())
+    back = [number for number, what in enumerate(done) if what == "stored in fp32" and done[number - 1] != what]
+    assert back
+    assert {done[number - 1] for number in back} == {"free"}
 
 
 @pytest.mark.parametrize("mib", [1000, 700, 600])
