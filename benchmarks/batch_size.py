@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +41,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "bf16-fused": {"precision_mode": "bf16", "fused_loss": "auto"},
     "bf16-auto": {"precision_mode": "bf16", "memory": "auto"},
 }
+WITHOUT = {"resnet50": ("bf16-fused",)}
+"""Arms that would repeat another one: no head of a language model there."""
 AT_LEAST = {"bf16": 2.0, "bf16-auto": 4.0}
 """How many times FP32's batch is asked for."""
 STEPS = 2
@@ -88,10 +91,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """All arms of a case."""
     results: dict[str, dict[str, Any]] = {}
     passed = ["--cases", name, "--device", str(args.device), "--gib", str(args.gib), *["--small"] * args.small]
-    for arm in ARMS:
+    for arm in args.arms or [arm for arm in ARMS if arm not in WITHOUT.get(name, ())]:
         results[arm] = run_script(Path(__file__), ["--child", arm, *passed], limit=args.limit, keep_caches=True)
         print(f"  {name} {arm}: {results[arm].get('size')} ({results[arm]['check']})", file=sys.stderr, flush=True)
-    base = results["fp32"].get("size")
+    base = results.get("fp32", {}).get("size")
     for result in results.values():
         result["check"] = ": ".join([result["check"], *result.get("error", [])[-1:]])
     problems = [f"{arm}: {result['check']}" for arm, result in results.items() if result["check"] != "passed"]
@@ -117,6 +120,7 @@ def rows(report: Report) -> list[tuple[str, ...]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: those that the case has")
     parser.add_argument("--gib", type=positive, default=32, help="of the device's memory (default %(default)s)")
     parser.add_argument("--limit", type=positive, default=300, help="seconds for one arm (default %(default)s)")
     parser.add_argument("--device", type=torch.device, default=default_device())
@@ -130,6 +134,8 @@ def main() -> int:
     args = arguments()
     names = args.cases or [n for n in CASES if n not in NEEDS or importlib.util.find_spec(NEEDS[n]) is not None]
     if args.child:
+        logging.basicConfig(format="%(relativeCreated)d ms: %(message)s")
+        logging.getLogger("deepseek_mp.trials").setLevel(logging.INFO)
         print(json.dumps(visit(names[0], args.child, args.device, args)), flush=True)
         return 0
     report = Report("batch-size", args.device, vars(args))

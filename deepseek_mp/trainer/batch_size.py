@@ -10,6 +10,7 @@ ones do, and is counted and measured, beside memory that is to stay free. What w
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,8 @@ from deepseek_mp.trainer.memory_trials import Gauge, in_force
 from deepseek_mp.trainer.trial_steps import FAILURES, TrialSteps, goes_through, trials, unrecorded
 
 log = logging.getLogger("deepseek_mp")
+progress = logging.getLogger("deepseek_mp.trials")
+"""Each trial as it ends: a search may take minutes."""
 
 Fits = Callable[[int], bool]
 Choose = Callable[[Sequence[Measure]], Sequence[Measure]]
@@ -331,6 +334,7 @@ class _Trials:
             size: of the batch.
             steps: that are made.
         """
+        begun = time.perf_counter()
         self._steps.begin_anew()
         release_memory(self._device)
         spare: list[Tensor | None] = []
@@ -341,6 +345,14 @@ class _Trials:
         finally:
             spare.clear()
         self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
+        progress.info(
+            "find_batch_size: %d samples %s: %s, %.1f s%s",
+            size,
+            "fit" if fits else "do not fit",
+            "peak unknown" if peak is None else in_gib(peak),
+            time.perf_counter() - begun,
+            f"; with {', '.join(self.measures)}" if self.measures else "",
+        )
         return fits
 
     def _measured(self, size: int, steps: int, *, beside: int) -> tuple[bool, int | None]:

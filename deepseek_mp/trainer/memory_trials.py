@@ -8,6 +8,7 @@ halves, with which one does; whether a set of them suffices is always tried on t
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 log = logging.getLogger("deepseek_mp")
+progress = logging.getLogger("deepseek_mp.trials")
+"""Each trial as it ends: all of them may take minutes."""
 
 TIMED = 3
 """Steps that are timed in a trial; the shortest counts, since what disturbs a step only makes it longer."""
@@ -223,9 +226,11 @@ class _Trials:
         Where a counted step ends in an error that PyTorch's backward has lost, it is tried without being counted, and
         if that goes through no step is counted from then on.
         """
-        counted = self.counted if counted is None else counted
+        counted, begun = self.counted if counted is None else counted, time.perf_counter()
         try:
-            return self._made(measures, batch, timed=timed, counted=counted)
+            found = self._made(measures, batch, timed=timed, counted=counted)
+            _tell(measures, batch, found, time.perf_counter() - begun)
+            return found
         except SystemError as error:
             if not counted or not measures:
                 raise
@@ -378,6 +383,13 @@ class _Trials:
     def _before(self, measure: Measure) -> list[Measure]:
         """Those that it builds on."""
         return [m for one in self.measures if one.name == measure.after for m in (*self._before(one), one)]
+
+
+def _tell(measures: Sequence[Measure], batch: Any, found: Trial, seconds: float) -> None:
+    what = f"{calls.batch_size(calls.parse_batch(batch))} samples with {_names(measures) or 'nothing'}"
+    peak = "do not fit" if found.peak_bytes is None else in_gib(found.peak_bytes)
+    step = "" if found.seconds is None else f", {1e3 * found.seconds:.1f} ms a step"
+    progress.info("memory: %s: %s%s; took %.1f s", what, peak, step, seconds)
 
 
 def _names(measures: Sequence[Measure]) -> str:
