@@ -206,6 +206,13 @@ def optimizer_of(training: Training, arm: Arm, memory: HostMemory, rates: Rates 
 
 
 def _offloaded(training: Training, arm: Arm, memory: HostMemory, rates: Rates | None) -> OffloadedOptimizer:
+    settings, rate = settings_of(training, arm, rates)
+    parameters = training.model.parameters()
+    return OffloadedOptimizer(parameters, lr=rate, model=training.model, settings=settings, memory=memory)
+
+
+def settings_of(training: Training, arm: Arm, rates: Rates | None = None) -> tuple[OffloadSettings, float]:
+    """Of an arm of ours, and its learning rate."""
     per_value = FP32_BYTES_PER_VALUE if arm.fp32 else BYTES_PER_VALUE
     free = None if arm.share == 1.0 else int(arm.share * training.values) * per_value
     settings = OffloadSettings(
@@ -218,5 +225,4 @@ def _offloaded(training: Training, arm: Arm, memory: HostMemory, rates: Rates | 
         accumulation=arm.micro,
         check_finite=arm.mode != "immediate",
     )
-    parameters = training.model.parameters()
-    return OffloadedOptimizer(parameters, lr=RATE, model=training.model, settings=settings, memory=memory)
+    return settings, RATE

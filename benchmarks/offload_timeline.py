@@ -1,0 +1,144 @@
+"""When what happens in a step of the offloaded decoder: on the device, in the training's thread and in the host's.
+
+    python benchmarks/offload_timeline.py [--arms immediate-60 backward-60 ...] [--threads 32 24 ...]
+
+For each arm and each number of threads: the time of a step, of two that begin with an idle device and of eight; then,
+of two steps, milliseconds from their beginning. The host's thread begins a chunk when its gradients have arrived, and
+finishes it when it is stepped and on its way up. Arms are those of mode 'immediate' in `offload_arms.py`. On a CPU,
+--small tries the script, and times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from decoder import next_token_loss
+from harness import positive
+from offload_arms import ARMS, Training, settings_of
+
+from deepseek_mp.backends import default_device, synchronize
+from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer
+from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload.worker import ThreadWorker
+
+WARM, ROUNDS = 4, 5
+STEPS = (2, 8)
+"""Of one measurement each."""
+
+
+@dataclass
+class TimedWorker:
+    """A thread that notes when each of its tasks begins and ends."""
+
+    notes: list[tuple[float, str]] = field(default_factory=list)
+    _own: ThreadWorker = field(default_factory=ThreadWorker)
+
+    def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
+        chunks = [arg.number for arg in args if isinstance(arg, HostChunk)]
+        return self._own.submit(partial(self._run, chunks), task, *args)
+
+    def _run(self, chunks: list[int], task: Callable[..., Any], *args: Any) -> Any:
+        name = next((_name(arg) for arg in args if callable(arg)), _name(task))
+        self.notes.append((time.perf_counter(), f"  host begins {name} {chunks}"))
+        try:
+            return task(*args)
+        finally:
+            self.notes.append((time.perf_counter(), f"  host ends   {name} {chunks}"))
+
+
+def _name(task: Any) -> str:
+    inner = task.func if isinstance(task, partial) else task
+    return str(getattr(inner, "__name__", inner))
+
+
+def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    """A step's, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start) / steps
+
+
+def timeline(training: Training, optimizer: OffloadedOptimizer, worker: TimedWorker, steps: int = 2) -> list[str]:
+    """Lines of what happened, in order."""
+    on_device = training.device.type != "cpu"
+    event = partial(torch.get_device_module(training.device).Event, enable_timing=True) if on_device else None
+    marks: list[tuple[str, Any]] = []
+
+    def note(what: str) -> None:
+        worker.notes.append((time.perf_counter(), what))
+        if event is not None and "step" not in what:
+            marks.append((what, event()))
+            marks[-1][1].record()
+
+    synchronize(training.device)
+    worker.notes.clear()
+    start = time.perf_counter()
+    for number in range(steps):
+        note(f"forward {number} is asked for")
+        loss = next_token_loss(training.model(training.inputs), training.targets)
+        note(f"backward {number} is asked for")
+        loss.backward()
+        note(f"all of {number} is asked for")
+        optimizer.step()
+        note(f"step {number} has returned")
+    synchronize(training.device)
+    note("step: all is done")
+    lines = [f"{1e3 * (at - start):8.1f}  {what}" for at, what in sorted(worker.notes)]
+    if marks:
+        first = marks[0][1]
+        lines += [f"{first.elapsed_time(mark):8.1f}  device reaches: {what}" for what, mark in marks]
+    return lines
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [name for name, arm in ARMS.items() if arm.mode == "immediate" and not arm.fp32 and arm.micro == 1]
+    parser.add_argument("--arms", nargs="+", choices=known, default=["immediate-60", "backward-60"])
+    parser.add_argument("--threads", nargs="+", type=positive, default=[torch.get_num_threads()])
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    training, memory = Training(args.device, small=args.small), HostMemory()
+    for name in args.arms:
+        for threads in args.threads:
+            torch.set_num_threads(threads)  # a crew is made of so many
+            worker = TimedWorker()
+            settings, rate = settings_of(training, ARMS[name])
+            parameters = training.model.parameters()
+            optimizer = OffloadedOptimizer(
+                parameters, lr=rate, model=training.model, settings=settings, memory=memory, worker=lambda: worker
+            )
+
+            def step(optimizer: OffloadedOptimizer = optimizer) -> None:
+                training.backward(1)
+                optimizer.step()
+
+            for _ in range(WARM):
+                step()
+            found = [[milliseconds(step, steps, args.device) for _ in range(ROUNDS)] for steps in STEPS]
+            each = ", ".join(f"of {n}: {statistics.median(ms):.1f} ms" for n, ms in zip(STEPS, found, strict=True))
+            print(f"{name}, {threads} threads: a step {each}", flush=True)
+            print(*timeline(training, optimizer, worker), sep="\n", flush=True)
+            optimizer.close()
+            training.model.zero_grad()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
