@@ -333,10 +333,12 @@ def test_d04_a_skipped_step_with_recomputation_is_replayed_and_named(reentrant):
 
 
 def without(monkeypatch, *formats):
-    """The CPU as one that multiplies none of these formats."""
+    """The CPU as one that multiplies none of these formats; those that it does it can run without units, too."""
     found = backends.capabilities("cpu")
     fewer = copy.copy(found)
-    object.__setattr__(fewer, "matmul_formats", found.matmul_formats - set(formats))
+    taken = found.matmul_formats & set(formats)
+    object.__setattr__(fewer, "matmul_formats", found.matmul_formats - taken)
+    object.__setattr__(fewer, "emulated_formats", found.emulated_formats | taken)
     monkeypatch.setattr(backends, "capabilities", lambda device: fewer)
 
 
