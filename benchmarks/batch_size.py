@@ -1,4 +1,4 @@
-"""The largest batch that fits into a part of a device: FP32, BF16, with the fused loss, and with `memory='auto'`.
+"""The largest batch that fits into a part of a device: FP32, BF16, without the fused loss, and with `memory='auto'`.
 
     python benchmarks/batch_size.py [--cases ...] [--gib N] [--out FILE]
 
@@ -36,12 +36,12 @@ CASES: dict[str, Callable[..., Case]] = {
 }
 NEEDS = {"resnet50": "torchvision", "bert-base": "transformers"}
 ARMS: dict[str, dict[str, Any]] = {
-    "fp32": {"precision_mode": "fp32"},
+    "fp32": {"precision_mode": "fp32", "fused_loss": False},
     "bf16": {"precision_mode": "bf16"},
-    "bf16-fused": {"precision_mode": "bf16", "fused_loss": "auto"},
+    "bf16-plain-loss": {"precision_mode": "bf16", "fused_loss": False},
     "bf16-auto": {"precision_mode": "bf16", "memory": "auto"},
 }
-WITHOUT = {"resnet50": ("bf16-fused",)}
+WITHOUT = {"resnet50": ("bf16-plain-loss",)}
 """Arms that would repeat another one: no head of a language model there."""
 AT_LEAST = {"bf16": 2.0, "bf16-auto": 4.0}
 """How many times FP32's batch is asked for."""

@@ -30,12 +30,12 @@ from deepseek_mp.workloads.stress_policies import nudge
 BASELINES = {"fp32": Mode(format="fp32"), "bf16": Mode(format="bf16", channels_last=True)}
 """Only the models of images are put into channels_last."""
 OURS: dict[str, dict[str, Any]] = {
-    "ours-bf16": {"mode": "bf16"},
-    "ours-auto": {"mode": "auto"},
+    "ours-bf16": {"mode": "bf16", "fused_loss": False},
+    "ours-auto": {"mode": "auto", "fused_loss": False},
     "ours-loss": {"mode": "bf16", "fused_loss": "auto"},
-    "ours-activations": {"mode": "bf16", "activations": True},
-    "ours-8bit": {"mode": "bf16", "states": "8bit"},
-    "ours-weights": {"mode": "bf16", "states": "8bit", "storage": "bf16_sr"},
+    "ours-activations": {"mode": "bf16", "fused_loss": False, "activations": True},
+    "ours-8bit": {"mode": "bf16", "fused_loss": False, "states": "8bit"},
+    "ours-weights": {"mode": "bf16", "fused_loss": False, "states": "8bit", "storage": "bf16_sr"},
     "ours-small": {"mode": "bf16", "fused_loss": "auto", "activations": True, "states": "8bit", "storage": "bf16_sr"},
     "ours-lean": {"mode": "bf16", "fused_loss": "auto", "states": "8bit", "storage": "bf16_sr"},
     "ours-lean-fp8": {"mode": "fp8", "fused_loss": "auto", "states": "8bit", "storage": "bf16_sr"},

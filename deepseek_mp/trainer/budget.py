@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 Run = Callable[[calls.Call], calls.Result]
-Region = Callable[[], AbstractContextManager[None]]
+Region = Callable[[calls.Call], AbstractContextManager[object]]
 
 
 def check_budget(model: nn.Module, config: TrainerConfig) -> None:
@@ -107,7 +107,7 @@ class Budgeted:
         trainer = self._trainer
 
         def forward() -> None:
-            with self._unread():
+            with self._unread(call):
                 calls.invoke(trainer.model, call)
 
         cost = measure_blocks(trainer.model, self._blocks, forward, trainer.device, self._writes)

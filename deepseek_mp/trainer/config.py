@@ -20,7 +20,7 @@ from deepseek_mp.precision import RECIPES, PrecisionPlan, Recipe
 MODES = ("auto", *(name for name in RECIPES if name != "fp64"))
 """FP64 is for single layers; everything else that has a name can be the base of a run."""
 Compile = Literal[False, True, "regional"]
-FusedLossOption = Literal[False, True, "auto"]
+FusedLossOption = Literal[False, True, "auto"] | None
 MemoryOption = float | Literal["auto"] | None
 
 
@@ -53,7 +53,7 @@ class TrainerConfig:
     adapt: bool | AdaptiveSettings | None = None
     kernels: str | None = None
     compile: Compile = False
-    fused_loss: FusedLossOption = False
+    fused_loss: FusedLossOption = None
     activations: bool | ActivationSettings = False
     activation_memory_budget: float | None = None
     memory: MemoryOption = None
@@ -82,8 +82,8 @@ class TrainerConfig:
             raise _refuse("pin", self.pin, "a mapping of name patterns to recipes, {'*.norm*': 'fp32'}")
         if not (isinstance(self.compile, bool) or self.compile == "regional"):
             raise _refuse("compile", self.compile, "False, True, 'regional'")
-        if not (isinstance(self.fused_loss, bool) or self.fused_loss == "auto"):
-            raise _refuse("fused_loss", self.fused_loss, "False, True, 'auto'")
+        if not (self.fused_loss is None or isinstance(self.fused_loss, bool) or self.fused_loss == "auto"):
+            raise _refuse("fused_loss", self.fused_loss, "None, False, True, 'auto'")
         if not isinstance(self.activations, bool | ActivationSettings):
             raise _refuse("activations", self.activations, "False, True, ActivationSettings")
         self._check_budget()

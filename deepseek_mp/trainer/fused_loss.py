@@ -24,7 +24,7 @@ from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.chunked_loss import chunk_bytes
 from deepseek_mp.nn.deferred import Deferred, LinearCall, deferring
 from deepseek_mp.nn.known_loss import CrossEntropy, known_cross_entropy
-from deepseek_mp.nn.loss import LossFn
+from deepseek_mp.nn.loss import LossFn, is_integer
 from deepseek_mp.nn.unit import Unit
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.trainer.compile import many_plans
@@ -59,7 +59,7 @@ def with_fused_loss(run: Run, trainer: MixedPrecisionTrainer, plan: PrecisionPla
     What was found is one of the run's decisions.
     """
     option = trainer.config.fused_loss
-    if option is False:
+    if option is False or (option is None and not is_fused_by_default(plan)):
         return run
 
     def said(layer: str, reason: Reason, detail: str) -> None:
@@ -67,10 +67,20 @@ def with_fused_loss(run: Run, trainer: MixedPrecisionTrainer, plan: PrecisionPla
         trainer.recorder.decided([Decision(layer=layer, old=base, new=base, reason=reason, detail=detail)])
 
     how = _how(trainer.loss_fn, trainer.config.compile)
-    if isinstance(how, str):
+    if isinstance(how, str) and option is not None:
         said("", Reason.LOSS_NOT_FUSED, how)
         return run
-    return FusedLoss(trainer.model, trainer.loss_fn, how, ordinary=run, required=option is True, said=said)
+    return FusedLoss(
+        trainer.model, trainer.loss_fn, how, ordinary=run, required=option is True, asked=option is not None, said=said
+    )
+
+
+def is_fused_by_default(plan: PrecisionPlan) -> bool:
+    """Whether a trainer takes the loss in chunks where nobody has said anything.
+
+    FP16 products wait for the loss scale, so that there the logits are multiplied once more.
+    """
+    return plan.base.region != "fp16"
 
 
 def _how(loss_fn: LossFn | None, compile: Compile) -> CrossEntropy | str:
@@ -92,9 +102,10 @@ class FusedLoss:
     """From a call to its loss, like `calls.run` of the model and the loss function.
 
     Args:
-        how: what the loss function computes.
+        how: what the loss function computes, or why it cannot be fused, which is said where it matters.
         ordinary: from a call to its loss, where it is not fused.
         required: whether it is an error if the loss cannot be fused.
+        asked: whether somebody has asked for it. Else nothing is tried, or said, of losses that it would change little.
         said: told once, by layer, reason and detail, which layer was found, or why there is none.
     """
 
@@ -102,14 +113,18 @@ class FusedLoss:
         self,
         model: nn.Module,
         loss_fn: LossFn | None,
-        how: CrossEntropy,
+        how: CrossEntropy | str,
         *,
         ordinary: Run,
         required: bool,
+        asked: bool = True,
         said: Callable[[str, Reason, str], None],
     ) -> None:
-        self._model, self._loss_fn, self._how = model, loss_fn, how
+        self._model, self._loss_fn = model, loss_fn
+        self._how, self._unknown = (CrossEntropy(), how) if isinstance(how, str) else (how, "")
         self.run, self._required, self._said = ordinary, required, said
+        self._is_looked_at = asked
+        """Whether the batch is known to be one whose loss may be worth it."""
         self.layer: nn.Linear | None = None
         """The model's last layer, once it was found."""
         self.why = ""
@@ -118,13 +133,25 @@ class FusedLoss:
         """The modules that the layer is inside of, and itself: looked for once, since steps ask for their hooks."""
 
     def __call__(self, call: calls.Call) -> calls.Result:
+        self._look_at(call)
         if self.why:
             return self.run(call)
         with many_plans():
             return self._look(call) if self.layer is None else self._step(call, self.layer)
 
-    def unread(self) -> AbstractContextManager[None]:
+    def _look_at(self, call: calls.Call) -> None:
+        """Of the first batch: whether this is worth being looked into, if nobody has asked for it."""
+        if self._is_looked_at:
+            return
+        self._is_looked_at = True
+        if not _may_be_large(self._model, call.target):
+            self.why = SMALL
+        elif self._unknown:
+            self._give_up(self._unknown)
+
+    def unread(self, call: calls.Call) -> AbstractContextManager[None]:
         """Context for a forward of the model whose output nobody reads: what a step would not compute it does not."""
+        self._look_at(call)
         last = self._likely() if self.layer is None else [self.layer]
         return deferring(last[0]) if last and not self.why and _can_defer(last[0], self._path) else nullcontext()
 
@@ -233,6 +260,14 @@ class FusedLoss:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _may_be_large(model: nn.Module, target: object) -> bool:
+    """Whether the logits for these labels may take more than a chunk."""
+    if not (isinstance(target, Tensor) and is_integer(target)):
+        return False
+    widest = max((layer.out_features for layer in _uncompiled_layers(model)), default=0)
+    return 4 * target.numel() * widest > chunk_bytes(target.device)
 
 
 def _uncompiled_layers(model: nn.Module) -> list[nn.Linear]:

@@ -20,7 +20,7 @@ from deepseek_mp.precision.storage import StorageFormat
 from deepseek_mp.trainer.budget import check_budget
 from deepseek_mp.trainer.compressed import check_activations
 from deepseek_mp.trainer.config import TrainerConfig
-from deepseek_mp.trainer.fused_loss import check_fused_loss
+from deepseek_mp.trainer.fused_loss import check_fused_loss, is_fused_by_default
 from deepseek_mp.trainer.storage import WeightStorage
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LEVELS = (0.75, 0.5, 0.25)
 """Shares of the bytes kept for the backward, tried one after the other."""
-STATES, STORAGE = "states=8bit", "storage=bf16_sr"
+FUSED, STATES, STORAGE = "fused_loss=auto", "states=8bit", "storage=bf16_sr"
 UNCOUNTED = "uncounted"
 """No step of compiled code is counted by the monitor: those run uncompiled, and hold what eager code holds."""
 _BY_HAND = "it was set by hand"
@@ -52,7 +52,7 @@ def _level(share: float) -> str:
 
 
 _OPTIONS: Mapping[Measure, Mapping[str, Any]] = {
-    Measure(name="fused_loss=auto", exact=True, by_batch=True): {"fused_loss": "auto"},
+    Measure(name=FUSED, exact=True, by_batch=True): {"fused_loss": "auto"},
     **{
         Measure(
             name=_level(share), exact=True, by_batch=True, after="" if before is None else _level(before)
@@ -77,6 +77,8 @@ def settings_of(names: Iterable[str], *, counted: bool = True) -> Settings:
 def possible(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> tuple[list[Measure], dict[str, str]]:
     """The measures that this trainer may take, in an order to fall back on, and why it may not take the others."""
     why = {measure.name: _option_refused(trainer, values) for measure, values in _OPTIONS.items()}
+    if trainer.config.fused_loss is None and is_fused_by_default(plan):
+        why[FUSED] = "where it is possible, this is done anyway"
     why[STATES], why[STORAGE] = _states_refused(trainer.optimizer), _storage_refused(trainer, plan)
     *cheap, last = _OPTIONS
     order = [*cheap, *_OPTIMIZER, last]  # casting what is saved takes more time than all others together

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionMonitor
+from deepseek_mp.nn.call import parse_batch
 from deepseek_mp.trainer import fused_loss
 from deepseek_mp.trainer.assembly import assemble_stepper, computation, computation_anew
 from deepseek_mp.trainer.budget import Budgeted
@@ -45,7 +46,12 @@ def test_a_second_stepper_makes_the_trainer_s_steps_and_counts_none() -> None:
 def test_the_computation_is_fused_where_the_trainer_is_to() -> None:
     run = made(fused_loss="auto")
     assert isinstance(computation(run, run.plan), FusedLoss)
-    assert not isinstance(computation(made(), run.plan), FusedLoss)
+    assert not isinstance(computation(made(fused_loss=False), run.plan), FusedLoss)
+    by_itself = made()
+    compute = computation(by_itself, by_itself.plan)
+    assert isinstance(compute, FusedLoss)
+    compute(parse_batch((torch.randn(5, 4), torch.randint(0, 3, (5,)))))
+    assert compute.why, "scores of so few classes are left alone"
 
 
 class Two(nn.Module):

@@ -69,7 +69,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def trainer(model: nn.Module, mode: str = "fp32", **options: Any) -> MixedPrecisionTrainer:
-    options = {"optimizer": adam, "emulate": True, "statistics_every": None} | options
+    options = {"fused_loss": False, "optimizer": adam, "emulate": True, "statistics_every": None} | options
     return MixedPrecisionTrainer(model, mode, device="cpu", seed=0, **options)
 
 

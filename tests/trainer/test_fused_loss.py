@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.nn import computes_cross_entropy
+from deepseek_mp.nn import chunked_loss, computes_cross_entropy
 from deepseek_mp.precision import Reason
 from deepseek_mp.trainer import fused_loss
 from deepseek_mp.trainer.fused_loss import FusedLoss
@@ -471,7 +471,59 @@ def test_a_skipped_step_is_replayed_as_ever() -> None:
     assert (result.status, result.first_bad_module) == ("skipped", "(batch)")
 
 
-@pytest.mark.parametrize("wrong", ["yes", 2, None])
+@pytest.mark.parametrize("wrong", ["yes", 2])
 def test_other_options_are_refused(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match=r"fused_loss=.* Allowed: False, True, 'auto'"):
+    with pytest.raises(ConfigError, match=r"fused_loss=.* Allowed: None, False, True, 'auto'"):
         trainer(model_of("classifier"), fused_loss=wrong)
+
+
+# -- where nobody has said anything --------------------------------------------------------------------
+
+
+def my_loss(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target)
+
+
+@pytest.mark.parametrize(("mode", "is_fused"), [("fp32", True), ("bf16", True), ("fp16", False)])
+def test_large_scores_are_computed_in_chunks_without_being_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any, chunks: list[Any], mode: str, is_fused: bool
+) -> None:
+    """In FP16 it would cost a product."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 6 * 7 - 1)
+    caplog.set_level("INFO")
+    train(trainer(model_of("classifier"), mode, emulate=True), batches())
+    assert len(chunks) == (3 if is_fused else 0)
+    assert ("loss_fused" in caplog.text) == is_fused
+
+
+def test_of_small_scores_nothing_is_tried_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 6 * 8)  # its widest layer
+    monkeypatch.setattr(fused_loss, "deferring", None)
+    train(trainer(model_of("classifier")), batches())
+    assert "fused" not in caplog.text
+
+
+@pytest.mark.parametrize("is_large", [True, False])
+def test_a_loss_that_is_not_known_is_told_of_where_it_matters(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any, is_large: bool
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 1 if is_large else 1 << 20)
+    train(trainer(model_of("classifier"), loss_fn=my_loss), batches())
+    assert caplog.text.count("loss_not_fused") == is_large
+    assert ("computes_cross_entropy" in caplog.text) == is_large
+
+
+def test_targets_that_are_no_labels_are_none_of_its_business(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 1)
+    trainer(model_of("classifier"), loss_fn=F.mse_loss).step((torch.randn(6, 4), torch.randn(6, 7)))
+    assert "fused" not in caplog.text
+
+
+def test_a_model_compiled_whole_is_told_of_where_it_matters(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 1)
+    train(trainer(model_of("classifier"), compile=True), batches())
+    assert caplog.text.count("loss_not_fused: a model compiled whole has the loss in it") == 1

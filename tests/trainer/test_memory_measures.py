@@ -26,8 +26,16 @@ class Model(nn.Module):
         return self.head(self.first(self.norm(self.words(x))))
 
 
+@pytest.mark.parametrize(("mode", "is_done"), [("bf16", True), ("fp16", False)])
+def test_what_a_trainer_does_by_itself_is_no_measure(mode: str, is_done: bool) -> None:
+    run = trainer(mode, fused_loss=None)
+    measures, why = possible(run, run.plan)
+    assert ("fused_loss=auto" in {measure.name for measure in measures}) != is_done
+    assert why.get("fused_loss=auto") == ("where it is possible, this is done anyway" if is_done else None)
+
+
 def trainer(mode: str = "bf16", **options: Any) -> MixedPrecisionTrainer:
-    options = {"optimizer": torch.optim.AdamW} | options
+    options = {"fused_loss": False, "optimizer": torch.optim.AdamW} | options
     return MixedPrecisionTrainer(Model(), mode, device="cpu", emulate=True, **options)
 
 

@@ -53,7 +53,7 @@ def gauge(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
 
 
 def trainer(mib: float | None = None, model: nn.Module | None = None, mode: str = "bf16", **options: Any) -> Any:
-    options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "statistics_every": None} | options
+    options = {"fused_loss": False, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "statistics_every": None} | options
     memory = None if mib is None else mib * MIB / GIB
     model = model or Model()
     return MixedPrecisionTrainer(model, mode, device="cpu", seed=0, emulate=True, memory=memory, **options)
@@ -544,7 +544,8 @@ def test_logits_that_do_not_fit_are_computed_in_chunks(monkeypatch: pytest.Monke
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 1 << 18)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1024))
     limit = 4 * MIB
-    run = MixedPrecisionTrainer(model, "fp32", device="cpu", memory=limit / GIB, statistics_every=None)
+    options = {"memory": limit / GIB, "statistics_every": None, "fused_loss": False}
+    run = MixedPrecisionTrainer(model, "fp32", device="cpu", **options)
     data = torch.randn(512, 4), torch.randint(0, 1024, (512,))
     run.step(data)
     assert run.memory is not None
