@@ -23,11 +23,11 @@ from deepseek_mp.monitor.store import NOWHERE, PHASES, SEEN, Store
 from deepseek_mp.monitor.subjects import is_plain
 from deepseek_mp.nn.lazy import peeked
 from deepseek_mp.nn.nested import numbers, tensors
+from deepseek_mp.ops.moved import moved
+from deepseek_mp.ops.non_finite import non_finite
 from deepseek_mp.ops.own_work import own_work
 
 _FORWARD, _BACKWARD = range(len(PHASES))
-PIECE = 1 << 22
-"""Values that are looked at together, in up to 12 bytes each beside them: a step may leave no more room than that."""
 
 
 class NonFiniteWatch:
@@ -135,19 +135,6 @@ class NonFiniteWatch:
         version = tensor._version  # noqa: SLF001 - there is no public one
         if known is not None and known[0]() is tensor and known[1] == version:
             return known[2]
-        # The difference is zero for what is finite, and NaN for the rest. PyTorch has none of numbers in 8 bits.
-        pieces = _pieces(peeked(tensor))
-        if tensor.itemsize == 1:
-            pieces = tuple(piece.float() for piece in pieces)
-        counts = [(piece - piece).count_nonzero() for piece in pieces]
-        found = sum(counts[1:], counts[0]).to(self._store.device, torch.float32, non_blocking=True)
+        found = moved(non_finite(peeked(tensor)), self._store.device)
         self._seen[id(tensor)] = (weakref.ref(tensor), version, found)
         return found
-
-
-def _pieces(values: Tensor) -> tuple[Tensor, ...]:
-    """All values, in views of so many that what is computed of one takes little memory: scores may be most of it."""
-    if values.numel() <= PIECE:
-        return (values,)
-    longest = max(range(values.dim()), key=lambda dim: values.shape[dim])
-    return torch.split(values, max(1, PIECE * values.shape[longest] // values.numel()), longest)

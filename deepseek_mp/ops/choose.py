@@ -31,6 +31,7 @@ IMPLEMENTATIONS = {
     "product": ("native", "triton", "reference"),
     "row_sums": ("triton", "reference"),
     "cross_entropy": ("triton", "reference"),
+    "non_finite": ("triton", "reference"),
     "packing": ("triton", "reference"),
     "max_pool": ("triton", "reference"),
     "weight_only": ("native", "triton", "reference"),
@@ -167,6 +168,12 @@ def row_sums_of(name: str) -> RowSums:
 def cross_entropy_of(name: str) -> CrossEntropy:
     """The function behind an implementation's name."""
     run: CrossEntropy = _module("cross_entropy", name).cross_entropy_rows
+    return run
+
+
+def non_finite_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The function behind an implementation's name, of a tensor whose infinities and NaN are counted."""
+    run: Callable[[Tensor], Tensor] = _module("non_finite", name).non_finite
     return run
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_mp.ops.capturing import is_capturing
 from deepseek_mp.ops.pointer_table import Lines, PointerTable
 from deepseek_mp.optim.fused import FusedBatch, KernelRule
 from deepseek_mp.optim.many_check import is_right
@@ -153,12 +154,8 @@ def _refresh(table: PointerTable, about: FusedBatch, places: list[int], keys: Se
 
 
 def _kernel(rule: KernelRule, device: torch.device) -> Callable[[Any], None] | None:
-    """None where there is none that steps parameters one by one, either, and while a graph is recorded."""
-    return None if rule.alone(device) is None or _is_capturing(device) else rule.together(device)
+    """None where there is none that steps parameters one by one, either, and while a graph is recorded.
 
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether what is launched now is recorded into a graph, which would have to hold on to the tables."""
-    module = None if device.type == "cpu" else torch.get_device_module(device)
-    asked = getattr(module, "is_current_stream_capturing", None)
-    return asked is not None and bool(asked())
+    The graph would have to hold on to the tables.
+    """
+    return None if rule.alone(device) is None or is_capturing(device) else rule.together(device)

@@ -9,6 +9,7 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, PrecisionMonitor
 from deepseek_mp.monitor import Sampling
+from deepseek_mp.ops.reference import non_finite as reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,6 +103,19 @@ def test_all_modules_are_watched_without_waiting_and_the_producer_is_named():
     monitor.statistics()
     # It does so in every step from then on; as many are told as had arrived when the next one was sampled.
     assert {(alarm.layer, alarm.kind) for alarm in monitor.alarms} == {("1", "non_finite")}
+
+
+def test_a_counted_step_looks_at_large_tensors_at_once(monkeypatch):
+    """In pieces, those of 580 million values took seconds of a counted step."""
+    pieces = []
+    original = reference._of_piece
+    monkeypatch.setattr(reference, "_of_piece", lambda piece: (pieces.append(piece.shape), original(piece))[1])
+    net = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 8)).to(DEVICE)
+    monitor = PrecisionMonitor(net, sampling=EVERY_LAYER)
+    net(torch.ones(8192, 64, device=DEVICE)).square().mean().backward()
+    assert monitor.statistics()["0"].non_finite["output"] == 0
+    assert monitor.log_precision_usage().sampled_steps == 1
+    assert not pieces
 
 
 def test_the_numbers_are_those_of_a_cpu():

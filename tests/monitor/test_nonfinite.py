@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from deepseek_mp.costs.memory import peak_during
-from deepseek_mp.monitor import nonfinite
+from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.monitor.module_calls import ModuleCalls
 from deepseek_mp.monitor.nonfinite import NonFiniteWatch
 from deepseek_mp.monitor.store import PHASES, SEEN, Layout, Store
+from deepseek_mp.nn.lazy import lazy
+from deepseek_mp.ops import non_finite as front
+from deepseek_mp.ops.choose import non_finite_of
+from deepseek_mp.ops.reference import non_finite as reference
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 NAN, INF = float("nan"), float("inf")
 
 
@@ -228,21 +237,88 @@ def test_the_first_ever_stays_and_the_latest_is_that_of_the_step() -> None:
     assert store.parts.produced[:, 0].tolist() == [0, 0, 1, 1, 0]
 
 
-@pytest.mark.parametrize("layout", ["rows", "columns", "numbers"])
-def test_large_tensors_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    """Scores of a vocabulary may be most of a step's memory, and a copy of them would not fit beside."""
-    monkeypatch.setattr(nonfinite, "PIECE", 1000)
-    values = torch.randn(300, 100) if layout != "numbers" else torch.randn(30_000)
-    values.view(-1)[torch.tensor([0, 12_345, 29_999])] = float("nan")
-    values = values.t() if layout == "columns" else values
-    watch = NonFiniteWatch(Store(Layout(units=0, ways=1, modules=0), torch.device("cpu"), 0.5), {}, 7)
-    assert watch._count(values) == 3
-    peak = peak_during(lambda: watch._count(values.clone()), torch.device("cpu"), resident=())
-    assert peak is not None
-    assert peak < 1.5 * values.nbytes
+def watch() -> NonFiniteWatch:
+    return NonFiniteWatch(Store(Layout(units=0, ways=1, modules=0), torch.device("cpu"), 0.5), {}, 7)
 
 
 def test_numbers_in_8_bits_are_counted() -> None:
-    watch = NonFiniteWatch(Store(Layout(units=0, ways=1, modules=0), torch.device("cpu"), 0.5), {}, 7)
-    assert watch._count(torch.tensor([1.0, NAN, -2.0]).to(torch.float8_e4m3fn)) == 1
-    assert watch._count(torch.tensor([1.0, INF, NAN]).to(torch.float8_e5m2)) == 2
+    assert watch()._count(torch.tensor([1.0, NAN, -2.0]).to(torch.float8_e4m3fn)) == 1
+    assert watch()._count(torch.tensor([1.0, INF, NAN]).to(torch.float8_e5m2)) == 2
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def with_a_kernel(monkeypatch: pytest.MonkeyPatch, run: Callable[[Tensor], Tensor]) -> list[torch.Size]:
+    """Has a CPU take the kernel, or what stands for it; the sizes of what it counted."""
+    seen: list[torch.Size] = []
+    kinds = {"triton": lambda x: (seen.append(x.shape), run(x))[1], "reference": non_finite_of("reference")}
+    monkeypatch.setattr(front, "has_kernels", lambda device: True)
+    monkeypatch.setattr(front, "_kernel_runs", lambda device: True)
+    monkeypatch.setattr(front, "non_finite_of", kinds.__getitem__)
+    return seen
+
+
+def test_a_large_tensor_is_looked_at_at_once_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operation of a counted step passes through Python: those of many pieces took seconds."""
+    monkeypatch.setattr(reference, "PIECE", 1000)
+
+    def operations(values: Tensor) -> int:
+        watched = watch()
+        with Operations() as seen:
+            watched._count(values)
+        return seen.count
+
+    assert operations(torch.zeros(500_000)) > 1000
+    seen = with_a_kernel(monkeypatch, lambda x: x.new_zeros(()))
+    assert operations(torch.zeros(500_000)) < 10
+    assert operations(nn.Parameter(torch.zeros(700, 900))) < 10
+    assert operations(torch.zeros(700, 900).t()) < 10
+    assert seen == [(500_000,), (700, 900), (900, 700)]
+
+
+def test_tensors_with_operations_of_their_own_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(Tensor):
+        pass
+
+    seen = with_a_kernel(monkeypatch, lambda x: x.new_zeros(()))
+    with FakeTensorMode():
+        fake = torch.full((3,), NAN)
+    assert watch()._count([torch.full((3,), NAN).as_subclass(Other), fake]) == 0
+    assert not seen
+
+
+def test_a_lazy_activation_is_counted_and_stays_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = with_a_kernel(monkeypatch, non_finite_of("reference"))
+    gate, up = lazy(torch.tensor([[1.0, NAN]])), lazy(torch.ones(1, 2))
+    product = nn.functional.silu(gate) * up
+    assert watch()._count(product) == 1
+    assert seen == [(1, 2)]
+    assert product.promise.made_of() is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1, and Triton: a CPU has no kernels")
+def test_the_kernel_counts_and_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        model = chain(nn.Tanh(), Times(NAN), nn.LayerNorm(3))
+        monitor = PrecisionMonitor(model)
+        with FlopCounterMode(display=False) as counter:
+            model(X).sum().backward()
+        usage, layers = monitor.log_precision_usage(), monitor.statistics()
+        return (usage.ops, counter.get_flop_counts()), {name: layer.non_finite for name, layer in layers.items()}
+
+    expected = found()
+    assert any(count["output"] for count in expected[1].values())
+    seen = with_a_kernel(monkeypatch, non_finite_of("triton"))
+    assert found() == expected
+    assert seen
