@@ -102,6 +102,29 @@ def timeline(training: Training, optimizer: OffloadedOptimizer, worker: TimedWor
     return lines
 
 
+def show(name: str, training: Training, memory: HostMemory) -> None:
+    """An arm's times and its timeline."""
+    worker = TimedWorker()
+    settings, rate = settings_of(training, ARMS[name])
+    optimizer = OffloadedOptimizer(
+        training.model.parameters(), lr=rate, model=training.model, settings=settings, memory=memory,
+        worker=lambda: worker,
+    )  # fmt: skip
+
+    def step() -> None:
+        training.backward(1)
+        optimizer.step()
+
+    for _ in range(WARM):
+        step()
+    found = [[milliseconds(step, steps, training.device) for _ in range(ROUNDS)] for steps in STEPS]
+    each = ", ".join(f"of {n}: {statistics.median(ms):.1f} ms" for n, ms in zip(STEPS, found, strict=True))
+    print(f"{name}, {torch.get_num_threads()} threads: a step {each}", flush=True)
+    print(*timeline(training, optimizer, worker), sep="\n", flush=True)
+    optimizer.close()
+    training.model.zero_grad()
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [name for name, arm in ARMS.items() if arm.mode == "immediate" and not arm.fp32 and arm.micro == 1]
@@ -118,25 +141,7 @@ def main() -> int:
     for name in args.arms:
         for threads in args.threads:
             torch.set_num_threads(threads)  # a crew is made of so many
-            worker = TimedWorker()
-            settings, rate = settings_of(training, ARMS[name])
-            parameters = training.model.parameters()
-            optimizer = OffloadedOptimizer(
-                parameters, lr=rate, model=training.model, settings=settings, memory=memory, worker=lambda: worker
-            )
-
-            def step(optimizer: OffloadedOptimizer = optimizer) -> None:
-                training.backward(1)
-                optimizer.step()
-
-            for _ in range(WARM):
-                step()
-            found = [[milliseconds(step, steps, args.device) for _ in range(ROUNDS)] for steps in STEPS]
-            each = ", ".join(f"of {n}: {statistics.median(ms):.1f} ms" for n, ms in zip(STEPS, found, strict=True))
-            print(f"{name}, {threads} threads: a step {each}", flush=True)
-            print(*timeline(training, optimizer, worker), sep="\n", flush=True)
-            optimizer.close()
-            training.model.zero_grad()
+            show(name, training, memory)
     return 0
 
 

@@ -53,7 +53,11 @@ def gauge(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
 
 
 def trainer(mib: float | None = None, model: nn.Module | None = None, mode: str = "bf16", **options: Any) -> Any:
-    options = {"fused_loss": False, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "statistics_every": None} | options
+    options = {
+        "fused_loss": False,
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01),
+        "statistics_every": None,
+    } | options
     memory = None if mib is None else mib * MIB / GIB
     model = model or Model()
     return MixedPrecisionTrainer(model, mode, device="cpu", seed=0, emulate=True, memory=memory, **options)

@@ -25,7 +25,11 @@ class Model(nn.Sequential):
 
 
 def trainer(mib: float | None = 600, mode: str = "bf16", **options: Any) -> Any:
-    options = {"fused_loss": False, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "statistics_every": None} | options
+    options = {
+        "fused_loss": False,
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01),
+        "statistics_every": None,
+    } | options
     memory = None if mib is None else mib * MIB / GIB
     return MixedPrecisionTrainer(Model(), mode, device="cpu", seed=0, emulate=True, memory=memory, **options)
 
