@@ -97,8 +97,8 @@ class Graphed:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         gradients = torch.is_grad_enabled()
-        _set_gradients(False)
         try:
+            _set_gradients(False)
             found = self._last
             given = None if found is None else found.flat.tensors(args, kwargs)
             if found is None or given is None:
