@@ -207,22 +207,17 @@ class Served(nn.Module):
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
         layout = _LAYOUTS.get(leaf.dim()) if self.form.channels_last else None
-        return leaf.to(self._dtype(leaf), memory_format=layout or torch.preserve_format)
-
-    def _dtype(self, leaf: Tensor) -> torch.dtype:
-        """That of a tensor of floating type in this form."""
-        return NARROW.get(self.form.format, torch.float32 if leaf.dtype in _NARROW else leaf.dtype)
+        wide = torch.float32 if leaf.dtype in _NARROW else leaf.dtype
+        return leaf.to(NARROW.get(self.form.format, wide), memory_format=layout or torch.preserve_format)
 
     def _brought(self, leaf: Any) -> Any:
         """What is done in front of recorded code, and of code compiled where it may be recorded: it is compiled once.
 
-        All of `_given` where one copy does it well. A copy to channels innermost reads them one by one from far apart;
-        with many channels the code that follows does it better, which still calls `_given`.
+        A copy to channels innermost reads them one by one from far apart. Of many the code that follows makes a better
+        one, since it calls `_given` too.
         """
-        is_image = isinstance(leaf, Tensor) and leaf.dim() in _LAYOUTS and leaf.is_floating_point()
-        if is_image and leaf.shape[1] > _FEW_CHANNELS:
-            return leaf.to(self._dtype(leaf))
-        return self._given(leaf)
+        turned = self.form.channels_last and isinstance(leaf, Tensor) and leaf.dim() in _LAYOUTS
+        return leaf if turned and leaf.shape[1] > _FEW_CHANNELS else self._given(leaf)
 
     @staticmethod
     def _result(leaf: Any) -> Any:

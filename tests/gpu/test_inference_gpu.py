@@ -67,7 +67,7 @@ def test_convolutions_whose_algorithm_is_searched_are_recorded():
 @pytest.mark.parametrize("channels", [3, 8])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_images_are_cast_on_their_way_into_a_recording(channels, compiled):
-    """In the copy of each call; the layout too where channels are few."""
+    """In the copy of each call, where channels are few."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).to(DEVICE).eval()
     form = Form(format="bf16", channels_last=True, compiled=compiled)
