@@ -1,8 +1,8 @@
 """Calls recorded once for each kind of input and replayed after that: a device's own time without the host's.
 
 A replay reads and writes the memory of its recording. So inputs are copied in, and outputs come out as copies: no
-result is overwritten by a later call. A model's state (buffers written in place, as a cache of keys and values) is
-where it was, and a call changes it once, the first call included.
+result is overwritten by a later call. Each is one kernel, which casts too. A model's state (buffers written in place,
+as a cache of keys and values) is where it was, and a call changes it once, the first call included.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.flat_call import FlatCall
 from deepseek_mp.inference.recorder import DeviceRecorder, Recorder, records
 from deepseek_mp.nn.nested import map_leaves, tensors
 from deepseek_mp.ops.early_launch import unwritten
@@ -26,6 +27,7 @@ MOST = 16
 """Recordings that are kept; the one that was not used for longest goes first."""
 _VALUES = (type(None), bool, int, float, complex, str, bytes, slice, Enum, torch.dtype, torch.device, torch.layout)
 """What may stand between tensors: values that are what they are for good."""
+_set_gradients = torch._C._set_grad_enabled  # noqa: SLF001 - what `no_grad` calls, which takes a microsecond more
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,14 @@ class _Recording:
     inputs: list[Tensor]
     replay: Callable[[], object]
     outputs: Any
+    flat: FlatCall
+    """Of calls that it serves."""
 
 
 class Graphed:
-    """`call(args, kwargs)`, recorded for each signature of its inputs. Calls come one at a time, from one stream.
+    """`call(args, kwargs)`, recorded for each signature of its inputs, without gradients.
+
+    Calls come one at a time, from one stream.
 
     Args:
         call: from the positional and the keyword arguments to the outputs.
@@ -45,12 +51,15 @@ class Graphed:
         device: of all tensors.
         fixed: gives the buffers that no call writes to. They need not be saved while warming up, and kernels may read
             them before those in front have ended.
-        out: what is done to each output on its way out; a copy is made where that is nothing.
+        into: what is done to each input on its way in: a recording's own are like the result, and a call's are copied
+            into them.
+        out: what is done to each output on its way out. A copy is made where that is nothing, as on the way in.
         recorder: how calls are recorded; the device's own if None.
 
     Raises:
         ConfigError: the device records nothing. When called: inputs or outputs that cannot be copied in and out, a
-            call that writes to its inputs or that replaces buffers. What the recording raises is raised.
+            call that writes to inputs to which nothing is done on their way in, or that replaces buffers. What the
+            recording raises is raised.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Graphed:
         device: torch.device,
         *,
         fixed: Callable[[], Iterable[Tensor]] = tuple,
+        into: Callable[[Any], Any] | None = None,
         out: Callable[[Any], Any] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -67,9 +77,10 @@ class Graphed:
             passed = f"a form with CUDA graphs on {device}"
             raise ConfigError(explain(passed, "graphed=True on a device that records calls", "Leave it out"))
         self._call, self._model, self._device = call, model, device
-        self._fixed, self._out = fixed, out
+        self._fixed, self._into, self._out = fixed, into, out
         self._recorder = recorder or DeviceRecorder(device)
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._last: _Recording | None = None
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -82,29 +93,59 @@ class Graphed:
     def forget(self) -> None:
         """Drop all recordings: what they read is not what it was."""
         self._recordings.clear()
+        self._last = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key = signature((args, kwargs), self._device)
-        found = self._recordings.get(key)
-        if found is None:
+        gradients = torch.is_grad_enabled()
+        try:
+            _set_gradients(False)
+            found = self._last
+            given = None if found is None else found.flat.tensors(args, kwargs)
+            if found is None or given is None:
+                found, given = self._found(args, kwargs)
+            for _ in map(Tensor.copy_, found.inputs, given):  # as many: what is alike has as many tensors
+                pass
+            found.replay()
+            outputs = found.outputs
+            return self._taken(outputs) if type(outputs) is Tensor else map_leaves(outputs, self._taken)
+        finally:
+            _set_gradients(gradients)
+
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Recording, list[Tensor]]:
+        """The recording of such a call, the last one from now on, and what is to be copied into its inputs."""
+        for known, found in reversed(self._recordings.items()):
+            given = None if found is self._last else found.flat.tensors(args, kwargs)
+            if given is not None:
+                key = known
+                break
+        else:
+            key, given = signature((args, kwargs), self._device), list(tensors((args, kwargs)))
+        self._last = None  # it may be what goes
+        if key not in self._recordings:
             while len(self._recordings) >= MOST:
                 self._recordings.popitem(last=False)
-            found = self._recordings[key] = self._recorded(args, kwargs)
+            self._recordings[key] = self._recorded(args, kwargs)
         self._recordings.move_to_end(key)
-        for mine, given in zip(found.inputs, tensors((args, kwargs)), strict=True):
-            mine.copy_(given)
-        found.replay()
-        return map_leaves(found.outputs, self._taken)
+        self._last = self._recordings[key]
+        return self._last, given
+
+    def _owned(self, leaf: Any) -> Any:
+        return _changed(leaf, self._into)
+
+    def _is_same(self, given: Tensor) -> bool:
+        return self._into is None or self._into(given) is given
 
     def _taken(self, leaf: Any) -> Any:
-        made = leaf if self._out is None else self._out(leaf)
-        return _copied(made) if made is leaf else made
+        return _changed(leaf, self._out)
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Recording:
-        with torch.inference_mode(False):  # or a later call outside of that mode could not be copied in
-            own_args, own_kwargs = map_leaves((args, kwargs), _copied)
+        # In inference mode a later call outside of it could not be copied in; without that mode gradients are enabled.
+        with torch.inference_mode(False), torch.no_grad():
+            own_args, own_kwargs = map_leaves((args, kwargs), self._owned)
         inputs = list(tensors((own_args, own_kwargs)))
-        versions = _versions(inputs)
+        # What is made on the way in is the recording's own in every form, and filled again before each replay.
+        whole = [mine for mine, given in zip(inputs, tensors((args, kwargs)), strict=True) if self._is_same(given)]
+        versions = _versions(whole)
 
         def run() -> Any:
             return self._call(own_args, own_kwargs)
@@ -115,11 +156,11 @@ class Graphed:
         if replaced:
             passed = f"a forward that replaces its buffers {', '.join(replaced)}"
             raise ConfigError(explain(passed, "buffers written in place", "Write with copy_ or index_copy_"))
-        if versions != _versions(inputs):
+        if versions != _versions(whole):
             passed = "a forward that writes to its inputs, which a recorded call does to copies of them"
             raise ConfigError(explain(passed, "state in buffers of the model", "Keep it there, or leave graphs out"))
         map_leaves(outputs, _checked)
-        return _Recording(inputs, replay, outputs)
+        return _Recording(inputs, replay, outputs, FlatCall(args, kwargs))
 
 
 def signature(tree: Any, device: torch.device) -> Hashable:
@@ -185,8 +226,10 @@ def _versions(inputs: Iterable[Tensor]) -> list[int]:
     return [tensor._version for tensor in inputs]  # noqa: SLF001 - it has no public name
 
 
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _changed(leaf: Any, change: Callable[[Any], Any] | None) -> Any:
+    """Never the leaf itself, if that is a tensor."""
+    made = leaf if change is None else change(leaf)
+    return leaf.clone() if made is leaf and isinstance(leaf, Tensor) else made
 
 
 def _checked(leaf: Any) -> Any:

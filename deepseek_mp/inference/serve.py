@@ -27,11 +27,15 @@ from deepseek_mp.inference.form import FORMATS, INT8, Form
 from deepseek_mp.inference.graphed import Graphed, kept_state
 from deepseek_mp.inference.onnx_export import export_onnx
 from deepseek_mp.inference.quantised_linear import QuantisedLinear, cast, linear_layers, quantised
+from deepseek_mp.inference.recorder import records
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.own_code import with_own_code
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Formats in which all is kept and multiplied."""
+_NARROW = frozenset(NARROW.values())
+_FEW_CHANNELS = 4
+"""At most those of images."""
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -76,11 +80,12 @@ class Served(nn.Module):
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            if self._graphed is not None:
-                return self._graphed(args, kwargs)
-            with self._mathematics():
-                return map_leaves(self._plain(args, kwargs), self._result)
+        if self._graphed is not None:
+            return self._graphed(args, kwargs)
+        with torch.no_grad(), self._mathematics():
+            if self.form.compiled and records(self.device):
+                args, kwargs = map_leaves((args, kwargs), self._brought)
+            return map_leaves(self._plain(args, kwargs), self._result)
 
     def _mathematics(self) -> AbstractContextManager[None]:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
@@ -103,7 +108,9 @@ class Served(nn.Module):
                 with self._mathematics():  # a replay computes as it was recorded, and need not switch
                     return call(args, kwargs)
 
-            self._graphed = Graphed(run, self.model, self.device, fixed=self._weights, out=self._result)
+            self._graphed = Graphed(
+                run, self.model, self.device, fixed=self._weights, into=self._brought, out=self._result
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled and recorded code, which is of this model's weights and not of a copy's."""
@@ -200,12 +207,21 @@ class Served(nn.Module):
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
         layout = _LAYOUTS.get(leaf.dim()) if self.form.channels_last else None
-        wide = torch.float32 if leaf.dtype in NARROW.values() else leaf.dtype
+        wide = torch.float32 if leaf.dtype in _NARROW else leaf.dtype
         return leaf.to(NARROW.get(self.form.format, wide), memory_format=layout or torch.preserve_format)
+
+    def _brought(self, leaf: Any) -> Any:
+        """What is done in front of recorded code, and of code compiled where it may be recorded: it is compiled once.
+
+        A copy to channels innermost reads them one by one from far apart. Of many the code that follows makes a better
+        one, since it calls `_given` too.
+        """
+        turned = self.form.channels_last and isinstance(leaf, Tensor) and leaf.dim() in _LAYOUTS
+        return leaf if turned and leaf.shape[1] > _FEW_CHANNELS else self._given(leaf)
 
     @staticmethod
     def _result(leaf: Any) -> Any:
-        return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in NARROW.values() else leaf
+        return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in _NARROW else leaf
 
 
 def _loaded(served: Any, _keys: Any) -> None:

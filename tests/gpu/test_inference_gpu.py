@@ -64,6 +64,22 @@ def test_convolutions_whose_algorithm_is_searched_are_recorded():
         torch.testing.assert_close(served(x), model.eval()(x), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_images_are_cast_on_their_way_into_a_recording(channels, compiled):
+    """In the copy of each call, where channels are few."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).to(DEVICE).eval()
+    form = Form(format="bf16", channels_last=True, compiled=compiled)
+    plain = Served(model, form, DEVICE)
+    recorded = Served(plain.model, graphed(form), DEVICE, plain)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.float32):
+        x = torch.randn(2, channels, 16, 16, device=DEVICE).to(dtype)
+        found = recorded(x)
+        torch.testing.assert_close(found, plain(x), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(found, model(x.float()), rtol=5e-2, atol=5e-2)
+
+
 class Cached(nn.Module):
     """Attention of one new token over the tokens before it, whose keys and values are in buffers."""
 

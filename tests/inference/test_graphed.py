@@ -248,6 +248,111 @@ def test_what_a_recording_would_get_wrong_is_refused():
         writes((torch.ones(4),), {})
 
 
+def narrowed(run):
+    """Recorded with inputs that come in as BF16."""
+    fake = Fake()
+    into = lambda leaf: leaf.bfloat16() if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
+    return Graphed(lambda args, kwargs: run(*args, **kwargs), nn.Identity(), CPU, into=into, recorder=fake), fake
+
+
+def test_what_changes_on_its_way_in_is_cast_by_the_copy():
+    seen = []
+    call, fake = narrowed(lambda x: (seen.append((x.dtype, x.data_ptr())), x + 0)[1])
+    wide, narrow = torch.randn(3), torch.randn(3).bfloat16()
+    assert torch.equal(call((wide,), {}), wide.bfloat16())
+    assert torch.equal(call((2 * wide,), {}), (2 * wide).bfloat16())
+    assert torch.equal(call((narrow,), {}), narrow)
+    assert fake.recorded == 2, "one for each dtype that is given"
+    assert {dtype for dtype, _ in seen} == {torch.bfloat16}
+    assert narrow.data_ptr() not in {place for _, place in seen}, "nothing is done to it, and it is copied all the same"
+
+
+def test_what_is_made_on_the_way_in_may_be_written_to():
+    """A form that is not recorded casts too: there as here the caller's tensor stays as it was."""
+    call, _ = narrowed(lambda x: x.add_(1))
+    for value in (1.0, 5.0):
+        x = torch.full((3,), value)
+        assert torch.equal(call((x,), {}), (x + 1).bfloat16())
+        assert x.eq(value).all()
+    with pytest.raises(ConfigError, match="writes to its inputs"):
+        call((x.bfloat16(),), {})
+
+
+def test_gradients_are_off_inside_and_as_before_after():
+    modes = []
+    call, _ = recorded(lambda x: (modes.append(torch.is_grad_enabled()), x * 2)[1])
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        out = call((x,), {})
+        assert torch.is_grad_enabled()
+        assert not out.requires_grad
+        assert out.grad_fn is None
+    assert not any(modes)
+    assert not call._last.inputs[0].requires_grad
+    with torch.no_grad():
+        call((x,), {})
+        assert not torch.is_grad_enabled()
+    with pytest.raises(ConfigError, match="in a call to be recorded"):
+        call((object(),), {})
+    assert torch.is_grad_enabled()
+
+
+def test_a_weight_among_the_outputs_comes_out_without_gradients():
+    weight = nn.Parameter(torch.ones(2))
+    call, _ = recorded(lambda x: weight)
+    for _ in range(2):
+        assert not call((torch.ones(2),), {}).requires_grad
+
+
+def test_calls_that_take_turns_find_their_own_recordings(monkeypatch):
+    call, fake = recorded(lambda x, y=None, *, flag=True: x + (1 if flag else 2) + (0 if y is None else y))
+    x, y = torch.zeros(2), torch.full((2,), 10.0)
+    kinds = [
+        ((x,), {}, 1), ((x.double(),), {}, 1), ((torch.zeros(4)[::2],), {}, 1), ((x,), {"flag": False}, 2),
+        ((x, y), {"flag": True}, 11), ((x, y.double()), {}, 11), ((x,), {"y": y, "flag": False}, 12),
+        ((x,), {"flag": False, "y": y}, 12), ((nn.Parameter(x), y), {}, 11),
+    ]  # fmt: skip
+    for _ in range(2):
+        for args, kwargs, expected in kinds:
+            found = call(args, kwargs)
+            assert found.eq(expected).all()
+            assert found.dtype == torch.result_type(*(args if len(args) > 1 else (args[0], 1)))
+    assert fake.recorded == len(kinds)
+    monkeypatch.setattr(graphed, "signature", lambda *_: pytest.fail("all of them are known"))
+    for args, kwargs, expected in kinds:
+        assert call(args, kwargs).eq(expected).all()
+
+
+def test_what_is_like_the_last_call_but_elsewhere_is_refused_still():
+    call, fake = recorded(lambda x: x + 1)
+    call((torch.zeros(2),), {})
+    for wrong in (torch.zeros(2, device="meta"), torch.zeros(2).to_sparse(), torch.zeros(2).as_subclass(Marked)):
+        with pytest.raises(ConfigError, match="in a call to be recorded"):
+            call((wrong,), {})
+    assert call((nn.Parameter(torch.ones(2)),), {}).eq(2).all()
+    assert fake.recorded == 1, "a parameter is as good as a tensor"
+
+
+class Marked(torch.Tensor):
+    """A subclass."""
+
+
+def test_nothing_is_known_of_what_was_dropped():
+    call, fake = recorded(lambda x: x + 1)
+    call((torch.zeros(2),), {})
+    call.forget()
+    call((torch.zeros(2),), {})
+    assert fake.recorded == 2
+
+
+def test_nested_arguments_are_recorded_as_before():
+    call, fake = recorded(lambda pair, *, more: pair[0] + pair[1] + more["x"])
+    for value in (1.0, 2.0):
+        x = torch.full((2,), value)
+        assert torch.equal(call(((x, x),), {"more": {"x": x}}), 3 * x)
+    assert fake.recorded == 1
+
+
 def test_calls_in_inference_mode():
     call, _ = recorded(lambda x: x + 1)
     with torch.inference_mode():
@@ -289,6 +394,58 @@ def test_a_graphed_form_serves_what_the_form_does(fakes, form):
     served.to(CPU)
     served(x)
     assert fakes[0].recorded == 3, "what the recordings read was another"
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_images_come_in_as_the_form_has_them_unless_they_have_many_channels(fakes, channels):
+    form = Form(format="bf16", channels_last=True)
+    plain = Served(nn.Conv2d(channels, 4, 3), form, CPU)
+    served = Served(plain.model, replace(form, graphed=True), CPU, plain)
+    for _ in range(2):
+        x = torch.randn(2, channels, 8, 8)
+        assert torch.equal(served(x), plain(x))
+    (own,) = served._graphed._last.inputs
+    last = own.is_contiguous(memory_format=torch.channels_last)
+    assert (own.dtype, last) == ((torch.bfloat16, True) if channels == 3 else (torch.float32, False))
+
+
+def test_recorded_code_was_compiled_for_the_form_that_is_not_recorded(fakes, monkeypatch):
+    whole, seen = torch.compile, []
+
+    def backend(graph, inputs):
+        seen.append([tensor.dtype for tensor in inputs if tensor.dim() == 4])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend=backend))
+    monkeypatch.setattr(serve, "records", lambda device: True)
+    torch._dynamo.reset()
+    form = Form(format="bf16", channels_last=True, compiled=True)
+    plain = Served(nn.Conv2d(3, 4, 3), form, CPU)
+    served = Served(plain.model, replace(form, graphed=True), CPU, plain)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(served(x), plain(x))
+    assert len(seen) == 1
+    torch._dynamo.reset()
+
+
+def test_hooks_run_in_front_of_replays_and_after_them(fakes):
+    served, seen = Served(nn.Linear(2, 2), Form(graphed=True), CPU), []
+    served.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    served.register_forward_hook(lambda module, args, out: seen.append("after"))
+    for _ in range(2):
+        served(torch.ones(1, 2))
+    assert seen == ["before", "after"] * 2
+
+
+def test_weights_written_in_place_are_those_of_the_next_replay(fakes):
+    served, x = Served(nn.Linear(2, 2), Form(graphed=True), CPU), torch.ones(1, 2)
+    served(x)
+    with torch.no_grad():
+        served.model.weight.zero_()
+        served.model.bias.fill_(3)
+    assert served(x).eq(3).all()
+    served.load_state_dict({name: torch.zeros_like(value) for name, value in served.state_dict().items()}, assign=True)
+    assert not served(x).any()
 
 
 def test_graphs_are_tried_and_what_cannot_be_recorded_is_a_reason(fakes, monkeypatch):
