@@ -52,7 +52,7 @@ class DirectLanes:
     def down(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: None = None) -> None:
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: None = None) -> None:  # noqa: ARG002
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 

@@ -196,7 +196,7 @@ class OffloadedOptimizer(Optimizer):
 
     def _judged_step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._mode.gather()
+        self._mode.gather(is_scaled=scale is not None or found is not None)
         unseen = self._mode.has_begun or any(chunk.is_pending for chunk in self._chunks)
         grads = self._gradients()
         verdict = judge(grads, self.settings, scale=scale, found_inf=found, norm=self._norm, unseen=unseen)
@@ -452,7 +452,8 @@ class OffloadedOptimizer(Optimizer):
         chunk = self._chunk_of[id(parameter)]
         self._mode.reopened(chunk)
         if pair.pending:
-            self._land()
+            with torch.no_grad():
+                self._mode.land_chunk(chunk)
         pair.mark, pair.pending = self._lanes.down(pair.wire, gradient.detach()), True
         if self._waits.attached:
             self._waits.graded(parameter)

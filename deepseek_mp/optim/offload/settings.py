@@ -50,7 +50,9 @@ class OffloadSettings:
         check_member("begin", self.begin, ("step", "backward"))
         if self.begin == "backward" and self.mode != "immediate":
             passed = f"begin='backward' with mode={self.mode!r}"
-            raise ConfigError(explain(passed, "mode='immediate' with it", "Take 'speculative', which can be taken back"))
+            raise ConfigError(
+                explain(passed, "mode='immediate' with it", "Take 'speculative', which can be taken back")
+            )
         check_member("cast", self.cast, ("auto", "host", "device"))
         for name in ("accumulation", "delay_from", "chunk_bytes", "free_bytes"):
             value = getattr(self, name)

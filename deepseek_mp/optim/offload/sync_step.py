@@ -83,16 +83,21 @@ class SyncStep:
         if not last:
             self._landing[chunk.number] = self._lander.submit(chunk.land, self.parts.lanes)
 
-    def gather(self) -> None:
-        """Before the verdict on a step: wait for what it looks at."""
+    def gather(self, *, is_scaled: bool) -> None:  # noqa: ARG002
+        """Before the verdict on a step: wait for what it looks at.
+
+        Args:
+            is_scaled: whether a loss scaler steps.
+        """
         self.land()
 
     def land(self) -> None:
         """Wait for gradients and add them."""
         for chunk in self.parts.chunks:
-            self._land(chunk)
+            self.land_chunk(chunk)
 
-    def _land(self, chunk: HostChunk) -> None:
+    def land_chunk(self, chunk: HostChunk) -> None:
+        """The same for one chunk, which nobody steps on just now."""
         SyncStep.reopened(self, chunk)
         chunk.land(self.parts.lanes, measure=self.parts.measure)
 
