@@ -40,7 +40,7 @@ class _Window:
     under_way: dict[HostChunk, UnderWay] = field(default_factory=dict)
     placing: Lock = field(default_factory=Lock)
     readers: tuple[Any] | None = None
-    """The mark of what still reads the weights that are replaced; None until `step`, which knows it."""
+    """The mark of what still reads the weights that are replaced, which itself may be None. None until `step`."""
     unsent: list[HostChunk] = field(default_factory=list)
     """Stepped before that was known."""
     error: BaseException | None = None
@@ -150,17 +150,11 @@ class ImmediateStep(SyncStep):
             raise
 
     def prepare(self) -> None:
-        """As before other steps; for parameters that backward has stepped it was done there."""
+        """As before other steps. What backward has stepped has taken over there what others had written."""
         given = () if self._begun is None else self._begun.given
-        done = {slot for chunk in given for slot in chunk.slots}
-        pairs = [*self.parts.device.pairs, *(slot for chunk in self.parts.chunks for slot in chunk.slots)]
-        for pair in pairs:
-            pair.check_place()
-        if any(slot.written for slot in done):
+        if any(slot.written for chunk in given for slot in chunk.slots):
             self._refuse("weights that were written behind the backward that steps, before `step`")
-        for pair in pairs:
-            if pair not in done:
-                pair.adopt()
+        super().prepare()
 
     def _look(self) -> None:
         """`ConfigError` if what the optimizer has is between two states."""
@@ -177,7 +171,8 @@ class ImmediateStep(SyncStep):
     def _refuse(self, passed: str, *, breaks: bool = True) -> NoReturn:
         """Raise `ConfigError`; where the window's step cannot be ended any more, the state is no whole one."""
         allowed = "`step` right behind the window's last backward, which is its step (begin='backward')"
-        error = ConfigError(explain(passed, allowed, "Do that, or take begin='step'"))
+        change = "Do that, with accumulation= as many backward passes as a window has, or take begin='step'"
+        error = ConfigError(explain(passed, allowed, change))
         if breaks and self._begun is not None:
             self.broken = self.broken or error
             self._drop(self._begun)

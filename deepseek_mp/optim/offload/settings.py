@@ -23,7 +23,8 @@ class OffloadSettings:
     """Gradients are sent in 'bf16' or 'fp32'. None: BF16 parameters' in BF16, others' in FP32."""
     accumulation: int = 1
     """Backward passes of a window. What all but the last send is added up beside the next one, and 'speculative' steps
-    on what the last one sends. A window may be shorter; `land` before gradients are looked at then."""
+    on what the last one sends. A window may be shorter; `land` before gradients are looked at then. With
+    begin='backward' it must not be longer."""
     delay_from: int = 1000
     """'delayed' begins after this many applied steps: early steps change the weights most."""
     chunk_bytes: int = CHUNK_BYTES
