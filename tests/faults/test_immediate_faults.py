@@ -13,6 +13,8 @@ from fake_device import FakeLanes, InterruptedWorker, backward, offloaded, plain
 from deepseek_mp.errors import MixedPrecisionError
 from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings, host_chunk, rule
 from deepseek_mp.optim.offload.device_part import DevicePart
+from deepseek_mp.optim.offload.pieces import Piece
+from deepseek_mp.optim.offload.worker import ThreadWorker
 
 FREE = {"mode": "immediate", "undo": False, "check_finite": False}
 STRIDE = 23
@@ -165,4 +167,31 @@ def test_an_interrupt_while_step_waits_for_the_host_does_not_step_the_device_par
     with pytest.raises(MixedPrecisionError, match="could not be taken back"):
         optimizer.step()
     load(ours, optimizer, saved)
+    assert_trains_on_as_adamw(ours, optimizer, theirs, plain(theirs))
+
+
+class PressedWorker(ThreadWorker):
+    """Somebody presses Ctrl-C when a task has been handed over, before that is noted."""
+
+    armed = False
+
+    def submit(self, task, *args):
+        future = super().submit(task, *args)
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt("pressed")
+        return future
+
+
+def test_gradients_that_are_added_up_though_nobody_has_noted_it_are_not_those_of_the_next_window(monkeypatch):
+    workers, ours, theirs = [], small_model(), small_model()
+    optimizer = offloaded(
+        ours, worker=lambda: (workers.append(PressedWorker()), workers[-1])[1], accumulation=2, **FREE
+    )
+    real = Piece.add
+    monkeypatch.setattr(Piece, "add", lambda *given, **options: (time.sleep(0.02), real(*given, **options))[1])
+    workers[0].armed = True
+    with pytest.raises(KeyboardInterrupt, match="pressed"):
+        backward(ours)
+    optimizer.zero_grad()
     assert_trains_on_as_adamw(ours, optimizer, theirs, plain(theirs))

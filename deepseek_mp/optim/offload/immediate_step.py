@@ -27,6 +27,7 @@ from deepseek_mp.optim.offload.host_chunk import HostChunk, Taken
 from deepseek_mp.optim.offload.in_turn import UnderWay
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
+from deepseek_mp.optim.offload.worker import finish
 
 
 @dataclass(eq=False, kw_only=True)
@@ -181,7 +182,7 @@ class ImmediateStep(SyncStep):
     def _drop(self, window: _Window) -> None:
         """A step that has failed is not ended. Nobody is at work on it then; who is interrupted here, comes back."""
         window.error = window.error or self.broken
-        self._worker.submit(_nothing).exception()  # behind all that the host's thread was given
+        finish(self._worker)
         window.cancel()
         self.parts.waits.expect_nothing()
         self.parts.waits.wait_all()  # what was sent arrives before the weights that are loaded next
@@ -242,7 +243,3 @@ class ImmediateStep(SyncStep):
         assert window.readers is not None, "known by then"
         chunk.send(self.parts.lanes, readers=window.readers[0])
         self.parts.waits.sent(chunk.number, chunk.uploads)
-
-
-def _nothing() -> None:
-    """Its end is that of the tasks before it."""

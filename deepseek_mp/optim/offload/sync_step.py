@@ -18,7 +18,7 @@ from deepseek_mp.optim.offload.host_chunk import HostChunk
 from deepseek_mp.optim.offload.in_turn import UnderWay, in_turn
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.verdict import Scaling, Verdict
-from deepseek_mp.optim.offload.worker import Worker
+from deepseek_mp.optim.offload.worker import Worker, finish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +80,13 @@ class SyncStep:
 
         Those of earlier ones are added up beside what the device does next.
         """
-        if not last:
+        if last:
+            return
+        try:
             self._landing[chunk.number] = self._lander.submit(chunk.land, self.parts.lanes)
+        except BaseException:  # interrupted: nobody would wait for it
+            finish(self._lander)
+            raise
 
     def gather(self, *, is_scaled: bool) -> None:  # noqa: ARG002
         """Before the verdict on a step: wait for what it looks at.
