@@ -62,7 +62,8 @@ class ForwardWaits:
 
     def release(self, handles: Iterable[Any]) -> None:
         """The optimizer is gone: remove these hooks, too, and let the host wait, as nobody else will know of copies."""
-        for marks in self._outstanding.values():
+        # The host's thread may have held it last: then a forward takes some of these meanwhile.
+        for marks in list(self._outstanding.values()):
             for mark in marks:
                 self._lanes.land(mark)
         self._outstanding = {}
@@ -90,9 +91,13 @@ class ForwardWaits:
             sending = self._expected.get(chunk)
             error = None if sending is None else sending.exception()  # an interrupt leaves it expected
             if error is not None:
-                self._expected = {}
+                self.expect_nothing()
                 raise error
             self._expected.pop(chunk, None)
+
+    def expect_nothing(self) -> None:
+        """What was expected has failed, or was given up."""
+        self._expected = {}
 
     def graded(self, parameter: Tensor) -> None:
         """A gradient of the parameter has come."""
@@ -103,8 +108,9 @@ class ForwardWaits:
         """Let the device wait for these chunks."""
         for chunk in chunks:
             self.until_sent([chunk])
-            for mark in self._outstanding.pop(chunk, ()):
+            for mark in self._outstanding.get(chunk, ()):
                 self._lanes.wait(mark)
+            self._outstanding.pop(chunk, None)  # last, so that an interrupt loses nothing
 
     def wait_all(self) -> None:
         self.until_sent(sorted(self._expected))

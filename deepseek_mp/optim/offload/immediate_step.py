@@ -4,10 +4,10 @@ Nothing can make the step wait for the last gradient, so nothing can clip, skip 
 state is copied. A gradient is added up, stepped on, and the weight rounded, block by block in one go, which is the
 least that the host's memory has to move.
 
-The host works on a thread of its own, so that `step` returns before it is done: the next forward begins with the layers
-that are there, and waits where it reads a chunk that is not. A device takes only so many kernels ahead, so that backward
-returns, and `step` is called, when the device is in the middle of it. The host can begin before, at the first chunk that
-is complete; then the window's last backward is the step, which cannot be skipped any more.
+The host works on a thread of its own, so that `step` returns before it is done: the next forward begins with the
+layers that are there, and waits where it reads a chunk that is not. A device takes only so many kernels ahead, so that
+backward returns, and `step` is called, when the device is in the middle of it. The host can begin before, at the first
+chunk that is complete; then the window's last backward is the step, which cannot be skipped any more.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from deepseek_mp.optim.offload.host_chunk import HostChunk, Taken
 from deepseek_mp.optim.offload.in_turn import UnderWay
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
+from deepseek_mp.optim.offload.worker import finish
 
 
 @dataclass(eq=False, kw_only=True)
@@ -40,7 +41,7 @@ class _Window:
     under_way: dict[HostChunk, UnderWay] = field(default_factory=dict)
     placing: Lock = field(default_factory=Lock)
     readers: tuple[Any] | None = None
-    """The mark of what still reads the weights that are replaced; None until `step`, which knows it."""
+    """The mark of what still reads the weights that are replaced, which itself may be None. None until `step`."""
     unsent: list[HostChunk] = field(default_factory=list)
     """Stepped before that was known."""
     error: BaseException | None = None
@@ -72,13 +73,14 @@ class ImmediateStep(SyncStep):
         super().__init__(parts)
         self._worker, self._in_backward = parts.worker(), in_backward
         self._begun: _Window | None = None
-        """That backward has begun to step."""
+        """The step that `step` has not handed over to the next forward: begun in backward, or one that has failed."""
 
     @property
     def has_begun(self) -> bool:
         return self._begun is not None
 
     def reopened(self, chunk: HostChunk) -> None:
+        self._give_up_broken()
         if self._begun is not None and chunk in self._begun.given:
             self._refuse("a gradient of parameters that this window's backward has stepped")
         super().reopened(chunk)
@@ -92,21 +94,28 @@ class ImmediateStep(SyncStep):
             slot.adopt()
         if self._begun is None:
             self._begun = _Window(options=rule.options(self.parts.owner().param_groups))
-        self._give(self._begun, chunk, AS_IT_IS)
+        try:
+            self._give(self._begun, chunk, AS_IT_IS)
+        except BaseException as error:  # interrupted: its gradients are nowhere then
+            self.broken = self.broken or error
+            raise
 
-    def gather(self) -> None:
+    def gather(self, *, is_scaled: bool) -> None:
         """Wait for the last step, and the threads that add up gradients of earlier micro-batches; for no others."""
+        self._give_up_broken()
+        if self._begun is not None and is_scaled:
+            self._refuse("a loss scaler's step on gradients that backward has stepped on as they were")
         given = () if self._begun is None else self._begun.given
         for chunk in self.parts.chunks:
             if chunk not in given:
                 self.reopened(chunk)
 
     def land(self) -> None:
-        self._look("gradients")
+        self._look()
         super().land()
 
     def settle(self) -> None:
-        self._look("masters and states")
+        self._look()
         self.parts.waits.until_sent(chunk.number for chunk in self.parts.chunks)
 
     def forget(self) -> None:
@@ -118,10 +127,10 @@ class ImmediateStep(SyncStep):
     def apply(self, scaling: Scaling) -> None:
         """Step the chunks that are not begun, as their gradients arrive, and what is on the device."""
         options = rule.options(self.parts.owner().param_groups)
-        if self._begun is not None and (options, scaling) != (self._begun.options, AS_IT_IS):
-            self._refuse("options or a loss scale that the backward that steps has not seen")
+        if self._begun is not None and options != self._begun.options:
+            self._refuse("options that the backward that steps has not seen")
         self.prepare()
-        window, self._begun = self._begun or _Window(options=options), None
+        window = self._begun = self._begun or _Window(options=options)
         readers = (self.parts.lanes.now(),)
         try:
             self.step_device_part(scaling)  # behind backward, so that the host's work hides it
@@ -131,51 +140,52 @@ class ImmediateStep(SyncStep):
                     self._give(window, chunk, scaling)
             if window.last is not None:
                 self._submit(window, window.last, self._finish)
+            for chunk, future in window.given.items():
+                self.parts.waits.expect(chunk.number, future)
+            if not (self.parts.waits.attached and self.parts.is_beside):
+                self.parts.waits.wait_all()
+            self._begun = None
         except BaseException as error:
-            self.broken = window.error = error
+            self.broken, self._begun = self.broken or error, window
+            self._drop(window)
             raise
-        for chunk, future in window.given.items():
-            self.parts.waits.expect(chunk.number, future)
-        if not (self.parts.waits.attached and self.parts.is_beside):
-            self.parts.waits.wait_all()
 
     def prepare(self) -> None:
-        """As before other steps; for parameters that backward has stepped it was done there."""
+        """As before other steps. What backward has stepped has taken over there what others had written."""
         given = () if self._begun is None else self._begun.given
-        done = {slot for chunk in given for slot in chunk.slots}
-        pairs = [*self.parts.device.pairs, *(slot for chunk in self.parts.chunks for slot in chunk.slots)]
-        for pair in pairs:
-            pair.check_place()
-        for pair in pairs:
-            if pair not in done:
-                pair.adopt()
+        if any(slot.written for chunk in given for slot in chunk.slots):
+            self._refuse("weights that were written behind the backward that steps, before `step`")
+        super().prepare()
 
-    def _look(self, what: str) -> None:
-        """`ConfigError` if that is between two states."""
+    def _look(self) -> None:
+        """`ConfigError` if what the optimizer has is between two states."""
         self._give_up_broken()
         if self._begun is not None:
-            self._refuse(f"{what} that are looked at behind the backward that steps, before `step`", breaks=False)
+            passed = "gradients, weights or states that are looked at behind the backward that steps, before `step`"
+            self._refuse(passed, breaks=False)
 
     def _give_up_broken(self) -> None:
-        """A step that backward has begun ends with a failure."""
+        """A step that is not handed over ends with a failure."""
         if self._begun is not None and self.broken is not None:
             self._drop(self._begun)
 
     def _refuse(self, passed: str, *, breaks: bool = True) -> NoReturn:
         """Raise `ConfigError`; where the window's step cannot be ended any more, the state is no whole one."""
         allowed = "`step` right behind the window's last backward, which is its step (begin='backward')"
-        error = ConfigError(explain(passed, allowed, "Do that, or take begin='step'"))
+        change = "Do that, with accumulation= as many backward passes as a window has, or take begin='step'"
+        error = ConfigError(explain(passed, allowed, change))
         if breaks and self._begun is not None:
             self.broken = self.broken or error
             self._drop(self._begun)
         raise error
 
     def _drop(self, window: _Window) -> None:
-        """The step that backward has begun is not ended."""
+        """A step that has failed is not ended. Nobody is at work on it then; who is interrupted here, comes back."""
         window.error = window.error or self.broken
-        for future in window.given.values():
-            future.exception()
+        finish(self._worker)
         window.cancel()
+        self.parts.waits.expect_nothing()
+        self.parts.waits.wait_all()  # what was sent arrives before the weights that are loaded next
         self._begun = None
 
     # ------------------------------------------------------------------- what the host's thread does
@@ -183,7 +193,8 @@ class ImmediateStep(SyncStep):
     def _give(self, window: _Window, chunk: HostChunk, scaling: Scaling) -> None:
         """Let it begin a chunk, and finish the one before: then the crew need not wait in between."""
         before, taken = window.last, chunk.take(self.parts.lanes)
-        tasks = [(chunk, partial(self._start, taken=taken, scaling=scaling))]
+        start = partial(self._start, taken=taken, scaling=scaling)
+        tasks: list[tuple[HostChunk, Callable[..., None]]] = [(chunk, start)]
         if before is not None:
             # A crew of one thread does all its work in the beginning.
             tasks.insert(1 if self.parts.crew.threads > 1 else 0, (before, self._finish))

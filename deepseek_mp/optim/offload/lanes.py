@@ -52,7 +52,7 @@ class DirectLanes:
     def down(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: None = None) -> None:
+    def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: None = None) -> None:  # noqa: ARG002
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
@@ -92,8 +92,9 @@ class StreamLanes:
         return self._mark(self._current())
 
     def up(self, targets: Sequence[Tensor], sources: Sequence[Tensor], *, readers: Any = None) -> Any:
-        if readers is not None and not readers.query() and self._has_room(sum(target.nbytes for target in targets)):
-            return self._up_beside(targets, sources, readers)
+        beside = None if readers is None or readers.query() else self._memory_beside(targets)
+        if beside is not None:
+            return self._up_beside(targets, beside, sources, readers)
         if readers is None:
             self._up.wait_stream(self._current())
         else:
@@ -105,15 +106,23 @@ class StreamLanes:
             target.record_stream(self._up)
         return self._mark(self._up)
 
-    def _has_room(self, wanted: int) -> bool:
+    def _memory_beside(self, targets: Sequence[Tensor]) -> list[Tensor] | None:
+        """As much as these have, made on the way up; None where that would be too much, or the device has no more."""
         while self._beside and self._beside[0][0].query():
             self._beside.popleft()
-        return sum(taken for _, taken in self._beside) + wanted <= BESIDE_BYTES
+        if sum(taken for _, taken in self._beside) + sum(target.nbytes for target in targets) > BESIDE_BYTES:
+            return None
+        try:
+            with self._module.stream(self._up):
+                return [torch.empty_like(target, memory_format=torch.contiguous_format) for target in targets]
+        except torch.OutOfMemoryError:  # the copies can wait
+            return None
 
-    def _up_beside(self, targets: Sequence[Tensor], sources: Sequence[Tensor], readers: Any) -> Any:
-        """Copy at once into other memory, and from there when the readers have ended."""
+    def _up_beside(
+        self, targets: Sequence[Tensor], beside: Sequence[Tensor], sources: Sequence[Tensor], readers: Any
+    ) -> Any:
+        """Copy at once into the memory beside, and from there when the readers have ended."""
         with self._module.stream(self._up):
-            beside = [torch.empty_like(target, memory_format=torch.contiguous_format) for target in targets]
             for room, source in zip(beside, sources, strict=True):
                 _copy_up(room, source)
         self._put.wait_event(self._mark(self._up))

@@ -51,7 +51,8 @@ class OffloadedOptimizer(Optimizer):
     Gradients go down while backward runs and are added up on the host in FP32. `step` updates the masters chunk by
     chunk and sends each chunk's weights up when it is done; forward waits for a chunk where it first reads it. `step`
     is a transaction: it is applied whole, skipped, or raises with everything as it was before. It ends the window of
-    accumulation: gradients are released then, and after a failure they stay.
+    accumulation: gradients are released then, and after a failure they stay. Mode 'immediate' is none: its host works
+    beside the next forward, whoever needs the weights next finds that it has failed, and a state must be loaded then.
 
     Read weights other than through the model's forward or `state_dict` only after `synchronize`.
 
@@ -196,7 +197,7 @@ class OffloadedOptimizer(Optimizer):
 
     def _judged_step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._mode.gather()
+        self._mode.gather(is_scaled=scale is not None or found is not None)
         unseen = self._mode.has_begun or any(chunk.is_pending for chunk in self._chunks)
         grads = self._gradients()
         verdict = judge(grads, self.settings, scale=scale, found_inf=found, norm=self._norm, unseen=unseen)
@@ -211,7 +212,7 @@ class OffloadedOptimizer(Optimizer):
         """Wait until all gradients that were sent are in the masters' `grad`.
 
         Needed only by who looks at them before `step`: in mode 'immediate', or where a window is shorter than
-        `accumulation`.
+        `accumulation`. `ConfigError` if backward has begun the step (`begin`); `settle` and `synchronize` likewise.
         """
         self._land()
 
@@ -219,14 +220,17 @@ class OffloadedOptimizer(Optimizer):
         """Bring masters and states to where the last `step` left them, for others to read before the next one.
 
         In mode 'delayed' this is what the next step begins with. In 'speculative' chunks are put back that were stepped
-        ahead of it, which costs their time.
+        ahead of it, which costs their time. 'immediate' ends the last step on the host, and raises what it failed with.
         """
         self._land()
         with torch.no_grad():
             self._mode.settle()
 
     def wait_for_weights(self) -> None:
-        """Let the device wait for all weights that are on their way, before they are read outside of the forward."""
+        """Let the device wait for all weights that are on their way, before they are read outside of the forward.
+
+        In mode 'immediate' the host waits until they are.
+        """
         self._waits.wait_all()
 
     @contextmanager
@@ -452,7 +456,8 @@ class OffloadedOptimizer(Optimizer):
         chunk = self._chunk_of[id(parameter)]
         self._mode.reopened(chunk)
         if pair.pending:
-            self._land()
+            with torch.no_grad():
+                self._mode.land_chunk(chunk)
         pair.mark, pair.pending = self._lanes.down(pair.wire, gradient.detach()), True
         if self._waits.attached:
             self._waits.graded(parameter)

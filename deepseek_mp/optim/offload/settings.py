@@ -23,7 +23,8 @@ class OffloadSettings:
     """Gradients are sent in 'bf16' or 'fp32'. None: BF16 parameters' in BF16, others' in FP32."""
     accumulation: int = 1
     """Backward passes of a window. What all but the last send is added up beside the next one, and 'speculative' steps
-    on what the last one sends. A window may be shorter; `land` before gradients are looked at then."""
+    on what the last one sends. A window may be shorter; `land` before gradients are looked at then. With
+    begin='backward' it must not be longer."""
     delay_from: int = 1000
     """'delayed' begins after this many applied steps: early steps change the weights most."""
     chunk_bytes: int = CHUNK_BYTES
@@ -50,7 +51,9 @@ class OffloadSettings:
         check_member("begin", self.begin, ("step", "backward"))
         if self.begin == "backward" and self.mode != "immediate":
             passed = f"begin='backward' with mode={self.mode!r}"
-            raise ConfigError(explain(passed, "mode='immediate' with it", "Take 'speculative', which can be taken back"))
+            raise ConfigError(
+                explain(passed, "mode='immediate' with it", "Take 'speculative', which can be taken back")
+            )
         check_member("cast", self.cast, ("auto", "host", "device"))
         for name in ("accumulation", "delay_from", "chunk_bytes", "free_bytes"):
             value = getattr(self, name)

@@ -75,7 +75,7 @@ class SpeculativeStep(SyncStep):
         for chunk in self.parts.chunks:
             guess = self._guesses.get(chunk.number)
             if guess is None:
-                self._land(chunk)
+                self.land_chunk(chunk)
                 continue
             error = guess.landed.exception()
             if error is not None:

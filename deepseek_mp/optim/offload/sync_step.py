@@ -18,7 +18,7 @@ from deepseek_mp.optim.offload.host_chunk import HostChunk
 from deepseek_mp.optim.offload.in_turn import UnderWay, in_turn
 from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.verdict import Scaling, Verdict
-from deepseek_mp.optim.offload.worker import Worker
+from deepseek_mp.optim.offload.worker import Worker, finish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +80,29 @@ class SyncStep:
 
         Those of earlier ones are added up beside what the device does next.
         """
-        if not last:
+        if last:
+            return
+        try:
             self._landing[chunk.number] = self._lander.submit(chunk.land, self.parts.lanes)
+        except BaseException:  # interrupted: nobody would wait for it
+            finish(self._lander)
+            raise
 
-    def gather(self) -> None:
-        """Before the verdict on a step: wait for what it looks at."""
+    def gather(self, *, is_scaled: bool) -> None:  # noqa: ARG002
+        """Before the verdict on a step: wait for what it looks at.
+
+        Args:
+            is_scaled: whether a loss scaler steps.
+        """
         self.land()
 
     def land(self) -> None:
         """Wait for gradients and add them."""
         for chunk in self.parts.chunks:
-            self._land(chunk)
+            self.land_chunk(chunk)
 
-    def _land(self, chunk: HostChunk) -> None:
+    def land_chunk(self, chunk: HostChunk) -> None:
+        """The same for one chunk, which nobody steps on just now."""
         SyncStep.reopened(self, chunk)
         chunk.land(self.parts.lanes, measure=self.parts.measure)
 

@@ -30,3 +30,12 @@ def without_gradients(task: Callable[..., Any], *args: Any) -> Any:
     """Each thread has a mode of its own, which begins with gradients."""
     with torch.no_grad():
         return task(*args)
+
+
+def finish(worker: Worker) -> None:
+    """Wait until everything has ended that a worker was given, whatever became of it."""
+    worker.submit(_nothing).exception()
+
+
+def _nothing() -> None:
+    """Its end is that of the tasks before it."""

@@ -137,7 +137,7 @@ class LateWorker:
             future, task, args = self._tasks.pop(0)
             try:
                 future.set_result(without_gradients(task, *args))
-            except Exception as error:  # noqa: BLE001 - it is handed on
+            except BaseException as error:  # noqa: BLE001 - it is handed on
                 future.set_exception(error)
 
 

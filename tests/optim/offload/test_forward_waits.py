@@ -32,6 +32,20 @@ def test_each_module_waits_once_for_its_own():
     assert len(lanes.events) == 4
 
 
+def test_a_wait_that_was_interrupted_is_made_again(monkeypatch):
+    lanes, model, _, _ = attached()
+
+    def interrupt(mark):
+        raise KeyboardInterrupt("pressed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="pressed"):
+            model(torch.randn(2, 19))
+    model(torch.randn(2, 19))
+    assert lanes.events == [f"wait up {number}" for number in range(4)]
+
+
 def test_what_has_a_gradient_without_a_call_is_waited_for_first():
     lanes, model, waits, _ = attached()
     model[0](torch.randn(2, 19))

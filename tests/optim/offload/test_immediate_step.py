@@ -5,7 +5,18 @@ import gc
 
 import pytest
 import torch
-from fake_device import WORKERS, FakeLanes, LateWorker, NowWorker, backward, offloaded, plain, same, small_model, weights
+from fake_device import (
+    WORKERS,
+    FakeLanes,
+    LateWorker,
+    NowWorker,
+    backward,
+    offloaded,
+    plain,
+    same,
+    small_model,
+    weights,
+)
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
 from deepseek_mp.optim.offload import OffloadSettings, host_chunk, rule
@@ -22,6 +33,13 @@ def threads(request, monkeypatch):
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+def _train(model, optimizer, *, settle=False):
+    backward(model)
+    optimizer.step()
+    if settle:
+        optimizer.settle()
 
 
 @pytest.fixture(params=["step", "backward"])
@@ -195,6 +213,25 @@ def test_a_window_that_is_shorter_is_stepped_in_step():
     assert same(weights(ours), weights(theirs))
 
 
+def test_a_gradient_on_its_way_from_an_earlier_micro_batch_is_added_when_others_are_stepped():
+    """That micro-batch has used a part of a chunk only, so that nobody has added up what it sent."""
+    ours, theirs = small_model(), small_model()
+    optimizer = offloaded(ours, accumulation=2, chunk_bytes=2700, begin="backward", **FREE)
+    reference = plain(theirs)
+    shared = {slot.parameter for slot in optimizer._chunks[1].slots}
+    assert shared == {ours[0].bias, ours[2].weight}
+    batch = torch.randn(8, 19)
+    for _ in range(2):
+        for net in (ours, theirs):
+            net[0](batch).square().mean().backward()
+            net(batch).square().mean().backward()
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
 def test_weights_that_others_wrote_before_backward_are_taken_over():
     ours, theirs = small_model(), small_model()
     optimizer, reference = offloaded(ours, begin="backward", **FREE), plain(theirs)
@@ -216,8 +253,17 @@ def _changed_rate(optimizer):
     optimizer.step()
 
 
-def _scaled(optimizer):
-    optimizer.grad_scale = torch.tensor(2.0)
+def _scaled(optimizer, *, unscale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.ones(()))
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+
+
+def _written(optimizer, model):
+    with torch.no_grad():
+        model[2].weight.mul_(2.0)
     optimizer.step()
 
 
@@ -227,8 +273,10 @@ def _scaled(optimizer):
     [
         (lambda optimizer, _: optimizer.zero_grad(), "a window that is not wanted"),
         (lambda _, model: backward(model), "a gradient of parameters that this window's backward has stepped"),
-        (lambda optimizer, _: _changed_rate(optimizer), "options or a loss scale"),
-        (lambda optimizer, _: _scaled(optimizer), "options or a loss scale"),
+        (lambda optimizer, _: _changed_rate(optimizer), "options that the backward that steps has not seen"),
+        (lambda optimizer, _: _scaled(optimizer, unscale=False), "a loss scaler's step on gradients that backward"),
+        (lambda optimizer, _: _scaled(optimizer, unscale=True), "a loss scaler's step on gradients that backward"),
+        (_written, "weights that were written behind the backward that steps"),
     ],
 )
 def test_what_backward_has_stepped_cannot_be_undone(worker, misuse, match):
@@ -239,8 +287,7 @@ def test_what_backward_has_stepped_cannot_be_undone(worker, misuse, match):
     with pytest.raises(ConfigError, match=match):
         misuse(optimizer, ours)
     with pytest.raises(MixedPrecisionError, match="could not be taken back"):
-        backward(ours)
-        optimizer.step()
+        _train(ours, optimizer)
     optimizer.zero_grad()
     ours.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[0])
@@ -276,15 +323,13 @@ def test_a_failure_in_backward_is_found_by_step_or_what_comes_next(failing_step,
     optimizer.step()
     failing_step.arm(after=1)
     with pytest.raises((RuntimeError, MixedPrecisionError), match=r"the host's step failed|failed halfway") as found:
-        backward(ours)
-        optimizer.step()
-        optimizer.settle()
+        _train(ours, optimizer, settle=True)
     assert "the host's step failed" in f"{found.value} {found.value.__cause__}"
     failing_step.undo()
     with pytest.raises(MixedPrecisionError, match="could not be taken back"):
         optimizer.step()
-        backward(ours)
-        optimizer.step()
+    with pytest.raises(MixedPrecisionError, match="could not be taken back"):
+        _train(ours, optimizer)
     optimizer.zero_grad()
     ours.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[0])
@@ -390,8 +435,7 @@ def test_whoever_needs_the_weights_next_finds_a_failure(failing_step, micro, fre
         what[noticed]()
     failing_step.undo()
     with pytest.raises(MixedPrecisionError, match="could not be taken back"):
-        backward(ours)
-        optimizer.step()
+        _train(ours, optimizer)
     optimizer.zero_grad()
     ours.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[0])

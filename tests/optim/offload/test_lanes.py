@@ -144,6 +144,20 @@ def test_memory_beside_is_bounded_and_comes_back(streams, monkeypatch):
     assert events[0] == "put waits for event of up"
 
 
+def test_without_memory_beside_weights_go_into_their_place_behind_the_readers(streams, monkeypatch):
+    lanes, events = streams
+    lanes._current().is_idle = False
+
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("the device is full")
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    target = torch.zeros(4).as_subclass(Recorded)
+    lanes.up([target], [torch.ones(4)], readers=lanes.now())
+    assert events == ["up waits for event of main", "memory is used on up"]
+    assert target.tolist() == [1.0] * 4
+
+
 def test_where_nobody_reads_any_more_weights_go_into_their_place(streams):
     lanes, events = streams
     lanes.up([torch.zeros(4).as_subclass(Recorded)], [torch.ones(4)], readers=lanes.now())

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.optim.offload.schedule import BESIDE_BYTES, Rates, Work, cast_on_host, chunks, host_bytes, predict, split
+from deepseek_mp.optim.offload.schedule import (
+    BESIDE_BYTES,
+    Rates,
+    Work,
+    cast_on_host,
+    chunks,
+    host_bytes,
+    predict,
+    split,
+)
 
 RATES = Rates(down=50e9, up=40e9, cpu=100e9)
 WORK = Work(forward_backward=1.0, keep=False)

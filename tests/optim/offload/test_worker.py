@@ -1,11 +1,12 @@
 """`ThreadWorker`: one thread, in order, without gradients, and errors where the result is asked for."""
 
 import threading
+import time
 
 import pytest
 import torch
 
-from deepseek_mp.optim.offload.worker import ThreadWorker
+from deepseek_mp.optim.offload.worker import ThreadWorker, finish
 
 
 def test_tasks_run_in_order_on_one_other_thread():
@@ -29,3 +30,11 @@ def test_an_error_comes_with_the_result():
     future = ThreadWorker().submit(fail)
     with pytest.raises(RuntimeError, match="no luck"):
         future.result()
+
+
+def test_all_that_a_worker_was_given_can_be_waited_for():
+    worker, seen = ThreadWorker(), []
+    worker.submit(lambda: 1 / 0)
+    worker.submit(lambda: (time.sleep(0.02), seen.append(1)))
+    finish(worker)
+    assert seen == [1]
