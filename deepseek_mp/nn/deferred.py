@@ -144,10 +144,10 @@ class _Unread(Function):
         )
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         needed = ctx.needs_input_grad[:3]
-        operands = [
+        operands: list[Any] = [
             None if operand is None else operand.detach().requires_grad_(needs)
             for operand, needs in zip(ctx.operands, needed, strict=True)
         ]

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch._dynamo.backends import debugging
 
+from deepseek_mp.nn.known_loss import CrossEntropy
+
 
 @pytest.fixture
 def partitioned(monkeypatch):
@@ -28,3 +30,18 @@ def backward(partitioned, monkeypatch):
     part = debugging.min_cut_rematerialization_partition
     monkeypatch.setattr(debugging, "min_cut_rematerialization_partition", parted)
     return called
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """The shapes of hidden that the chunked loss was given with gradients."""
+    seen = []
+    original = CrossEntropy.of
+
+    def of(how, hidden, *rest):
+        if torch.is_grad_enabled():
+            seen.append(tuple(hidden.shape))
+        return original(how, hidden, *rest)
+
+    monkeypatch.setattr(CrossEntropy, "of", of)
+    return seen
