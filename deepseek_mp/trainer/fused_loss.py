@@ -128,6 +128,9 @@ class FusedLoss:
         self._how, self._unknown = (CrossEntropy(), how) if isinstance(how, str) else (how, "")
         self.run, self._required, self._said = ordinary, required, said
         self._asked = asked
+        self._plan: PrecisionPlan | None = None
+        self._suits = True
+        """Whether this plan is one in which the loss is fused where nobody has asked for it."""
         self._labels = -1
         """Of the largest batch that was looked at."""
         self.layer: nn.Linear | None = None
@@ -147,13 +150,18 @@ class FusedLoss:
 
     def _is_wanted(self, call: calls.Call) -> bool:
         """Whether the loss of this batch may be computed in chunks, in the plan that is in force now."""
-        plan = None if self._asked else current_plan(self._model)
-        if plan is not None and not is_fused_by_default(plan):
+        if not self._asked and not self._suits_plan():
             return False
         if self.layer is not None:  # found by another batch
             return self._required or _may_be_large([self.layer], call.target)
         self._look_at(call)
         return not self.why
+
+    def _suits_plan(self) -> bool:
+        plan = current_plan(self._model)
+        if plan is not self._plan:  # a plan takes a while to say its base, and steps are many
+            self._plan, self._suits = plan, plan is None or is_fused_by_default(plan)
+        return self._suits
 
     def _look_at(self, call: calls.Call) -> None:
         """Of the first batch, and of larger ones while all were small: whether it is worth being looked into.
@@ -235,6 +243,8 @@ class FusedLoss:
         """The call of a linear layer that gave the model's output, or why there is none."""
         if isinstance(output, Deferred):
             return output.call if output.is_pending else "the model's output is read before the loss"
+        if not isinstance(output, Tensor) and calls.own_loss(output) is not None:
+            return "the model computes its loss itself (in it, nn.linear_cross_entropy needs no logits)"
         if ran is None or output is not ran.output:
             return "the model's output is not, as it is, that of the last linear layer to run"
         if ran.mark != _mark(output):

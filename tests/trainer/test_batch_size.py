@@ -633,7 +633,7 @@ class Scores(Model):
 
 
 def test_a_small_batch_that_was_tried_decides_nothing_for_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 'auto' a loss is fused where its scores are large, which the first batch decides for all that follow."""
+    """With 'auto' a loss is fused where its scores are large; which layer gives them is found by the first such batch."""
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 3 * 4)
     monkeypatch.setattr(fused_loss, "COMPARED_ROWS", 1)
     run = trainer(Scores(30), fused_loss="auto")
@@ -645,12 +645,12 @@ def test_a_small_batch_that_was_tried_decides_nothing_for_larger_ones(monkeypatc
     assert compute.layer is run.model.last
 
 
-def test_a_trainer_that_has_made_steps_goes_on_as_those_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_decided_by_batch_is_so_for_a_trainer_that_has_made_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 3 * 4)
     run = trainer(Scores(30), fused_loss="auto")
     run.step(make_batch(2))  # whose scores are small
     found = find_batch_size(run, make_batch, start=2, limit=64)
-    assert found.size == Scores.multiplied
+    assert found.size == 30
     assert run.step(make_batch(found.size)).status == "applied"
 
 

@@ -87,6 +87,26 @@ def test_training_is_the_same(make: Any, large: None) -> None:
     torch.testing.assert_close(runs[0].model.state_dict(), runs[1].model.state_dict())
 
 
+class WithLoss(Classifier):
+    """Takes its labels and gives its loss, as models of transformers do."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = super().forward(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_model_that_computes_its_loss_itself_is_told_of_the_function(large: None, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    losses = []
+    for on in (None, False):
+        torch.manual_seed(0)
+        run = trainer(WithLoss(), fused_loss=on)
+        losses.append(train(run, [{"x": x, "labels": labels} for x, labels in batches(size=8)]))
+    assert losses[0] == losses[1]
+    assert caplog.text.count("loss_not_fused: the model computes its loss itself") == 1
+    assert "linear_cross_entropy" in caplog.text
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_an_output_that_somebody_keeps_can_be_read_when_the_step_is_over(
     is_first: bool, large: None, chunks: list[Any]
