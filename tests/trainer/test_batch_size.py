@@ -633,7 +633,7 @@ class Scores(Model):
 
 
 def test_a_small_batch_that_was_tried_decides_nothing_for_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 'auto' a loss is fused where its scores are large; which layer gives them is found by the first such batch."""
+    """With 'auto' a loss is fused where its scores are large; the first such batch finds the layer."""
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 3 * 4)
     monkeypatch.setattr(fused_loss, "COMPARED_ROWS", 1)
     run = trainer(Scores(30), fused_loss="auto")

@@ -107,6 +107,27 @@ def test_a_model_that_computes_its_loss_itself_is_told_of_the_function(large: No
     assert "linear_cross_entropy" in caplog.text
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"statistics_every": 1, "monitor_every": 1},
+    {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
+    {"activations": True},
+    {"memory": 4.0},
+    {"ema_decay": 0.9},
+]
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+def test_nothing_of_the_trainer_s_own_keeps_the_output(
+    options: dict[str, Any], mode: str, large: None, chunks: list[Any]
+) -> None:
+    run = trainer(model(), mode, emulate=True, **options)
+    run.step(batches(size=8)[0])
+    chunks.clear()  # of trials
+    train(run, batches(size=8))
+    assert len(chunks) == 3
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_an_output_that_somebody_keeps_can_be_read_when_the_step_is_over(
     is_first: bool, large: None, chunks: list[Any]
