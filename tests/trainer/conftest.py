@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.backends import debugging
 
 from deepseek_mp.nn.known_loss import CrossEntropy
+from deepseek_mp.trainer import fused_loss, memory_measures
 
 
 @pytest.fixture
@@ -45,3 +46,10 @@ def chunks(monkeypatch):
 
     monkeypatch.setattr(CrossEntropy, "of", of)
     return seen
+
+
+@pytest.fixture
+def fused_if_asked(monkeypatch):
+    """In every precision, as in FP16, the loss is computed in chunks only if somebody asks for it."""
+    for module in (fused_loss, memory_measures):
+        monkeypatch.setattr(module, "is_fused_by_default", lambda plan: False)

@@ -25,6 +25,8 @@ from deepseek_mp.trainer import budget as budget_module
 from deepseek_mp.trainer.batch_size import BatchSize
 from deepseek_mp.trainer.memory_report import GIB
 
+pytestmark = pytest.mark.usefixtures("fused_if_asked")
+
 
 class Model(nn.Module):
     """Runs out of memory above `room` samples, in the forward or the backward, or of an error of some backend's."""
@@ -69,7 +71,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def trainer(model: nn.Module, mode: str = "fp32", **options: Any) -> MixedPrecisionTrainer:
-    options = {"fused_loss": False, "optimizer": adam, "emulate": True, "statistics_every": None} | options
+    options = {"optimizer": adam, "emulate": True, "statistics_every": None} | options
     return MixedPrecisionTrainer(model, mode, device="cpu", seed=0, **options)
 
 

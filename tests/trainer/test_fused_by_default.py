@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from deepseek_mp import find_batch_size
 from deepseek_mp.nn import chunked_loss
 from deepseek_mp.trainer import fused_loss
+from deepseek_mp.trainer.memory_measures import possible
 
 
 def model(after: Any = lambda output: output) -> Classifier:
@@ -85,6 +86,14 @@ def test_training_is_the_same(make: Any, large: None) -> None:
     losses = [train(run, batches(size=8)) for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(runs[0].model.state_dict(), runs[1].model.state_dict())
+
+
+@pytest.mark.parametrize(("mode", "is_done"), [("bf16", True), ("fp16", False)])
+def test_what_a_trainer_does_by_itself_is_no_measure(mode: str, is_done: bool) -> None:
+    run = trainer(model(), mode, emulate=True)
+    measures, why = possible(run, run.plan)
+    assert ("fused_loss=auto" in {measure.name for measure in measures}) != is_done
+    assert why.get("fused_loss=auto") == ("where it is possible, this is done anyway" if is_done else None)
 
 
 class WithLoss(Classifier):
