@@ -45,6 +45,8 @@ class LinearCall:
         """[..., K]: the input."""
         self.is_spent = False
         """Whether the loss was computed of it: the weights of later are others, which not all optimizers tell."""
+        # What the layer had then: `torch.func.functional_call` lends others. A parametrised weight is none of them.
+        self._parameters = dict(layer._parameters)  # noqa: SLF001 - named_parameters leaves out the None of a bias
         self._versions = self._versions_now()
         self._enabled, self._dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
@@ -54,13 +56,31 @@ class LinearCall:
         return self._dtype if self._enabled and self.hidden.dtype != torch.float64 else self.hidden.dtype
 
     @property
+    def weight(self) -> Tensor:
+        """[V, K]: that of the call."""
+        found = self._parameters.get("weight")
+        return self.layer.weight if found is None else found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V]: that of the call."""
+        return self._parameters.get("bias", self.layer.bias)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """What the layer gives of this input, with the weights of the call; in whatever region this is called."""
+        now = self.layer._parameters  # noqa: SLF001
+        if all(now.get(name) is one for name, one in self._parameters.items()):
+            return _forward_of(self.layer)(self.layer, hidden)  # type: ignore[no-any-return]
+        return functional.linear(hidden, self.weight, self.bias)
+
+    @property
     def is_unchanged(self) -> bool:
         """Whether nobody has written to the input, or to the layer's parameters, since."""
         return self._versions_now() == self._versions
 
     def _versions_now(self) -> list[int]:
-        read = self.hidden, *self.layer.parameters(recurse=False)  # a parametrised weight would be computed again
-        return [tensor._version for tensor in read]  # noqa: SLF001 - there is no public one
+        read = self.hidden, *self._parameters.values()
+        return [one._version for one in read if one is not None]  # noqa: SLF001 - there is no public one
 
     @contextmanager
     def region(self) -> Iterator[None]:
@@ -87,8 +107,7 @@ class Deferred(Tensor):
     @classmethod
     def of(cls, call: LinearCall) -> Deferred:
         """The output of the call."""
-        layer = call.layer
-        made: Deferred = _Unread.apply(call.hidden, layer.weight, layer.bias, call)  # type: ignore[no-untyped-call]
+        made: Deferred = _Unread.apply(call.hidden, call.weight, call.bias, call)  # type: ignore[no-untyped-call]
         made.call, made._computed = call, None
         return made
 
@@ -100,13 +119,12 @@ class Deferred(Tensor):
     def computed(self) -> Tensor:
         """The output, with its graph; `ConfigError` once the loss was computed without it."""
         if self._computed is None:
-            layer = self.call.layer
             if self.call.is_spent:
                 passed = "the output of the model's last layer, read after a fused loss was computed"
                 change = "Read it in the hook or forward that sees it, or train with fused_loss=False"
                 raise ConfigError(explain(passed, "to read it before, which gives the ordinary loss", change))
             with self.call.region():
-                self._computed = _forward_of(layer)(layer, self.call.hidden)
+                self._computed = self.call.product(self.call.hidden)
         return self._computed
 
     @classmethod
@@ -165,9 +183,10 @@ def _numbers(leaf: Any) -> Any:
     if leaf._computed is not None:  # noqa: SLF001 - of this file
         return leaf._computed.detach()  # noqa: SLF001
     call = leaf.call
-    operands = call.hidden, call.layer.weight, call.layer.bias
-    with call.region(), torch.no_grad():  # here autocast may be behind us
-        return functional.linear(*(None if one is None else one.detach().to(call.dtype) for one in operands))
+    read = call.hidden, call.weight, call.bias
+    operands: list[Any] = [None if one is None else one.detach().to(call.dtype) for one in read]  # autocast may be past
+    with call.region(), torch.no_grad():
+        return functional.linear(*operands)
 
 
 def _written_to() -> ConfigError:

@@ -197,7 +197,7 @@ class FusedLoss:
 
     def _fused(self, call: calls.Call, last: LinearCall) -> calls.Result:
         with last.region():
-            found = self._how.of(last.hidden, last.layer, call.target)
+            found = self._how.of(last.hidden, last.weight, last.bias, call.target)
         last.is_spent = True
         return calls.result(call, (found, "cross_entropy in chunks"), self._loss_fn)
 
@@ -278,9 +278,9 @@ class FusedLoss:
         with last.region(), torch.no_grad():
             hidden = last.hidden.detach()[rows]
             # Its forward, since its hooks have seen this step already.
-            scores = last.layer.forward(hidden) if isinstance(output, Deferred) else output.detach()[rows]
+            scores = last.product(hidden) if isinstance(output, Deferred) else output.detach()[rows]
             theirs = _number(calls.loss_of(scores, target[rows], self._loss_fn)[0])
-            ours = _number(self._how.of(hidden, last.layer, target[rows]))
+            ours = _number(self._how.of(hidden, last.weight, last.bias, target[rows]))
         if not (len(rows) and math.isfinite(theirs)):
             return None
         if abs(theirs - ours) <= CLOSE.get(output.dtype, CLOSE_NARROW) * max(1.0, abs(theirs)):

@@ -135,6 +135,19 @@ def test_what_was_changed_since_is_an_error(what: str) -> None:
         output + 1
 
 
+@pytest.mark.parametrize("read", [lambda y: y + 0, Twice.apply])
+def test_weights_that_the_layer_was_lent_for_the_call_are_those_that_it_has(read: Callable[[Any], Any]) -> None:
+    layer, hidden, _ = made()
+    lent = {name: (2 * value).detach().requires_grad_() for name, value in layer.named_parameters()}
+    found = []
+    for put_off in (True, False):
+        with deferring(layer) if put_off else nullcontext():
+            output = torch.func.functional_call(layer, lent, (hidden,))
+        result = read(output)
+        found.append([result.detach(), *torch.autograd.grad(result.square().sum(), [hidden, *lent.values()])])
+    torch.testing.assert_close(*found)
+
+
 class Own(torch.autograd.Function):
     """Keeps what it is given, and gives its square."""
 

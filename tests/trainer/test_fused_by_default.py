@@ -77,7 +77,19 @@ def test_a_model_compiled_whole_is_told_of_where_it_matters(monkeypatch: pytest.
     assert caplog.text.count("loss_not_fused: a model compiled whole has the loss in it") == 1
 
 
-MODELS: list[Any] = [model, lambda: model(Twice.apply)]
+class Lent(nn.Module):
+    """Its model multiplies by weights of another kind, made anew in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model()
+
+    def forward(self, x: Tensor) -> Any:
+        lent = {name: 2 * value for name, value in self.inner.named_parameters()}
+        return torch.func.functional_call(self.inner, lent, (x,))
+
+
+MODELS: list[Any] = [model, lambda: model(Twice.apply), Lent]
 
 
 @pytest.mark.parametrize("make", MODELS)
