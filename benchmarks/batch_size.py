@@ -1,10 +1,10 @@
-"""The largest batch that fits into a part of a device: FP32, BF16, without the fused loss, and with `memory='auto'`.
+"""The largest batch that fits into a part of a device: FP32, BF16, BF16 with its loss as it is, and `memory='auto'`.
 
     python benchmarks/batch_size.py [--cases ...] [--gib N] [--out FILE]
 
 Each arm is a process of its own: `find_batch_size` on the trainer, then two steps with what was found, which have to be
-applied. `times` is over FP32. On a CPU, whose memory is not counted, --small tries the script; then numbers mean
-nothing.
+applied. `times` is over FP32, whose loss is as it is too. On a CPU, whose memory is not counted, --small tries the
+script; then numbers mean nothing.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ of the output, and knows the input. Whoever does anything else with it (a hook, 
 ordinary output with its graph, which is computed at that moment and kept.
 
 It is PyTorch's Python functions that are seen here. What hands tensors past them, an `autograd.Function` that is given
-the output, would lose its gradient: that is refused, at the latest in the backward.
+the output or a full backward hook, finds values too, and the gradient that it gives is that of the output: the layer is
+multiplied once more for it. Only to write to an output that was handed past them is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn.nested import map_leaves
@@ -42,6 +45,8 @@ class LinearCall:
         """[..., K]: the input."""
         self.is_spent = False
         """Whether the loss was computed of it: the weights of later are others, which not all optimizers tell."""
+        # What the layer had then: `torch.func.functional_call` lends others. A parametrised weight is none of them.
+        self._parameters = dict(layer._parameters)  # noqa: SLF001 - named_parameters leaves out the None of a bias
         self._versions = self._versions_now()
         self._enabled, self._dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
@@ -51,13 +56,31 @@ class LinearCall:
         return self._dtype if self._enabled and self.hidden.dtype != torch.float64 else self.hidden.dtype
 
     @property
+    def weight(self) -> Tensor:
+        """[V, K]: that of the call."""
+        found = self._parameters.get("weight")
+        return self.layer.weight if found is None else found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V]: that of the call."""
+        return self._parameters.get("bias", self.layer.bias)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """What the layer gives of this input, with the weights of the call; in whatever region this is called."""
+        now = self.layer._parameters  # noqa: SLF001
+        if all(now.get(name) is one for name, one in self._parameters.items()):
+            return _forward_of(self.layer)(self.layer, hidden)  # type: ignore[no-any-return]
+        return functional.linear(hidden, self.weight, self.bias)
+
+    @property
     def is_unchanged(self) -> bool:
         """Whether nobody has written to the input, or to the layer's parameters, since."""
         return self._versions_now() == self._versions
 
     def _versions_now(self) -> list[int]:
-        read = self.hidden, *self.layer.parameters(recurse=False)  # a parametrised weight would be computed again
-        return [tensor._version for tensor in read]  # noqa: SLF001 - there is no public one
+        read = self.hidden, *self._parameters.values()
+        return [one._version for one in read if one is not None]  # noqa: SLF001 - there is no public one
 
     @contextmanager
     def region(self) -> Iterator[None]:
@@ -84,8 +107,7 @@ class Deferred(Tensor):
     @classmethod
     def of(cls, call: LinearCall) -> Deferred:
         """The output of the call."""
-        layer = call.layer
-        made: Deferred = _Unread.apply(call.hidden, layer.weight, layer.bias, call.dtype)  # type: ignore[no-untyped-call]
+        made: Deferred = _Unread.apply(call.hidden, call.weight, call.bias, call)  # type: ignore[no-untyped-call]
         made.call, made._computed = call, None
         return made
 
@@ -97,13 +119,12 @@ class Deferred(Tensor):
     def computed(self) -> Tensor:
         """The output, with its graph; `ConfigError` once the loss was computed without it."""
         if self._computed is None:
-            layer = self.call.layer
             if self.call.is_spent:
                 passed = "the output of the model's last layer, read after a fused loss was computed"
                 change = "Read it in the hook or forward that sees it, or train with fused_loss=False"
                 raise ConfigError(explain(passed, "to read it before, which gives the ordinary loss", change))
             with self.call.region():
-                self._computed = _forward_of(layer)(layer, self.call.hidden)
+                self._computed = self.call.product(self.call.hidden)
         return self._computed
 
     @classmethod
@@ -121,29 +142,59 @@ class Deferred(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        raise _went_past()
+        if func._schema.is_mutable:  # noqa: SLF001 - there is no public one
+            raise _written_to()
+        args, kwargs = map_leaves((args, kwargs or {}), _numbers)
+        return func(*args, **kwargs)
 
 
 class _Unread(Function):
-    """The node of a `Deferred` in the graph: no gradient ever comes to it, since what is computed has its own."""
+    """The node of a `Deferred` in the graph. What is computed of one has a graph of its own.
+
+    So a gradient comes here only from what went past PyTorch's Python functions.
+    """
 
     @staticmethod
-    def forward(_ctx: Any, hidden: Tensor, weight: Tensor, _bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall) -> Tensor:
+        ctx.call, ctx.operands = call, (hidden, weight, bias)
         return Tensor._make_wrapper_subclass(  # noqa: SLF001 - the documented way
-            Deferred, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device=hidden.device
+            Deferred, (*hidden.shape[:-1], weight.shape[0]), dtype=call.dtype, device=hidden.device
         )
 
     @staticmethod
-    def backward(_ctx: Any, _grad: Tensor) -> Any:
-        raise _went_past()
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        needed = ctx.needs_input_grad[:3]
+        operands: list[Any] = [
+            None if operand is None else operand.detach().requires_grad_(needs)
+            for operand, needs in zip(ctx.operands, needed, strict=True)
+        ]
+        with ctx.call.region():
+            output = functional.linear(*operands)
+        wanted = [operand for operand in operands if operand is not None and operand.requires_grad]
+        found = iter(torch.autograd.grad(output, wanted, grad))
+        return *(next(found) if needs else None for needs in needed), None
 
 
-def _went_past() -> ConfigError:
+def _numbers(leaf: Any) -> Any:
+    """The values of a `Deferred` without a graph, for operations whose own was recorded already."""
+    if not isinstance(leaf, Deferred):
+        return leaf
+    if leaf._computed is not None:  # noqa: SLF001 - of this file
+        return leaf._computed.detach()  # noqa: SLF001
+    call = leaf.call
+    read = call.hidden, call.weight, call.bias
+    operands: list[Any] = [None if one is None else one.detach().to(call.dtype) for one in read]  # autocast may be past
+    with call.region(), torch.no_grad():
+        return functional.linear(*operands)
+
+
+def _written_to() -> ConfigError:
     return ConfigError(
         explain(
-            "the output of the model's last layer went into an autograd.Function, or through a full backward hook",
-            "with a fused loss, a last layer whose output goes into the loss alone",
-            "Train with fused_loss=False",
+            "the output of the model's last layer was written to inside of an autograd.Function",
+            "with a fused loss, a last layer whose output is read",
+            "Write to a copy, or train with fused_loss=False",
         )
     )
 

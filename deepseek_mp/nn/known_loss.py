@@ -44,13 +44,15 @@ class CrossEntropy:
             classes_last(output, target) if self.counts else target.shape == output.shape[:-1]
         )
 
-    def of(self, hidden: Tensor, layer: nn.Linear, target: Tensor) -> Tensor | tuple[Tensor, int | Tensor]:
-        """The loss, for the input of the layer that gives the logits; with its number of labels if it `counts`."""
+    def of(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+    ) -> Tensor | tuple[Tensor, int | Tensor]:
+        """The loss, for the operands of the layer that gives the logits; with its number of labels if it `counts`."""
         loss = linear_cross_entropy(
             hidden,
-            layer.weight,
+            weight,
             target,
-            bias=layer.bias,
+            bias=bias,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction="sum" if self.counts else self.reduction,

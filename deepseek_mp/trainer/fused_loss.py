@@ -1,15 +1,17 @@
 """The loss of a model that ends in a linear layer, computed from that layer's input: the logits are never there.
 
-The layer multiplies only if somebody reads its output (`nn.deferred`); a step in which somebody does has the ordinary
-loss. In the first step the last linear layer that the model names is taken to be the one. If it is another, that step
-runs as ever, with hooks: the output of the model has to be the very object that a linear layer gave, so that nothing
-came after. The loss in chunks is compared with the loss function on a few rows before it takes its place, in this step
-already.
+The layer multiplies only if somebody reads its output (`nn.deferred`); a step in which somebody does, or still holds it
+when the forward is over, has the ordinary loss. In the first step the last linear layer that the model names is taken
+to be the one. If it is another, that step runs as ever, with hooks: the output of the model has to be the very object
+that a linear layer gave, so that nothing came after. The loss in chunks is compared with the loss function on a few
+rows before it takes its place, in this step already. Whether scores are large is asked of each batch: a run that is
+continued does what it would have done.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.monitor.internals import is_compiled
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.chunked_loss import chunk_bytes
+from deepseek_mp.nn.convert import current_plan
 from deepseek_mp.nn.deferred import Deferred, LinearCall, deferring
 from deepseek_mp.nn.known_loss import CrossEntropy, known_cross_entropy
 from deepseek_mp.nn.loss import LossFn, is_integer
@@ -37,6 +40,7 @@ COMPARED_ROWS = 64
 """Rows of a flat output that the two losses are compared on; of others one sequence."""
 SMALL = "the output takes no more than a chunk"
 """Why the loss of this batch is not worth it, though that of a larger one may be."""
+KEPT = "somebody keeps the model's output, who may read it when the step is over"
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}
 CLOSE_NARROW = 2e-2
 """How far the two may be apart, relative to the loss or 1: products of other shapes round differently."""
@@ -59,7 +63,7 @@ def with_fused_loss(run: Run, trainer: MixedPrecisionTrainer, plan: PrecisionPla
     What was found is one of the run's decisions.
     """
     option = trainer.config.fused_loss
-    if option is False or (option is None and not is_fused_by_default(plan)):
+    if option is False:
         return run
 
     def said(layer: str, reason: Reason, detail: str) -> None:
@@ -123,48 +127,77 @@ class FusedLoss:
         self._model, self._loss_fn = model, loss_fn
         self._how, self._unknown = (CrossEntropy(), how) if isinstance(how, str) else (how, "")
         self.run, self._required, self._said = ordinary, required, said
-        self._is_looked_at = asked
-        """Whether the batch is known to be one whose loss may be worth it."""
+        self._asked = asked
+        self._plan: PrecisionPlan | None = None
+        self._suits = True
+        """Whether this plan is one in which the loss is fused where nobody has asked for it."""
+        self._labels = -1
+        """Of the largest batch that was looked at."""
         self.layer: nn.Linear | None = None
         """The model's last layer, once it was found."""
         self.why = ""
         """Why the loss is not fused, once that is known."""
+        self._told = ""
+        """The same, as it was said last."""
         self._path: list[nn.Module] = []
         """The modules that the layer is inside of, and itself: looked for once, since steps ask for their hooks."""
 
     def __call__(self, call: calls.Call) -> calls.Result:
-        self._look_at(call)
-        if self.why:
+        if not self._is_wanted(call):
             return self.run(call)
         with many_plans():
             return self._look(call) if self.layer is None else self._step(call, self.layer)
 
+    def _is_wanted(self, call: calls.Call) -> bool:
+        """Whether the loss of this batch may be computed in chunks, in the plan that is in force now."""
+        if not self._asked and not self._suits_plan():
+            return False
+        if self.layer is not None:  # found by another batch
+            return self._required or _may_be_large([self.layer], call.target)
+        self._look_at(call)
+        return not self.why
+
+    def _suits_plan(self) -> bool:
+        plan = current_plan(self._model)
+        if plan is not self._plan:  # a plan takes a while to say its base, and steps are many
+            self._plan, self._suits = plan, plan is None or is_fused_by_default(plan)
+        return self._suits
+
     def _look_at(self, call: calls.Call) -> None:
-        """Of the first batch: whether this is worth being looked into, if nobody has asked for it."""
-        if self._is_looked_at:
+        """Of the first batch, and of larger ones while all were small: whether it is worth being looked into.
+
+        Where somebody has asked for it, the first one always is.
+        """
+        labels = call.target.numel() if isinstance(call.target, Tensor) else 0
+        if labels <= self._labels:
             return
-        self._is_looked_at = True
-        if not _may_be_large(self._model, call.target):
-            self.why = SMALL
-        elif self._unknown:
-            self._give_up(self._unknown)
+        is_first, self._labels = self._labels < 0, labels
+        if (is_first and not self._asked) or self.why.startswith(SMALL):
+            self.why = "" if _may_be_large(_uncompiled_layers(self._model), call.target) else SMALL
+            if not self.why and self._unknown:
+                self._give_up(self._unknown)
 
     def unread(self, call: calls.Call) -> AbstractContextManager[None]:
         """Context for a forward of the model whose output nobody reads: what a step would not compute it does not."""
-        self._look_at(call)
+        if not self._is_wanted(call):
+            return nullcontext()
         last = self._likely() if self.layer is None else [self.layer]
-        return deferring(last[0]) if last and not self.why and _can_defer(last[0], self._path) else nullcontext()
+        return deferring(last[0]) if last and _can_defer(last[0], self._path) else nullcontext()
 
     def _step(self, call: calls.Call, layer: nn.Linear) -> calls.Result:
         with deferring(layer) if _can_defer(layer, self._path) else nullcontext():
             output = calls.invoke(self._model, call)
-        if isinstance(output, Deferred) and output.is_pending and self._how.fits(output, call.target):
-            return self._fused(call, output.call)
+        waits = isinstance(output, Deferred) and output.is_pending
+        if waits and self._how.fits(output, call.target):
+            last, left, output = output.call, weakref.ref(output), None
+            output = None if self._required else left()
+            if output is None:
+                return self._fused(call, last)
         return self._ordinary(call, output)
 
     def _fused(self, call: calls.Call, last: LinearCall) -> calls.Result:
         with last.region():
-            found = self._how.of(last.hidden, last.layer, call.target)
+            found = self._how.of(last.hidden, last.weight, last.bias, call.target)
         last.is_spent = True
         return calls.result(call, (found, "cross_entropy in chunks"), self._loss_fn)
 
@@ -182,10 +215,14 @@ class FusedLoss:
         last = self._last(output, ran[-1] if ran else None)
         why = last if isinstance(last, str) else self._why_not(output, call.target, last)
         if why == "" and isinstance(last, LinearCall):
-            self._found(last.layer, output)
+            size, left, output = 4 * output.numel(), weakref.ref(output), None
             ran.clear()
-            del output  # nobody reads it
-            return self._fused(call, last)
+            output = None if self._required else left()
+            if not isinstance(output, Deferred):  # others can be read whenever somebody likes
+                del output
+                self._found(last.layer, size)
+                return self._fused(call, last)
+            why = KEPT
         if why:
             self._give_up(why)
         return self._ordinary(call, output)
@@ -195,17 +232,19 @@ class FusedLoss:
         last = _uncompiled_layers(self._model)[-1:]
         return [layer for layer in last if _can_defer(layer, _path(self._model, layer))]
 
-    def _found(self, layer: nn.Linear, output: Tensor) -> None:
+    def _found(self, layer: nn.Linear, size: int) -> None:
         self.layer, self._path = layer, _path(self._model, layer)
         name = next(name for name, module in self._model.named_modules() if module is layer)
-        size = f"{4 * output.numel() / 2**20:.3g} MiB in FP32 for the first batch"
-        self._said(name, Reason.LOSS_FUSED, f"its output, {size}, is computed in chunks inside of the loss")
+        of_batch = f"{size / 2**20:.3g} MiB in FP32 for this batch"
+        self._said(name, Reason.LOSS_FUSED, f"its output, {of_batch}, is computed in chunks inside of the loss")
 
     @staticmethod
     def _last(output: Any, ran: _Ran | None) -> LinearCall | str:
         """The call of a linear layer that gave the model's output, or why there is none."""
-        if isinstance(output, Deferred) and output.is_pending:
-            return output.call
+        if isinstance(output, Deferred):
+            return output.call if output.is_pending else "the model's output is read before the loss"
+        if not isinstance(output, Tensor) and calls.own_loss(output) is not None:
+            return "the model computes its loss itself (in it, nn.linear_cross_entropy needs no logits)"
         if ran is None or output is not ran.output:
             return "the model's output is not, as it is, that of the last linear layer to run"
         if ran.mark != _mark(output):
@@ -216,7 +255,9 @@ class FusedLoss:
         if self._required:
             raise _refusal(why)
         self.why = why
-        self._said("", Reason.LOSS_NOT_FUSED, why)
+        if why != self._told:
+            self._said("", Reason.LOSS_NOT_FUSED, why)
+        self._told = why
 
     def _why_not(self, output: Tensor, target: Any, last: LinearCall) -> str | None:
         """Why the loss cannot be fused: empty if it can, None if this batch does not tell."""
@@ -237,9 +278,9 @@ class FusedLoss:
         with last.region(), torch.no_grad():
             hidden = last.hidden.detach()[rows]
             # Its forward, since its hooks have seen this step already.
-            scores = last.layer.forward(hidden) if isinstance(output, Deferred) else output.detach()[rows]
+            scores = last.product(hidden) if isinstance(output, Deferred) else output.detach()[rows]
             theirs = _number(calls.loss_of(scores, target[rows], self._loss_fn)[0])
-            ours = _number(self._how.of(hidden, last.layer, target[rows]))
+            ours = _number(self._how.of(hidden, last.weight, last.bias, target[rows]))
         if not (len(rows) and math.isfinite(theirs)):
             return None
         if abs(theirs - ours) <= CLOSE.get(output.dtype, CLOSE_NARROW) * max(1.0, abs(theirs)):
@@ -262,11 +303,11 @@ class FusedLoss:
                 handle.remove()
 
 
-def _may_be_large(model: nn.Module, target: object) -> bool:
-    """Whether the logits for these labels may take more than a chunk."""
+def _may_be_large(layers: Sequence[nn.Linear], target: object) -> bool:
+    """Whether the scores for these labels, which one of the layers gives, may take more than a chunk."""
     if not (isinstance(target, Tensor) and is_integer(target)):
         return False
-    widest = max((layer.out_features for layer in _uncompiled_layers(model)), default=0)
+    widest = max((layer.out_features for layer in layers), default=0)
     return 4 * target.numel() * widest > chunk_bytes(target.device)
 
 
@@ -284,9 +325,11 @@ def _path(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
 
 
 def _can_defer(layer: nn.Linear, around: Sequence[nn.Module]) -> bool:
-    """Whether the layer's product is a plain one, and no hook takes its output past PyTorch's functions."""
+    """Whether the layer's product is a plain one, of the layer itself, and no hook needs its output on the way back."""
     hooked = any(getattr(module, hooks) for module in around for hooks in _BACKWARD_HOOKS)
-    return not hooked and not _own_precision(layer)
+    # The forward of a replica would be that of the layer it is a copy of, on another device.
+    copied = any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in around)
+    return not hooked and not copied and not _own_precision(layer)
 
 
 def _mark(output: Tensor) -> tuple[Any, ...]:

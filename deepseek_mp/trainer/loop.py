@@ -98,7 +98,7 @@ class MixedPrecisionTrainer:
         compile: True compiles the model and its loss, 'regional' its repeated blocks and its loss.
         fused_loss: compute cross entropy in chunks from the input of the model's last layer, so that its output is
             never held whole (docs/memory.md): 'auto' where that is possible and saves memory, True always, or refused.
-            None: 'auto', but not in FP16, where it would cost a product.
+            None: 'auto', but not in FP16, where it would cost a product. False: never.
         activations: keep large tensors for the backward in FP8, masks in bits; `ActivationSettings` says which.
         activation_memory_budget: share of the bytes kept for the backward; the rest is computed again, exactly, what is
             cheapest by byte first (docs/activations.md): parts of compiled code, or repeated blocks. None is 1.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,8 @@ FUSED, STATES, STORAGE = "fused_loss=auto", "states=8bit", "storage=bf16_sr"
 UNCOUNTED = "uncounted"
 """No step of compiled code is counted by the monitor: those run uncompiled, and hold what eager code holds."""
 _BY_HAND = "it was set by hand"
+_UNSET = {option.name: option.default for option in fields(TrainerConfig)}
+"""The options where nobody has said anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ def possible(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> tuple[list[
 def _option_refused(trainer: MixedPrecisionTrainer, values: Mapping[str, Any]) -> str:
     config = trainer.config
     for name in values:
-        if getattr(config, name) not in (None, False):
+        if getattr(config, name) != _UNSET.get(name):
             return _BY_HAND
     try:
         changed = replace(config, **values)

@@ -139,7 +139,7 @@ def _refuse(made: _Trials, base: Trial, chosen: Chosen, order: Sequence[Weighed]
     if not made.offloaded:
         change += ", or keep the optimizer's state on the host (optimizer=optim.offload.OffloadedOptimizer)"
     for name, why in made.refused.items():
-        log.warning("memory: %s was not possible: %s", name, why)
+        log.warning("memory: %s was not taken: %s", name, why)
     raise ConfigError(explain(passed, "a budget that a step can be made to fit", change))
 
 

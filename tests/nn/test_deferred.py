@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -134,19 +135,111 @@ def test_what_was_changed_since_is_an_error(what: str) -> None:
         output + 1
 
 
-def test_a_function_that_is_given_it_would_lose_the_gradient() -> None:
+@pytest.mark.parametrize("read", [lambda y: y + 0, Twice.apply])
+def test_weights_that_the_layer_was_lent_for_the_call_are_those_that_it_has(read: Callable[[Any], Any]) -> None:
+    layer, hidden, _ = made()
+    lent = {name: (2 * value).detach().requires_grad_() for name, value in layer.named_parameters()}
+    found = []
+    for put_off in (True, False):
+        with deferring(layer) if put_off else nullcontext():
+            output = torch.func.functional_call(layer, lent, (hidden,))
+        result = read(output)
+        found.append([result.detach(), *torch.autograd.grad(result.square().sum(), [hidden, *lent.values()])])
+    torch.testing.assert_close(*found)
+
+
+class Own(torch.autograd.Function):
+    """Keeps what it is given, and gives its square."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class Same(torch.autograd.Function):
+    """Gives the very tensor that it is given, and its gradient three times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad
+
+
+class Writes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "bias")])
+@pytest.mark.parametrize("function", [Twice, Own, Same])
+def test_a_function_that_is_given_it_gets_its_values_and_gives_its_gradient(
+    function: Any, frozen: tuple[str, ...], narrow: bool
+) -> None:
+    layer, hidden, _ = made()
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    leaves = [leaf for leaf in (hidden, *layer.parameters()) if leaf.requires_grad]
+    found = []
+    for put_off in (True, False):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=narrow),
+            deferring(layer) if put_off else nullcontext(),
+        ):
+            output = layer(hidden)
+        result = function.apply(output)
+        found.append([result.detach(), *torch.autograd.grad(result.float().square().sum(), leaves)])
+    torch.testing.assert_close(*found)
+
+
+def test_a_function_and_another_reader() -> None:
+    layer, hidden, output = made()
+    leaves = [hidden, *layer.parameters()]
+    plain = layer(hidden)
+    found = [torch.autograd.grad((Twice.apply(y) + y.square()).sum(), leaves) for y in (output, plain)]
+    torch.testing.assert_close(*found)
+
+
+def test_an_operation_that_is_handed_it_past_python_s_functions() -> None:
+    layer, hidden, output = made()
+    with torch._C.DisableTorchFunctionSubclass():
+        got = torch.ops.aten.sin(output)
+    torch.testing.assert_close(got, layer(hidden).sin())
+    leaves = [hidden, *layer.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), leaves) for y in (got, layer(hidden).sin())))
+
+
+def test_who_writes_to_it_past_python_s_functions_is_refused() -> None:
     _, _, output = made()
-    result = Twice.apply(output)
-    with pytest.raises(ConfigError, match=r"went into an autograd.Function.*Train with fused_loss=False"):
-        result.sum().backward()
+    with pytest.raises(ConfigError, match=r"written to inside of an autograd.Function.*fused_loss=False"):
+        Writes.apply(output)
 
 
-def test_nor_can_a_full_backward_hook_stand_around_the_layer() -> None:
+def test_a_full_backward_hook_stands_around_the_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 5))
-    model.register_full_backward_hook(lambda module, grads, out: None)
-    layer = model[0]
+    seen: list[Tensor] = []
+    model.register_full_backward_hook(lambda module, grads, out: seen.append(out[0].clone()))
+    layer, hidden = model[0], torch.randn(2, 4, requires_grad=True)
     assert isinstance(layer, nn.Linear)
-    with deferring(layer):
-        output = model(torch.randn(2, 4, requires_grad=True))
-    with pytest.raises(ConfigError, match="or through a full backward hook"):
-        output.sum().backward()
+    found = []
+    for put_off in (True, False):
+        with deferring(layer) if put_off else nullcontext():
+            output = model(hidden)
+        found.append(torch.autograd.grad(output.square().sum(), [hidden, *layer.parameters()]))
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*seen)

@@ -73,12 +73,12 @@ def test_what_fits_has_the_same_loss(loss_fn: Any, shape: tuple[int, ...]) -> No
     if how.fits(output, target):
         flat = output.flatten(0, -2), target.flatten()
         theirs = infer_loss(output, target)[1](output, target) if loss_fn is None else loss_fn(*flat)
-        torch.testing.assert_close(how.of(hidden, layer, target), theirs)
+        torch.testing.assert_close(how.of(hidden, layer.weight, layer.bias, target), theirs)
 
 
 def test_a_loss_that_counts_is_zero_where_nothing_counts() -> None:
     hidden, layer = torch.randn(6, 7), nn.Linear(7, 5)
-    loss, count = CrossEntropy(counts=True).of(hidden, layer, torch.full((6,), -100))
+    loss, count = CrossEntropy(counts=True).of(hidden, layer.weight, layer.bias, torch.full((6,), -100))
     assert (float(loss), int(count)) == (0.0, 0)
 
 

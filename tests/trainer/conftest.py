@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch._dynamo.backends import debugging
 
+from deepseek_mp.nn.known_loss import CrossEntropy
+from deepseek_mp.trainer import fused_loss, memory_measures
+
 
 @pytest.fixture
 def partitioned(monkeypatch):
@@ -28,3 +31,25 @@ def backward(partitioned, monkeypatch):
     part = debugging.min_cut_rematerialization_partition
     monkeypatch.setattr(debugging, "min_cut_rematerialization_partition", parted)
     return called
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """The shapes of hidden that the chunked loss was given with gradients."""
+    seen = []
+    original = CrossEntropy.of
+
+    def of(how, hidden, *rest):
+        if torch.is_grad_enabled():
+            seen.append(tuple(hidden.shape))
+        return original(how, hidden, *rest)
+
+    monkeypatch.setattr(CrossEntropy, "of", of)
+    return seen
+
+
+@pytest.fixture
+def fused_if_asked(monkeypatch):
+    """In every precision, as in FP16, the loss is computed in chunks only if somebody asks for it."""
+    for module in (fused_loss, memory_measures):
+        monkeypatch.setattr(module, "is_fused_by_default", lambda plan: False)

@@ -25,6 +25,8 @@ from deepseek_mp.trainer import budget as budget_module
 from deepseek_mp.trainer.batch_size import BatchSize
 from deepseek_mp.trainer.memory_report import GIB
 
+pytestmark = pytest.mark.usefixtures("fused_if_asked")
+
 
 class Model(nn.Module):
     """Runs out of memory above `room` samples, in the forward or the backward, or of an error of some backend's."""
@@ -69,7 +71,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def trainer(model: nn.Module, mode: str = "fp32", **options: Any) -> MixedPrecisionTrainer:
-    options = {"fused_loss": False, "optimizer": adam, "emulate": True, "statistics_every": None} | options
+    options = {"optimizer": adam, "emulate": True, "statistics_every": None} | options
     return MixedPrecisionTrainer(model, mode, device="cpu", seed=0, **options)
 
 
@@ -633,7 +635,7 @@ class Scores(Model):
 
 
 def test_a_small_batch_that_was_tried_decides_nothing_for_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 'auto' a loss is fused where its scores are large, which the first batch decides for all that follow."""
+    """With 'auto' a loss is fused where its scores are large; the first such batch finds the layer."""
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 3 * 4)
     monkeypatch.setattr(fused_loss, "COMPARED_ROWS", 1)
     run = trainer(Scores(30), fused_loss="auto")
@@ -645,12 +647,12 @@ def test_a_small_batch_that_was_tried_decides_nothing_for_larger_ones(monkeypatc
     assert compute.layer is run.model.last
 
 
-def test_a_trainer_that_has_made_steps_goes_on_as_those_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_decided_by_batch_is_so_for_a_trainer_that_has_made_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 5 * 3 * 4)
     run = trainer(Scores(30), fused_loss="auto")
     run.step(make_batch(2))  # whose scores are small
     found = find_batch_size(run, make_batch, start=2, limit=64)
-    assert found.size == Scores.multiplied
+    assert found.size == 30
     assert run.step(make_batch(found.size)).status == "applied"
 
 

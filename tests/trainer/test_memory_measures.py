@@ -12,6 +12,8 @@ from deepseek_mp import AdaptivePrecision, MixedPrecisionTrainer
 from deepseek_mp.optim import SGD, Adafactor, AdamW
 from deepseek_mp.trainer.memory_measures import allowed_options, possible, put_in_force, settings_of
 
+pytestmark = pytest.mark.usefixtures("fused_if_asked")
+
 LEVELS = [f"activation_memory_budget={share}" for share in (0.75, 0.5, 0.25)]
 
 
@@ -26,16 +28,8 @@ class Model(nn.Module):
         return self.head(self.first(self.norm(self.words(x))))
 
 
-@pytest.mark.parametrize(("mode", "is_done"), [("bf16", True), ("fp16", False)])
-def test_what_a_trainer_does_by_itself_is_no_measure(mode: str, is_done: bool) -> None:
-    run = trainer(mode, fused_loss=None)
-    measures, why = possible(run, run.plan)
-    assert ("fused_loss=auto" in {measure.name for measure in measures}) != is_done
-    assert why.get("fused_loss=auto") == ("where it is possible, this is done anyway" if is_done else None)
-
-
 def trainer(mode: str = "bf16", **options: Any) -> MixedPrecisionTrainer:
-    options = {"fused_loss": False, "optimizer": torch.optim.AdamW} | options
+    options = {"optimizer": torch.optim.AdamW} | options
     return MixedPrecisionTrainer(Model(), mode, device="cpu", emulate=True, **options)
 
 
@@ -68,6 +62,7 @@ def test_each_level_goes_further_than_the_one_before() -> None:
     ("options", "name"),
     [
         ({"fused_loss": True}, "fused_loss=auto"),
+        ({"fused_loss": False}, "fused_loss=auto"),
         ({"activations": True}, "activations=True"),
         ({"compile": True, "activation_memory_budget": 0.9}, LEVELS[0]),
         ({"optimizer": lambda p: AdamW(p, states="8bit")}, "states=8bit"),

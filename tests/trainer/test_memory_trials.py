@@ -27,6 +27,8 @@ from deepseek_mp.trainer.memory_measures import UNCOUNTED
 from deepseek_mp.trainer.memory_report import GIB
 from deepseek_mp.trainer.memory_trials import Gauge
 
+pytestmark = pytest.mark.usefixtures("fused_if_asked")
+
 
 class Model(nn.Module):
     """Runs out of memory above `room` samples in plain steps, in a forward."""
@@ -54,7 +56,6 @@ def gauge(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
 
 def trainer(mib: float | None = None, model: nn.Module | None = None, mode: str = "bf16", **options: Any) -> Any:
     options = {
-        "fused_loss": False,
         "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01),
         "statistics_every": None,
     } | options
@@ -548,7 +549,7 @@ def test_logits_that_do_not_fit_are_computed_in_chunks(monkeypatch: pytest.Monke
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 1 << 18)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1024))
     limit = 4 * MIB
-    options = {"memory": limit / GIB, "statistics_every": None, "fused_loss": False}
+    options = {"memory": limit / GIB, "statistics_every": None}
     run = MixedPrecisionTrainer(model, "fp32", device="cpu", **options)
     data = torch.randn(512, 4), torch.randint(0, 1024, (512,))
     run.step(data)

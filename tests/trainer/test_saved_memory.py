@@ -17,6 +17,8 @@ from deepseek_mp.trainer import memory_trials
 from deepseek_mp.trainer.memory_report import GIB
 from deepseek_mp.trainer.memory_trials import Gauge
 
+pytestmark = pytest.mark.usefixtures("fused_if_asked")
+
 
 class Model(nn.Sequential):
     def __init__(self) -> None:
@@ -26,7 +28,6 @@ class Model(nn.Sequential):
 
 def trainer(mib: float | None = 600, mode: str = "bf16", **options: Any) -> Any:
     options = {
-        "fused_loss": False,
         "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01),
         "statistics_every": None,
     } | options
