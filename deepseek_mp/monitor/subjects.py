@@ -29,9 +29,10 @@ class Subject:
     """The name of its weight among its own parameters."""
 
     @property
-    def weight(self) -> nn.Parameter:
-        """As it is now: moving a model may replace its parameters."""
-        return self.module.get_parameter(self.parameter)
+    def weight(self) -> Tensor:
+        """As it is now: moving a model may replace its parameters, and `torch.func.functional_call` lends tensors."""
+        found: Tensor = getattr(self.module, self.parameter)
+        return found
 
     @property
     def kind(self) -> type[nn.Module]:

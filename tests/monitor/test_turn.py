@@ -180,3 +180,16 @@ def test_a_weight_s_rows_that_share_a_scale_are_taken_together() -> None:
         row = 1 + 1 + list(ASKED).index("block")
         by_row = float(seen.store.parts.last[0, 1, row, 1])
         assert by_row < 1e-3  # of one magnitude; rows of all four would not fit one scale
+
+
+def test_weights_that_are_lent_for_a_call_are_measured_as_they_are() -> None:
+    """`torch.func.functional_call` puts tensors that are no parameters into their place."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    seen = Watched(model)
+    lent = {name: 3.0 * parameter for name, parameter in model.named_parameters()}
+    torch.func.functional_call(model, lent, (torch.randn(4, 8),)).square().sum().backward()
+    assert seen.counts() == [[1, 1, 1]]
+    plain = Watched(model)
+    model(torch.randn(4, 8)).square().sum().backward()
+    of_weight = [one.store.parts.last[0, TENSORS.index("weight"), 0] for one in (seen, plain)]
+    assert not torch.equal(*of_weight)
