@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.nn.again import is_computed_again
 from deepseek_mp.nn.nested import numbers, tensors
+from deepseek_mp.ops.non_finite import non_finite
 from deepseek_mp.trainer.failed_step import let_go
 from deepseek_mp.trainer.rng import rng_state, set_rng, set_rng_state
 from deepseek_mp.trainer.window import MicroBatch
@@ -78,12 +79,18 @@ def find_first_bad_module(
 
 @torch.no_grad()  # what a look saved would be missing in a block that is computed again
 def _bad(tree: Any) -> bool:
-    return any(not bool(torch.isfinite(part).all()) for part in numbers(tree))
+    return any(_is_bad(part) for part in numbers(tree))
+
+
+def _is_bad(part: Tensor) -> bool:
+    if type(part) in (Tensor, nn.Parameter):  # in little memory, and of numbers in 8 bits too
+        return bool(non_finite(part))
+    return not bool(torch.isfinite(part).all())
 
 
 @torch.no_grad()
 def _has_nan(tree: Any) -> bool:
-    return any(bool(torch.isnan(part).any()) for part in numbers(tree))
+    return any(bool(torch.isnan(part.float() if part.itemsize == 1 else part).any()) for part in numbers(tree))
 
 
 class _Watch:

@@ -220,6 +220,21 @@ def test_sparse_gradients_are_looked_into():
     assert find(model, rows, loss_fn=lambda output: (output * 3e38).sum()) == "0"
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_numbers_in_8_bits_are_looked_into(dtype):
+    class Narrow(nn.Module):
+        def forward(self, x):
+            return x, (x.detach() / 0.0 * 0.0).to(dtype)
+
+    class Wide(nn.Module):
+        def forward(self, both):
+            return both[0] * both[1].float()
+
+    model = nn.Sequential(nn.Linear(2, 3), Narrow(), Wide())
+    assert find(model, torch.ones(1, 2)) == "1"
+    assert find(Wide(), (torch.ones(1, 2, requires_grad=True), torch.full((1, 2), NAN).to(dtype))) == BATCH
+
+
 def test_complex_numbers_are_looked_into():
     class Complex(nn.Module):
         def __init__(self):
