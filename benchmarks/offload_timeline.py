@@ -1,6 +1,6 @@
 """When what happens in a step of the offloaded decoder: on the device, in the training's thread and in the host's.
 
-    python benchmarks/offload_timeline.py [--arms immediate-60 backward-60 ...] [--threads 32 24 ...]
+    python benchmarks/offload_timeline.py [--arms immediate-60 ...] [--threads 32 24 ...] [--teams N] [--block N]
 
 For each arm and each number of threads: the time of a step, of two that begin with an idle device and of eight; then,
 of two steps, milliseconds from their beginning. The host's thread begins a chunk when its gradients have arrived, and
@@ -26,8 +26,7 @@ from harness import positive
 from offload_arms import ARMS, Training, settings_of
 
 from deepseek_mp.backends import default_device, synchronize
-from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer
-from deepseek_mp.optim.offload.host_chunk import HostChunk
+from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, crew, host_chunk
 from deepseek_mp.optim.offload.worker import ThreadWorker
 
 WARM, ROUNDS = 4, 5
@@ -43,7 +42,7 @@ class TimedWorker:
     _own: ThreadWorker = field(default_factory=ThreadWorker)
 
     def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
-        chunks = [arg.number for arg in args if isinstance(arg, HostChunk)]
+        chunks = [arg.number for arg in args if isinstance(arg, host_chunk.HostChunk)]
         return self._own.submit(partial(self._run, chunks), task, *args)
 
     def _run(self, chunks: list[int], task: Callable[..., Any], *args: Any) -> Any:
@@ -130,6 +129,12 @@ def arguments() -> argparse.Namespace:
     known = [name for name, arm in ARMS.items() if arm.mode == "immediate" and not arm.fp32 and arm.micro == 1]
     parser.add_argument("--arms", nargs="+", choices=known, default=["immediate-60", "backward-60"])
     parser.add_argument("--threads", nargs="+", type=positive, default=[torch.get_num_threads()])
+    parser.add_argument(
+        "--teams", type=positive, default=crew.TEAMS, help="of the host's threads (default %(default)s)"
+    )
+    parser.add_argument(
+        "--block", type=positive, default=host_chunk.BLOCK, help="values for each thread (default %(default)s)"
+    )
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
     return parser.parse_args()
@@ -137,6 +142,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    crew.TEAMS, host_chunk.BLOCK = args.teams, args.block
     training, memory = Training(args.device, small=args.small), HostMemory()
     for name in args.arms:
         for threads in args.threads:

@@ -383,7 +383,8 @@ class HostChunk:
 
     def round(self) -> None:
         """Round the weights into the memory that they are sent from, which `freed` has made sure of."""
-        self._crew.run([piece.round for block in self._blocks for piece in block.pieces])
+        # Nobody is woken for weights that are sent as they are: that may take as long as sending them.
+        self._crew.run([p.round for block in self._blocks for p in block.pieces if p.sending is not None])
         self._rounded = True
 
     def send(self, lanes: Lanes, *, readers: Any = None) -> None:

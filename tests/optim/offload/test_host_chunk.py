@@ -201,6 +201,14 @@ def test_the_memory_of_an_upload_is_not_overwritten():
     assert torch.equal(chunk.slots[0].parameter, torch.full((2, 3), 2.0, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("cast_on_host", [True, False])
+def test_nobody_is_woken_for_weights_that_are_sent_as_they_are(monkeypatch, cast_on_host):
+    chunk, given = chunk_of(*parameters(torch.bfloat16), cast_on_host=cast_on_host), []
+    monkeypatch.setattr(chunk._crew, "run", given.append)
+    chunk.send(FakeLanes())
+    assert [len(tasks) for tasks in given] == [2 if cast_on_host else 0]
+
+
 def test_what_was_rounded_before_a_restore_is_not_sent():
     chunk, lanes = chunk_of(*parameters(torch.bfloat16)), FakeLanes()
     send_gradient(chunk, lanes, 1.0)
