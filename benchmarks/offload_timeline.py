@@ -3,8 +3,8 @@
     python benchmarks/offload_timeline.py [--arms immediate-60 ...] [--threads 32 24 ...] [--teams N] [--block N]
 
 For each arm and each number of threads: the time of a step, of two that begin with an idle device and of eight; then,
-of two steps, milliseconds from their beginning. The host's thread begins a chunk when its gradients have arrived, and
-finishes it when it is stepped and on its way up. Arms are those of mode 'immediate' in `offload_arms.py`. On a CPU,
+of two steps, milliseconds from their beginning. The host's thread takes a chunk, is at work on it when its gradients
+have arrived, and sends it when it is stepped. Arms are those of mode 'immediate' in `offload_arms.py`. On a CPU,
 --small tries the script, and times mean nothing.
 """
 
@@ -14,9 +14,8 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,36 +26,37 @@ from offload_arms import ARMS, Training, settings_of
 
 from deepseek_mp.backends import default_device, synchronize
 from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, crew, host_chunk
-from deepseek_mp.optim.offload.worker import ThreadWorker
 
 WARM, ROUNDS = 4, 5
 STEPS = (2, 8)
 """Of one measurement each."""
 
 
-@dataclass
-class TimedWorker:
-    """A thread that notes when each of its tasks begins and ends."""
-
-    notes: list[tuple[float, str]] = field(default_factory=list)
-    _own: ThreadWorker = field(default_factory=ThreadWorker)
-
-    def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
-        chunks = [arg.number for arg in args if isinstance(arg, host_chunk.HostChunk)]
-        return self._own.submit(partial(self._run, chunks), task, *args)
-
-    def _run(self, chunks: list[int], task: Callable[..., Any], *args: Any) -> Any:
-        name = next((_name(arg) for arg in args if callable(arg)), _name(task))
-        self.notes.append((time.perf_counter(), f"  host begins {name} {chunks}"))
-        try:
-            return task(*args)
-        finally:
-            self.notes.append((time.perf_counter(), f"  host ends   {name} {chunks}"))
+Notes = list[tuple[float, str]]
 
 
-def _name(task: Any) -> str:
-    inner = task.func if isinstance(task, partial) else task
-    return str(getattr(inner, "__name__", inner))
+@contextmanager
+def noted(notes: Notes) -> Iterator[None]:
+    """Inside, what the host's thread does with each chunk is noted: it waits for gradients, begins, and sends."""
+    whole: list[Callable[..., Any]] = [host_chunk.HostChunk.begin_taken, host_chunk.HostChunk.send]
+
+    def around(method: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
+        def call(chunk: host_chunk.HostChunk, *args: Any, **options: Any) -> Any:
+            notes.append((time.perf_counter(), f"  host {before} {chunk.number}"))
+            made = method(chunk, *args, **options)
+            notes.append((time.perf_counter(), f"  host {after} {chunk.number}"))
+            return made
+
+        return call
+
+    names, words = ("begin_taken", "send"), (("takes", "is at work on"), ("is done with", "has sent"))
+    for name, method, (before, after) in zip(names, whole, words, strict=True):
+        setattr(host_chunk.HostChunk, name, around(method, before, after))
+    try:
+        yield
+    finally:
+        for name, method in zip(names, whole, strict=True):
+            setattr(host_chunk.HostChunk, name, method)
 
 
 def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> float:
@@ -69,20 +69,19 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
     return 1e3 * (time.perf_counter() - start) / steps
 
 
-def timeline(training: Training, optimizer: OffloadedOptimizer, worker: TimedWorker, steps: int = 2) -> list[str]:
+def timeline(training: Training, optimizer: OffloadedOptimizer, notes: Notes, steps: int = 2) -> list[str]:
     """Lines of what happened, in order."""
     on_device = training.device.type != "cpu"
     event = partial(torch.get_device_module(training.device).Event, enable_timing=True) if on_device else None
     marks: list[tuple[str, Any]] = []
 
     def note(what: str) -> None:
-        worker.notes.append((time.perf_counter(), what))
+        notes.append((time.perf_counter(), what))
         if event is not None and "step" not in what:
             marks.append((what, event()))
             marks[-1][1].record()
 
     synchronize(training.device)
-    worker.notes.clear()
     start = time.perf_counter()
     for number in range(steps):
         note(f"forward {number} is asked for")
@@ -94,7 +93,7 @@ def timeline(training: Training, optimizer: OffloadedOptimizer, worker: TimedWor
         note(f"step {number} has returned")
     synchronize(training.device)
     note("step: all is done")
-    lines = [f"{1e3 * (at - start):8.1f}  {what}" for at, what in sorted(worker.notes)]
+    lines = [f"{1e3 * (at - start):8.1f}  {what}" for at, what in sorted(notes)]
     if marks:
         first = marks[0][1]
         lines += [f"{first.elapsed_time(mark):8.1f}  device reaches: {what}" for what, mark in marks]
@@ -103,12 +102,10 @@ def timeline(training: Training, optimizer: OffloadedOptimizer, worker: TimedWor
 
 def show(name: str, training: Training, memory: HostMemory) -> None:
     """An arm's times and its timeline."""
-    worker = TimedWorker()
     settings, rate = settings_of(training, ARMS[name])
     optimizer = OffloadedOptimizer(
-        training.model.parameters(), lr=rate, model=training.model, settings=settings, memory=memory,
-        worker=lambda: worker,
-    )  # fmt: skip
+        training.model.parameters(), lr=rate, model=training.model, settings=settings, memory=memory
+    )
 
     def step() -> None:
         training.backward(1)
@@ -119,7 +116,9 @@ def show(name: str, training: Training, memory: HostMemory) -> None:
     found = [[milliseconds(step, steps, training.device) for _ in range(ROUNDS)] for steps in STEPS]
     each = ", ".join(f"of {n}: {statistics.median(ms):.1f} ms" for n, ms in zip(STEPS, found, strict=True))
     print(f"{name}, {torch.get_num_threads()} threads: a step {each}", flush=True)
-    print(*timeline(training, optimizer, worker), sep="\n", flush=True)
+    notes: Notes = []
+    with noted(notes):
+        print(*timeline(training, optimizer, notes), sep="\n", flush=True)
     optimizer.close()
     training.model.zero_grad()
 

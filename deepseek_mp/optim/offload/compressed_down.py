@@ -60,6 +60,9 @@ class CompressedDown:
         else:
             self._lanes.land(mark)
 
+    def has_landed(self, mark: Any) -> bool:
+        return isinstance(mark, _Compressed) or self._lanes.has_landed(mark)
+
 
 def compressed_gradients(
     placement: Placement, lanes: Callable[[torch.device], Lanes] = lanes_for

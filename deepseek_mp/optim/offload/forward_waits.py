@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from deepseek_mp.optim.offload.lanes import Lanes
+
+
+class Sending(Protocol):
+    """What is to send the weights of a chunk; a future is one."""
+
+    def exception(self) -> BaseException | None:
+        """Wait until they are on their way; what it has failed with."""
 
 
 class ForwardWaits:
@@ -27,7 +33,7 @@ class ForwardWaits:
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self._outstanding: dict[int, Sequence[Any]] = {}
-        self._expected: dict[int, Future[Any]] = {}
+        self._expected: dict[int, Sending] = {}
         """What sends the weights of a chunk, beside whoever is here."""
         self._chunk_of: dict[int, int] = {}
         self._called: set[int] = set()
@@ -77,7 +83,7 @@ class ForwardWaits:
         if chunk not in self._expected:
             self._called = set()
 
-    def expect(self, chunk: int, sending: Future[Any]) -> None:
+    def expect(self, chunk: int, sending: Sending) -> None:
         """When that has ended, the weights of a chunk are on their way; the next forward may begin before."""
         self._expected[chunk] = sending
         self._called = set()

@@ -1,4 +1,9 @@
-"""`ImmediateStep`: the host steps each chunk as its gradients arrive, without having seen those of the others.
+"""`ImmediateStep`: the host steps chunks while gradients arrive, without having seen those of the others.
+
+Gradients arrive in the order that is the reverse of the one in which the next forward reads the weights, and faster
+than the host steps. So the host takes, of the chunks that are there, always the one that forward reads first. Forward
+then begins soon after backward, and waits chunk by chunk for what the host had no time for before, at the end for one
+that it reads last; in the order of arrival it would wait for all of the host's work before it had read anything.
 
 Nothing can make the step wait for the last gradient, so nothing can clip, skip or take back: no norm is taken and no
 state is copied. A gradient is added up, stepped on, and the weight rounded, block by block in one go, which is the
@@ -25,6 +30,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.host_chunk import HostChunk, Taken
 from deepseek_mp.optim.offload.in_turn import UnderWay
+from deepseek_mp.optim.offload.lanes import Lanes
 from deepseek_mp.optim.offload.sync_step import Parts, SyncStep
 from deepseek_mp.optim.offload.verdict import AS_IT_IS, Scaling
 from deepseek_mp.optim.offload.worker import finish
@@ -36,9 +42,19 @@ class _Window:
 
     options: list[dict[str, Any]]
     """Of all groups."""
-    given: dict[HostChunk, Future[Any]] = field(default_factory=dict)
-    """What the host's thread was given, and the last that it has to do for each."""
+    given: set[HostChunk] = field(default_factory=set)
+    """To the host's thread."""
+    tasks: list[Future[Any]] = field(default_factory=list)
+    """What it was asked to do, in its order: for each chunk to begin one, which need not be that one."""
+    ended: int = 0
+    """So many of them are known to have ended well."""
+    waiting: dict[HostChunk, Taken] = field(default_factory=dict)
+    """Not begun."""
     under_way: dict[HostChunk, UnderWay] = field(default_factory=dict)
+    sent: set[HostChunk] = field(default_factory=set)
+    """On their way up, or there."""
+    looking: Lock = field(default_factory=Lock)
+    """At `waiting`."""
     placing: Lock = field(default_factory=Lock)
     readers: tuple[Any] | None = None
     """The mark of what still reads the weights that are replaced, which itself may be None. None until `step`."""
@@ -47,16 +63,40 @@ class _Window:
     error: BaseException | None = None
     """Why the rest is not done, also when another state has been loaded by then."""
 
-    @property
-    def last(self) -> HostChunk | None:
-        """The chunk that was given last, which nobody has been asked to finish."""
-        return next(reversed(self.given), None)
+    def arrived(self, lanes: Lanes) -> HostChunk | None:
+        """Of the chunks whose gradients are there, the one that forward reads first."""
+        with self.looking:
+            waiting = sorted(self.waiting.items(), key=lambda item: -item[0].number)
+        there = (chunk for chunk, taken in waiting if all(map(lanes.has_landed, taken.coming.values())))
+        return next(there, None)
+
+    def next_to_arrive(self) -> HostChunk:
+        with self.looking:
+            return min(self.waiting, key=lambda chunk: chunk.number)
 
     def cancel(self) -> None:
         """Nobody is at work on it any more."""
         for work in self.under_way.values():
             work.cancel()
         self.under_way.clear()
+
+
+@dataclass(eq=False)
+class _Sending:
+    """The weights of a chunk on their way to be sent, as far as `ForwardWaits` asks a future."""
+
+    window: _Window
+    chunk: HostChunk
+
+    def exception(self) -> BaseException | None:
+        """Wait until they are sent; what has failed before."""
+        while self.chunk not in self.window.sent:
+            number = self.window.ended
+            error = self.window.tasks[number].exception()  # an interrupt leaves it to be waited for
+            if error is not None:
+                return error
+            self.window.ended = max(self.window.ended, number + 1)
+        return None
 
 
 class ImmediateStep(SyncStep):
@@ -105,7 +145,7 @@ class ImmediateStep(SyncStep):
         self._give_up_broken()
         if self._begun is not None and is_scaled:
             self._refuse("a loss scaler's step on gradients that backward has stepped on as they were")
-        given = () if self._begun is None else self._begun.given
+        given = set() if self._begun is None else self._begun.given
         for chunk in self.parts.chunks:
             if chunk not in given:
                 self.reopened(chunk)
@@ -138,10 +178,9 @@ class ImmediateStep(SyncStep):
             for chunk in self.parts.chunks:
                 if chunk.has_gradients or chunk.is_pending:
                     self._give(window, chunk, scaling)
-            if window.last is not None:
-                self._submit(window, window.last, self._finish)
-            for chunk, future in window.given.items():
-                self.parts.waits.expect(chunk.number, future)
+            self._submit(window, self._finish_all)
+            for chunk in window.given:
+                self.parts.waits.expect(chunk.number, _Sending(window, chunk))
             if not (self.parts.waits.attached and self.parts.is_beside):
                 self.parts.waits.wait_all()
             self._begun = None
@@ -191,37 +230,49 @@ class ImmediateStep(SyncStep):
     # ------------------------------------------------------------------- what the host's thread does
 
     def _give(self, window: _Window, chunk: HostChunk, scaling: Scaling) -> None:
-        """Let it begin a chunk, and finish the one before: then the crew need not wait in between."""
-        before, taken = window.last, chunk.take(self.parts.lanes)
-        start = partial(self._start, taken=taken, scaling=scaling)
-        tasks: list[tuple[HostChunk, Callable[..., None]]] = [(chunk, start)]
-        if before is not None:
-            # A crew of one thread does all its work in the beginning.
-            tasks.insert(1 if self.parts.crew.threads > 1 else 0, (before, self._finish))
-        for which, task in tasks:
-            self._submit(window, which, task)
+        """Let it begin one more chunk of those that it has, as soon as one is there."""
+        taken = chunk.take(self.parts.lanes)
+        with window.looking:
+            window.waiting[chunk] = taken
+        window.given.add(chunk)
+        self._submit(window, partial(self._begin_one, scaling=scaling))
 
-    def _submit(self, window: _Window, chunk: HostChunk, task: Callable[..., None]) -> None:
-        window.given[chunk] = self._worker.submit(self._guarded, task, window, chunk, self.parts.owner())
+    def _submit(self, window: _Window, task: Callable[..., None]) -> None:
+        window.tasks.append(self._worker.submit(self._guarded, task, window, self.parts.owner()))
 
-    def _guarded(self, task: Callable[..., None], window: _Window, chunk: HostChunk, owner: Optimizer) -> None:
+    def _guarded(self, task: Callable[..., None], window: _Window, owner: Optimizer) -> None:
         """The optimizer is held until then: who lets it go finds nobody at work."""
         window.error = window.error or self.broken
         if window.error is not None:
             raise window.error
         try:
-            task(window, chunk, owner)
+            task(window, owner)
         except BaseException as error:
             self.broken = window.error = error
             window.cancel()
             raise
 
-    def _start(self, window: _Window, chunk: HostChunk, owner: Optimizer, *, taken: Taken, scaling: Scaling) -> None:
+    def _begin_one(self, window: _Window, owner: Optimizer, *, scaling: Scaling) -> None:
+        """Begin a chunk, and finish the one before: then the crew need not wait in between."""
         lanes = self.parts.lanes
+        chunk = window.arrived(lanes)
+        if chunk is None:
+            self._finish_all(window, owner)  # there is time for it
+            chunk = window.next_to_arrive()
+        before = list(window.under_way)
+        with window.looking:
+            taken = window.waiting.pop(chunk)
         chunk.freed(lanes)
         window.under_way[chunk] = chunk.begin_taken(window.options, owner.state, taken, scaling, lanes)
+        # A crew of one thread does all its work in the beginning.
+        for done in before if self.parts.crew.threads > 1 else [chunk]:
+            self._finish(window, done)
 
-    def _finish(self, window: _Window, chunk: HostChunk, _owner: Optimizer) -> None:
+    def _finish_all(self, window: _Window, _owner: Optimizer) -> None:
+        for chunk in list(window.under_way):
+            self._finish(window, chunk)
+
+    def _finish(self, window: _Window, chunk: HostChunk) -> None:
         window.under_way[chunk].end()
         del window.under_way[chunk]
         chunk.kept = False
@@ -243,3 +294,4 @@ class ImmediateStep(SyncStep):
         assert window.readers is not None, "known by then"
         chunk.send(self.parts.lanes, readers=window.readers[0])
         self.parts.waits.sent(chunk.number, chunk.uploads)
+        window.sent.add(chunk)

@@ -45,6 +45,9 @@ class Lanes(Protocol):
     def land(self, mark: Any) -> None:
         """Let the host wait for a copy."""
 
+    def has_landed(self, mark: Any) -> bool:
+        """Whether `land` would not have to wait."""
+
 
 class DirectLanes:
     """Copies that have ended when the call returns: CPUs, and devices without streams. Marks are None."""
@@ -64,6 +67,9 @@ class DirectLanes:
 
     def land(self, mark: None) -> None:
         """Nothing to wait for."""
+
+    def has_landed(self, mark: None) -> bool:  # noqa: ARG002
+        return True
 
 
 class StreamLanes:
@@ -141,6 +147,9 @@ class StreamLanes:
 
     def land(self, mark: Any) -> None:
         mark.synchronize()
+
+    def has_landed(self, mark: Any) -> bool:
+        return bool(mark.query())
 
     def _current(self) -> Any:
         return self._module.current_stream(self._device)

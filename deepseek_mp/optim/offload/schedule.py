@@ -256,8 +256,9 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     and the next forward; the last chunk's way is in the tail.
 
     In 'immediate' weights go up beside backward, too, as far as the device has memory beside them, and what stays on
-    the device is stepped meanwhile. Its layers come first in forward, which needs the others only after them: the
-    chunk whose gradients arrive last.
+    the device is stepped meanwhile. Its layers come first in forward, which needs the others only after them, and first
+    the chunk whose gradients arrive last. Of the chunks that are there the host steps the one that forward needs first:
+    what it steps last, forward reads last, and only the layers behind that are not hidden.
 
     The host's work is taken as bytes moved at the rates of its parts, as all of it is bound by memory.
     """
@@ -284,13 +285,22 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     hidden = max(arrived, begun + values * beside, busy)
     tail = last * up + values * (norm + stepping * (work.mode == "sync"))
     sent = work.forward_backward + values * up
+    total = max(hidden + tail, sent - forward) + on_device
     if work.mode == "immediate":
-        behind = max(values - BESIDE_BYTES / wire, 0.0)
-        early = begun + last * (wire / rates.down + beside) + values * up
-        sent = max(hidden + tail, early, work.forward_backward + behind * up)
-        total = max(work.forward_backward + on_device, sent - (1 - placed.fraction) * forward)
-    else:
-        total = max(hidden + tail, sent - forward) + on_device
+        # What forward reads last: the first that arrives, and the next, which may have to wait for it.
+        sizes = [chunk.values for chunk in placed.host[:2]] or [0]
+        way = placed.fraction / max(values, 1)
+        begin = begun + sizes[0] * (BACKWARD * micro * way + wire / rates.down)
+        at_end = begin + values * beside + sizes[-1] * up
+        in_order = max(at_end, begin + sizes[0] * beside + values * up)
+        first = max(arrived + tail, work.forward_backward + max(values - BESIDE_BYTES / wire, 0.0) * up)
+        total = max(
+            work.forward_backward + on_device,
+            busy,
+            first - (1 - placed.fraction) * forward,
+            in_order - (1 - sum(sizes) * way) * forward,
+        )
+        sent = max(first, in_order)
     return Prediction(
         device=work.forward_backward + on_device,
         down=work.micro_steps * down,

@@ -55,6 +55,9 @@ class FakeLanes:
         self.events.append(f"land {mark.kind} {mark.number}")
         self._end(mark)
 
+    def has_landed(self, mark: Mark) -> bool:
+        return mark.done
+
     def _start(self, kind: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
         mark = Mark(kind, self._copies[kind], targets, sources)
         self._copies[kind] += 1

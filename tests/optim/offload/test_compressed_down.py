@@ -10,7 +10,7 @@ from simulated_npu import HOST, SimulatedNpu
 from torch import nn
 
 from deepseek_mp.optim.offload import OffloadedOptimizer, OffloadSettings
-from deepseek_mp.optim.offload.compressed_down import CompressedDown, compressed_gradients
+from deepseek_mp.optim.offload.compressed_down import SMALLEST, CompressedDown, compressed_gradients
 
 
 def model():
@@ -107,3 +107,13 @@ def test_weights_go_up_as_they_are():
     lanes.wait(mark)
     assert torch.equal(target, torch.full((8192,), 1.001))
     assert below.events == ["up 0", "wait up 0"]
+
+
+def test_what_was_compressed_is_there_and_what_was_not_comes_by_the_lanes():
+    lanes = FakeLanes()
+    down, target, source = CompressedDown(lanes, SimulatedNpu()), torch.zeros(SMALLEST), torch.randn(SMALLEST)
+    assert down.has_landed(down.down(target, source))
+    small = down.down(target[:4], source[:4])
+    assert not down.has_landed(small)
+    down.land(small)
+    assert down.has_landed(small)

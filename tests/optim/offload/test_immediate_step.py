@@ -105,6 +105,55 @@ def test_chunks_are_stepped_as_they_arrive_and_none_waits_for_another(monkeypatc
     assert (stepped, sent) == (["step"] * 8, [f"up {i}" for i in range(8)])
 
 
+class ArrivedLanes(FakeLanes):
+    """Some copies have arrived, as if by themselves."""
+
+    arrived = ()
+
+    def has_landed(self, mark):
+        return mark.number in self.arrived
+
+
+@pytest.mark.parametrize(
+    ("arrived", "order"),
+    [
+        ((), [0, 1, 2, 3, 4, 5, 6, 7]),
+        (range(8), [7, 6, 5, 4, 3, 2, 1, 0]),
+        ((2, 3, 6, 7), [7, 6, 3, 2, 0, 1, 4, 5]),
+    ],
+)
+@pytest.mark.usefixtures("threads")
+def test_of_the_chunks_that_are_there_the_host_steps_what_forward_reads_first(monkeypatch, arrived, order):
+    """Others wait: for the one of them whose gradients arrive first."""
+    lanes, late, model = ArrivedLanes(), LateWorker(), small_model()
+    optimizer = offloaded(model, lanes, worker=lambda: late, chunk_bytes=4, **FREE)
+    lanes.arrived = arrived
+    begun = []
+    real = host_chunk.HostChunk.begin_taken
+    monkeypatch.setattr(
+        host_chunk.HostChunk, "begin_taken", lambda chunk, *given: (begun.append(chunk.number), real(chunk, *given))[1]
+    )
+    backward(model)
+    optimizer.step()
+    optimizer.settle()
+    assert begun == order
+
+
+def test_forward_goes_on_with_what_it_reads_first_while_the_host_steps_the_rest():
+    late, model = LateWorker(), small_model()
+    lanes = ArrivedLanes()
+    optimizer = offloaded(model, lanes, worker=lambda: late, chunk_bytes=4, **FREE)
+    lanes.arrived = range(8)
+    backward(model)
+    before = weights(model)
+    optimizer.step()
+    model[0](torch.randn(2, 19))
+    assert not torch.equal(model[0].weight, before[0])
+    stepped = {parameter for parameter in model.parameters() if optimizer.master(parameter) in optimizer.state}
+    assert stepped >= set(model[0].parameters())
+    assert stepped.isdisjoint(model[4].parameters())
+
+
 def test_the_next_forward_waits_for_what_it_reads_and_for_nothing_else():
     """`step` returns when nothing is stepped yet; a layer that is on the device needs none of it."""
     late, model = LateWorker(), small_model()

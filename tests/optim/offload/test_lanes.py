@@ -70,7 +70,9 @@ def streams(monkeypatch):
 
 def test_direct_copies_cast():
     lanes, host = DirectLanes(), torch.zeros(3, dtype=torch.bfloat16)
-    lanes.land(lanes.down(host, torch.ones(3)))
+    mark = lanes.down(host, torch.ones(3))
+    assert lanes.has_landed(mark)
+    lanes.land(mark)
     there = torch.zeros(3)
     lanes.wait(lanes.up([there], [host]))
     assert there.tolist() == [1.0, 1.0, 1.0]
@@ -94,6 +96,16 @@ def test_down_waits_for_the_gradient_and_keeps_its_memory(streams):
     lanes.land(mark)
     assert events[-1] == "host waits for event of down"
     assert torch.equal(host, torch.ones(2, 3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_a_copy_has_landed_when_its_stream_is_done_with_it(streams, is_idle):
+    lanes, events = streams
+    lanes._down.is_idle = is_idle
+    mark = lanes.down(torch.zeros(2), torch.ones(2).as_subclass(Recorded))
+    events.clear()
+    assert lanes.has_landed(mark) is is_idle
+    assert not events, "nobody waits"
 
 
 @pytest.mark.parametrize("transposed", [True, False])
