@@ -51,7 +51,7 @@ class Break:
             if next(calls) >= good:
                 if self.owner is rule:
                     args[1][0].mul_(3.0)
-                    args[3][0]["exp_avg"].mul_(3.0)
+                    args[3][0][0].mul_(3.0)
                 raise error
             return self.real(*args, **kwargs)
 

@@ -40,12 +40,16 @@ class Scratch(threading.local):
 
     def __init__(self) -> None:
         self._flat = torch.empty(0)
+        self._parts: dict[int, Tensor] = {}
 
     def of(self, values: int) -> Tensor:
         """fp32 [values], of any content, until the thread asks again."""
-        if self._flat.numel() < values:
-            self._flat = torch.empty(values)
-        return self._flat[:values]
+        part = self._parts.get(values)
+        if part is None:
+            if self._flat.numel() < values:
+                self._flat, self._parts = torch.empty(values), {}
+            part = self._parts[values] = self._flat[:values]
+        return part
 
 
 class HostMemory:

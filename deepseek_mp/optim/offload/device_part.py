@@ -44,7 +44,9 @@ class DevicePart:
             grads = [master.grad for master in masters if master.grad is not None]
             if not scaling.is_one:
                 grads = [scaling.into(torch.empty_like(grad), grad) for grad in grads]
-            rule.step(group, masters, grads, [states[master] for master in masters])
+            counters = [states[master]["step"] for master in masters]
+            torch._foreach_add_(counters, 1)
+            rule.step(group, masters, grads, [rule.moments_of(states[master]) for master in masters], counters)
             self.write(pairs)
 
     def write(self, pairs: Sequence[Pair]) -> None:

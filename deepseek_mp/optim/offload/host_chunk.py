@@ -16,7 +16,7 @@ from deepseek_mp.optim.offload.crew import Crew, Job
 from deepseek_mp.optim.offload.grad_norm import Landed
 from deepseek_mp.optim.offload.in_turn import UnderWay
 from deepseek_mp.optim.offload.lanes import Lanes
-from deepseek_mp.optim.offload.pieces import Block, Piece, Slot, blocks, state_of
+from deepseek_mp.optim.offload.pieces import Block, Piece, Slot, blocks
 from deepseek_mp.optim.offload.verdict import Scaling
 
 BLOCK = 1 << 18
@@ -278,13 +278,15 @@ class HostChunk:
         """Begin what `step` does; to the gradients of slots that have `arrived`, those are added on the way."""
         stepped = {slot for slot in self.slots if slot in gradients or slot in arrived}
         self._steps_before = {slot: self._state(slot, states) for slot in self.slots if slot in stepped}
+        # All blocks of a parameter read one counter; what a block does in Python keeps the other teams from theirs.
+        counters = {slot: states[slot.master]["step"] + 1 for slot in self._steps_before}
         self.rest()
         self.kept, self._rounded, self._changed = True, False, []
 
         def step(block: Block) -> None:
             pieces = [piece for piece in block.pieces if piece.slot in stepped]
             if pieces:
-                self._step(groups[block.group], states, pieces, Given(gradients, arrived, scaling))
+                self._step(groups[block.group], counters, pieces, Given(gradients, arrived, scaling))
             for piece in block.pieces:
                 piece.round()
 
@@ -305,9 +307,9 @@ class HostChunk:
         return self.begin(groups, states, taken.added, scaling, arrived=frozenset(taken.coming))
 
     def _stepped(self, states: Mapping[Any, Mapping[str, Tensor]]) -> None:
-        """Count the step of parameters that were stepped in parts."""
+        """Count the step, by the first piece of each parameter."""
         for piece in self._changed:
-            if piece.part.start == 0 and not piece.whole:
+            if piece.part.start == 0:
                 states[piece.slot.master]["step"].add_(1)
         self._rounded, self._has_copy = True, set()
 
@@ -341,7 +343,7 @@ class HostChunk:
     def _step(
         self,
         group: Mapping[str, Any],
-        states: dict[Any, dict[str, Any]],
+        counters: Mapping[Slot, Tensor],
         pieces: Sequence[Piece],
         given: Given,
     ) -> None:
@@ -350,9 +352,11 @@ class HostChunk:
                 piece.keep()
             self._changed.append(piece)
         sizes = [piece.master.numel() for piece in pieces]
-        room = self._scratch.of(sum(sizes)).split(sizes)
-        grads = [given.of(piece, to) for piece, to in zip(pieces, room, strict=True)]
-        rule.step(group, [piece.master for piece in pieces], grads, [state_of(piece, states) for piece in pieces])
+        room = self._scratch.of(sum(sizes))
+        rooms = room.split(sizes) if len(sizes) > 1 else [room]
+        grads = [given.of(piece, to) for piece, to in zip(pieces, rooms, strict=True)]
+        masters, moments = [piece.master for piece in pieces], [piece.moments for piece in pieces]
+        rule.step(group, masters, grads, moments, [counters[piece.slot] for piece in pieces])
 
     def _state(self, slot: Slot, states: dict[Any, dict[str, Any]]) -> float | None:
         """Its steps so far; makes the state of a parameter that has none."""

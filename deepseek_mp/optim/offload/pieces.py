@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseek_mp.optim.offload import rule
 from deepseek_mp.optim.offload.arena import Scratch
 from deepseek_mp.optim.offload.grad_norm import norms_of
 from deepseek_mp.optim.offload.master_weights import Pair
@@ -43,9 +42,9 @@ class Piece:
 
     slot: Slot
     part: slice
-    whole: bool
-    """Whether these are all of its values."""
     master: Tensor
+    wire: Tensor
+    """Where gradients arrive."""
     moments: tuple[Tensor, ...]
     before: tuple[Tensor, ...]
     """Memory of what a step changes; empty where that is not kept."""
@@ -59,7 +58,7 @@ class Piece:
     def add(self, scratch: Scratch, *, first: bool) -> None:
         """Take over the gradient that has arrived, or add it to those before."""
         slot = self.slot
-        total, wire = self.of(slot.total if first else _gradient(slot)), self.of(slot.wire)
+        total, wire = self.of(slot.total if first else _gradient(slot)), self.wire
         if first:
             total.copy_(wire)
         elif wire.dtype is total.dtype:
@@ -74,7 +73,7 @@ class Piece:
             room: fp32, of as many values.
             before: the slot's gradient of earlier micro-batches.
         """
-        wire = self.of(self.slot.wire)
+        wire = self.wire
         if before is None:
             return wire if wire.dtype is torch.float32 else room.copy_(wire)
         if wire.dtype is torch.float32:
@@ -141,15 +140,9 @@ def _piece(slot: Slot, part: slice) -> Piece:
     return Piece(
         slot=slot,
         part=part,
-        whole=part == slice(0, slot.master.numel()),
         master=flat(slot.master),
+        wire=flat(slot.wire),
         moments=tuple(flat(moment) for moment in slot.moments),
         before=tuple(flat(tensor) for tensor in kept),
         sending=None if slot.sending is slot.master else flat(slot.sending),
     )
-
-
-def state_of(piece: Piece, states: Mapping[Any, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """The state that a step of these values reads and writes; the counter of a part is its own, and no state's."""
-    step = states[piece.slot.master]["step"]
-    return {"step": step if piece.whole else step.clone(), **dict(zip(rule.MOMENTS, piece.moments, strict=True))}

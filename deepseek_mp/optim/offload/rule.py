@@ -26,6 +26,11 @@ def new_state(moments: Sequence[Tensor]) -> dict[str, Tensor]:
     return state | {name: moment.zero_() for name, moment in zip(MOMENTS, moments, strict=True)}
 
 
+def moments_of(state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """In the order of `MOMENTS`."""
+    return tuple(state[name] for name in MOMENTS)
+
+
 def options(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What a step of each group takes from it, now: schedules change it later."""
     return [
@@ -35,16 +40,26 @@ def options(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def step(
-    group: Mapping[str, Any], weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
+    group: Mapping[str, Any],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: Sequence[Sequence[Tensor]],
+    counters: Sequence[Tensor],
 ) -> None:
-    """One step in place, fp32; on a CPU the fused kernel, which reads and writes every number once."""
-    firsts, seconds = ([state[name] for state in states] for name in MOMENTS)
-    counters = [state["step"] for state in states]
+    """One step in place, fp32; on a CPU the fused kernel, which reads and writes every number once.
+
+    Args:
+        group: its options.
+        weights, grads: fp32.
+        moments: of each weight, in the order of `MOMENTS`.
+        counters: fp32 [] on the host, of each weight: which step this is, 1 the first. They are read only.
+    """
+    firsts, seconds = ([both[number] for both in moments] for number in range(len(MOMENTS)))
     beta1, beta2 = group["betas"]
     options = {"beta1": beta1, "beta2": beta2, "lr": float(group["lr"]), "eps": group["eps"]}
     options |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
     if weights[0].device.type == "cpu":  # as `adamw` calls it, which takes longer to do so than to step a small block
-        torch._foreach_add_(counters, 1)
-        torch._fused_adamw_(list(weights), list(grads), firsts, seconds, [], counters, **options)
-    else:
-        adamw(list(weights), list(grads), firsts, seconds, [], counters, foreach=True, **options)
+        torch._fused_adamw_(list(weights), list(grads), firsts, seconds, [], list(counters), **options)
+    else:  # which counts itself
+        before = list(torch._foreach_sub(list(counters), 1))
+        adamw(list(weights), list(grads), firsts, seconds, [], before, foreach=True, **options)

@@ -15,12 +15,12 @@ class FailingStep:
     def arm(self, *, after):
         calls = iter(range(1000))
 
-        def step(group, weights, grads, states):
+        def step(group, weights, grads, moments, counters):
             if next(calls) < after:
-                self._real(group, weights, grads, states)
+                self._real(group, weights, grads, moments, counters)
                 return
             weights[0].mul_(3.0)
-            states[0]["step"].add_(1)
+            moments[0][0].add_(1.0)
             raise RuntimeError("the host's step failed")
 
         self._patch.setattr(rule, "step", step)

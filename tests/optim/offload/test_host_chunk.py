@@ -290,8 +290,8 @@ def assert_put_back(monkeypatch, *, block, fails, changed=False, **options):
         kept = [value.clone() for state in states.values() for value in state.values()]
         real, calls = rule.step, iter(range(100))
 
-        def step(group, weights, grads, found):
-            real(group, weights, grads, found)
+        def step(*given):
+            real(*given)
             if next(calls) == fails:
                 raise RuntimeError("failed")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_mp.optim.offload.pieces import Slot, blocks, state_of
+from deepseek_mp.optim.offload.pieces import Slot, blocks
 
 
 def slot(values, *, group=0, wire=torch.float32):
@@ -51,14 +51,3 @@ def test_what_has_arrived_and_what_was_before_are_added_in_other_memory(wire, ea
         assert torch.equal(piece.summed(room, before), expected)
     assert torch.equal(one.wire, kept[0])
     assert before is None or torch.equal(before, kept[1])
-
-
-def test_a_part_has_a_counter_of_its_own():
-    one = slot(50)
-    whole = slot(10)
-    states = {s.master: {"step": torch.tensor(3.0)} for s in (one, whole)}
-    pieces = [piece for block in blocks([one, whole], 20) for piece in block.pieces]
-    for piece in pieces:
-        state_of(piece, states)["step"].add_(1)
-    assert states[one.master]["step"] == 3
-    assert states[whole.master]["step"] == 4
