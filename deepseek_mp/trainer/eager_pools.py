@@ -3,8 +3,8 @@
 PyTorch's pool keeps its input and an index of 64 bits for each output. For a step's forward and backward the modules
 `nn.MaxPool2d` get a forward of ours; before and after it the model is as its user made it, so that copies, files,
 evaluation and exports know nothing of it. The backward is within, since what is checkpointed runs its forward there
-again, on whatever thread, and must keep the same tensors. For that reason this is no `TorchFunctionMode`, which a thread
-has to itself and each operation pays for: calls of `torch.nn.functional.max_pool2d` in a user's forward stay PyTorch's.
+again, on whatever thread, and must keep the same tensors. So this is no `TorchFunctionMode`, which a thread has to
+itself and each operation pays for: calls of `torch.nn.functional.max_pool2d` in a user's forward stay PyTorch's.
 
 Which calls are taken over says `nn.pool_calls`, as for compiled code, whose pools are replaced in its graph; of those
 the ones whose gradient is wanted. What is traced, transformed by `torch.func` or differentiated forward stays too.
@@ -83,7 +83,7 @@ class _Forward:
 
     def _ours(self, x: Tensor) -> tuple[Any, ...] | None:
         """The arguments of our op, None for a call that stays PyTorch's."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or not (x.requires_grad and torch.is_grad_enabled()):
+        if type(x) is not Tensor or not (x.requires_grad and torch.is_grad_enabled()):
             return None
         if only_traced() or is_transformed() or forward_ad.unpack_dual(x).tangent is not None:
             return None

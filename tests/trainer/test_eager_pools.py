@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.activations import ActivationSettings
-from deepseek_mp.trainer import assembly
+from deepseek_mp.precision import PrecisionPlan
+from deepseek_mp.trainer import assembly, planning
 from deepseek_mp.trainer.eager_pools import EagerPools
 
 
@@ -111,7 +113,12 @@ def test_which_modules_are_known():
     assert pool.forward is own
 
 
+class OwnTensor(torch.Tensor):
+    """Knows of operations what PyTorch's do."""
+
+
 STAYING = {
+    "a tensor of its own class": (nn.MaxPool2d(2), channels_last(2, 8, 6, 6).as_subclass(OwnTensor).requires_grad_()),
     "no gradient": (nn.MaxPool2d(2), channels_last(2, 8, 6, 6)),
     "contiguous": (nn.MaxPool2d(2), torch.randn(2, 8, 6, 6, requires_grad=True)),
     "indices": (nn.MaxPool2d(2, return_indices=True), channels_last(2, 8, 6, 6).requires_grad_()),
@@ -129,8 +136,13 @@ def test_pools_that_only_evaluate_or_are_traced_stay():
     pool, x = nn.MaxPool2d(2), channels_last(2, 8, 6, 6).requires_grad_()
     with torch.no_grad():
         assert saved_by(pool, x) == []
+
+    def inside(x):
+        return pool(x.to(memory_format=torch.channels_last))
+
     with EagerPools(pool, False, lambda *_: pytest.fail("asked")).in_force():
-        torch.jit.trace(pool, x)
+        torch.jit.trace(inside, x)
+        make_fx(inside)(x)
         with torch.inference_mode():
             pool(x)
 
@@ -189,9 +201,10 @@ def test_afterwards_the_model_is_as_it_was():
     model = stem()
     before = [dict(vars(module)) for module in model.modules()]
     pools = EagerPools(model, False, reference)
-    with pytest.raises(ZeroDivisionError), pools.in_force(), pools.in_force(compiled_too=True):
+    with pools.in_force(), pools.in_force(compiled_too=True):
         assert "forward" in vars(model[3])
-        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="channels"), pools.in_force():
+        model(torch.zeros(1, 2, 3, 4))  # other channels than the model has
     assert [dict(vars(module)) for module in model.modules()] == before
     pickle.loads(pickle.dumps(model))
     copy.deepcopy(model)
@@ -235,7 +248,8 @@ def with_kernels(monkeypatch):
         asked.append(dtype)
         return "reference"
 
-    monkeypatch.setattr(assembly, "EagerPools", functools.partial(EagerPools, choose=choose))
+    for module in (assembly, planning):
+        monkeypatch.setattr(module, "EagerPools", functools.partial(EagerPools, choose=choose))
     return asked
 
 
@@ -266,6 +280,20 @@ def test_steps_use_them_in_every_mode_and_evaluation_does_not(mode, dtype, monke
     assert "forward" not in vars(trainer.model[3])
     trainer.evaluate([(channels_last(4, 3, 12, 12), torch.zeros(4, dtype=torch.long))])
     assert len(asked) == 3
+
+
+def test_a_plan_is_measured_with_them(with_kernels, monkeypatch):
+    counts = []
+
+    def choose_plan(_model, run, **_):
+        run().backward()
+        counts.append(len(with_kernels))
+        return PrecisionPlan.of("fp32")
+
+    monkeypatch.setattr(planning, "choose_plan", choose_plan)
+    train(stem, "auto")
+    assert counts == [1]
+    assert len(with_kernels) == 4
 
 
 def test_the_monitor_says_that_ours_ran(with_kernels):
