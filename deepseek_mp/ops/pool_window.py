@@ -55,6 +55,21 @@ class PoolWindow:
         count = (size + 2 * padding - kernel + (stride - 1 if self.ceil_mode else 0)) // stride + 1
         return count - 1 if self.ceil_mode and (count - 1) * stride >= size + padding else count
 
+    def places(self, offsets: Tensor, width: int) -> Tensor:
+        """Where in its image, row * width + column, the cell is that each output names; int64.
+
+        Args:
+            offsets: [N, C, H', W'], as `ops.max_pool.max_pool2d` gives them.
+            width: of the input.
+        """
+        cell = offsets.long()
+        corners = (
+            torch.arange(count, device=offsets.device) * stride - padding
+            for count, stride, padding in zip(offsets.shape[2:], self.stride, self.padding, strict=True)
+        )
+        top, left = corners
+        return (cell // self.kernel[1] + top[:, None]) * width + cell % self.kernel[1] + left
+
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Values and offsets for x [N, C, H, W], not written yet, channels_last.
 

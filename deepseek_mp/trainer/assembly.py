@@ -13,6 +13,7 @@ from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.budget import Budgeted, with_budget
 from deepseek_mp.trainer.compile import compiled_run
 from deepseek_mp.trainer.compressed import Compressed, with_activations
+from deepseek_mp.trainer.eager_pools import EagerPools
 from deepseek_mp.trainer.fused_loss import FusedLoss, with_fused_loss
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.step import Region, Stepper
@@ -68,6 +69,7 @@ def assemble_stepper(
     return Stepper(
         trainer.model,
         compute=compute,
+        pools=EagerPools(trainer.model, config.compile),
         loss_fn=trainer.loss_fn,
         optimizer=trainer.optimizer,
         scaler=scaler,

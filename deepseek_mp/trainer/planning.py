@@ -18,6 +18,7 @@ from deepseek_mp.trainer.auto import choose_plan
 from deepseek_mp.trainer.budget import trial_within_budget
 from deepseek_mp.trainer.compile import compiled_run
 from deepseek_mp.trainer.config import TrainerConfig
+from deepseek_mp.trainer.eager_pools import EagerPools
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
@@ -85,15 +86,16 @@ def measured_plan(trainer: MixedPrecisionTrainer, batch: Any, progress: Callable
     model, config, device = trainer.model, trainer.config, trainer.device
     moved = calls.move(calls.parse_batch(batch), device)
     run = trial_within_budget(compiled_run(model, trainer.loss_fn, config.compile), model, config, moved, device)
-    return choose_plan(
-        model,
-        lambda: run(moved).loss,
-        device=device,
-        capabilities=trainer.capabilities,
-        pins=config.pin or {},
-        compiled=bool(config.compile),
-        emulate=config.emulate,
-        kernels=config.kernels,
-        cache=trainer.costs,
-        progress=progress,
-    )
+    with EagerPools(model, config.compile).in_force():
+        return choose_plan(
+            model,
+            lambda: run(moved).loss,
+            device=device,
+            capabilities=trainer.capabilities,
+            pins=config.pin or {},
+            compiled=bool(config.compile),
+            emulate=config.emulate,
+            kernels=config.kernels,
+            cache=trainer.costs,
+            progress=progress,
+        )

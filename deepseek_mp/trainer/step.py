@@ -45,6 +45,7 @@ from deepseek_mp.trainer import offloaded, state
 from deepseek_mp.trainer.budget import run_within_budget
 from deepseek_mp.trainer.buffers import BufferGuard
 from deepseek_mp.trainer.compile import many_plans
+from deepseek_mp.trainer.eager_pools import EagerPools
 from deepseek_mp.trainer.failed_step import let_go, undone_if_it_fails
 from deepseek_mp.trainer.replay import find_first_bad_module
 from deepseek_mp.trainer.result import StepFacts, StepResult
@@ -122,6 +123,7 @@ class Stepper:
         model: nn.Module,
         *,
         compute: Callable[[calls.Call], calls.Result],
+        pools: EagerPools,
         loss_fn: LossFn | None,
         optimizer: Optimizer,
         scaler: LossScaler,
@@ -141,12 +143,11 @@ class Stepper:
         self.optimizer, self.device = optimizer, device
         self.accumulation, self.max_grad_norm, self.max_skipped = accumulation, max_grad_norm, max_skipped
         self.monitor, self.monitor_every = monitor, monitor_every
-        self.finished, self.before = finished, before
-        self.window = Window()
+        self.finished, self.before, self.window = finished, before, Window()
         self._parameters = offloaded.without_masters(model, optimizer)
         self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._buffers = BufferGuard(model, loss_fn)
-        self._weights = HeldWeights(model)
+        self._weights, self._pools = HeldWeights(model), pools
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
         self._looked = self._compiled = compiled
         self._lends = offloaded.may_come_together(optimizer)
@@ -240,7 +241,7 @@ class Stepper:
         """Forward, loss and backward of one micro-batch; returns its loss, None if it has no items."""
         self.window.entries.append(MicroBatch(index=index, batch=batch, rng=get_rng(self.device)))
         moved = calls.move(call, self.device)
-        with self._sampled(), self.region.flags(), self._same_weights():
+        with self._sampled(), self._pools.in_force(), self.region.flags(), self._same_weights():
             loss, items = self._forward(moved)
             if isinstance(items, int) and items == 0:
                 return None  # every label is masked: a mean over nothing
@@ -309,7 +310,7 @@ class Stepper:
         if not self.counts or (known and self.windows_opened % self.monitor_every):
             yield
             return
-        with counted(self.monitor, compiled=self._compiled) as counter:
+        with counted(self.monitor, compiled=self._compiled) as counter, self._pools.in_force(compiled_too=True):
             yield
         self.flops = counter.get_total_flops()
 
@@ -447,7 +448,7 @@ class Stepper:
 
         def compute(entry: MicroBatch) -> Tensor:
             call = calls.move(calls.parse_batch(entry.batch), self.device)
-            with self.region.flags():
+            with self._pools.in_force(), self.region.flags():
                 with self.region.autocast(cache=False):
                     loss = run_within_budget(self.compute, self.model, call, self.loss_fn).loss
                 with backends.autocast(self.device, "fp32"):

@@ -28,10 +28,13 @@ class _Everywhere:
 
 
 class StepFlops(FlopCounterMode):
-    """PyTorch's counter of the whole alone, not by module, which passes over what is measured or computed again."""
+    """PyTorch's counter of the whole alone, not by module, which passes over what is measured or computed again.
+
+    Max pools count nothing, PyTorch's or ours: the number is the same on all devices.
+    """
 
     def __init__(self) -> None:
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping={torch.ops.deepseek_mp.max_pool2d: lambda *_, **__: 0})
         tracker: Any = _Everywhere()
         self.mod_tracker = tracker
 

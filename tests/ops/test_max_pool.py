@@ -47,6 +47,24 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides(case):
     )
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_of_any_order_are_pytorch_s(case):
+    shape, *how, ceil_mode = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator).to(memory_format=torch.channels_last)
+
+    def derivatives(pool):
+        inputs = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(pool(inputs).pow(3).sum(), inputs, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(3).sum(), inputs, create_graph=True)
+        return first, second, *torch.autograd.grad(second.square().sum(), inputs)
+
+    found = derivatives(lambda x: max_pool2d(x, *window(case), implementation="reference")[0])
+    expected = derivatives(lambda x: F.max_pool2d(x, *how, ceil_mode=ceil_mode))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_pool_is_not_free_to_compute_again():
     with FlopCounterMode(display=False) as mode:
         max_pool2d(torch.randn(2, 8, 9, 9), *window("of a ResNet"), implementation="reference")

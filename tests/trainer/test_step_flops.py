@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_mp.nn.again import computed_again
 from deepseek_mp.nn.deferred import deferring, is_pending
+from deepseek_mp.ops.max_pool import max_pool2d
 from deepseek_mp.trainer.step_flops import StepFlops
 
 
@@ -36,4 +37,12 @@ def test_an_output_that_nobody_reads_is_not_computed():
     with StepFlops() as counter, deferring(layer):
         output = layer(torch.randn(2, 4))
     assert is_pending(output)
+    assert counter.get_total_flops() == 0
+
+
+def test_max_pools_count_nothing_like_pytorch_s():
+    x = torch.randn(2, 8, 6, 6)
+    with StepFlops() as counter:
+        nn.MaxPool2d(2)(x)
+        max_pool2d(x, (2, 2), (2, 2), (0, 0), False, implementation="reference")
     assert counter.get_total_flops() == 0

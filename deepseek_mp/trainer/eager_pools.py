@@ -1,0 +1,94 @@
+"""Max pools of a model that runs uncompiled compute by `ops.max_pool` in a training step, and keep a byte an output.
+
+PyTorch's pool keeps its input and an index of 64 bits for each output. For a step's forward and backward the modules
+`nn.MaxPool2d` get a forward of ours; before and after it the model is as its user made it, so that copies, files,
+evaluation and exports know nothing of it. The backward is within, since what is checkpointed runs its forward there
+again, on whatever thread, and must keep the same tensors. So this is no `TorchFunctionMode`, which a thread has to
+itself and each operation pays for: calls of `torch.nn.functional.max_pool2d` in a user's forward stay PyTorch's.
+
+Which calls are taken over says `nn.pool_calls`, as for compiled code, whose pools are replaced in its graph; of those
+the ones whose gradient is wanted. What is traced, transformed by `torch.func` or differentiated forward stays too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from deepseek_mp.monitor.internals import is_compiled, is_transformed, only_traced
+from deepseek_mp.nn.pool_calls import Choice, taken_over
+from deepseek_mp.ops.max_pool import fastest
+from deepseek_mp.ops.pool_window import PoolWindow
+from deepseek_mp.trainer.config import Compile
+
+_FORWARD = nn.MaxPool2d.forward
+
+
+class EagerPools:
+    """The max pools of a model as they are now, and the context in which they are ours.
+
+    Args:
+        compile: how the trainer compiles the model: its compiled parts are left alone.
+        choose: the implementation for a pool.
+    """
+
+    def __init__(self, model: nn.Module, compile: Compile, choose: Choice | None = None) -> None:
+        compiled = [module for module in model.modules() if compile is True or is_compiled(module)]
+        inside = {inner for module in compiled for inner in module.modules()}
+        self._all = [_Forward(module, choose or fastest) for module in model.modules() if _is_known(module)]
+        self._eager = [forward for forward in self._all if forward.pool not in inside]
+
+    @contextmanager
+    def in_force(self, *, compiled_too: bool = False) -> Iterator[None]:
+        """Inside, the pools are ours.
+
+        Args:
+            compiled_too: those of compiled parts as well, which then have to run uncompiled.
+        """
+        replaced = []
+        try:
+            for forward in self._all if compiled_too else self._eager:
+                attributes = vars(forward.pool)
+                if "forward" not in attributes:  # somebody's own, or ours
+                    attributes["forward"] = forward
+                    replaced.append(attributes)
+            yield
+        finally:
+            for attributes in replaced:
+                attributes.pop("forward", None)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether the module is a max pool that computes as PyTorch's."""
+    return isinstance(module, nn.MaxPool2d) and type(module).forward is _FORWARD
+
+
+class _Forward:
+    """Stands in for the forward of a max pool."""
+
+    def __init__(self, pool: nn.Module, choose: Choice) -> None:
+        self.pool, self._choose = pool, choose
+
+    def __call__(self, input: Tensor) -> Any:
+        ours = self._ours(input)
+        if ours is None:
+            return type(self.pool).forward(self.pool, input)
+        values, _offsets = torch.ops.deepseek_mp.max_pool2d(*ours)
+        return values
+
+    def _ours(self, x: Tensor) -> tuple[Any, ...] | None:
+        """The arguments of our op, None for a call that stays PyTorch's."""
+        if type(x) is not Tensor or not (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        if only_traced() or is_transformed() or forward_ad.unpack_dual(x).tangent is not None:
+            return None
+        pool: Any = self.pool
+        how = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+        ours = taken_over((x, *how), {}, lambda leaf: leaf, self._choose)
+        too_small = ours is not None and min(PoolWindow.of(*ours[1:5]).output_size(*x.shape[2:])) < 1
+        return None if too_small else ours  # PyTorch says what is wrong
