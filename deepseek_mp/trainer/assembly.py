@@ -58,12 +58,14 @@ def assemble_stepper(
     monitor: PrecisionMonitor,
     finished: Callable[[StepFacts, Window], None],
     before: Callable[[], None] | None = None,
+    search: bool = True,
 ) -> Stepper:
     """The machinery of a step in this plan, which the model was converted to.
 
     Args:
         finished: called once per settled window with its facts.
         before: called on unscaled gradients before they are checked, or None.
+        search: whether libraries time their algorithms.
     """
     config = trainer.config
     return Stepper(
@@ -73,7 +75,7 @@ def assemble_stepper(
         loss_fn=trainer.loss_fn,
         optimizer=trainer.optimizer,
         scaler=scaler,
-        region=Region(plan, trainer.device, search=True),
+        region=Region(plan, trainer.device, search=search),
         device=trainer.device,
         accumulation=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,

@@ -1,10 +1,11 @@
 """`find_batch_size`: the largest batch whose whole training step fits in the device's memory.
 
 Sizes are tried by making the steps that the trainer would make, in its own precision and with its own optimizer:
-forward, loss, backward and update, with the optimizer's state in place. They double until one does not fit, and the
-gap is then halved, down to a 64th. Each is tried as the first step of a training, which decides by its batch what later
-ones do, and is counted and measured, beside memory that is to stay free. What was tried leaves no trace (see
-`kept_state`), but the trainer knows what was confirmed.
+forward, loss, backward and update, with the optimizer's state in place. They double until one does not fit, and the gap
+is then halved, down to a 64th. Down to an 8th, libraries take the algorithms that they take for the best, instead of
+timing all of them for each size (`cudnn.benchmark`), which takes longer than the step. Each is tried as the first step
+of a training, which decides by its batch what later ones do, and is counted and measured, beside memory that is to stay
+free. What was tried leaves no trace (see `kept_state`), but the trainer knows what was confirmed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ CONFIRMING = 2
 NEAR = 64
 """Where steps are made, the search ends with a gap of this part of the size: a step takes seconds, and what the same
 step needs differs by as much. A gap of one sample, below 128."""
+ROUGH = 8
+"""Down to a gap of this part of the size libraries do not time algorithms; those they take may need other memory."""
 FIRST_DOWN, STEP_DOWN = 32, 16
 """A size that is not confirmed is made smaller by this part of it: the first time, and each time after that."""
 SPARE = 64
@@ -209,7 +212,8 @@ def _tried(trials: _Trials, first: int, top: int | None, multiple: int) -> tuple
     """The largest number of multiples that steps were made with, and the smallest that did not fit."""
     while not trials.warm_up(first * multiple) and first > 1:
         first //= 2
-    good, bad = _largest(lambda size: trials.fits(size * multiple), first, top, near=NEAR)
+    roughly = _largest(lambda size: trials.fits(size * multiple, rough=True), first, top, near=ROUGH)
+    good, bad = _largest(lambda size: trials.fits(size * multiple), first, top, near=NEAR, known=roughly)
     down = FIRST_DOWN
     while good and not trials.confirmed(good * multiple):
         good, bad, down = good - max(1, good // down), good, STEP_DOWN
@@ -247,22 +251,22 @@ def _result(good: int, bad: int | None, multiple: int, tried: list[Tried], limit
     return found
 
 
-def _largest(fits: Fits, first: int, top: int | None, *, near: int | None = None) -> tuple[int, int | None]:
+def _largest(
+    fits: Fits, first: int, top: int | None, *, near: int | None = None, known: tuple[int, int | None] = (0, None)
+) -> tuple[int, int | None]:
     """The largest size that fits, 0 if none does, and the smallest known not to; None if `top`, the last to try, fits.
 
-    What fits is taken to fit for every smaller size too. With `near` the two may be that part of the size apart.
+    What fits is taken to fit for every smaller size too. With `near` the two may be that part of the size apart;
+    `known` are the two that a search has found before.
     """
-    good, size = 0, first
-    bad: int | None = None
-    while bad is None or bad - good > max(1, good // near if near else 1):
+    good, bad = known
+    while good != top and (bad is None or bad - good > max(1, good // near if near else 1)):
+        size = (good + bad) // 2 if bad is not None else 2 * good or first
         size = size if top is None else min(size, top)
         if fits(size):
             good = size
         else:
             bad = size
-        if good == top:
-            break
-        size = 2 * good if bad is None else (good + bad) // 2
     return good, bad
 
 
@@ -303,7 +307,7 @@ class _Trials:
 
     def warm_up(self, size: int) -> bool:
         """Whether steps of this size fit; they are made until one is applied."""
-        return self._steps.warm_up(lambda: self.fits(size))
+        return self._steps.warm_up(lambda: self.fits(size, rough=True))
 
     def confirmed(self, size: int) -> bool:
         """Whether steps of this size go through one after the other.
@@ -325,7 +329,7 @@ class _Trials:
             )
         return fits
 
-    def fits(self, size: int, *, steps: int = 1) -> bool:
+    def fits(self, size: int, *, steps: int = 1, rough: bool = False) -> bool:
         """Whether so many steps of this size go through beside what is to stay free, within the budget if there is one.
 
         Memory goes back to the device before: what is left of other sizes cuts it into pieces.
@@ -333,9 +337,10 @@ class _Trials:
         Args:
             size: of the batch.
             steps: that are made.
+            rough: libraries do not time their algorithms.
         """
         begun = time.perf_counter()
-        self._steps.begin_anew()
+        self._steps.begin_anew(search=not rough)
         release_memory(self._device)
         spare: list[Tensor | None] = []
         fits, peak = False, None

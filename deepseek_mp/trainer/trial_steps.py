@@ -81,18 +81,21 @@ class TrialSteps:
         """What computes a step; by now it may have decided by the batch how."""
         return self._stepper.compute
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, *, search: bool = True) -> None:
         """The next step is a first one again, which decides by its batch; the optimizer keeps its state.
 
         Not where the trainer has made steps itself: its next ones go by what those decided.
+
+        Args:
+            search: libraries time their algorithms, as in a training.
         """
         compute = self._stepper.compute
         self.close()
         if not (self._trainer.has_stepper and compute is self._trainer.stepper.compute):
             compute = computation_anew(self._trainer, self._plan, compute)
-        self._stepper, self._monitor = self._assembled(compute)
+        self._stepper, self._monitor = self._assembled(compute, search=search)
 
-    def _assembled(self, compute: Run) -> tuple[Stepper, PrecisionMonitor]:
+    def _assembled(self, compute: Run, *, search: bool = True) -> tuple[Stepper, PrecisionMonitor]:
         trainer, every = self._trainer, self._trainer.config.statistics_every
         monitor = PrecisionMonitor(
             trainer.model,
@@ -102,7 +105,13 @@ class TrialSteps:
             limits=SILENT,
         )
         stepper = assemble_stepper(
-            trainer, self._plan, compute=compute, scaler=self._scaler, monitor=monitor, finished=self._finished
+            trainer,
+            self._plan,
+            compute=compute,
+            scaler=self._scaler,
+            monitor=monitor,
+            finished=self._finished,
+            search=search,
         )
         stepper.counts = self._counted
         return stepper, monitor

@@ -20,7 +20,7 @@ from deepseek_mp import Callback, MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import chunked_loss
 from deepseek_mp.nn.deferred import is_pending
-from deepseek_mp.trainer import batch_size, find_batch_size, fused_loss, memory_trials, trial_steps
+from deepseek_mp.trainer import batch_size, find_batch_size, fused_loss, memory_trials, step, trial_steps
 from deepseek_mp.trainer import budget as budget_module
 from deepseek_mp.trainer.batch_size import BatchSize
 from deepseek_mp.trainer.memory_report import GIB
@@ -155,6 +155,30 @@ def test_sizes_are_tried_beside_memory_that_stays_free(monkeypatch: pytest.Monke
     assert all(is_held for _, is_held in seen)
     assert sizes(found) == [8, 8, 16, 12, 10, 9, 9]
     assert all(one() is None for one in held)
+
+
+def test_libraries_time_their_algorithms_only_near_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    class Watched(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            if not seen or seen[-1] != (len(x), searches[-1]):
+                seen.append((len(x), searches[-1]))
+            return super().forward(x)
+
+    searches: list[bool] = []
+    real = step.backends.math_mode
+
+    def watched(device: Any, *, fp32: Any, search: bool) -> Any:
+        searches.append(search)
+        return real(device, fp32=fp32, search=search)
+
+    monkeypatch.setattr(step.backends, "math_mode", watched)
+    found = find_batch_size(trainer(Watched(1000)), make_batch, start=64, limit=4096)
+    rough, fine = ([size for size, search in seen if search is wanted] for wanted in (False, True))
+    assert rough == [64, 128, 256, 512, 1024, 768, 896, 960]
+    assert fine == [992, 1008, 1000]
+    assert found.size == 1000
 
 
 def test_a_size_beside_which_nothing_stays_free_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
