@@ -149,6 +149,7 @@ class Crew:
         self.threads = threads or torch.get_num_threads()
         self.width = max(1, self.threads // TEAMS)
         """Threads of a team."""
+        self.teams = self.threads // self.width
         self._board = Board()
         self._starting = threading.Lock()
         self._is_started = False
@@ -179,7 +180,7 @@ class Crew:
     def _start(self) -> None:
         with self._starting:
             if not self._is_started:
-                _start(self._board, self.threads // self.width, self.width)
+                _start(self._board, self.teams, self.width)
                 weakref.finalize(self, self._board.close).atexit = False
                 _BOARDS.add(self._board)
                 self._is_started = True

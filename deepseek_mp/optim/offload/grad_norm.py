@@ -47,7 +47,10 @@ def norms_of(values: Tensor, threads: int) -> Tensor:
     if threads == 1 or values.numel() < LEAST:
         norm: Tensor = torch.linalg.vector_norm(values).view(1)
         return norm
-    length = values.numel() // threads
+    length, more = divmod(values.numel(), threads)
+    if not more:
+        rows: Tensor = torch.linalg.vector_norm(values.view(threads, length), dim=1)
+        return rows
     even = torch.linalg.vector_norm(values[: length * threads].view(threads, length), dim=1)
     return torch.cat([even, torch.linalg.vector_norm(values[length * threads :]).view(1)])
 

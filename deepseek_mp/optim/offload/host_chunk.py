@@ -21,7 +21,7 @@ from deepseek_mp.optim.offload.verdict import Scaling
 
 BLOCK = 1 << 18
 """Values for each thread of a team, which works on them before it takes the next ones: many for each call, and still
-shared out evenly. A multiple of 16, so that PyTorch's kernels compute each value as they do in one piece."""
+shared out evenly. A multiple of `pieces.MULTIPLE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class HostChunk:
             )
             for i, member in enumerate(members)
         ]
-        self._blocks = list(blocks(self.slots, BLOCK * self._crew.width))
+        self._blocks = list(blocks(self.slots, BLOCK * self._crew.width, self._crew.teams))
         self._pieces: dict[Slot, list[Piece]] = {slot: [] for slot in self.slots}
         for block in self._blocks:
             for piece in block.pieces:

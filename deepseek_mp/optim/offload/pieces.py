@@ -13,6 +13,10 @@ from deepseek_mp.optim.offload.arena import Scratch
 from deepseek_mp.optim.offload.grad_norm import norms_of
 from deepseek_mp.optim.offload.master_weights import Pair
 
+MULTIPLE = 1024
+"""Values that parts of a parameter have a multiple of: as many for each thread, in whole vectors of PyTorch's kernels,
+so that each value is computed as in one piece."""
+
 
 @dataclass(eq=False)
 class Slot(Pair):
@@ -45,6 +49,8 @@ class Piece:
     master: Tensor
     wire: Tensor
     """Where gradients arrive."""
+    totals: tuple[tuple[Tensor, Tensor], ...]
+    """Both tensors that gradients are added up in, with these values of them."""
     moments: tuple[Tensor, ...]
     before: tuple[Tensor, ...]
     """Memory of what a step changes; empty where that is not kept."""
@@ -53,6 +59,9 @@ class Piece:
 
     def of(self, tensor: Tensor) -> Tensor:
         """These values of a tensor in the shape of the parameter."""
+        for whole, values in self.totals:  # a view takes longer to make than to find
+            if tensor is whole:
+                return values
         return tensor.reshape(-1)[self.part]
 
     def add(self, scratch: Scratch, *, first: bool) -> None:
@@ -113,8 +122,8 @@ def _gradient(slot: Slot) -> Tensor:
     return slot.master.grad
 
 
-def blocks(slots: Sequence[Slot], most: int) -> Iterator[Block]:
-    """All values of a chunk, so many in a block at most."""
+def blocks(slots: Sequence[Slot], most: int, teams: int = 1) -> Iterator[Block]:
+    """All values of a chunk, so many in a block at most; a large parameter in as many parts for each team."""
     small: list[Piece] = []
     filled = 0
     for slot in slots:
@@ -123,13 +132,21 @@ def blocks(slots: Sequence[Slot], most: int) -> Iterator[Block]:
             yield Block(small[0].slot.group, small)
             small, filled = [], 0
         if values > most:
-            for start in range(0, values, most):
-                yield Block(slot.group, [_piece(slot, slice(start, min(start + most, values)))])
+            size = _even(values, most, teams)
+            for start in range(0, values, size):
+                yield Block(slot.group, [_piece(slot, slice(start, min(start + size, values)))])
             continue
         small.append(_piece(slot, slice(0, values)))
         filled += values
     if small:
         yield Block(small[0].slot.group, small)
+
+
+def _even(values: int, most: int, teams: int) -> int:
+    """The size of parts, `most` at most, so that their number is a multiple of the teams, all but the last alike."""
+    parts = -(-values // most)
+    size = -(-values // (-(-parts // teams) * teams))
+    return min(most, -(-size // MULTIPLE) * MULTIPLE)
 
 
 def _piece(slot: Slot, part: slice) -> Piece:
@@ -142,6 +159,7 @@ def _piece(slot: Slot, part: slice) -> Piece:
         part=part,
         master=flat(slot.master),
         wire=flat(slot.wire),
+        totals=tuple((whole, flat(whole)) for whole in (slot.total, slot.spare)),
         moments=tuple(flat(moment) for moment in slot.moments),
         before=tuple(flat(tensor) for tensor in kept),
         sending=None if slot.sending is slot.master else flat(slot.sending),

@@ -23,7 +23,8 @@ def test_norms_of_parts_are_those_of_all(values, threads):
     parts = norms_of(gradient, threads)
     assert parts.dim() == 1
     assert torch.allclose(parts.norm(), gradient.norm())
-    assert len(parts) == (threads + 1 if threads > 1 and values >= grad_norm.LEAST else 1)
+    shared = threads > 1 and values >= grad_norm.LEAST
+    assert len(parts) == (threads + bool(values % threads) if shared else 1)
 
 
 def test_a_number_that_is_not_finite_shows():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_mp.optim.offload.pieces import Slot, blocks
+from deepseek_mp.optim.offload.pieces import MULTIPLE, Slot, blocks
 
 
 def slot(values, *, group=0, wire=torch.float32):
@@ -51,3 +51,30 @@ def test_what_has_arrived_and_what_was_before_are_added_in_other_memory(wire, ea
         assert torch.equal(piece.summed(room, before), expected)
     assert torch.equal(one.wire, kept[0])
     assert before is None or torch.equal(before, kept[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "most", "teams", "parts"),
+    [
+        (16 * MULTIPLE, 4 * MULTIPLE, 4, [4] * 4),
+        (11 * MULTIPLE, 2 * MULTIPLE, 4, [2, 2, 2, 2, 2, 1]),  # parts are no smaller than MULTIPLE
+        (50 * MULTIPLE, 4 * MULTIPLE, 4, [4] * 12 + [2]),
+        (45 * MULTIPLE, 4 * MULTIPLE, 4, [4] * 11 + [1]),
+        (13 * MULTIPLE, 12 * MULTIPLE, 4, [4, 4, 4, 1]),
+        (13 * MULTIPLE, 12 * MULTIPLE, 1, [7, 6]),
+    ],
+)
+def test_a_large_parameter_is_shared_out_evenly(values, most, teams, parts):
+    found = [piece for block in blocks([slot(values)], most, teams) for piece in block.pieces]
+    assert [piece.master.numel() / MULTIPLE for piece in found] == parts
+
+
+def test_values_of_what_gradients_are_added_up_in_are_found_and_those_of_others_made():
+    one = slot(50)
+    (_, second, _) = (piece for block in blocks([one], 20) for piece in block.pieces)
+    one.total, one.spare = one.spare, one.total  # as a step does that hands its gradients over
+    other = torch.randn(50)
+    for tensor in (one.total, one.spare, other):
+        tensor.copy_(torch.randn(50))
+        assert torch.equal(second.of(tensor), tensor[20:40])
+    assert second.of(one.total) is second.of(one.total)
