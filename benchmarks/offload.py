@@ -46,7 +46,8 @@ from deepseek_mp.optim import AdamW
 from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, calibrate
 from deepseek_mp.optim.offload.schedule import Rates, Work, host_bytes, predict
 
-ROUNDS, STEPS = 3, 2
+ROUNDS, STEPS = 3, 4
+"""A block of more steps is closer to a training, whose forward hides what the last step of a block shows."""
 HOST_STEPS = 2
 """Of the call of `step` alone."""
 TOUCHED = 32 << 30

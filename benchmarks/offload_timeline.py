@@ -3,9 +3,9 @@
     python benchmarks/offload_timeline.py [--arms immediate-60 ...] [--threads 32 24 ...] [--teams N] [--block N]
 
 For each arm and each number of threads: the time of a step, of two that begin with an idle device and of eight; then,
-of two steps, milliseconds from their beginning. The host's thread takes a chunk, is at work on it when its gradients
-have arrived, and sends it when it is stepped. Arms are those of mode 'immediate' in `offload_arms.py`. On a CPU,
---small tries the script, and times mean nothing.
+of two steps (one of an arm with micro-batches), milliseconds from their beginning. The host's thread takes a chunk, is
+at work on it when its gradients have arrived, and sends it when it is stepped. Arms are those of mode 'immediate' in
+`offload_arms.py`. On a CPU, --small tries the script, and times mean nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ Notes = list[tuple[float, str]]
 @contextmanager
 def noted(notes: Notes) -> Iterator[None]:
     """Inside, what the host's thread does with each chunk is noted: it waits for gradients, begins, and sends."""
-    whole: list[Callable[..., Any]] = [host_chunk.HostChunk.begin_taken, host_chunk.HostChunk.send]
+    names = ("begin_taken", "send", "land")
+    whole: list[Callable[..., Any]] = [getattr(host_chunk.HostChunk, name) for name in names]
 
     def around(method: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
         def call(chunk: host_chunk.HostChunk, *args: Any, **options: Any) -> Any:
@@ -49,7 +50,7 @@ def noted(notes: Notes) -> Iterator[None]:
 
         return call
 
-    names, words = ("begin_taken", "send"), (("takes", "is at work on"), ("is done with", "has sent"))
+    words = (("takes", "is at work on"), ("is done with", "has sent"), ("adds up", "has added up"))
     for name, method, (before, after) in zip(names, whole, words, strict=True):
         setattr(host_chunk.HostChunk, name, around(method, before, after))
     try:
@@ -69,7 +70,7 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
     return 1e3 * (time.perf_counter() - start) / steps
 
 
-def timeline(training: Training, optimizer: OffloadedOptimizer, notes: Notes, steps: int = 2) -> list[str]:
+def timeline(training: Training, optimizer: OffloadedOptimizer, notes: Notes, steps: int, micro: int) -> list[str]:
     """Lines of what happened, in order."""
     on_device = training.device.type != "cpu"
     event = partial(torch.get_device_module(training.device).Event, enable_timing=True) if on_device else None
@@ -84,11 +85,13 @@ def timeline(training: Training, optimizer: OffloadedOptimizer, notes: Notes, st
     synchronize(training.device)
     start = time.perf_counter()
     for number in range(steps):
-        note(f"forward {number} is asked for")
-        loss = next_token_loss(training.model(training.inputs), training.targets)
-        note(f"backward {number} is asked for")
-        loss.backward()
-        note(f"all of {number} is asked for")
+        for batch in range(micro):
+            of = f"{number}.{batch}"
+            note(f"forward {of} is asked for")
+            loss = next_token_loss(training.model(training.inputs), training.targets)
+            note(f"backward {of} is asked for")
+            loss.backward()
+            note(f"all of {of} is asked for")
         optimizer.step()
         note(f"step {number} has returned")
     synchronize(training.device)
@@ -108,7 +111,7 @@ def show(name: str, training: Training, memory: HostMemory) -> None:
     )
 
     def step() -> None:
-        training.backward(1)
+        training.backward(ARMS[name].micro)
         optimizer.step()
 
     for _ in range(WARM):
@@ -118,14 +121,18 @@ def show(name: str, training: Training, memory: HostMemory) -> None:
     print(f"{name}, {torch.get_num_threads()} threads: a step {each}", flush=True)
     notes: Notes = []
     with noted(notes):
-        print(*timeline(training, optimizer, notes), sep="\n", flush=True)
+        print(
+            *timeline(training, optimizer, notes, 2 if ARMS[name].micro == 1 else 1, ARMS[name].micro),
+            sep="\n",
+            flush=True,
+        )
     optimizer.close()
     training.model.zero_grad()
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [name for name, arm in ARMS.items() if arm.mode == "immediate" and not arm.fp32 and arm.micro == 1]
+    known = [name for name, arm in ARMS.items() if arm.mode == "immediate" and not arm.fp32]
     parser.add_argument("--arms", nargs="+", choices=known, default=["immediate-60", "backward-60"])
     parser.add_argument("--threads", nargs="+", type=positive, default=[torch.get_num_threads()])
     parser.add_argument(
