@@ -356,6 +356,15 @@ def test_a_plan_is_measured_with_them(with_kernels, monkeypatch):
     assert len(with_kernels) == 4
 
 
+def test_blocks_are_chosen_for_a_plan_s_trials_with_them(with_kernels, monkeypatch):
+    def choose_plan(*_args, **_options):
+        assert with_kernels
+        return PrecisionPlan.of("fp32")
+
+    monkeypatch.setattr(planning, "choose_plan", choose_plan)
+    train(Blocks, "auto", activation_memory_budget=0.3)
+
+
 def test_the_monitor_says_that_ours_ran(with_kernels):
     trainer, _ = train(stem, "bf16")
     ops = trainer.monitor.log_precision_usage().ops
