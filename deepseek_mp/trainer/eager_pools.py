@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from types import MethodType
 from typing import Any
 
@@ -29,6 +30,9 @@ from deepseek_mp.ops.pool_window import PoolWindow
 from deepseek_mp.trainer.config import Compile
 
 _FORWARD = nn.MaxPool2d.forward
+_in_force: dict[nn.Module, tuple[MethodType, int]] = {}
+"""Ours that pools have now, and how many want it: trainers of one model, on threads of their own, and within one."""
+_changing = Lock()
 
 
 class EagerPools:
@@ -53,19 +57,37 @@ class EagerPools:
         Args:
             compiled_too: those of compiled parts as well, which then have to run uncompiled.
         """
-        replaced: list[MethodType] = []
+        held: list[MethodType] = []
         try:
             for forward in self._all if compiled_too else self._eager:
-                attributes = vars(forward.__self__)
-                if "forward" not in attributes:  # somebody's own, or ours
-                    replaced.append(forward)
-                    attributes["forward"] = forward
+                if _put(forward):
+                    held.append(forward)
             yield
         finally:
-            for forward in replaced:
-                attributes = vars(forward.__self__)
-                if attributes.get("forward") is forward:  # not what somebody has put there meanwhile
-                    del attributes["forward"]
+            for forward in held:
+                _take_away(forward)
+
+
+def _put(forward: MethodType) -> bool:
+    """Whether the pool has a forward of ours now, rather than somebody's own."""
+    pool: nn.Module = forward.__self__  # type: ignore[assignment]
+    with _changing:
+        ours, users = _in_force.get(pool, (forward, 0))
+        if not users and "forward" in vars(pool):
+            return False
+        vars(pool).setdefault("forward", ours)
+        _in_force[pool] = ours, users + 1
+    return True
+
+
+def _take_away(forward: MethodType) -> None:
+    pool: nn.Module = forward.__self__  # type: ignore[assignment]
+    with _changing:
+        ours, users = _in_force.pop(pool)
+        if users > 1:
+            _in_force[pool] = ours, users - 1
+        elif vars(pool).get("forward") is ours:  # not what somebody has put there meanwhile
+            del vars(pool)["forward"]
 
 
 def _is_known(module: nn.Module) -> bool:

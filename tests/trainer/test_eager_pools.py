@@ -239,6 +239,19 @@ def test_a_forward_that_somebody_puts_there_meanwhile_stays():
     assert pool.forward is own
 
 
+def test_of_two_trainers_at_once_the_last_takes_it_away():
+    """What is checkpointed in one must find the same pool again when the other, on its own thread, has ended."""
+    pool = nn.MaxPool2d(2)
+    first, second = (EagerPools(pool, False, reference).in_force() for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert is_ours(pool, channels_last(2, 8, 6, 6).requires_grad_())
+    assert "forward" in vars(pool)
+    second.__exit__(None, None, None)
+    assert "forward" not in vars(pool)
+
+
 def test_copies_made_within_a_step_pool_by_themselves_and_files_know_nothing_of_it():
     model = nn.Sequential(nn.MaxPool2d(2))
     with EagerPools(model, False, reference).in_force():
