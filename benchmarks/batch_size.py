@@ -3,8 +3,9 @@
     python benchmarks/batch_size.py [--cases ...] [--gib N] [--out FILE]
 
 Each arm is a process of its own: `find_batch_size` on the trainer, then two steps with what was found, which have to be
-applied. `times` is over FP32, whose loss is as it is and whose max pools are PyTorch's. On a CPU, whose memory is not
-counted, --small tries the script; then numbers mean nothing.
+applied. `times` is over FP32, whose loss is as it is and whose max pools are PyTorch's. Models of images and their
+batches are in channels_last in all arms, FP32's too. On a CPU, whose memory is not counted, --small tries the script;
+then numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -50,12 +51,31 @@ SMALL_LIMIT = 16
 
 
 def larger(batch: Any, size: int) -> Any:
-    """A batch of so many samples, those of the given one again and again."""
+    """A batch of so many samples, those of the given one again and again; images in channels_last stay so."""
 
     def leaf(value: Any) -> Any:
-        return value[torch.arange(size, device=value.device) % len(value)] if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        samples = value[torch.arange(size, device=value.device) % len(value)]
+        return samples.contiguous(memory_format=memory_format(value))
 
     return map_leaves(batch, leaf)
+
+
+def memory_format(value: Tensor) -> torch.memory_format:
+    """The one that the tensor has; a tensor that has several is contiguous."""
+    last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def channels_last(tree: Any) -> Any:
+    """The batch with its images in channels_last."""
+
+    def leaf(value: Any) -> Any:
+        images = isinstance(value, Tensor) and value.dim() == 4
+        return value.contiguous(memory_format=torch.channels_last) if images else value
+
+    return map_leaves(tree, leaf)
 
 
 def visit(name: str, arm: str, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
@@ -65,7 +85,11 @@ def visit(name: str, arm: str, device: torch.device, args: argparse.Namespace) -
         total = module.get_device_properties(device).total_memory
         module.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total), device.index)
     case = CASES[name](device, small=args.small)
-    model = case.model()
+    model, batch = case.model(), case.batches[0]
+    case.batches.clear()
+    if case.images:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batch = channels_last(batch)
     for pool in (module for module in model.modules() if arm == "fp32" and isinstance(module, nn.MaxPool2d)):
         # The trainer leaves alone what has a forward that somebody has put there.
         vars(pool)["forward"] = partial(nn.MaxPool2d.forward, pool)
@@ -73,8 +97,6 @@ def visit(name: str, arm: str, device: torch.device, args: argparse.Namespace) -
         model, loss_fn=case.loss_fn, optimizer=list(case.optimizers.values())[-1], device=device,
         progress=False, emulate=device.type == "cpu", **ARMS[arm],
     )  # fmt: skip
-    batch = case.batches[0]
-    case.batches.clear()
     limit = SMALL_LIMIT if device.type == "cpu" else None
     found = find_batch_size(trainer, partial(larger, batch), limit=limit)
     outcomes = [trainer.step(larger(batch, found.size)) for _ in range(STEPS)]

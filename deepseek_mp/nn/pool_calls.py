@@ -68,7 +68,11 @@ def _pair(size: Any) -> list[int] | None:
 
 
 def _suits(value: Tensor) -> bool:
+    """Whether it is a tensor as our op takes it, and PyTorch's outputs would have their channels innermost as ours."""
     if value.layout is not torch.strided or value.dim() != 4:
         return False
-    channels = value.shape[1]
-    return value.stride(1) == 1 and isinstance(channels, int) and channels >= FEWEST_CHANNELS
+    _images, channels, height, width = value.shape
+    by_image, by_channel, by_row, by_column = value.stride()
+    if by_channel != 1 or not isinstance(channels, int) or channels < FEWEST_CHANNELS:
+        return False
+    return bool(by_column >= channels and by_row >= by_column * width and by_image >= by_row * height)

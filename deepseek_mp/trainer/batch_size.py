@@ -210,9 +210,10 @@ def _way_to(measure: Measure, measures: Sequence[Measure]) -> list[Measure]:
 
 def _tried(trials: _Trials, first: int, top: int | None, multiple: int) -> tuple[int, int | None]:
     """The largest number of multiples that steps were made with, and the smallest that did not fit."""
-    while not trials.warm_up(first * multiple) and first > 1:
+    # What fits at `top` is what is found, and cuDNN keeps what it took for a shape, timed or not.
+    while not trials.warm_up(first * multiple, rough=first != top) and first > 1:
         first //= 2
-    roughly = _largest(lambda size: trials.fits(size * multiple, rough=True), first, top, near=ROUGH)
+    roughly = _largest(lambda size: trials.fits(size * multiple, rough=size != top), first, top, near=ROUGH)
     good, bad = _largest(lambda size: trials.fits(size * multiple), first, top, near=NEAR, known=roughly)
     down = FIRST_DOWN
     while good and not trials.confirmed(good * multiple):
@@ -305,9 +306,9 @@ class _Trials:
         self._samples = 0
         """Of the batch that was made last."""
 
-    def warm_up(self, size: int) -> bool:
-        """Whether steps of this size fit; they are made until one is applied."""
-        return self._steps.warm_up(lambda: self.fits(size, rough=True))
+    def warm_up(self, size: int, *, rough: bool) -> bool:
+        """Whether steps of this size fit, as `fits`; they are made until one is applied."""
+        return self._steps.warm_up(lambda: self.fits(size, rough=rough))
 
     def confirmed(self, size: int) -> bool:
         """Whether steps of this size go through one after the other.

@@ -12,8 +12,11 @@ the ones whose gradient is wanted. What is traced, transformed by `torch.func` o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from threading import Lock
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,6 +30,9 @@ from deepseek_mp.ops.pool_window import PoolWindow
 from deepseek_mp.trainer.config import Compile
 
 _FORWARD = nn.MaxPool2d.forward
+_in_force: dict[nn.Module, tuple[MethodType, int]] = {}
+"""Ours that pools have now, and how many want it: trainers of one model, on threads of their own, and within one."""
+_changing = Lock()
 
 
 class EagerPools:
@@ -40,8 +46,9 @@ class EagerPools:
     def __init__(self, model: nn.Module, compile: Compile, choose: Choice | None = None) -> None:
         compiled = [module for module in model.modules() if compile is True or is_compiled(module)]
         inside = {inner for module in compiled for inner in module.modules()}
-        self._all = [_Forward(module, choose or fastest) for module in model.modules() if _is_known(module)]
-        self._eager = [forward for forward in self._all if forward.pool not in inside]
+        forward = _forward_by(choose or fastest)
+        self._all = [MethodType(forward, module) for module in model.modules() if _is_known(module)]
+        self._eager = [method for method in self._all if method.__self__ not in inside]
 
     @contextmanager
     def in_force(self, *, compiled_too: bool = False) -> Iterator[None]:
@@ -50,17 +57,37 @@ class EagerPools:
         Args:
             compiled_too: those of compiled parts as well, which then have to run uncompiled.
         """
-        replaced = []
+        held: list[MethodType] = []
         try:
             for forward in self._all if compiled_too else self._eager:
-                attributes = vars(forward.pool)
-                if "forward" not in attributes:  # somebody's own, or ours
-                    attributes["forward"] = forward
-                    replaced.append(attributes)
+                if _put(forward):
+                    held.append(forward)
             yield
         finally:
-            for attributes in replaced:
-                attributes.pop("forward", None)
+            for forward in held:
+                _take_away(forward)
+
+
+def _put(forward: MethodType) -> bool:
+    """Whether the pool has a forward of ours now, rather than somebody's own."""
+    pool: nn.Module = forward.__self__  # type: ignore[assignment]
+    with _changing:
+        ours, users = _in_force.get(pool, (forward, 0))
+        if not users and "forward" in vars(pool):
+            return False
+        vars(pool).setdefault("forward", ours)
+        _in_force[pool] = ours, users + 1
+    return True
+
+
+def _take_away(forward: MethodType) -> None:
+    pool: nn.Module = forward.__self__  # type: ignore[assignment]
+    with _changing:
+        ours, users = _in_force.pop(pool)
+        if users > 1:
+            _in_force[pool] = ours, users - 1
+        elif vars(pool).get("forward") is ours:  # not what somebody has put there meanwhile
+            del vars(pool)["forward"]
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -68,27 +95,32 @@ def _is_known(module: nn.Module) -> bool:
     return isinstance(module, nn.MaxPool2d) and type(module).forward is _FORWARD
 
 
-class _Forward:
-    """Stands in for the forward of a max pool."""
+@cache
+def _forward_by(choose: Choice) -> Callable[[nn.MaxPool2d, Tensor], Any]:
+    """Stands in for the forward of a max pool, as a method of it.
 
-    def __init__(self, pool: nn.Module, choose: Choice) -> None:
-        self.pool, self._choose = pool, choose
+    One function for all trainers and trials: where the user compiles a function that calls a pool, the compiler asks
+    for the same forward again. Copies of a model that are made within a step have it for their own pools, and pickles
+    only its name, which is that of the class's forward.
+    """
 
-    def __call__(self, input: Tensor) -> Any:
-        ours = self._ours(input)
+    def forward(self: nn.MaxPool2d, input: Tensor) -> Any:
+        ours = _ours(self, input, choose)
         if ours is None:
-            return type(self.pool).forward(self.pool, input)
+            return type(self).forward(self, input)
         values, _offsets = torch.ops.deepseek_mp.max_pool2d(*ours)
         return values
 
-    def _ours(self, x: Tensor) -> tuple[Any, ...] | None:
-        """The arguments of our op, None for a call that stays PyTorch's."""
-        if type(x) is not Tensor or not (x.requires_grad and torch.is_grad_enabled()):
-            return None
-        if only_traced() or is_transformed() or forward_ad.unpack_dual(x).tangent is not None:
-            return None
-        pool: Any = self.pool
-        how = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
-        ours = taken_over((x, *how), {}, lambda leaf: leaf, self._choose)
-        too_small = ours is not None and min(PoolWindow.of(*ours[1:5]).output_size(*x.shape[2:])) < 1
-        return None if too_small else ours  # PyTorch says what is wrong
+    return forward
+
+
+def _ours(pool: nn.MaxPool2d, x: Tensor, choose: Choice) -> tuple[Any, ...] | None:
+    """The arguments of our op, None for a call that stays PyTorch's."""
+    if type(x) is not Tensor or not (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    if only_traced() or is_transformed() or forward_ad.unpack_dual(x).tangent is not None:
+        return None
+    how = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+    ours = taken_over((x, *how), {}, lambda leaf: leaf, choose)
+    too_small = ours is not None and min(*x.shape, *PoolWindow.of(*ours[1:5]).output_size(*x.shape[2:])) < 1
+    return None if too_small else ours  # PyTorch says what is wrong

@@ -85,8 +85,9 @@ def measured_plan(trainer: MixedPrecisionTrainer, batch: Any, progress: Callable
     """The fastest plan for this batch, timed with what training will call; the trainer's cache gets the timings."""
     model, config, device = trainer.model, trainer.config, trainer.device
     moved = calls.move(calls.parse_batch(batch), device)
-    run = trial_within_budget(compiled_run(model, trainer.loss_fn, config.compile), model, config, moved, device)
+    run = compiled_run(model, trainer.loss_fn, config.compile)
     with EagerPools(model, config.compile).in_force():
+        run = trial_within_budget(run, model, config, moved, device)
         return choose_plan(
             model,
             lambda: run(moved).loss,

@@ -33,6 +33,8 @@ STAYING = {
     "indices, by place": ((X, 2, 2, 0, 1, False, True), {}),
     "dilation": ((X, 2), {"dilation": (1, 2)}),
     "contiguous": ((X.contiguous(), 2), {}),
+    "columns outside of rows": ((torch.zeros(2, 7, 6, 8).permute(0, 3, 2, 1), 2), {}),
+    "an image, repeated": ((X[:1].expand(2, 8, 6, 7), 2), {}),
     "few channels": ((X[:, :7], 2), {}),
     "three dimensions": ((X[0], 2), {}),
     "no tensor": ((3, 2), {}),

@@ -157,7 +157,8 @@ def test_sizes_are_tried_beside_memory_that_stays_free(monkeypatch: pytest.Monke
     assert all(one() is None for one in held)
 
 
-def test_libraries_time_their_algorithms_only_near_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def tried_with(monkeypatch: pytest.MonkeyPatch, search: bool, most: int, **options: int) -> list[int]:
+    """The sizes that are tried with libraries timing their algorithms, or without, where `most` samples fit."""
     seen: list[tuple[int, bool]] = []
 
     class Watched(Model):
@@ -173,12 +174,23 @@ def test_libraries_time_their_algorithms_only_near_the_end(monkeypatch: pytest.M
         searches.append(search)
         return real(device, fp32=fp32, search=search)
 
-    monkeypatch.setattr(step.backends, "math_mode", watched)
-    found = find_batch_size(trainer(Watched(1000)), make_batch, start=64, limit=4096)
-    rough, fine = ([size for size, search in seen if search is wanted] for wanted in (False, True))
+    with monkeypatch.context() as patch:
+        patch.setattr(step.backends, "math_mode", watched)
+        assert find_batch_size(trainer(Watched(most)), make_batch, **options).size == min(most, options["limit"])
+    return [size for size, timed in seen if timed is search]
+
+
+def test_libraries_time_their_algorithms_only_near_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    rough, fine = (tried_with(monkeypatch, search, 1000, start=64, limit=4096) for search in (False, True))
     assert rough == [64, 128, 256, 512, 1024, 768, 896, 960]
     assert fine == [992, 1008, 1000]
-    assert found.size == 1000
+
+
+@pytest.mark.parametrize("start", [8, 64])
+def test_the_limit_is_tried_as_a_training_goes(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN keeps what it took for a shape, timed or not: the size found would train with what was not timed."""
+    assert 50 not in tried_with(monkeypatch, False, 1000, start=start, limit=50)
+    assert 50 in tried_with(monkeypatch, True, 1000, start=start, limit=50)
 
 
 def test_a_size_beside_which_nothing_stays_free_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

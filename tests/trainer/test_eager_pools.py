@@ -151,6 +151,27 @@ def test_what_is_too_small_has_pytorch_s_error():
     pool = nn.MaxPool2d(4)
     with EagerPools(pool, False, reference).in_force(), pytest.raises(RuntimeError, match="Output size is too small"):
         pool(channels_last(2, 8, 3, 3).requires_grad_())
+    pool = nn.MaxPool2d(2, 1, 1)
+    with EagerPools(pool, False, reference).in_force(), pytest.raises(RuntimeError, match="optional 0 dim batch size"):
+        pool(torch.zeros(2, 0, 6, 8).permute(0, 3, 1, 2).requires_grad_())
+
+
+LAYOUTS = {
+    "channels_last": torch.randn(2, 6, 4, 8).permute(0, 3, 1, 2),
+    "part of the channels": torch.randn(2, 6, 4, 16).permute(0, 3, 1, 2)[:, :8],
+    "columns outside of rows": torch.randn(2, 4, 6, 8).permute(0, 3, 2, 1),
+    "an image, repeated": torch.randn(1, 6, 4, 8).permute(0, 3, 1, 2).expand(2, 8, 6, 4),
+    "one image without a batch before": torch.randn(6, 4, 8).permute(2, 0, 1)[None],
+    "no images": torch.randn(0, 6, 4, 8).permute(0, 3, 1, 2),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_outputs_lie_in_memory_as_pytorch_s(case):
+    pool, x = nn.MaxPool2d(2), LAYOUTS[case].requires_grad_()
+    with EagerPools(pool, False, reference).in_force():
+        values = pool(x)
+    assert values.stride() == pool(x).stride()
 
 
 def test_without_kernels_pools_stay():
@@ -210,6 +231,36 @@ def test_afterwards_the_model_is_as_it_was():
     copy.deepcopy(model)
 
 
+def test_a_forward_that_somebody_puts_there_meanwhile_stays():
+    pool = nn.MaxPool2d(2)
+    own = functools.partial(F.max_pool2d, kernel_size=2)
+    with EagerPools(pool, False, reference).in_force():
+        pool.forward = own
+    assert pool.forward is own
+
+
+def test_of_two_trainers_at_once_the_last_takes_it_away():
+    """What is checkpointed in one must find the same pool again when the other, on its own thread, has ended."""
+    pool = nn.MaxPool2d(2)
+    first, second = (EagerPools(pool, False, reference).in_force() for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert is_ours(pool, channels_last(2, 8, 6, 6).requires_grad_())
+    assert "forward" in vars(pool)
+    second.__exit__(None, None, None)
+    assert "forward" not in vars(pool)
+
+
+def test_copies_made_within_a_step_pool_by_themselves_and_files_know_nothing_of_it():
+    model = nn.Sequential(nn.MaxPool2d(2))
+    with EagerPools(model, False, reference).in_force():
+        copied, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    copied[0].kernel_size = 3
+    assert copied(channels_last(2, 8, 6, 6).requires_grad_()).shape == (2, 8, 2, 2)
+    assert "deepseek_mp" not in vars(read[0])["forward"].__func__.__module__
+
+
 def test_compiled_parts_are_left_alone_but_where_they_run_uncompiled():
     model, x = nn.Sequential(nn.MaxPool2d(2), nn.Sequential(nn.MaxPool2d(2))), channels_last(2, 8, 9, 9)
     model[1].compile(backend="eager")
@@ -234,6 +285,28 @@ def test_code_that_the_user_compiles_has_pytorch_s_pool():
     with EagerPools(pool, False, reference).in_force():
         assert torch.equal(call(x), F.max_pool2d(x, 2) * 2)
     assert "deepseek_mp" not in str(graphs[0].code)
+
+
+class CompiledFunction(nn.Module):
+    """Compiles a function, so that no module is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+        self._call = torch.compile(lambda x: self.pool(x) * 2, backend="eager")
+
+    def forward(self, x):
+        return self._call(x)
+
+
+def test_a_function_that_the_user_compiles_is_not_compiled_again_for_each_trainer_or_trial():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, x = CompiledFunction(), channels_last(2, 8, 6, 6).requires_grad_()
+    for _ in range(4):
+        with EagerPools(model, False, reference).in_force():
+            model(x).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # -- in a trainer ---------------------------------------------------------------------------------
@@ -294,6 +367,15 @@ def test_a_plan_is_measured_with_them(with_kernels, monkeypatch):
     train(stem, "auto")
     assert counts == [1]
     assert len(with_kernels) == 4
+
+
+def test_blocks_are_chosen_for_a_plan_s_trials_with_them(with_kernels, monkeypatch):
+    def choose_plan(*_args, **_options):
+        assert with_kernels
+        return PrecisionPlan.of("fp32")
+
+    monkeypatch.setattr(planning, "choose_plan", choose_plan)
+    train(Blocks, "auto", activation_memory_budget=0.3)
 
 
 def test_the_monitor_says_that_ours_ran(with_kernels):
