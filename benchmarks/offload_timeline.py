@@ -94,6 +94,7 @@ def timeline(training: Training, optimizer: OffloadedOptimizer, notes: Notes, st
             note(f"all of {of} is asked for")
         optimizer.step()
         note(f"step {number} has returned")
+    optimizer.wait_for_weights()  # the host's thread is at work on the last step
     synchronize(training.device)
     note("step: all is done")
     lines = [f"{1e3 * (at - start):8.1f}  {what}" for at, what in sorted(notes)]

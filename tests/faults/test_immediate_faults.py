@@ -5,6 +5,7 @@ import gc
 import sys
 import time
 from contextlib import contextmanager
+from linecache import getline
 
 import pytest
 import torch
@@ -28,16 +29,24 @@ def slow_step(monkeypatch):
     monkeypatch.setattr(rule, "step", lambda *given: (time.sleep(2e-4), real(*given))[1])
 
 
+def _is_with(frame):
+    return getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
+
+
 @contextmanager
 def interrupted(line):
-    """Ctrl-C when this thread has gone through so many lines of the optimizer."""
+    """Ctrl-C when this thread has gone through so many lines of the optimizer.
+
+    Python takes none between a block's last line and the end of its `with`, which would leave a lock taken; a line is
+    that of `with` then.
+    """
     left = line
 
     def trace(frame, event, _argument):
         nonlocal left
         if "/optim/offload/" not in frame.f_code.co_filename or "fake_device" in frame.f_code.co_filename:
             return None
-        if event == "line":
+        if event == "line" and not _is_with(frame):
             left -= 1
             if left == 0:
                 raise KeyboardInterrupt("pressed")

@@ -20,6 +20,10 @@ What the system gives by itself are distances of a page or a few, at which loads
 the host's step takes up to twice as long then."""
 
 
+VIEWS = 256
+"""Of a thread's scratch memory at most that are kept; a window may step any of many small parameters."""
+
+
 @dataclass(frozen=True, eq=False)
 class Arena:
     """One block of memory."""
@@ -48,6 +52,8 @@ class Scratch(threading.local):
         if part is None:
             if self._flat.numel() < values:
                 self._flat, self._parts = torch.empty(values), {}
+            elif len(self._parts) >= VIEWS:
+                self._parts = {}
             part = self._parts[values] = self._flat[:values]
         return part
 

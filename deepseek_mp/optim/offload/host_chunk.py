@@ -158,6 +158,9 @@ class HostChunk:
             if slot.master.grad is not None and not slot.master.grad.is_contiguous():  # another one was put there
                 slot.master.grad = slot.master.grad.contiguous()
         first = {slot for slot in arrived if slot.master.grad is None}
+        for slot in first:
+            if not slot.total.is_contiguous():  # through `data`
+                slot.total = slot.total.contiguous()
         norms: dict[Piece, Tensor] = {}
 
         def add(block: Block) -> None:

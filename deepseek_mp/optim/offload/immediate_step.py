@@ -90,13 +90,14 @@ class _Sending:
 
     def exception(self) -> BaseException | None:
         """Wait until they are sent; what has failed before."""
-        while self.chunk not in self.window.sent:
-            number = self.window.ended
+        while True:
+            number = self.window.ended  # first: when all have ended it is sent, whichever thread has waited for them
+            if self.chunk in self.window.sent:
+                return None
             error = self.window.tasks[number].exception()  # an interrupt leaves it to be waited for
             if error is not None:
                 return error
             self.window.ended = max(self.window.ended, number + 1)
-        return None
 
 
 class ImmediateStep(SyncStep):
@@ -170,7 +171,7 @@ class ImmediateStep(SyncStep):
         if self._begun is not None and options != self._begun.options:
             self._refuse("options that the backward that steps has not seen")
         self.prepare()
-        window = self._begun = self._begun or _Window(options=options)
+        window = self._begun or _Window(options=options)  # an interrupt leaves one that is new to nobody
         readers = (self.parts.lanes.now(),)
         try:
             self.step_device_part(scaling)  # behind backward, so that the host's work hides it
@@ -194,6 +195,8 @@ class ImmediateStep(SyncStep):
         given = () if self._begun is None else self._begun.given
         if any(slot.written for chunk in given for slot in chunk.slots):
             self._refuse("weights that were written behind the backward that steps, before `step`")
+        if any(chunk.has_gradients for chunk in given):
+            self._refuse("gradients that were put behind the backward that steps, before `step`")
         super().prepare()
 
     def _look(self) -> None:
@@ -257,8 +260,8 @@ class ImmediateStep(SyncStep):
         lanes = self.parts.lanes
         chunk = window.arrived(lanes)
         if chunk is None:
-            self._finish_all(window, owner)  # there is time for it
-            chunk = window.next_to_arrive()
+            self._finish_all(window, owner)  # there is time for it, in which others may arrive
+            chunk = window.arrived(lanes) or window.next_to_arrive()
         before = list(window.under_way)
         with window.looking:
             taken = window.waiting.pop(chunk)

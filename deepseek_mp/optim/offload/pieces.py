@@ -49,8 +49,8 @@ class Piece:
     master: Tensor
     wire: Tensor
     """Where gradients arrive."""
-    totals: tuple[tuple[Tensor, Tensor], ...]
-    """Both tensors that gradients are added up in, with these values of them."""
+    totals: tuple[tuple[Tensor, int, Tensor], ...]
+    """Both tensors that gradients are added up in, where their memory is, and these values of it."""
     moments: tuple[Tensor, ...]
     before: tuple[Tensor, ...]
     """Memory of what a step changes; empty where that is not kept."""
@@ -59,8 +59,8 @@ class Piece:
 
     def of(self, tensor: Tensor) -> Tensor:
         """These values of a tensor in the shape of the parameter."""
-        for whole, values in self.totals:  # a view takes longer to make than to find
-            if tensor is whole:
+        for whole, place, values in self.totals:  # a view takes longer to make than to find
+            if tensor is whole and tensor.data_ptr() == place and tensor.is_contiguous():
                 return values
         return tensor.reshape(-1)[self.part]
 
@@ -159,7 +159,7 @@ def _piece(slot: Slot, part: slice) -> Piece:
         part=part,
         master=flat(slot.master),
         wire=flat(slot.wire),
-        totals=tuple((whole, flat(whole)) for whole in (slot.total, slot.spare)),
+        totals=tuple((whole, whole.data_ptr(), flat(whole)) for whole in (slot.total, slot.spare)),
         moments=tuple(flat(moment) for moment in slot.moments),
         before=tuple(flat(tensor) for tensor in kept),
         sending=None if slot.sending is slot.master else flat(slot.sending),

@@ -69,6 +69,16 @@ def test_scratch_is_of_one_thread():
     assert scratch.of(100).numel() == 100
 
 
+def test_scratch_of_many_sizes_keeps_few_views():
+    scratch = arena.Scratch()
+    scratch.of(5000)
+    for values in range(5000):
+        assert scratch.of(values).shape == (values,)
+    assert len(scratch._parts) <= arena.VIEWS
+    assert scratch.of(70).data_ptr() == scratch.of(5000).data_ptr()
+    assert scratch.of(70) is scratch.of(70)
+
+
 def test_large_blocks_are_equally_far_from_each_other():
     """Values of one parameter at distances of a few pages would slow the host's step down."""
     values = arena.HUGE_PAGE // 4 + 1

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from fake_device import (
 )
 
 from deepseek_mp.errors import ConfigError, MixedPrecisionError
-from deepseek_mp.optim.offload import OffloadSettings, host_chunk, rule
+from deepseek_mp.optim.offload import OffloadSettings, host_chunk, immediate_step, rule
+from deepseek_mp.optim.offload.in_turn import UnderWay
 from deepseek_mp.optim.offload.pieces import Piece
 
 FREE = {"mode": "immediate", "undo": False, "check_finite": False}
@@ -137,6 +139,77 @@ def test_of_the_chunks_that_are_there_the_host_steps_what_forward_reads_first(mo
     optimizer.step()
     optimizer.settle()
     assert begun == order
+
+
+def test_what_arrives_while_the_host_finishes_a_chunk_is_stepped_in_the_order_of_forward(monkeypatch):
+    lanes, late, model = ArrivedLanes(), LateWorker(), small_model()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    optimizer = offloaded(model, lanes, worker=lambda: late, chunk_bytes=4, **FREE)
+    torch.set_num_threads(before)
+    lanes.arrived = [0]
+    begun, begin, end = [], host_chunk.HostChunk.begin_taken, UnderWay.end
+
+    def ended(work):
+        end(work)
+        lanes.arrived = range(5)
+
+    monkeypatch.setattr(UnderWay, "end", ended)
+    monkeypatch.setattr(
+        host_chunk.HostChunk, "begin_taken", lambda chunk, *given: (begun.append(chunk.number), begin(chunk, *given))[1]
+    )
+    backward(model)
+    optimizer.step()
+    optimizer.settle()
+    assert begun == [0, 4, 3, 2, 1, 5, 6, 7]
+
+
+class Counted(set):
+    """While one thread looks, another one waits for all of the tasks."""
+
+    def __contains__(self, chunk):
+        found = super().__contains__(chunk)
+        self.add(chunk)
+        self.window.ended = len(self.window.tasks)
+        return found
+
+
+def test_two_threads_may_wait_for_what_is_sent():
+    done = Future()
+    done.set_result(None)
+    window = immediate_step._Window(options=[], tasks=[done], sent=Counted())
+    window.sent.window = window
+    assert immediate_step._Sending(window, object()).exception() is None
+
+
+class PressedLanes(FakeLanes):
+    """Somebody presses Ctrl-C when a step looks where the device is."""
+
+    armed = True
+
+    def now(self):
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt("pressed")
+        return super().now()
+
+
+@pytest.mark.parametrize("forget", [True, False])
+def test_an_interrupt_before_anything_is_changed_leaves_the_window_as_it_was(forget):
+    ours, theirs = small_model(), small_model()
+    optimizer, reference = offloaded(ours, PressedLanes(), **FREE), plain(theirs)
+    backward(ours, theirs)
+    with pytest.raises(KeyboardInterrupt, match="pressed"):
+        optimizer.step()
+    optimizer.synchronize()
+    if forget:
+        optimizer.zero_grad()
+        reference.zero_grad()
+        backward(ours, theirs)
+    optimizer.step()
+    reference.step()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
 
 
 def test_forward_goes_on_with_what_it_reads_first_while_the_host_steps_the_rest():
@@ -316,6 +389,11 @@ def _written(optimizer, model):
     optimizer.step()
 
 
+def _graded(optimizer, model):
+    optimizer.master(model[4].weight).grad = torch.ones_like(model[4].weight)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("worker", WORKERS)
 @pytest.mark.parametrize(
     ("misuse", "match"),
@@ -326,6 +404,7 @@ def _written(optimizer, model):
         (lambda optimizer, _: _scaled(optimizer, unscale=False), "a loss scaler's step on gradients that backward"),
         (lambda optimizer, _: _scaled(optimizer, unscale=True), "a loss scaler's step on gradients that backward"),
         (_written, "weights that were written behind the backward that steps"),
+        (_graded, "gradients that were put behind the backward that steps"),
     ],
 )
 def test_what_backward_has_stepped_cannot_be_undone(worker, misuse, match):

@@ -231,6 +231,28 @@ def test_pytorchs_scaler_works():
     assert same(weights(theirs), weights(ours))
 
 
+@pytest.mark.parametrize("mode", ["sync", "speculative", "immediate"])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_gradients_that_others_put_there_through_data_are_stepped_on(mode, transposed):
+    """PyTorch moves a tensor to other memory then, which need not have its strides."""
+    theirs, ours = small_model(), small_model()
+    free = {"undo": False, "check_finite": False} if mode == "immediate" else {}
+    reference, optimizer = plain(theirs), offloaded(ours, mode=mode, **free)
+    for _ in range(3):
+        backward(theirs, ours)
+        optimizer.land()
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            gradient = optimizer.master(mine).grad
+            twice = 2.0 * gradient
+            gradient.data = twice.mT.contiguous().mT if transposed and twice.dim() > 1 else twice
+            other.grad.mul_(2.0)  # PyTorch's fused kernel takes no notice of strides
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+    optimizer.synchronize()
+    assert same(weights(ours), weights(theirs))
+
+
 def test_a_step_ends_the_window():
     """Also where only the model's gradients are set to None."""
     theirs, ours = small_model(), small_model()

@@ -78,3 +78,13 @@ def test_values_of_what_gradients_are_added_up_in_are_found_and_those_of_others_
         tensor.copy_(torch.randn(50))
         assert torch.equal(second.of(tensor), tensor[20:40])
     assert second.of(one.total) is second.of(one.total)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_values_that_were_put_into_a_gradient_through_data_are_found(transposed):
+    one = slot(49)
+    one.total = one.total.view(7, 7)
+    (_, second, _) = (piece for block in blocks([one], 20) for piece in block.pieces)
+    one.total.copy_(torch.randn(7, 7))
+    one.total.data = one.total.data.t() if transposed else torch.randn(7, 7)
+    assert torch.equal(second.of(one.total), one.total.reshape(-1)[20:40])
