@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from deepseek_mp.controller import outliers
 from deepseek_mp.controller.adaptive_units import AdaptiveUnit, Comparison, UnitState, as_past, is_finite, plain
 from deepseek_mp.controller.choice_costs import CostRules, Judged, in_force
 from deepseek_mp.controller.height import height, height_of, parts_of
@@ -28,15 +29,11 @@ from deepseek_mp.controller.trend import LossTrend
 from deepseek_mp.precision import RECIPES, Decision, Operand, Reason, Recipe, Role
 from deepseek_mp.precision.allocation import Budget
 from deepseek_mp.precision.planning import UnitCosts, plan_for
-from deepseek_mp.sensitivity import Effect, Measured, UnitReading
+from deepseek_mp.sensitivity import Measured, UnitReading
 from deepseek_mp.sensitivity.prediction import Predictor
 
 SURELY = 1.25
 """A budget must be exceeded by this to raise layers for it: budgets are predictions."""
-KURTOSIS_GROWTH = 4.0
-"""Growth of an input's kurtosis since its layer was lowered that raises it: outliers foretell trouble, as the FOG
-recipes of FP8 training found. Only where they do harm, the layer alone costs the whole budget: activations that grow
-sparse, as they do in healthy training, have as large a kurtosis."""
 MEMORY = 4
 """Batches that count as the past when a new probe joins: readings follow the model as it changes."""
 WRONG = 2.0
@@ -128,28 +125,18 @@ class AdaptiveController:
             return self._guarded(name, step, found.unsafe[state.recipe], {"guard": "range"}, above)
         if not self.is_lowered(name):
             return None
-        evidence = self._outliers(state, seen.spreads[Operand.INPUT]["kurtosis"])
+        evidence = outliers.grown(state, seen.spreads[Operand.INPUT]["kurtosis"])
         own, roles = parts_of(state.recipe)
         if own not in seen.effects:
             return None
-        if evidence and (above or self._harms(seen.effects[own])):
+        budget = self.settings.loss_budget * self.scale * abs(self.loss)
+        harmed = outliers.do_harm(state, seen.effects[own].loss_change, budget, are_grown=bool(evidence))
+        if evidence and (above or harmed):
             return self._guarded(name, step, "outliers grow in its input", {**evidence, "share": harm}, above)
         words = broken(seen.effects[own], RECIPES[own], roles)
         if words and broken(mean.effects[own], RECIPES[own], roles):
             return self._guarded(name, step, words, {"guard": "limits", "share": harm}, above)
         return None
-
-    def _harms(self, seen: Effect) -> bool:
-        """Whether outliers do harm: the layer alone costs the whole budget."""
-        return seen.loss_change > self.settings.loss_budget * self.scale * abs(self.loss)
-
-    def _outliers(self, state: UnitState, kurtosis: float) -> dict[str, Any]:
-        """Evidence that the outliers in the input of a lowered layer grew; empty where they did not."""
-        if state.kurtosis is None:
-            state.kurtosis = kurtosis  # lowered before anything was measured
-        if not state.kurtosis or kurtosis <= KURTOSIS_GROWTH * state.kurtosis:
-            return {}
-        return {"guard": "kurtosis", "kurtosis": kurtosis, "when_lowered": state.kurtosis}
 
     def see(self, step: int, loss: float, *, applied: bool, first_bad_module: str | None = None) -> list[Decision]:
         """The outcome of a step: a guard may raise layers."""

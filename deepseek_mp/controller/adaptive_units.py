@@ -38,6 +38,8 @@ class UnitState:
     """Of its input, when it was lowered."""
     alarmed: bool = False
     """Whether a guard raised it and no probe has looked at it since."""
+    suspected: bool = False
+    """Whether grown outliers seemed to do harm in the last probe, and the next one has to say so too."""
 
 
 @dataclass(frozen=True, kw_only=True)

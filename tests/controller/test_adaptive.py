@@ -129,10 +129,24 @@ def test_a_hard_limit_raises_whatever_the_budget_says(errors, words):
 
 def test_growing_outliers_raise_and_lock_a_layer_that_alone_costs_the_budget():
     made = allocated()
-    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "second": 0.003}, b={"second": 0.003}), 20)
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "second": 0.03}, b={"second": 0.03}), 20)
     assert (decision.layer, decision.evidence["guard"]) == ("a", "kurtosis")
     assert decision.evidence["when_lowered"] == 3.0
     assert made.states["a"].locked_until == 120
+
+
+def test_outliers_that_seem_to_do_harm_raise_when_the_next_probe_says_so_too():
+    made = allocated()
+    seemed, fine = ({"kurtosis": 40.0, "second": second} for second in (0.003, 1e-5))
+    for step in range(20, 60, 2):  # as one batch of healthy training says it now and then
+        assert made.learn(measured(a=seemed, b={}), step) == []
+        assert made.learn(measured(a=fine, b={}), step + 1) == []
+    assert made.learn(measured(a=seemed, b={}), 60) == []
+    again = controller()
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    for one in (made, again):
+        (decision,) = one.learn(measured(a=seemed, b={}), 61)
+        assert (decision.layer, decision.evidence["guard"]) == ("a", "kurtosis")
 
 
 def test_an_activation_that_grows_sparse_does_no_harm():
@@ -396,7 +410,7 @@ def test_outliers_that_harm_the_region_too_raise_above_it_at_once():
 
 def test_outliers_that_the_region_bears_raise_to_it():
     made = lowered_with_fp32()
-    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "second": 0.003, "region": 1e-6}, b={}), 20)
+    (decision,) = made.learn(measured(a={"kurtosis": 40.0, "second": 0.03, "region": 1e-6}, b={}), 20)
     assert decision.new == "bf16"
 
 
