@@ -2,7 +2,7 @@
 
 from deepseek_mp.backends.base import Backend
 from deepseek_mp.backends.capabilities import Capabilities, Combination, Identity
-from deepseek_mp.backends.contexts import autocast, fp32_mode, math_mode
+from deepseek_mp.backends.contexts import Fp32Mode, autocast, fp32_mode, math_mode
 from deepseek_mp.backends.detect import backend_for, capabilities, default_device, numbered
 from deepseek_mp.backends.low_precision import formats_of, fp8_recipe, nearest_recipe
 from deepseek_mp.backends.measure import (
@@ -21,6 +21,7 @@ __all__ = [
     "Backend",
     "Capabilities",
     "Combination",
+    "Fp32Mode",
     "Identity",
     "autocast",
     "available_memory_bytes",

@@ -15,8 +15,9 @@ from deepseek_mp.trainer.compile import compiled_run
 from deepseek_mp.trainer.compressed import Compressed, with_activations
 from deepseek_mp.trainer.eager_pools import EagerPools
 from deepseek_mp.trainer.fused_loss import FusedLoss, with_fused_loss
+from deepseek_mp.trainer.region import Region
 from deepseek_mp.trainer.result import StepFacts
-from deepseek_mp.trainer.step import Region, Stepper
+from deepseek_mp.trainer.step import Stepper
 from deepseek_mp.trainer.window import Window
 
 if TYPE_CHECKING:
@@ -58,14 +59,14 @@ def assemble_stepper(
     monitor: PrecisionMonitor,
     finished: Callable[[StepFacts, Window], None],
     before: Callable[[], None] | None = None,
-    search: bool = True,
+    region: Region | None = None,
 ) -> Stepper:
     """The machinery of a step in this plan, which the model was converted to.
 
     Args:
         finished: called once per settled window with its facts.
         before: called on unscaled gradients before they are checked, or None.
-        search: whether libraries time their algorithms.
+        region: the plan's arithmetic, where it is not that of a training.
     """
     config = trainer.config
     return Stepper(
@@ -75,7 +76,7 @@ def assemble_stepper(
         loss_fn=trainer.loss_fn,
         optimizer=trainer.optimizer,
         scaler=scaler,
-        region=Region(plan, trainer.device, search=search),
+        region=region or Region(plan, trainer.device, search=True),
         device=trainer.device,
         accumulation=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,

@@ -49,7 +49,7 @@ NEAR = 64
 """Where steps are made, the search ends with a gap of this part of the size: a step takes seconds, and what the same
 step needs differs by as much. A gap of one sample, below 128."""
 ROUGH = 8
-"""Down to a gap of this part of the size libraries do not time algorithms; those they take may need other memory."""
+"""Down to a gap of this part of the size libraries need not time algorithms; those they take may need other memory."""
 FIRST_DOWN, STEP_DOWN = 32, 16
 """A size that is not confirmed is made smaller by this part of it: the first time, and each time after that."""
 SPARE = 64
@@ -210,10 +210,9 @@ def _way_to(measure: Measure, measures: Sequence[Measure]) -> list[Measure]:
 
 def _tried(trials: _Trials, first: int, top: int | None, multiple: int) -> tuple[int, int | None]:
     """The largest number of multiples that steps were made with, and the smallest that did not fit."""
-    # What fits at `top` is what is found, and cuDNN keeps what it took for a shape, timed or not.
-    while not trials.warm_up(first * multiple, rough=first != top) and first > 1:
+    while not trials.warm_up(first * multiple) and first > 1:
         first //= 2
-    roughly = _largest(lambda size: trials.fits(size * multiple, rough=size != top), first, top, near=ROUGH)
+    roughly = _largest(lambda size: trials.fits(size * multiple, rough=True), first, top, near=ROUGH)
     good, bad = _largest(lambda size: trials.fits(size * multiple), first, top, near=NEAR, known=roughly)
     down = FIRST_DOWN
     while good and not trials.confirmed(good * multiple):
@@ -306,9 +305,9 @@ class _Trials:
         self._samples = 0
         """Of the batch that was made last."""
 
-    def warm_up(self, size: int, *, rough: bool) -> bool:
-        """Whether steps of this size fit, as `fits`; they are made until one is applied."""
-        return self._steps.warm_up(lambda: self.fits(size, rough=rough))
+    def warm_up(self, size: int) -> bool:
+        """Whether steps of this size fit; they are made until one is applied."""
+        return self._steps.warm_up(lambda: self.fits(size, rough=True))
 
     def confirmed(self, size: int) -> bool:
         """Whether steps of this size go through one after the other.
@@ -338,10 +337,10 @@ class _Trials:
         Args:
             size: of the batch.
             steps: that are made.
-            rough: libraries do not time their algorithms.
+            rough: libraries need not time their algorithms.
         """
         begun = time.perf_counter()
-        self._steps.begin_anew(search=not rough)
+        self._steps.begin_anew(rough=rough)
         release_memory(self._device)
         spare: list[Tensor | None] = []
         fits, peak = False, None

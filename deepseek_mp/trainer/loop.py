@@ -51,6 +51,7 @@ from deepseek_mp.trainer.planning import measured_plan, named_plan, requested_pl
 from deepseek_mp.trainer.position import LoaderPosition, check_loader
 from deepseek_mp.trainer.progress import Progress
 from deepseek_mp.trainer.recording import Recorder
+from deepseek_mp.trainer.region import Region
 from deepseek_mp.trainer.result import FitResult, StepFacts, StepResult
 from deepseek_mp.trainer.resume import restore, resumed_plan, save
 from deepseek_mp.trainer.setup import (
@@ -63,7 +64,7 @@ from deepseek_mp.trainer.setup import (
     seed_everything,
     unchanged_if_refused,
 )
-from deepseek_mp.trainer.step import Region, Stepper
+from deepseek_mp.trainer.step import Stepper
 from deepseek_mp.trainer.trial_steps import on_what_fits
 from deepseek_mp.trainer.window import Window
 

@@ -30,23 +30,21 @@ from deepseek_mp.controller.scaler import LossScaler, Verdict
 from deepseek_mp.errors import NonFiniteError
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import call as calls
-from deepseek_mp.nn.convert import current_plan, fp32_arithmetic
+from deepseek_mp.nn.convert import current_plan
 from deepseek_mp.nn.delayed import Saturated, place_scales, scales_of
 from deepseek_mp.nn.held import HeldWeights
 from deepseek_mp.nn.loss import LossFn
-from deepseek_mp.nn.unit import NARROW_FORMATS
 from deepseek_mp.nn.weight_casts import WeightCasts
 from deepseek_mp.ops import gradients
 from deepseek_mp.ops.dtypes import torch_dtype
 from deepseek_mp.ops.host_copy import HostCopy
 from deepseek_mp.ops.storage_marks import take_gradients
-from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer import offloaded, state
 from deepseek_mp.trainer.budget import run_within_budget
 from deepseek_mp.trainer.buffers import BufferGuard
-from deepseek_mp.trainer.compile import many_plans
 from deepseek_mp.trainer.eager_pools import EagerPools
 from deepseek_mp.trainer.failed_step import let_go, undone_if_it_fails
+from deepseek_mp.trainer.region import Region
 from deepseek_mp.trainer.replay import find_first_bad_module
 from deepseek_mp.trainer.result import StepFacts, StepResult
 from deepseek_mp.trainer.rng import get_rng, set_rng
@@ -65,32 +63,6 @@ _FIXED_SCALES = ("none", "static")
 """Policies whose loss scale does not depend on whether a step was finite."""
 _FACTS = 6
 """Numbers of a step that are copied to the host, before those about delayed scales."""
-
-
-class Region:
-    """The plan's arithmetic: fp32 flags for forward and backward, autocast for forward and loss."""
-
-    def __init__(self, plan: PrecisionPlan, device: torch.device, *, search: bool) -> None:
-        self.format = plan.base.region
-        self.casts = self.format in NARROW_FORMATS
-        """Whether autocast casts weights in this region."""
-        self._device = device
-        self._fp32 = fp32_arithmetic(plan)
-        self._search = search
-
-    def flags(self) -> Any:
-        """Context for forward and backward."""
-        return backends.math_mode(self._device, fp32=self._fp32, search=self._search)
-
-    def autocast(self, *, cache: bool) -> Any:
-        """Context for forward and loss. With `cache` a weight is cast once, however often it is used."""
-        return backends.autocast(self._device, self.format, cache=cache)
-
-    @contextmanager
-    def inference(self) -> Iterator[None]:
-        """Context for a forward without gradients."""
-        with torch.no_grad(), self.flags(), self.autocast(cache=False), many_plans():
-            yield
 
 
 @dataclass(kw_only=True)

@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deepseek_mp.backends import out_of_memory_count
+from deepseek_mp.backends import Fp32Mode, out_of_memory_count
 from deepseek_mp.controller.loss_scale import make_policy
 from deepseek_mp.costs.restore import release_memory
 from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.errors import ConfigError, MixedPrecisionError, explain
 from deepseek_mp.monitor import Limits, PrecisionMonitor, Sampling
-from deepseek_mp.nn import apply, memory_format_of, revert, unconverted
+from deepseek_mp.nn import apply, fp32_arithmetic, memory_format_of, revert, unconverted
 from deepseek_mp.nn import call as calls
 from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.trainer.assembly import Run, assemble_stepper, computation_anew
 from deepseek_mp.trainer.batch_part import first_samples
 from deepseek_mp.trainer.kept_state import kept_state
 from deepseek_mp.trainer.offloaded import updates_are_seen
+from deepseek_mp.trainer.region import Region
 from deepseek_mp.trainer.result import StepFacts
 from deepseek_mp.trainer.setup import make_scaler
 from deepseek_mp.trainer.step import Stepper
@@ -81,21 +82,32 @@ class TrialSteps:
         """What computes a step; by now it may have decided by the batch how."""
         return self._stepper.compute
 
-    def begin_anew(self, *, search: bool = True) -> None:
+    def begin_anew(self, *, rough: bool = False) -> None:
         """The next step is a first one again, which decides by its batch; the optimizer keeps its state.
 
         Not where the trainer has made steps itself: its next ones go by what those decided.
 
         Args:
-            search: libraries time their algorithms, as in a training.
+            rough: libraries need not time their algorithms.
         """
         compute = self._stepper.compute
         self.close()
         if not (self._trainer.has_stepper and compute is self._trainer.stepper.compute):
             compute = computation_anew(self._trainer, self._plan, compute)
-        self._stepper, self._monitor = self._assembled(compute, search=search)
+        self._stepper, self._monitor = self._assembled(compute, region=self._untimed() if rough else None)
 
-    def _assembled(self, compute: Run, *, search: bool = True) -> tuple[Stepper, PrecisionMonitor]:
+    def _untimed(self) -> Region | None:
+        """Arithmetic whose algorithms are not timed; None where a training would go on with what they were.
+
+        PyTorch keeps what cuDNN took for a shape, timed or not, but with TF32 allowed apart from without, also for
+        products in BF16 and FP16, of which that says nothing else. So here it is the other one of the two.
+        """
+        other: Fp32Mode = "ieee" if fp32_arithmetic(self._plan) == "tf32" else "tf32"
+        if "tf32" not in self._trainer.capabilities.matmul_formats:
+            return None
+        return Region(self._plan, self._trainer.device, search=False, fp32=other)
+
+    def _assembled(self, compute: Run, *, region: Region | None = None) -> tuple[Stepper, PrecisionMonitor]:
         trainer, every = self._trainer, self._trainer.config.statistics_every
         monitor = PrecisionMonitor(
             trainer.model,
@@ -111,7 +123,7 @@ class TrialSteps:
             scaler=self._scaler,
             monitor=monitor,
             finished=self._finished,
-            search=search,
+            region=region,
         )
         stepper.counts = self._counted
         return stepper, monitor

@@ -6,6 +6,8 @@ import copy
 import gc
 import random
 import weakref
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from deepseek_mp import Callback, MixedPrecisionTrainer
+from deepseek_mp.backends import capabilities
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.nn import chunked_loss
 from deepseek_mp.nn.deferred import is_pending
@@ -157,40 +160,46 @@ def test_sizes_are_tried_beside_memory_that_stays_free(monkeypatch: pytest.Monke
     assert all(one() is None for one in held)
 
 
-def tried_with(monkeypatch: pytest.MonkeyPatch, search: bool, most: int, **options: int) -> list[int]:
-    """The sizes that are tried with libraries timing their algorithms, or without, where `most` samples fit."""
-    seen: list[tuple[int, bool]] = []
+def tried(monkeypatch: pytest.MonkeyPatch, mode: str) -> dict[tuple[str, bool], list[int]]:
+    """Sizes by how FP32 products are computed and whether libraries time their algorithms, where 1000 samples fit."""
+    seen: dict[tuple[str, bool], list[int]] = {}
+    regions: list[tuple[str, bool]] = []
 
     class Watched(Model):
         def forward(self, x: Tensor) -> Tensor:
-            if not seen or seen[-1] != (len(x), searches[-1]):
-                seen.append((len(x), searches[-1]))
+            found = seen.setdefault(regions[-1], [])
+            if len(x) not in found:
+                found.append(len(x))
             return super().forward(x)
 
-    searches: list[bool] = []
-    real = step.backends.math_mode
-
     def watched(device: Any, *, fp32: Any, search: bool) -> Any:
-        searches.append(search)
-        return real(device, fp32=fp32, search=search)
+        regions.append((fp32, search))
+        return nullcontext()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(step.backends, "math_mode", watched)
-        assert find_batch_size(trainer(Watched(most)), make_batch, **options).size == min(most, options["limit"])
-    return [size for size, timed in seen if timed is search]
-
-
-def test_libraries_time_their_algorithms_only_near_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    rough, fine = (tried_with(monkeypatch, search, 1000, start=64, limit=4096) for search in (False, True))
-    assert rough == [64, 128, 256, 512, 1024, 768, 896, 960]
-    assert fine == [992, 1008, 1000]
+    monkeypatch.setattr(step.backends, "math_mode", watched)
+    assert find_batch_size(trainer(Watched(1000), mode), make_batch, start=64, limit=4096).size == 1000
+    return seen
 
 
-@pytest.mark.parametrize("start", [8, 64])
-def test_the_limit_is_tried_as_a_training_goes(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN keeps what it took for a shape, timed or not: the size found would train with what was not timed."""
-    assert 50 not in tried_with(monkeypatch, False, 1000, start=start, limit=50)
-    assert 50 in tried_with(monkeypatch, True, 1000, start=start, limit=50)
+@pytest.mark.parametrize(("mode", "other"), [("fp32", "tf32"), ("bf16", "tf32"), ("tf32", "ieee")])
+def test_libraries_time_their_algorithms_only_near_the_end(
+    mode: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cuDNN takes without timing it must not be what a training goes on with: it keeps both apart by this."""
+    found = capabilities("cpu")
+    known = replace(found, matmul_formats=found.matmul_formats | {"tf32"})
+    monkeypatch.setattr(
+        MixedPrecisionTrainer, "capabilities", property(lambda _: known, lambda *_: None), raising=False
+    )
+    seen = tried(monkeypatch, mode)
+    own = "tf32" if mode == "tf32" else "ieee"
+    assert seen == {(other, False): [64, 128, 256, 512, 1024, 768, 896, 960], (own, True): [992, 1008, 1000]}
+
+
+def test_where_libraries_would_not_keep_them_apart_all_sizes_are_tried_as_a_training_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert list(tried(monkeypatch, "bf16")) == [("ieee", True)]
 
 
 def test_a_size_beside_which_nothing_stays_free_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepseek_mp import MixedPrecisionTrainer, PrecisionPlan, StepResult
+from deepseek_mp import MixedPrecisionTrainer, StepResult
 from deepseek_mp.errors import BatchError, NonFiniteError
-from deepseek_mp.trainer.step import VETOED, Region
+from deepseek_mp.trainer.step import VETOED
 
 CPU = torch.device("cpu")
 
@@ -386,17 +386,6 @@ def test_a_loss_that_cannot_be_trained_on_is_refused_without_a_trace(monkeypatch
 
 
 # -- regions and samples ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("base", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("block", torch.bfloat16)]
-)
-def test_a_region_is_the_plans_base(base, dtype):
-    region = Region(PrecisionPlan.of(base), CPU, search=False)
-    with region.flags(), region.autocast(cache=True):
-        assert torch.is_autocast_enabled("cpu") == (dtype is not None)
-        assert dtype is None or torch.get_autocast_dtype("cpu") == dtype
-    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_an_fp32_plan_is_fp32_inside_a_region_of_the_caller():
