@@ -12,11 +12,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_mp import MixedPrecisionTrainer
+from deepseek_mp.trainer import eager_pools
 from deepseek_mp.trainer.eager_pools import EagerPools
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs torch.cuda")]
 IMAGES, SIZE, WIDTH = 16, 112, 64
 OUTPUTS = IMAGES * WIDTH * (SIZE // 4) ** 2
+
+
+@pytest.fixture(autouse=True)
+def _small_pools_too(monkeypatch):
+    monkeypatch.setattr(eager_pools, "LEAST_BYTES", 0)
 
 
 def whole_numbers(*shape):

@@ -17,8 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.activations import ActivationSettings
 from deepseek_mp.precision import PrecisionPlan
-from deepseek_mp.trainer import assembly, planning
+from deepseek_mp.trainer import assembly, eager_pools, planning
 from deepseek_mp.trainer.eager_pools import EagerPools
+
+
+@pytest.fixture(autouse=True)
+def _small_pools_too(monkeypatch):
+    monkeypatch.setattr(eager_pools, "LEAST_BYTES", 0)
 
 
 def reference(_device, _dtype):
@@ -423,3 +428,12 @@ def test_compiled_trainers_use_them_in_counted_steps_only(how, with_kernels):
     assert len(with_kernels) == 3
     whole = 1 if how is True else 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == whole
+
+
+@pytest.mark.parametrize(("least", "ours"), [(2 * 16 * 8 * 8 * 4, True), (2 * 16 * 8 * 8 * 4 + 1, False)])
+def test_small_pools_stay_which_would_take_the_host_longer_than_they_save_the_device(least, ours, monkeypatch):
+    monkeypatch.setattr(eager_pools, "LEAST_BYTES", least)
+    pool, x = nn.MaxPool2d(2), channels_last(2, 16, 8, 8).requires_grad_()
+    with EagerPools(pool, False, reference).in_force(), Saved() as saved:
+        pool(x)
+    assert (torch.uint8 in saved.types) is ours
