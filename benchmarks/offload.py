@@ -208,7 +208,18 @@ def _offloaded(
         "host_step_ms": 1e3 * min(host) if host else None,
         "pinned": optimizer.pinned,
         "host_bytes_per_value": host_bytes(work),
+        "huge_pages": _huge_pages(),
     }
+
+
+def _huge_pages() -> float | None:
+    """Share of the process's own memory that is in huge pages: what has been given back in pieces gets few. Linux."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    return found["AnonHugePages"] / found["Anonymous"] if found.get("Anonymous") else None
 
 
 def measure_exact(bench: Bench) -> dict[str, Any]:
