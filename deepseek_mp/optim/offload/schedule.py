@@ -285,8 +285,9 @@ def predict(placed: Split, rates: Rates, work: Work) -> Prediction:
     hidden = max(arrived, begun + values * beside, busy)
     tail = last * up + values * (norm + stepping * (work.mode == "sync"))
     sent = work.forward_backward + values * up
-    total = max(hidden + tail, sent - forward) + on_device
-    if work.mode == "immediate":
+    if work.mode != "immediate":
+        total = max(hidden + tail, sent - forward) + on_device
+    else:
         # What forward reads last: the first that arrives, and the next, which may have to wait for it.
         sizes = [chunk.values for chunk in placed.host[:2]] or [0]
         way = placed.fraction / max(values, 1)
