@@ -63,7 +63,7 @@ class Bench:
         self._training: Training | None = None
         self._is_fp32 = False
         self._memory = HostMemory()
-        self._bare: dict[bool, float] = {}
+        self._bare: dict[tuple[bool, int], float] = {}
         self._rates: Rates | None = None
         self.device_step = 0.0
         """Seconds of the step of all values on the device, once its arm has run."""
@@ -94,13 +94,14 @@ class Bench:
         return self._rates
 
     def bare(self, training: Training, arm: Arm) -> float:
-        """Seconds of forward and backward of one micro-batch without an optimizer."""
-        if arm.fp32 not in self._bare:
+        """Seconds of a window's forward and backward passes without an optimizer, gradients added up in place."""
+        known = (arm.fp32, arm.micro)
+        if known not in self._bare:
             for _ in range(2):
                 training.without_optimizer(1)
-            times = self.seconds(lambda: training.without_optimizer(1), steps=3)
-            self._bare[arm.fp32] = Spread.of(times).median
-        return self._bare[arm.fp32]
+            times = self.seconds(lambda: training.without_optimizer(arm.micro), steps=3)
+            self._bare[known] = Spread.of(times).median
+        return self._bare[known]
 
     def seconds(self, call: Callable[[], object], *, steps: int, rounds: int | None = None) -> list[float]:
         """Of a call, once a round."""
@@ -132,7 +133,7 @@ def measure(name: str, bench: Bench) -> dict[str, Any]:
     """One arm: timed, its memory, and compared with its prediction."""
     arm = ARMS[name]
     training = bench.training(arm)
-    bare = bench.bare(training, arm) * arm.micro
+    bare = bench.bare(training, arm)
     rates = bench.rates  # measured once, and not in the time that making takes
     before = bench.allocated()
     start = time.perf_counter()

@@ -113,7 +113,8 @@ def _hidden(cases: Cases) -> list[dict[str, Any]]:
         if name in SHARED:
             host *= cases[name]["share"]
         bare = cases[name]["bare_ms"]
-        hidden = 1 - (taken - bare) / host
+        device = 1e3 * cases[name]["prediction"]["device"]  # with the step of what stays there, which is not the host's
+        hidden = 1 - (taken - device) / host
         target = _target(f"share of the host's step that is hidden; {HIDDEN} wanted", name, hidden, hidden >= HIDDEN)
         if host >= bare:
             target["outcome"] = "not demanded: the host's step takes longer than forward and backward"

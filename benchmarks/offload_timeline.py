@@ -28,6 +28,7 @@ from deepseek_mp.backends import default_device, synchronize
 from deepseek_mp.optim.offload import HostMemory, OffloadedOptimizer, crew, host_chunk
 
 WARM, ROUNDS = 4, 5
+"""Steps before times are taken, and measurements; of an arm with micro-batches fewer."""
 STEPS = (2, 8)
 """Of one measurement each."""
 
@@ -115,9 +116,10 @@ def show(name: str, training: Training, memory: HostMemory) -> None:
         training.backward(ARMS[name].micro)
         optimizer.step()
 
-    for _ in range(WARM):
+    for _ in range(max(2, WARM // ARMS[name].micro)):
         step()
-    found = [[milliseconds(step, steps, training.device) for _ in range(ROUNDS)] for steps in STEPS]
+    rounds = max(2, ROUNDS // ARMS[name].micro)
+    found = [[milliseconds(step, steps, training.device) for _ in range(rounds)] for steps in STEPS]
     each = ", ".join(f"of {n}: {statistics.median(ms):.1f} ms" for n, ms in zip(STEPS, found, strict=True))
     print(f"{name}, {torch.get_num_threads()} threads: a step {each}", flush=True)
     notes: Notes = []
