@@ -4,8 +4,8 @@
 
 Each arm is a process of its own: `find_batch_size` on the trainer, then two steps with what was found, which have to be
 applied. `times` is over FP32, whose loss is as it is and whose max pools are PyTorch's. Models of images and their
-batches are in channels_last in all arms, FP32's too. On a CPU, whose memory is not counted, --small tries the script;
-then numbers mean nothing.
+batches are in channels_last in all arms, FP32's too. Batches are on the host, as a loader's are. On a CPU, whose memory
+is not counted, --small tries the script; then numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ WITHOUT = {"resnet50": ("bf16-plain-loss",)}
 AT_LEAST = {"bf16": 2.0, "bf16-auto": 4.0}
 """How many times FP32's batch is asked for."""
 STEPS = 2
+SAMPLES = 8
+"""Those that a batch repeats."""
 SMALL_LIMIT = 16
 
 
@@ -68,12 +71,14 @@ def memory_format(value: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def channels_last(tree: Any) -> Any:
-    """The batch with its images in channels_last."""
+def on_host(tree: Any) -> Any:
+    """A batch of the first samples, on the host, its images in channels_last."""
 
     def leaf(value: Any) -> Any:
-        images = isinstance(value, Tensor) and value.dim() == 4
-        return value.contiguous(memory_format=torch.channels_last) if images else value
+        if not isinstance(value, Tensor):
+            return value
+        samples = value[:SAMPLES].cpu()
+        return samples.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else samples
 
     return map_leaves(tree, leaf)
 
@@ -85,11 +90,10 @@ def visit(name: str, arm: str, device: torch.device, args: argparse.Namespace) -
         total = module.get_device_properties(device).total_memory
         module.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total), device.index)
     case = CASES[name](device, small=args.small)
-    model, batch = case.model(), case.batches[0]
+    model, batch = case.model(), on_host(case.batches[0])
     case.batches.clear()
     if case.images:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batch = channels_last(batch)
     for pool in (module for module in model.modules() if arm == "fp32" and isinstance(module, nn.MaxPool2d)):
         # The trainer leaves alone what has a forward that somebody has put there.
         vars(pool)["forward"] = partial(nn.MaxPool2d.forward, pool)
@@ -108,7 +112,7 @@ def visit(name: str, arm: str, device: torch.device, args: argparse.Namespace) -
         "measures": list(found.measures),
         "taken": None if trainer.memory is None else list(trainer.memory.taken),
         "losses": [float(outcome.loss) for outcome in outcomes],
-        "steps_tried": len(found.tried),
+        "tried": [asdict(one) for one in found.tried],
         "check": "passed" if applied else "a step of that size was not applied",
     }
 

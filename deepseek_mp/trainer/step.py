@@ -212,9 +212,9 @@ class Stepper:
     def _compute(self, batch: Any, call: calls.Call, index: int, *, whole: bool) -> Tensor | None:
         """Forward, loss and backward of one micro-batch; returns its loss, None if it has no items."""
         self.window.entries.append(MicroBatch(index=index, batch=batch, rng=get_rng(self.device)))
-        moved = calls.move(call, self.device)
         with self._sampled(), self._pools.in_force(), self.region.flags(), self._same_weights():
-            loss, items = self._forward(moved)
+            # Named nowhere here: what backward does not need of it, such as FP32 images, ends with forward.
+            loss, items = self._forward(calls.move(call, self.device))
             if isinstance(items, int) and items == 0:
                 return None  # every label is masked: a mean over nothing
             weight = self.window.weigh(items, whole=whole)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from deepseek_mp import MixedPrecisionTrainer, StepResult
 from deepseek_mp.errors import BatchError, NonFiniteError
+from deepseek_mp.trainer import step
 from deepseek_mp.trainer.step import VETOED
 
 CPU = torch.device("cpu")
@@ -419,6 +422,32 @@ def test_the_backward_of_a_counted_step_runs_on_the_step_s_own_thread():
         trainer.step(batch())
     assert seen == [False, False, True]
     assert torch._C._is_multithreading_enabled()
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 1.0}, {"activations": True}, {"compile": True}], ids=str)
+def test_what_a_batch_was_moved_as_is_gone_when_backward_begins(monkeypatch, options):
+    """A model in BF16 keeps its own cast of FP32 inputs for backward."""
+    seen = []
+
+    def copied(call, device):
+        inputs = call.args[0].clone()
+        seen.append(weakref.ref(inputs))
+        return replace(call, args=(inputs,))
+
+    class Watched(nn.Linear):
+        def forward(self, input):
+            output = super().forward(input)
+            output.register_hook(lambda _gradient: alive.append(seen[-1]() is not None))
+            return output
+
+    monkeypatch.setattr(step.calls, "move", copied)
+    alive = []
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), Watched(8, 3))
+    trainer = make("bf16", model=model, **options)
+    for _ in range(3):
+        trainer.step(batch())
+    assert alive
+    assert not any(alive[-2:])
 
 
 def test_sampled_steps_have_the_same_numbers():
