@@ -35,11 +35,9 @@ from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.memory_measures import possible, settings_of
 from deepseek_mp.trainer.memory_report import gib_for, in_gib, limit_of
 from deepseek_mp.trainer.memory_trials import Gauge, in_force
-from deepseek_mp.trainer.trial_steps import FAILURES, TrialSteps, goes_through, trials, unrecorded
+from deepseek_mp.trainer.trial_steps import FAILURES, TrialSteps, goes_through, progress, trials, unrecorded
 
 log = logging.getLogger("deepseek_mp")
-progress = logging.getLogger("deepseek_mp.trials")
-"""Each trial as it ends: a search may take minutes."""
 
 Fits = Callable[[int], bool]
 Choose = Callable[[Sequence[Measure]], Sequence[Measure]]
@@ -342,19 +340,23 @@ class _Trials:
         begun = time.perf_counter()
         self._steps.begin_anew(rough=rough)
         release_memory(self._device)
+        held = _held_bytes(self._device)
         spare: list[Tensor | None] = []
         fits, peak = False, None
         try:
             if goes_through(lambda: spare.append(_spare(self._device)), self._device):
-                fits, peak = self._measured(size, steps, beside=sum(held.nbytes for held in spare if held is not None))
+                fits, peak = self._measured(size, steps, beside=sum(one.nbytes for one in spare if one is not None))
         finally:
             spare.clear()
         self.tried.append(Tried(size=size, fits=fits, peak_bytes=peak))
         progress.info(
-            "find_batch_size: %d samples %s: %s, %.1f s%s",
+            "find_batch_size: %d samples %s, %s%s: %s%s, %.1f s%s",
             size,
+            "roughly" if rough else f"{steps} x",
             "fit" if fits else "do not fit",
+            "" if self._limit_bytes is None else f" into {in_gib(self._limit_bytes)}",
             "peak unknown" if peak is None else in_gib(peak),
+            "" if held is None else f", {in_gib(held)} held before",
             time.perf_counter() - begun,
             f"; with {', '.join(self.measures)}" if self.measures else "",
         )
@@ -393,6 +395,13 @@ def _before_steps(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]] | None:
     if any(isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values()):
         return None
     return {parameter: dict(state) for parameter, state in optimizer.state.items()}
+
+
+def _held_bytes(device: torch.device) -> int | None:
+    """In tensors now; None on a CPU."""
+    if device.type == "cpu" or not reset_peak_memory(device):
+        return None
+    return peak_memory_bytes(device)
 
 
 def _spare(device: torch.device) -> Tensor | None:

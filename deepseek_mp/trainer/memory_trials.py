@@ -30,14 +30,12 @@ from deepseek_mp.trainer.confirmed_batch import ConfirmedBatch
 from deepseek_mp.trainer.fused_loss import SMALL
 from deepseek_mp.trainer.memory_measures import UNCOUNTED, Settings, possible, put_in_force, settings_of
 from deepseek_mp.trainer.memory_report import MemoryLine, MemoryReport, gib_for, in_gib, limit_of, lines_of
-from deepseek_mp.trainer.trial_steps import FAILURES, TrialSteps, goes_through, trials, unrecorded
+from deepseek_mp.trainer.trial_steps import FAILURES, TrialSteps, goes_through, progress, trials, unrecorded
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 log = logging.getLogger("deepseek_mp")
-progress = logging.getLogger("deepseek_mp.trials")
-"""Each trial as it ends: all of them may take minutes."""
 
 TIMED = 3
 """Steps that are timed in a trial; the shortest counts, since what disturbs a step only makes it longer."""

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 
 log = logging.getLogger("deepseek_mp")
+progress = logging.getLogger("deepseek_mp.trials")
+"""Tells each trial at INFO, as it ends: all of them may take minutes."""
 
 FAILURES = (RuntimeError, SystemError, ValueError, MixedPrecisionError)
 """What a step may fail with that cannot be made in the way that is tried."""
@@ -165,6 +167,7 @@ def goes_through(call: Callable[[], object], device: torch.device) -> bool:
         lost = isinstance(error, SystemError) and before is not None and out_of_memory_count(device) == before
         if lost or not is_out_of_memory(error):
             raise
+        progress.info("memory ran out: %s: %s", type(error).__name__, str(error).strip().partition("\n")[0])
     else:
         return True
     gc.collect()  # a model may leave cycles, and in them activations

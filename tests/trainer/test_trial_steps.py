@@ -29,6 +29,12 @@ def test_a_call_goes_through_or_runs_out_of_memory_and_other_errors_are_the_call
         goes_through(lambda: (_ for _ in ()).throw(RuntimeError("mine")), CPU)
 
 
+def test_what_ran_out_of_memory_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "deepseek_mp.trials"):
+        goes_through(ran_out, CPU)
+    assert caplog.messages == ["memory ran out: OutOfMemoryError: out of memory"]
+
+
 def test_memory_that_ran_out_is_found_below_what_a_library_makes_of_it() -> None:
     def wraps() -> None:
         try:
