@@ -1,8 +1,8 @@
-"""What a step that fails would leave behind: half of an optimizer's state, and memory that its exception holds.
+"""What a step that fails would leave behind: half of an optimizer's state, and memory that nobody can use.
 
 An exception keeps the frames that it came through, and these the activations, as long as somebody handles it. Who
 catches that memory ran out and tries a smaller batch at once would find none free. So of such an exception, and of no
-other, the local variables are let go.
+other, the local variables are let go. What a backward had still to do keeps its graph, and is let go too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,19 @@ def let_go(error: BaseException, device: torch.device) -> None:
         return
     for one in _chain(error):
         traceback.clear_frames(one.__traceback__)  # those that are still running are left alone
+    _forget_backward()
     release_memory(device)
+
+
+def _forget_backward() -> None:
+    """Have autograd let go of what a backward that failed had still to do on this thread.
+
+    Nodes that were ready, such as the other branch of a residual block, stay in the thread's queue, and with them the
+    graph before them and what it saved, until the thread's next backward comes to the queue. Smaller batches would run
+    out of memory in their forward and never get there. On a CPU, and wherever a step is counted, it is this thread's.
+    """
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        torch.zeros((), device="cpu", requires_grad=True).backward()
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

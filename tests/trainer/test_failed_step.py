@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp import Callback, MixedPrecisionTrainer
+from deepseek_mp.trainer.failed_step import _forget_backward
 
 SIZE = 4
 """Samples that fit."""
@@ -122,6 +125,31 @@ def test_its_memory_is_free_when_the_caller_tries_again() -> None:
     except torch.OutOfMemoryError:  # within, where the exception and its frames are still there
         assert [ref() for ref in model.seen] == [None]
         run.step(batch(SIZE))
+    assert run.steps_applied == 1
+
+
+class Branched(Model):
+    """Memory fails in the branch that the backward comes to first; the other one, which saves `seen`, is ready then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.seen.append(weakref.ref(x))
+        return self.side(x) + Hungry.apply(self.last(x), self.where)
+
+
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_what_its_backward_had_still_to_do_holds_no_memory(around: Callable[[], AbstractContextManager[Any]]) -> None:
+    run = trainer(Branched())
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        run.step(batch(SIZE + 1))
+    assert [ref() for ref in run.model.seen] == [None]
+    with around():
+        _forget_backward()
+    run.step(batch(SIZE))
     assert run.steps_applied == 1
 
 
