@@ -134,6 +134,49 @@ def peak_of(run, data, steps=4):
     return torch.cuda.max_memory_allocated()
 
 
+class RanOut(torch.autograd.Function):
+    """Has no memory for the backward of many samples."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if len(gradient) > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return gradient
+
+
+class Branched(nn.Module):
+    """The branch that runs out of memory comes first in the backward; the other one saves 64 MiB."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.side, self.last = nn.Linear(512, 4096), nn.Linear(4096, 8), nn.Linear(4096, 8)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.side(x) + RanOut.apply(self.last(x))
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "not counted"])
+def test_a_backward_that_ran_out_of_memory_holds_none(counted):
+    """Of a step that is counted it runs on the caller's thread, where autograd keeps what it had still to do."""
+    trainer = MixedPrecisionTrainer(Branched(), "fp32", device="cuda", statistics_every=None)
+    batch = torch.randn(4096, 512, device="cuda"), torch.randint(0, 8, (4096,), device="cuda")
+    trainer.step((batch[0][:8], batch[1][:8]))
+    trainer.settle()
+    trainer.stepper.counts, trainer.stepper.flops = counted, None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        trainer.step(batch)
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 16 << 20
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_budget_is_kept_by_what_costs_least(compiled):
     data = batch(16)
