@@ -19,7 +19,7 @@ from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import layer_decisions
-from deepseek_mp.qat.norms import norm_settings, put_back_settings
+from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.simulated import SimulatedModel
 
 
@@ -127,8 +127,10 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
 
     from deepseek_mp.qat.scheme import Quantizer
 
+    complete_norms(graph)
     own = norm_settings(graph.graph)
-    with fp32_flags_left_alone(), warnings.catch_warnings():  # it exports the patterns that it looks for
+    hidden = without_statistics_hidden(graph.graph)
+    with fp32_flags_left_alone(), hidden, warnings.catch_warnings():  # it exports the patterns that it looks for
         warnings.simplefilter("ignore")  # of torchao about itself
         prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep))
     put_back_settings(prepared, own)
