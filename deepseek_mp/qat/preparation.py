@@ -18,7 +18,7 @@ from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.qat.keep import kept_names
-from deepseek_mp.qat.layers import layer_decisions
+from deepseek_mp.qat.layers import are_plain, layer_decisions
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.simulated import SimulatedModel
 
@@ -50,7 +50,7 @@ def prepare(
     if not model.training:
         copy.train()
     graph = _exported(copy, args, kwargs, (*dynamic[0], *dynamic[1].values()))
-    prepared = _prepared(graph, kept)
+    prepared = _prepared(graph, kept, alone=not are_plain(copy, graph.graph))
     decisions = layer_decisions(model, prepared, kept)
     if not any(decision.new == "int8" for decision in decisions):
         raise _nothing(decisions)
@@ -121,7 +121,7 @@ def _exported(
     return program.module(check_guards=False)
 
 
-def _prepared(graph: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
+def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> fx.GraphModule:
     """With fake quantisation; BatchNorms keep their own mode, momentum and `eps`, which torchao's patterns replace."""
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
@@ -132,7 +132,7 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
     hidden = without_statistics_hidden(graph.graph)
     with fp32_flags_left_alone(), hidden, warnings.catch_warnings():  # it exports the patterns that it looks for
         warnings.simplefilter("ignore")  # of torchao about itself
-        prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep))
+        prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep, alone=alone))
     put_back_settings(prepared, own)
     return prepared
 
