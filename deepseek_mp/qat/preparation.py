@@ -19,6 +19,7 @@ from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions
+from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.simulated import SimulatedModel
 
@@ -127,6 +128,7 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
 
     from deepseek_mp.qat.scheme import Quantizer
 
+    number_paddings(graph)
     complete_norms(graph)
     own = norm_settings(graph.graph)
     hidden = without_statistics_hidden(graph.graph)
