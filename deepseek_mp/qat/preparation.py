@@ -98,6 +98,10 @@ def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
     if places - {"cpu"}:
         passed = f"a model or example_inputs on {', '.join(sorted(places - {'cpu'}))}"
         raise ConfigError(explain(passed, "both on the CPU, where INT8 is computed", "Move them there with .cpu()"))
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.dtype is not torch.float32:
+            passed = f"a model with {name!r} in {weight.dtype}"
+            raise ConfigError(explain(passed, "weights in FP32, which are rounded", "Call model.float() first"))
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
