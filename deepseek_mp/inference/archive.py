@@ -198,7 +198,7 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
     layers = {name: layer for name, layer in served.named_modules() if isinstance(layer, QuantisedLinear)}
     portable = {name: layer.portable() for name, layer in layers.items()}
     with math_mode(served.device, fp32="ieee", search=True), in_place(served, portable):
-        made = exported(_Whole(served), args, kwargs, dynamic=dynamic)
+        made = exported(_Whole(served), args, kwargs, dynamic=dynamic, kept=served.kept_state)
         if not widen:
             return made
         check_operations(made.program)

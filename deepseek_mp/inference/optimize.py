@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from deepseek_mp.inference.arguments import arguments_of, clones, undoing
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
 from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
-from deepseek_mp.inference.form import Form, candidates, narrow
+from deepseek_mp.inference.form import FORMATS, Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
 from deepseek_mp.inference.mixed import MixedForms
 from deepseek_mp.inference.quantised_linear import linear_kinds
@@ -84,6 +85,8 @@ def optimize_for_inference(
     Raises:
         ConfigError: an argument that is not allowed, a model that cannot be copied, or outputs that are not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(explain(f"a model of type {type(model).__name__}", "an nn.Module", "Pass one"))
     _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
     measured = find_metric(metric)
     tensor = first_tensor(example_inputs)
@@ -112,9 +115,12 @@ def _forms(
 ) -> list[Form]:
     has = capabilities(device).matmul_formats
     if formats is not None:
-        if unknown := sorted(set(formats) - has):
-            allowed = ", ".join(sorted(has))
-            raise ConfigError(explain(f"formats with {', '.join(unknown)} on {device}", allowed, "Leave it out"))
+        known = [name for name in FORMATS if name in has]
+        if isinstance(formats, str):
+            raise ConfigError(explain(f"formats={formats!r}", "a tuple of names", f"Pass ({formats!r},)"))
+        if unknown := sorted(set(formats) - set(known)):
+            passed = f"formats with {', '.join(unknown)} on {device}"
+            raise ConfigError(explain(passed, ", ".join(known), "Leave it out"))
         has = has & {"fp32", *formats}
     beside = narrow(has)
     linear = [] if beside is None else linear_kinds(model, NARROW[beside], device)
@@ -253,10 +259,10 @@ def _outputs(served: Served, inputs: Any) -> Any:
 
 
 def _check(budget: float, **times: float) -> None:
-    if not budget >= 0:
+    if not (isinstance(budget, Real) and budget >= 0):
         raise ConfigError(explain(f"budget={budget!r}", "a number from 0", "Pass the largest metric that you allow"))
     for name, value in times.items():
-        if not 0 <= value < math.inf:
+        if not (isinstance(value, Real) and 0 <= value < math.inf):
             raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a time in seconds"))
 
 

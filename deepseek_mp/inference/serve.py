@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,16 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
 
 
 def _check_norms(model: nn.Module) -> None:
-    """`ValueError` for a convolution before a BatchNorm that is called again: PyTorch's pass changes both calls."""
+    """`ValueError` where PyTorch's pass would change more than it should.
+
+    For a convolution before a BatchNorm that is called again it changes both calls. It loses hooks. And in its
+    trace no argument `is None`, whatever a call passes.
+    """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):  # noqa: SLF001
+        raise ValueError("it has hooks, which would be lost")
+    for parameter in signature(model.forward).parameters.values():
+        if parameter.default is None:
+            raise ValueError(f"its forward may ask whether {parameter.name}=None is given")
     modules = dict(model.named_modules())
     nodes = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
     calls = Counter(node.target for node in nodes)

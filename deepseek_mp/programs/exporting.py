@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.programs.conditions import named
 from deepseek_mp.programs.signature import Leaf, Signature, dtype_name, inputs, leaves_of
 
+Region = Callable[[], AbstractContextManager[Any]]
+"""Makes a block of code of its own."""
 JSON_VALUES = (str, int, float, bool, type(None))
 """Inputs other than tensors; they become part of the graph."""
 
@@ -31,7 +34,12 @@ class Exported:
 
 
 def exported(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, dynamic: Sequence[int] = (0,)
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic: Sequence[int] = (0,),
+    kept: Region = nullcontext,
 ) -> Exported:
     """The program of a module whose `forward` takes a tuple and a dict of arguments, traced with these.
 
@@ -40,6 +48,7 @@ def exported(
     Args:
         dynamic: dimensions, of all tensors whose size there is that of the first tensor, that may change later. Where
             the module does not bear it, all sizes are fixed, and the signature says why.
+        kept: gives a region at whose end the module's state is as before; the module is called in several of them.
 
     Raises:
         ConfigError: the module cannot be exported, or computes something else as a graph.
@@ -47,17 +56,28 @@ def exported(
     given = inputs(args, kwargs)
     _check_values(*given)
     free = [dim for dim in dynamic if _size(given, dim) is not None]
-    made = _free(module, given, free) if free else _traced(module, given, ())
-    with torch.no_grad():
-        if not bits_equal(module(*given), made.program.module(check_guards=False)(*given)):
-            passed = f"a {type(module).__name__} whose exported graph gives other outputs than itself"
-            allowed = "a forward that does the same at every call, and when it is exported"
-            change = (
-                "Leave out what is random; of nn.TransformerEncoder turn off the fused path, which graphs do not have, "
-                "before the model is served: torch.backends.mha.set_fastpath_enabled(False)"
-            )
-            raise ConfigError(explain(passed, allowed, change))
+    with kept():
+        made = _free(module, given, free, kept) if free else _traced(module, given, ())
+    if not _same(module, made, given, kept):
+        passed = f"a {type(module).__name__} whose exported graph gives other outputs than itself"
+        allowed = "a forward that does the same at every call, and when it is exported"
+        change = (
+            "Leave out what is random, and write to state in place instead of replacing it; of nn.TransformerEncoder "
+            "turn off the fused path, which graphs do not have, "
+            "before the model is served: torch.backends.mha.set_fastpath_enabled(False)"
+        )
+        raise ConfigError(explain(passed, allowed, change))
     return made
+
+
+def _same(module: nn.Module, made: Exported, given: tuple[Any, Any], kept: Region) -> bool:
+    """Whether the graph gives what the module gives, both from the state of now, and once more from what that left."""
+    outputs = []
+    for call in (module, made.program.module(check_guards=False)):
+        with torch.no_grad(), kept():
+            twice = [pytree.tree_map_only(Tensor, Tensor.clone, call(*given)) for _ in range(2)]  # they may be state
+            outputs.append(twice)
+    return bits_equal(*outputs)
 
 
 def bits_equal(found: Any, expected: Any) -> bool:
@@ -69,14 +89,14 @@ def bits_equal(found: Any, expected: Any) -> bool:
     return True
 
 
-def _free(module: nn.Module, given: tuple[Any, Any], free: list[int]) -> Exported:
+def _free(module: nn.Module, given: tuple[Any, Any], free: list[int], kept: Region) -> Exported:
     """With free sizes, or fixed ones where that fails."""
     larger = _resized(given, free, 2, only=1)  # the exporter takes a size of 1 for one that never changes
     try:
         made = _traced(module, larger, free)
         if not made.signature.is_free:
             raise ConfigError("the model's code needs the size that it was exported with")
-        made = replace(made, signature=_from_one(module, made, given, free))
+        made = replace(made, signature=_from_one(module, made, given, free, kept))
         made.signature.check(*given)
     except ConfigError as error:
         fixed = _traced(module, given, ())
@@ -85,13 +105,18 @@ def _free(module: nn.Module, given: tuple[Any, Any], free: list[int]) -> Exporte
     return made
 
 
-def _from_one(module: nn.Module, made: Exported, given: tuple[Any, Any], free: list[int]) -> Signature:
+def _from_one(
+    module: nn.Module,
+    made: Exported,
+    given: tuple[Any, Any],
+    free: list[int],
+    kept: Region,
+) -> Signature:
     """The signature with sizes from 1, if the graph gives what the module gives there."""
     one, signature = _resized(given, free, 1), made.signature.with_least(1)
     try:
         signature.check(*one)
-        with torch.no_grad():
-            same = bits_equal(made.program.module(check_guards=False)(*one), module(*one))
+        same = _same(module, made, one, kept)
     except (RuntimeError, ValueError, IndexError):  # a refusal, or operations that do not take a size of 1
         same = False
     return signature if same else made.signature

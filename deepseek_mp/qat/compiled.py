@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch._inductor import config as inductor
 from deepseek_mp.qat.modes import quiet_copy
 
 Program = Callable[..., Any]
+_COMPILING = Lock()
+"""Held by the thread that compiles: the compiler's state is one for the process, and fails for two of them."""
 
 
 class CompiledGraph:
@@ -40,7 +43,10 @@ class CompiledGraph:
         key = (torch.get_num_threads(), *((t.device, t.dtype, t.shape, t.stride()) for t in inputs))
         program = self._programs.get(key)
         if program is None:
-            program = self._programs[key] = self._compiled(inputs)
+            with _COMPILING:
+                program = self._programs.get(key)  # another thread may have made it meanwhile
+                if program is None:
+                    program = self._programs[key] = self._compiled(inputs)
         return program(*inputs)
 
     def _compiled(self, inputs: tuple[Tensor, ...]) -> Program:

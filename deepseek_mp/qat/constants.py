@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
 
@@ -13,11 +14,12 @@ def fold_constants(module: fx.GraphModule) -> None:
     """Put tensors in the place of what is computed from constants, and drop parameters and buffers without a reader.
 
     Integers that stand for weights stay integers: what widens them stays in the graph. So does what makes a tensor
-    larger than those that it is made of.
+    larger than those that it is made of, and what reads state that the graph writes to.
     """
     graph = module.graph
+    written = _written(graph)
     for count, node in enumerate(list(graph.nodes)):
-        if _is_constant(node) and (value := _value(module, node)) is not None:
+        if _is_constant(node, written) and (value := _value(module, node)) is not None:
             name = f"_constant_{count}"
             module.register_buffer(name, value)
             with graph.inserting_before(node):
@@ -32,11 +34,44 @@ def fold_constants(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _is_constant(node: fx.Node) -> bool:
+def _written(graph: fx.Graph) -> set[str]:
+    """The names of tensors that the graph writes to, also through views: each call finds other values there."""
+    names = set()
+    for node in graph.nodes:
+        reached = _aliased(node) if _is_mutable(node) else []
+        while reached:
+            source = reached.pop()
+            if source.op == "get_attr":
+                names.add(str(source.target))
+            reached += _aliased(source)
+    return names
+
+
+def _aliased(node: fx.Node) -> list[fx.Node]:
+    """Arguments that the operation writes to, or whose memory its result shares."""
+    if not isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001 - it has no public name
+        return []
+    places = enumerate(node.target._schema.arguments)  # noqa: SLF001
+    shared = [
+        node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        for index, argument in places
+        if argument.alias_info is not None
+    ]
+    found: list[fx.Node] = []
+    fx.map_arg(shared, found.append)
+    return found
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable  # noqa: SLF001
+
+
+def _is_constant(node: fx.Node, written: Collection[str]) -> bool:
     if node.op != "call_function" or "dequantize" in str(node.target) or not node.all_input_nodes:
         return False
-    pure = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable  # noqa: SLF001
-    return pure and not node.is_impure() and all(source.op == "get_attr" for source in node.all_input_nodes)
+    pure = isinstance(node.target, torch._ops.OpOverload) and not _is_mutable(node)  # noqa: SLF001
+    kept = all(source.op == "get_attr" and str(source.target) not in written for source in node.all_input_nodes)
+    return pure and not node.is_impure() and kept
 
 
 def _value(module: fx.GraphModule, node: fx.Node) -> Tensor | None:

@@ -11,7 +11,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.qat.constants import fold_constants
 from deepseek_mp.qat.int8 import Int8Model
 from deepseek_mp.qat.norms import fold_norms
-from deepseek_mp.qat.simulated import SimulatedModel
+from deepseek_mp.qat.simulated import SimulatedModel, put_back_state, state_of
 
 
 def convert(simulated: SimulatedModel) -> Int8Model:
@@ -27,11 +27,13 @@ def convert(simulated: SimulatedModel) -> Int8Model:
         raise ConfigError(explain(passed, "a CPU build of PyTorch with oneDNN", "Convert on an x86-64 machine"))
     args, kwargs = simulated.example
     graph = simulated.evaluated()
+    state = state_of(graph)
     with torch.no_grad(), fp32_flags_left_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchao and the exporter about themselves
         graph(*args, **kwargs)  # the ranges of the weights as the last step left them
         fold_norms(graph)
         converted = convert_pt2e(graph)
+        put_back_state(converted, state)  # it was run here, and by torchao to find constants
         fold_constants(converted)
         positional, named = simulated.dynamic
         program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*positional, *named.values()))

@@ -43,7 +43,7 @@ class Int8Model(nn.Module):
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs as the graph says, without a compiler: slow, to compare with."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # which compiled code is without too
             return self.graph(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Int8Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -14,6 +15,8 @@ aten = torch.ops.aten
 PRODUCTS = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 """Operations (input, weight, ...) that INT8 kernels are there for."""
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_NORMS = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001 - the class of them all
+_CALLED_ONCE = {aten.conv1d.default, aten.conv2d.default, aten.batch_norm.default}
 OTHERS = (
     nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.Embedding,
     nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
@@ -31,6 +34,15 @@ def layer_of(node: fx.Node) -> str:
 def is_kept(name: str, keep: Collection[str]) -> bool:
     """Whether the module of that name is one of those named, or in one."""
     return any(name == kept or name.startswith(f"{kept}.") for kept in keep)
+
+
+def are_plain(model: nn.Module, graph: fx.Graph) -> bool:
+    """Whether each convolution and BatchNorm is called once, and no layer has a hook that may change its result."""
+    calls = Counter(layer_of(node) for node in graph.nodes if node.target in _CALLED_ONCE)
+    named = dict(model.named_modules())
+    layers = [module for module in named.values() if isinstance(module, KINDS + _NORMS)]
+    again = (name for name, count in calls.items() if count > 1 and isinstance(named.get(name), KINDS + _NORMS))
+    return not list(again) and not any(layer._forward_hooks for layer in layers)  # noqa: SLF001 - nothing public says so
 
 
 def is_quantised(node: fx.Node, module: nn.Module) -> bool:

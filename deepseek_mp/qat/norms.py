@@ -7,7 +7,9 @@ they get the mode, momentum and `eps` of the model, in place of those in torchao
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,6 +26,34 @@ Settings = tuple[Any, ...]
 def norm_settings(graph: fx.Graph) -> dict[Any, Settings]:
     """Training, momentum and eps of each BatchNorm, by the name of its mean."""
     return {_name(norm.args[3]): norm.args[5:8] for norm in norms_of(graph)}
+
+
+def complete_norms(module: fx.GraphModule) -> None:
+    """Give BatchNorms without weight or bias ones and zeros in place of it: torchao's patterns compute with both."""
+    graph = module.graph
+    for count, norm in enumerate(norms_of(graph)):
+        for index, name, fill in ((1, "weight", torch.ones_like), (2, "bias", torch.zeros_like)):
+            if norm.args[index] is None:
+                mean: Any = norm.args[3]
+                module.register_buffer(f"_norm_{count}_{name}", fill(attrgetter(_name(mean))(module)))
+                with graph.inserting_before(norm):
+                    made = graph.get_attr(f"_norm_{count}_{name}")
+                made.meta = {"val": mean.meta["val"]}
+                norm.update_arg(index, made)
+    module.recompile()
+
+
+@contextmanager
+def without_statistics_hidden(graph: fx.Graph) -> Iterator[None]:
+    """Inside, BatchNorms without running statistics are not known as such: no weights can be scaled by theirs."""
+    nodes = [node for node in graph.find_nodes(op="call_function", target=aten.batch_norm.default) if not node.args[3]]
+    for node in nodes:
+        node.target = aten.native_batch_norm.default
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.target = aten.batch_norm.default
 
 
 def put_back_settings(prepared: fx.GraphModule, own: Mapping[Any, Settings]) -> None:

@@ -18,8 +18,9 @@ from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.qat.keep import kept_names
-from deepseek_mp.qat.layers import layer_decisions
-from deepseek_mp.qat.norms import norm_settings, put_back_settings
+from deepseek_mp.qat.layers import are_plain, layer_decisions
+from deepseek_mp.qat.named_padding import number_paddings
+from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.simulated import SimulatedModel
 
 
@@ -50,7 +51,7 @@ def prepare(
     if not model.training:
         copy.train()
     graph = _exported(copy, args, kwargs, (*dynamic[0], *dynamic[1].values()))
-    prepared = _prepared(graph, kept)
+    prepared = _prepared(graph, kept, alone=not are_plain(copy, graph.graph))
     decisions = layer_decisions(model, prepared, kept)
     if not any(decision.new == "int8" for decision in decisions):
         raise _nothing(decisions)
@@ -97,6 +98,10 @@ def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
     if places - {"cpu"}:
         passed = f"a model or example_inputs on {', '.join(sorted(places - {'cpu'}))}"
         raise ConfigError(explain(passed, "both on the CPU, where INT8 is computed", "Move them there with .cpu()"))
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.dtype is not torch.float32:
+            passed = f"a model with {name!r} in {weight.dtype}"
+            raise ConfigError(explain(passed, "weights in FP32, which are rounded", "Call model.float() first"))
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
@@ -121,16 +126,19 @@ def _exported(
     return program.module(check_guards=False)
 
 
-def _prepared(graph: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
+def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> fx.GraphModule:
     """With fake quantisation; BatchNorms keep their own mode, momentum and `eps`, which torchao's patterns replace."""
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     from deepseek_mp.qat.scheme import Quantizer
 
+    number_paddings(graph)
+    complete_norms(graph)
     own = norm_settings(graph.graph)
-    with fp32_flags_left_alone(), warnings.catch_warnings():  # it exports the patterns that it looks for
+    hidden = without_statistics_hidden(graph.graph)
+    with fp32_flags_left_alone(), hidden, warnings.catch_warnings():  # it exports the patterns that it looks for
         warnings.simplefilter("ignore")  # of torchao about itself
-        prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep))
+        prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep, alone=alone))
     put_back_settings(prepared, own)
     return prepared
 

@@ -32,11 +32,16 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
 
     What a BatchNorm gives, or its sum with a shortcut, is not rounded for itself, before the activation behind it:
     kernels round after all of them. Nor are elementwise products, which are no layer's.
+
+    Args:
+        keep: names of modules that stay as they are.
+        alone: each product is marked by itself. torchao looks for layers and what is behind them as one, and fails
+            where a layer's result is no product, as with a hook on it, or where a convolution is called again.
     """
 
-    def __init__(self, keep: Collection[str]) -> None:
+    def __init__(self, keep: Collection[str], *, alone: bool = False) -> None:
         super().__init__()
-        self.keep = keep
+        self.keep, self.alone = keep, alone
         for name in keep:
             self.set_module_name_qconfig(name, None)
         self.set_global(configuration())
@@ -52,12 +57,27 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
             if is_kept(layer_of(node), self.keep):  # torchao marks it as empty, and fails at that before a BatchNorm
                 node.meta.pop(QUANT_ANNOTATION_KEY, None)
                 continue
-            if QUANT_ANNOTATION_KEY in node.meta:
-                continue
-            linear = node.target is torch.ops.aten.linear.default
-            mark = self._annotate_linear_node_helper if linear else self._annotate_conv_node_helper
-            mark(node, True, self.global_config)
+            if QUANT_ANNOTATION_KEY not in node.meta:
+                self._mark(node, self.global_config)
         return marked
+
+    def _mark(self, node: fx.Node, config: Any) -> None:
+        linear = node.target is torch.ops.aten.linear.default
+        mark = self._annotate_linear_node_helper if linear else self._annotate_conv_node_helper
+        mark(node, True, config)
+
+    def _annotate_conv2d_fusion_pattern(self, model: fx.GraphModule, config: Any, filter_fn: Any = None) -> None:
+        """Also linear layers, where each product is marked by itself."""
+        if not self.alone:
+            super()._annotate_conv2d_fusion_pattern(model, config, filter_fn)
+            return
+        for node in model.graph.nodes if config is not None else ():
+            if node.target in PRODUCTS and not is_kept(layer_of(node), self.keep):
+                self._mark(node, config)
+
+    def _annotate_linear_fusion_pattern(self, model: fx.GraphModule, config: Any, filter_fn: Any = None) -> None:
+        if not self.alone:
+            super()._annotate_linear_fusion_pattern(model, config, filter_fn)
 
     def _annotate_mul_tensor(self, *args: Any) -> None:
         """Elementwise products stay as they are."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from deepseek_mp.precision import Decision
 from deepseek_mp.qat.modes import evaluate_norms, evaluate_others, forward_with, quiet_copy
@@ -59,7 +59,7 @@ class SimulatedModel(nn.Module):
 
     def quantisers(self) -> list[nn.Module]:
         """The modules that fake quantisation is done by."""
-        return [module for module in self.modules() if hasattr(module, "activation_post_process")]
+        return quantisers_of(self)
 
     def learn_steps(self) -> None:
         """Let the steps of all ranges be learned, beginning with those observed so far."""
@@ -69,7 +69,11 @@ class SimulatedModel(nn.Module):
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Inside, the model runs as in evaluation and unrounded, and its ranges are observed; its mode comes back."""
+        """Inside, the model runs as in evaluation and unrounded, and its ranges are observed.
+
+        Its mode comes back, and what its forward keeps in buffers of its own, such as a count of calls.
+        """
+        state = state_of(self.graph)
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         quantisers: list[Any] = self.quantisers()
@@ -80,6 +84,7 @@ class SimulatedModel(nn.Module):
             with torch.no_grad():
                 yield
         finally:
+            put_back_state(self.graph, state)
             for quantiser in quantisers:
                 quantiser.enable_fake_quant()
             for module, training in modes:
@@ -92,3 +97,22 @@ class SimulatedModel(nn.Module):
         evaluate_others(copy.graph)
         copy.recompile()
         return copy
+
+
+def quantisers_of(module: nn.Module) -> list[nn.Module]:
+    """The modules in it that fake quantisation is done by."""
+    return [part for part in module.modules() if hasattr(part, "activation_post_process")]
+
+
+def state_of(graph: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's own buffers by name: a forward may write to them. Ranges are not among them."""
+    ranges = {id(buffer) for quantiser in quantisers_of(graph) for buffer in quantiser.buffers()}
+    return {name: buffer.clone() for name, buffer in graph.named_buffers() if id(buffer) not in ranges}
+
+
+@torch.no_grad()
+def put_back_state(graph: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give the buffers that are still there the values of `state_of`."""
+    for name, buffer in graph.named_buffers():
+        if name in state:
+            buffer.copy_(state[name])

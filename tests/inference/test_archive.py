@@ -275,3 +275,37 @@ def test_the_state_of_a_loaded_model_has_each_tensor_once(tmp_path, compiled):
     served.save(tmp_path / "model.pt2", (torch.randn(3, 4),))
     state = load(tmp_path / "model.pt2").state_dict()
     assert len(state) == 2
+
+
+class Remembers(nn.Module):
+    """State that each forward writes to or replaces, and that the outputs depend on."""
+
+    def __init__(self, replaces):
+        super().__init__()
+        self.replaces = replaces
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        if self.replaces:
+            self.mean = self.mean * 0.5 + x.mean(0)
+        else:
+            self.mean.mul_(0.5).add_(x.mean(0))
+        return x - self.mean
+
+
+def test_state_is_saved_as_it_is_and_goes_on_from_there(tmp_path):
+    served, x = Served(Remembers(replaces=False), Form(), CPU), torch.randn(3, 4)
+    served(x)
+    before = served.model.mean.clone()
+    served.save(tmp_path / "model.pt2", x)
+    assert torch.equal(served.model.mean, before)
+    loaded = load(tmp_path / "model.pt2", "cpu")
+    for _ in range(3):
+        assert torch.equal(loaded(x), served(x))
+
+
+def test_state_that_the_graph_would_not_keep_is_refused(tmp_path):
+    served, x = Served(Remembers(replaces=True), Form(), CPU), torch.randn(3, 4)
+    with pytest.raises(ConfigError, match="write to state in place"):
+        served.save(tmp_path / "model.pt2", x)
+    assert torch.equal(served.model.mean, torch.zeros(4))

@@ -231,6 +231,10 @@ def test_what_is_refused(classifier, times):
     for options, message in (
         ({"budget": -1.0}, "budget=-1.0"),
         ({"budget": float("nan")}, "budget=nan"),
+        ({"budget": "1e-3"}, "budget='1e-3'"),
+        ({"seconds": None}, "seconds=None"),
+        ({"formats": ("int8",)}, r"formats with int8 on cpu.*fp32"),
+        ({"formats": "fp32"}, r"formats='fp32'.*\('fp32',\)"),
         ({"seconds": -1.0}, "seconds=-1.0"),
         ({"energy_seconds": float("inf")}, "energy_seconds=inf"),
         ({"metric": "psnr"}, "metric='psnr'"),

@@ -105,6 +105,28 @@ def test_what_cannot_be_traced_is_not_folded():
         Served(Decides(), Form(folded=True), CPU)
 
 
+def test_a_forward_that_may_ask_whether_an_argument_is_given_is_not_folded():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)
+
+        def forward(self, x, double=None):
+            x = self.norm(self.conv(x))
+            return x if double is None else 2 * x
+
+    with pytest.raises(ConfigError, match="double=None"):
+        Served(Skips(), Form(folded=True), CPU)
+
+
+@pytest.mark.parametrize("at", ["", "0", "1"])
+def test_hooks_are_not_lost_by_folding(at):
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    model.get_submodule(at).register_forward_hook(lambda _module, _inputs, output: output * 2)
+    with pytest.raises(ConfigError, match="hooks, which would be lost"):
+        Served(model, Form(folded=True), CPU)
+
+
 def test_what_cannot_be_copied_is_refused():
     model = nn.Linear(2, 2)
     model.extra = torch.ones(2, requires_grad=True) * 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -74,3 +77,24 @@ def test_weights_are_constants_for_the_compiler_and_autocast_is_off(made):
 def test_compiled_it_computes_what_the_graph_does():
     model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(2, 8)
     torch.testing.assert_close(CompiledGraph(exported(model, (x,)))(x), model(x))
+
+
+def test_threads_compile_one_after_another_and_sizes_once(monkeypatch):
+    inside, most, sizes = [], [], []
+
+    def slow(module, inputs):
+        inside.append(1)
+        most.append(len(inside))
+        sizes.append(len(inputs[0]))
+        time.sleep(0.02)
+        inside.pop()
+        return module
+
+    monkeypatch.setattr(compiled, "inductor_compile", slow)
+    run = CompiledGraph(exported(nn.Sequential(nn.ReLU()), (torch.randn(4, 4),)))
+    inputs = [torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 4).double(), torch.randn(4, 4).double()]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(run, inputs))
+    assert all(torch.equal(found, x.relu()) for found, x in zip(outputs, inputs, strict=True))
+    assert max(most) == 1
+    assert len(sizes) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -41,3 +42,31 @@ def test_an_int8_model_holds_each_weight_once_and_computes_nothing_from_constant
     computed = [node for node in graph.graph.nodes if node.op == "call_function"]
     alone = [node for node in computed if all(source.op == "get_attr" for source in node.all_input_nodes)]
     assert {str(node.target) for node in alone} == {"quantized_decomposed.dequantize_per_channel.default"}
+
+
+class Follower(nn.Module):
+    """State that is read, and replaced or written to, also through a view."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x):
+        if self.in_place:
+            decayed = self.mean.view(2, 2) * 0.5
+            self.mean.view(2, 2).mul_(0.5).add_(x.mean())
+        else:
+            decayed = self.mean * 0.5
+            self.mean = decayed + x.mean()
+        return x + decayed.flatten()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_the_forward_writes_to_is_no_constant(in_place):
+    x = torch.randn(3, 4)
+    graph = torch.export.export(Follower(in_place), (x,)).module(check_guards=False)
+    expected = [graph(x) for _ in range(3)]
+    graph.mean.fill_(1)
+    fold_constants(graph)
+    assert all(torch.equal(graph(x), outputs) for outputs in expected)

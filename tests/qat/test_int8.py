@@ -83,3 +83,10 @@ def test_compiled_it_calls_int8_kernels_and_gives_the_outputs_of_the_graph(simul
     int8.save(tmp_path / "model.pt2")
     assert torch.equal(Int8Model.load(tmp_path / "model.pt2")(example), out)
     torch.testing.assert_close(int8(example[:3]), int8.reference(example[:3]), atol=2e-2, rtol=1e-2)
+
+
+def test_under_autocast_the_reference_is_what_the_graph_says(simulated, example):
+    int8 = convert(simulated)
+    expected = int8.reference(example)
+    with torch.autocast("cpu"):
+        assert torch.equal(int8.reference(example), expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from deepseek_mp.qat import prepare
+from deepseek_mp.qat import convert, prepare
 from deepseek_mp.qat.modes import norms_of
 from deepseek_mp.qat.norms import fold_norms
 
@@ -46,3 +46,23 @@ def test_folded_the_graph_has_no_batch_norm_and_the_same_outputs(simulated, exam
         fold_norms(graph)
         assert norms_of(graph.graph) == []
         torch.testing.assert_close(graph(example), before)
+
+
+def test_norms_without_weights_or_without_statistics_behind_convolutions():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False, eps=0.2), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(),
+        nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for norm in (model[1], model[7]):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.1, 2)
+    simulated, x = prepare(model, torch.randn(4, 3, 8, 8)), torch.randn(3, 3, 8, 8)
+    with simulated.observing():
+        torch.testing.assert_close(simulated(x), model(x))
+    assert {decision.new for decision in simulated.decisions} == {"int8"}
+    torch.testing.assert_close(convert(simulated).reference(x), simulated(x), rtol=1e-4, atol=1e-4)
+    simulated.train()(x).sum().backward()
+    kept = [str(norm.args[3].target) for norm in norms_of(simulated.graph.graph)]
+    assert kept == ["1.running_mean", "7.running_mean"]

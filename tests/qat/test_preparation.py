@@ -121,3 +121,10 @@ def test_the_old_flags_of_fp32_products_are_not_read(monkeypatch):
     monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")  # it raises where users write the new ones
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))  # which torchao finds by exported patterns
     assert prepare(model, torch.randn(4, 3, 8, 8)).decisions
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_in_another_format_are_refused(dtype):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=dtype))
+    with pytest.raises(ConfigError, match=rf"'1.weight' in {dtype}.*weights in FP32"):
+        prepare(model, torch.randn(4, 4))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from deepseek_mp.qat import prepare
+from deepseek_mp.qat import convert, prepare
 from deepseek_mp.qat.scheme import configuration
 
 
@@ -81,3 +82,44 @@ def test_a_convolution_before_a_norm_is_kept_too(model, example):
         same = prepare(model, example, keep=["stem", "conv", "row", "hidden"])
         model.eval(), same.eval()
         assert torch.allclose(same.evaluated()(example), same(example), atol=1e-5)
+
+
+class Loop(nn.Module):
+    """A convolution and a BatchNorm that are called again."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.relu(self.norm(self.conv(x)))
+        return self.last(x.flatten(1))
+
+
+def hooked(change, *layers):
+    """A model with a hook on its first layer that changes the result."""
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    model[0].register_forward_hook(lambda _module, _inputs, output: change(output))
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Loop(),
+        hooked(lambda output: output * 2, nn.Linear(4, 4)),
+        hooked(lambda output: output + 1, nn.Linear(4, 4)),
+        hooked(lambda output: output * 2, nn.Conv2d(4, 4, 1)),
+        hooked(lambda output: output * 2, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+        hooked(lambda output: output * 2, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)),
+    ],
+)
+def test_layers_that_are_called_again_or_have_hooks_are_quantised(model):
+    first = next(model.children())
+    x = torch.randn(4, 4) if isinstance(first, nn.Linear) else torch.randn(4, 4, 1, 1)
+    simulated = prepare(model.eval(), x)
+    assert {decision.new for decision in simulated.decisions} == {"int8"}
+    with simulated.observing():
+        torch.testing.assert_close(simulated(x), model(x))
+    torch.testing.assert_close(convert(simulated).reference(x), simulated(x), rtol=1e-4, atol=1e-4)

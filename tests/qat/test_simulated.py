@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import nn
+
+from deepseek_mp.qat import calibrate, convert, prepare
 
 
 def test_observing_it_computes_as_the_original_in_evaluation_and_its_mode_comes_back(simulated, model, example):
@@ -59,3 +62,26 @@ def test_a_copy_in_evaluation_says_nothing_of_pytorch_s_containers(simulated):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         simulated.evaluated()
+
+
+class Counting(nn.Module):
+    """A layer, and state that every forward changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.layer(x) + self.calls
+
+
+def test_observing_leaves_the_models_own_state_as_it_was():
+    model, x = Counting(), torch.randn(4, 4)
+    simulated = prepare(model, x)
+    assert simulated.graph.calls == model.calls == 0
+    simulated(x)
+    calibrate(simulated, [(x, x), (x, x)])
+    assert simulated.graph.calls == 1
+    assert convert(simulated).graph.calls == 1
