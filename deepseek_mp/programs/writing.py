@@ -26,7 +26,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `target` once the region ends; an exception leaves that as it is.
 
     Raises:
-        ConfigError: the system lets no file be written there, as for want of permission or room.
+        OSError: the system lets no file be written there, as for want of permission or room.
     """
     beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
@@ -35,11 +35,8 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
-    except BaseException as error:
+    except BaseException:
         with suppress(OSError):  # it may never have come to be
             beside.unlink()
-        if isinstance(error, OSError):
-            passed = f"path={str(target)!r} ({error.strerror})"
-            raise ConfigError(explain(passed, "a file that can be written", "Name another file")) from error
         raise
     sync_directory(target.parent)

@@ -36,8 +36,7 @@ def test_what_cannot_be_a_file_is_refused(tmp_path):
         checked(str(tmp_path / "no" / "a"))
 
 
-def test_what_the_system_refuses_is_said_with_the_path(tmp_path):
-    refused = pytest.raises(ConfigError, match=r"long.*File name too long.*a file that can be written")
-    with refused, whole_file(tmp_path / ("long" * 100)) as file:
+def test_what_the_system_refuses_is_its_own_error(tmp_path):
+    with pytest.raises(OSError, match="File name too long"), whole_file(tmp_path / ("long" * 100)) as file:
         file.write(b"new")
     assert names(tmp_path) == []
