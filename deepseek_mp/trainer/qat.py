@@ -147,7 +147,7 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
 
         Raises:
             ConfigError: an argument or a precision that is not allowed, or PyTorch has no oneDNN here.
-            BatchError: inputs for which the FP32 outputs are not finite.
+            BatchError: inputs that the INT8 model does not take, or for which the FP32 outputs are not finite.
         """
         if not isinstance(self.model, SimulatedModel):
             allowed = "a trainer of precision='int8'"

@@ -47,7 +47,7 @@ def compare(
 
     Raises:
         ConfigError: an argument that is not allowed, or PyTorch has no oneDNN.
-        BatchError: inputs for which the FP32 outputs are not finite.
+        BatchError: inputs that the INT8 model does not take, or for which the FP32 outputs are not finite.
     """
     _check(budget, gain, seconds)
     measured = find_metric(metric)

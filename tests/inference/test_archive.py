@@ -152,7 +152,7 @@ def test_a_model_that_needs_its_batch_size_says_so(tmp_path):
     Served(Four(), Form(), CPU).save(tmp_path / "model.pt2", torch.randn(4, 3))
     loaded = load(tmp_path / "model.pt2", "cpu")
     assert loaded(torch.randn(4, 3)).shape == (4, 3)
-    with pytest.raises(BatchError, match=r"float32 \[2, 3\]\. Allowed: .*\[4, 3\].*save .* again.*sizes are fixed"):
+    with pytest.raises(BatchError, match=r"float32 \[2, 3\]\. Allowed: .*\[4, 3\].*make .* again.*sizes are fixed"):
         loaded(torch.randn(2, 3))
 
 
