@@ -18,6 +18,7 @@ from deepseek_mp.inference.beside import Group, lay_named_beside, lay_program_be
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.compiling import compiled, compiler_for
 from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.graphed import kept_state
 from deepseek_mp.inference.layer_errors import in_place
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
@@ -202,7 +203,8 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
         if not widen:
             return made
         check_operations(made.program)
-        return exported(widened(made.program), args, kwargs, dynamic=dynamic)
+        wide = widened(made.program)
+        return exported(wide, args, kwargs, dynamic=dynamic, kept=lambda: kept_state(wide))
 
 
 class _Whole(nn.Module):
