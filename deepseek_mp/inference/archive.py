@@ -164,7 +164,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         CheckpointError: the file is missing, damaged, of another version or origin, or asks for code.
         ConfigError: there is no such device.
     """
-    place = numbered(default_device() if device is None else torch.device(device))  # as tensors there say themselves
+    place = numbered(default_device() if device is None else device)  # as tensors there say themselves
     capabilities(place)  # says so where there is none
     program, about = read(path, ABOUT)
     _check_version(path, about)

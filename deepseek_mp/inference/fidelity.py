@@ -49,6 +49,26 @@ def find_metric(metric: str | Metric) -> Metric:
     return METRICS[metric]
 
 
+def measured(metric: Metric, outputs: Any, reference: Any) -> float:
+    """What the metric gives; `ConfigError` for what is no number."""
+    value: Any = metric(outputs, reference)
+    try:
+        if not isinstance(value, str | bytes):  # Python would read a number from it
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # of PyTorch for several elements, or complex ones
+        pass
+    several = isinstance(value, Tensor) and value.numel() != 1
+    what = f"tensor of shape {list(value.shape)}" if several else type(value).__name__
+    passed = f"the metric {name_of(metric)!r} that gave a {what}"
+    change = "Let it return one, a tensor reduced by .mean() for one"
+    raise ConfigError(explain(passed, "one number for all outputs", change))
+
+
+def name_of(metric: str | Metric) -> str:
+    """As plans and messages have it."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
 def is_finite(outputs: Any) -> bool:
     """Whether all tensors of the outputs are; whole numbers always are. `ConfigError` if there is no tensor."""
     return all(bool(tensor.isfinite().all()) for tensor in _tensors(outputs))

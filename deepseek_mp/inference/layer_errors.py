@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.costs.restore import Snapshot
-from deepseek_mp.inference.fidelity import Metric
+from deepseek_mp.inference.fidelity import Metric, measured
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
 
@@ -51,7 +51,7 @@ class LayerErrors:
         self.looks += 1
         with undone(self._base, self._device), in_place(self._base, made):
             outputs = self._call()
-        found = float(self._metric(outputs, self._reference))
+        found = measured(self._metric, outputs, self._reference)
         return found if math.isfinite(found) else math.inf
 
     def _layer(self, name: str, kind: str) -> nn.Module:

@@ -21,7 +21,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.arguments import arguments_of, clones, undoing
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
-from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
+from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite, measured, name_of
 from deepseek_mp.inference.form import FORMATS, Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
 from deepseek_mp.inference.mixed import MixedForms
@@ -83,28 +83,28 @@ def optimize_for_inference(
         progress: called with what is being done and the share of it that is done; `print` will do.
 
     Raises:
-        ConfigError: an argument that is not allowed, a model that cannot be copied, or outputs that are not finite.
+        ConfigError: an argument that is not allowed, a metric that gives no number, a model that cannot be copied, or
+            outputs that are not finite.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(explain(f"a model of type {type(model).__name__}", "an nn.Module", "Pass one"))
     _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
-    measured = find_metric(metric)
+    judge = find_metric(metric)
     tensor = first_tensor(example_inputs)
     device = _device_of(model, tensor)
     batch = 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
     forms = _forms(model, device, formats, compile, graphs)
-    mixed = MixedForms(model, forms, lambda served: _outputs(served, example_inputs), measured, budget, layer_seconds)
+    mixed = MixedForms(model, forms, lambda served: _outputs(served, example_inputs), judge, budget, layer_seconds)
     randomness = random_states(device)
     try:
         trials, served = _tried(
-            model, example_inputs, device, measured, mixed, seconds=seconds, energy_seconds=energy_seconds,
+            model, example_inputs, device, judge, mixed, seconds=seconds, energy_seconds=energy_seconds,
             report=progress or (lambda text, share: None),
         )  # fmt: skip
         form, explained = choose(trials, budget)
     finally:
         set_random_states(randomness, device)
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
-    plan = ServingPlan(form=form, budget=budget, metric=name, trials=tuple(explained), layers=mixed.plan)
+    plan = ServingPlan(form=form, budget=budget, metric=name_of(metric), trials=tuple(explained), layers=mixed.plan)
     card = Card(model=type(model).__name__, device=_name_of(device), batch_size=batch, plan=plan)
     served[form].card, served[form].example_inputs = card, example_inputs
     return Optimised(served[form], plan, card)
@@ -150,7 +150,7 @@ def _tried(
         if reference is None:  # FP32 as it is comes first
             reference = _reference(trial, outputs, metric)
         if one is not None and not trial.problem:
-            error = float(metric(outputs, reference))
+            error = measured(metric, outputs, reference)
             trial = replace(trial, error=error, problem="" if math.isfinite(error) else "its outputs are not finite")
         trials.append(trial)
         if one is not None and not trial.problem:
@@ -182,7 +182,7 @@ def _reference(trial: Trial, outputs: Any, metric: Metric) -> Any:
     if not is_finite(outputs):
         passed = "a model whose FP32 outputs are not finite"
         raise ConfigError(explain(passed, "example inputs that it runs on", "Pass other inputs"))
-    if not math.isfinite(error := float(metric(outputs, outputs))):
+    if not math.isfinite(error := measured(metric, outputs, outputs)):
         passed = f"a metric that is {error} between outputs and themselves"
         change = "Pass inputs of one sample or more, or another metric"
         raise ConfigError(explain(passed, "0 for equal ones", change))

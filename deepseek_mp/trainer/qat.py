@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepseek_mp.backends.detect import as_device
 from deepseek_mp.errors import ConfigError, explain, suggest
 from deepseek_mp.inference.fidelity import Metric
 from deepseek_mp.precision import Decision, PrecisionPlan
@@ -146,7 +147,8 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
             seconds: of timing for each.
 
         Raises:
-            ConfigError: an argument or a precision that is not allowed, or PyTorch has no oneDNN here.
+            ConfigError: an argument or a precision that is not allowed, a metric that gives no number, or no oneDNN
+                in PyTorch here.
             BatchError: inputs that the INT8 model does not take, or for which the FP32 outputs are not finite.
         """
         if not isinstance(self.model, SimulatedModel):
@@ -187,6 +189,6 @@ def _check_fit(
     if precision != "int8" and (example_inputs is not None or calibration is not None):
         passed = f"example_inputs or calibration with precision={precision!r}"
         raise ConfigError(explain(passed, "none: no ranges are observed", "Leave them out"))
-    if precision == "int8" and torch.device(options.get("device") or "cpu").type != "cpu":
+    if precision == "int8" and as_device(options.get("device") or "cpu").type != "cpu":
         passed = f"device={options['device']!r}"
         raise ConfigError(explain(passed, "'cpu', where INT8 is computed", "Leave it out"))

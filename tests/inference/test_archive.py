@@ -251,6 +251,8 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
     Served(nn.Linear(4, 2), Form(), CPU).save(tmp_path / "model.pt2", torch.randn(2, 4))
     with pytest.raises(ConfigError, match=f"no '{missing}' device can be used"):
         load(tmp_path / "model.pt2", missing)
+    with pytest.raises(ConfigError, match=r"device 'foo' is not known.*Allowed: .*cpu"):
+        load(tmp_path / "model.pt2", "foo")
 
 
 def test_a_copy_of_a_compiled_model_runs_its_own_weights(tmp_path, monkeypatch):

@@ -238,6 +238,7 @@ def test_what_is_refused(classifier, times):
         ({"seconds": -1.0}, "seconds=-1.0"),
         ({"energy_seconds": float("inf")}, "energy_seconds=inf"),
         ({"metric": "psnr"}, "metric='psnr'"),
+        ({"metric": lambda outputs, reference: "0.1"}, "the metric '<lambda>' that gave a str"),
         ({"formats": ("fp32", "int3")}, "formats with int3"),
     ):
         with pytest.raises(ConfigError, match=message):
