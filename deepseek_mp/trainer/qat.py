@@ -142,13 +142,14 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
         Args:
             inputs: a tensor, a tuple of positional or a mapping of keyword arguments, of the sizes that are served.
             budget: the largest metric allowed, to the same weights in FP32 without rounding.
-            metric: 'relative' (norm of the difference), 'kl' (nats, of logits), or a function of outputs and reference.
+            metric: 'relative' (norm of the difference), 'kl' (nats, of logits), or a function of outputs and reference,
+                0 for equal ones and larger for worse.
             gain: how many times as fast as the best of FP32 and BF16 INT8 must be to be taken.
             seconds: of timing for each.
 
         Raises:
-            ConfigError: an argument or a precision that is not allowed, a metric that gives no number, or no oneDNN
-                in PyTorch here.
+            ConfigError: an argument or a precision that is not allowed, a metric that gives no number or is not 0 for
+                equal outputs, or PyTorch has no oneDNN here.
             BatchError: inputs that the INT8 model does not take, or for which the FP32 outputs are not finite.
         """
         if not isinstance(self.model, SimulatedModel):
