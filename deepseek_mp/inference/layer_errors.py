@@ -14,6 +14,7 @@ from deepseek_mp.costs.restore import Snapshot
 from deepseek_mp.inference.fidelity import Metric, measured
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
+from deepseek_mp.nn.places import places_of, put
 
 
 class LayerErrors:
@@ -71,16 +72,16 @@ def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def in_place(model: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The modules stand in the places of those of their names."""
-    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in made}
+    """The modules stand in all places of those of their names."""
+    places = {name: places_of(model, name) for name in made}
     own = {name: model.get_submodule(name) for name in made}
     try:
-        for name, (parent, last) in places.items():
-            setattr(parent, last, made[name])
+        for name, found in places.items():
+            put(found, made[name])
         yield
     finally:
-        for name, (parent, last) in places.items():
-            setattr(parent, last, own[name])
+        for name, found in places.items():
+            put(found, own[name])
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -295,6 +295,27 @@ class Remembers(nn.Module):
         return x - self.mean
 
 
+@pytest.mark.parametrize("kind", ["int8_weights", "int4_weights"])
+def test_a_layer_under_two_names_gives_the_same_bits(kind, tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(256, 256)
+            self.block = nn.Sequential(nn.ReLU(), self.first)
+
+        def forward(self, x):
+            return self.block(self.first(x))
+
+    served, x = Served(Twice(), Form(format="bf16", linear=kind), CPU), torch.randn(3, 256)
+    assert served.left_alone == {}
+    served.save(tmp_path / "model.pt2", x)
+    assert served.model.first is served.model.block[1]
+    loaded = load(tmp_path / "model.pt2", "cpu")
+    assert torch.equal(loaded(x), served(x))
+    held = {tensor.data_ptr() for name, tensor in loaded.state_dict().items() if name.endswith(".q")}
+    assert len(held) == 1
+
+
 def test_state_is_saved_as_it_is_and_goes_on_from_there(tmp_path):
     served, x = Served(Remembers(replaces=False), Form(), CPU), torch.randn(3, 4)
     served(x)
