@@ -108,13 +108,13 @@ def as_device(device: Device) -> torch.device:
     """A device from its name; loads the vendor's package when only that makes the name known."""
     if isinstance(device, torch.device):
         return device
-    kind = device.split(":")[0]
+    kind = str(device).split(":")[0]  # PyTorch also takes a number
     for backend in backends():
         if backend.device_type == kind and kind not in ("cpu", "cuda"):
             backend.is_available()
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         passed = f"device {device!r} is not known to this PyTorch"
         change = "Use one of these, or install the device's PyTorch package"
         raise ConfigError(explain(passed, _usable(), change)) from error

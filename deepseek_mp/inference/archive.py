@@ -18,6 +18,7 @@ from deepseek_mp.inference.beside import Group, lay_named_beside, lay_program_be
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.compiling import compiled, compiler_for
 from deepseek_mp.inference.form import Form
+from deepseek_mp.inference.graphed import kept_state
 from deepseek_mp.inference.layer_errors import in_place
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
@@ -163,7 +164,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         CheckpointError: the file is missing, damaged, of another version or origin, or asks for code.
         ConfigError: there is no such device.
     """
-    place = numbered(default_device() if device is None else torch.device(device))  # as tensors there say themselves
+    place = numbered(default_device() if device is None else device)  # as tensors there say themselves
     capabilities(place)  # says so where there is none
     program, about = read(path, ABOUT)
     _check_version(path, about)
@@ -202,7 +203,8 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
         if not widen:
             return made
         check_operations(made.program)
-        return exported(widened(made.program), args, kwargs, dynamic=dynamic)
+        wide = widened(made.program)
+        return exported(wide, args, kwargs, dynamic=dynamic, kept=lambda: kept_state(wide))
 
 
 class _Whole(nn.Module):

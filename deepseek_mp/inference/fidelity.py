@@ -36,6 +36,10 @@ def relative(outputs: Any, reference: Any) -> float:
     return max(found, key=lambda value: math.inf if math.isnan(value) else value)
 
 
+ROUNDING = 1e-6
+"""A metric of one's own in FP32 may be off 0 by so much for equal outputs, as 1 - cosine is."""
+SHARE = 0.01
+"""Or by this part of the budget, which then still bounds what a form loses."""
 METRICS: Mapping[str, Metric] = {"kl": kl, "relative": relative}
 
 
@@ -47,6 +51,41 @@ def find_metric(metric: str | Metric) -> Metric:
         allowed = f"{', '.join(map(repr, METRICS))}, or a function of outputs and the reference's"
         raise ConfigError(explain(f"metric={metric!r}", allowed, "Use one of these"))
     return METRICS[metric]
+
+
+def measured(metric: Metric, outputs: Any, reference: Any) -> float:
+    """What the metric gives; `ConfigError` for what is no number."""
+    value: Any = metric(outputs, reference)
+    try:
+        if not isinstance(value, str | bytes):  # Python would read a number from it
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # of PyTorch for several elements, or complex ones
+        pass
+    several = isinstance(value, Tensor) and value.numel() != 1
+    what = f"tensor of shape {list(value.shape)}" if several else type(value).__name__
+    passed = f"the metric {name_of(metric)!r} that gave a {what}"
+    change = "Let it return one, a tensor reduced by .mean() for one"
+    raise ConfigError(explain(passed, "one number for all outputs", change))
+
+
+def check_metric(metric: Metric, reference: Any, budget: float) -> None:
+    """`ConfigError` unless the metric is 0 for equal outputs: otherwise no budget says how far a form may be off.
+
+    A similarity would never be within it, a negated one always; what layers lose could not be added up.
+    """
+    found = measured(metric, reference, reference)
+    if abs(found) <= max(ROUNDING, SHARE * budget) and math.isfinite(found):
+        return
+    change = "Subtract what it gives for the reference, and let larger be worse"
+    if not math.isfinite(found):
+        change = "Pass inputs of one sample or more, or another metric"
+    passed = f"a metric that is {found:g} between outputs and themselves"
+    raise ConfigError(explain(passed, "0 for equal ones", change))
+
+
+def name_of(metric: str | Metric) -> str:
+    """As plans and messages have it."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
 
 
 def is_finite(outputs: Any) -> bool:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.inference.flat_call import FlatCall
 from deepseek_mp.inference.recorder import DeviceRecorder, Recorder, records
 from deepseek_mp.nn.nested import map_leaves, tensors
 from deepseek_mp.ops.early_launch import unwritten
+from deepseek_mp.programs.flat_call import FlatCall
 
 MOST = 16
 """Recordings that are kept; the one that was not used for longest goes first."""

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from deepseek_mp.costs.restore import Snapshot
-from deepseek_mp.inference.fidelity import Metric
+from deepseek_mp.inference.fidelity import Metric, measured
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
+from deepseek_mp.nn.places import places_of, put
 
 
 class LayerErrors:
@@ -51,7 +52,7 @@ class LayerErrors:
         self.looks += 1
         with undone(self._base, self._device), in_place(self._base, made):
             outputs = self._call()
-        found = float(self._metric(outputs, self._reference))
+        found = measured(self._metric, outputs, self._reference)
         return found if math.isfinite(found) else math.inf
 
     def _layer(self, name: str, kind: str) -> nn.Module:
@@ -71,16 +72,16 @@ def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def in_place(model: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The modules stand in the places of those of their names."""
-    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in made}
+    """The modules stand in all places of those of their names."""
+    places = {name: places_of(model, name) for name in made}
     own = {name: model.get_submodule(name) for name in made}
     try:
-        for name, (parent, last) in places.items():
-            setattr(parent, last, made[name])
+        for name, found in places.items():
+            put(found, made[name])
         yield
     finally:
-        for name, (parent, last) in places.items():
-            setattr(parent, last, own[name])
+        for name, found in places.items():
+            put(found, own[name])
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -21,7 +21,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.arguments import arguments_of, clones, undoing
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
-from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
+from deepseek_mp.inference.fidelity import Metric, check_metric, find_metric, is_finite, measured, name_of
 from deepseek_mp.inference.form import FORMATS, Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
 from deepseek_mp.inference.mixed import MixedForms
@@ -71,7 +71,8 @@ def optimize_for_inference(
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on the model's device, of the
             sizes that will be served.
         budget: the largest metric allowed.
-        metric: 'kl' (nats, of logits), 'relative' (norm of the difference), or a function of outputs and reference.
+        metric: 'kl' (nats, of logits), 'relative' (norm of the difference), or a function of outputs and reference, 0
+            for equal ones and larger for worse.
         compile: try `torch.compile` too, which takes some ten seconds for each format.
         graphs: try recorded calls too (CUDA graphs), on devices that have them. Inputs are then copied in, and outputs
             out; what varies from call to call must be in tensors or arguments, and state in buffers.
@@ -83,28 +84,28 @@ def optimize_for_inference(
         progress: called with what is being done and the share of it that is done; `print` will do.
 
     Raises:
-        ConfigError: an argument that is not allowed, a model that cannot be copied, or outputs that are not finite.
+        ConfigError: an argument that is not allowed, a metric that gives no number or is not 0 for equal outputs, a
+            model that cannot be copied, or outputs that are not finite.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(explain(f"a model of type {type(model).__name__}", "an nn.Module", "Pass one"))
     _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
-    measured = find_metric(metric)
+    judge = find_metric(metric)
     tensor = first_tensor(example_inputs)
     device = _device_of(model, tensor)
     batch = 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
     forms = _forms(model, device, formats, compile, graphs)
-    mixed = MixedForms(model, forms, lambda served: _outputs(served, example_inputs), measured, budget, layer_seconds)
+    mixed = MixedForms(model, forms, lambda served: _outputs(served, example_inputs), judge, budget, layer_seconds)
     randomness = random_states(device)
     try:
         trials, served = _tried(
-            model, example_inputs, device, measured, mixed, seconds=seconds, energy_seconds=energy_seconds,
+            model, example_inputs, device, judge, mixed, budget=budget, seconds=seconds, energy_seconds=energy_seconds,
             report=progress or (lambda text, share: None),
         )  # fmt: skip
         form, explained = choose(trials, budget)
     finally:
         set_random_states(randomness, device)
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
-    plan = ServingPlan(form=form, budget=budget, metric=name, trials=tuple(explained), layers=mixed.plan)
+    plan = ServingPlan(form=form, budget=budget, metric=name_of(metric), trials=tuple(explained), layers=mixed.plan)
     card = Card(model=type(model).__name__, device=_name_of(device), batch_size=batch, plan=plan)
     served[form].card, served[form].example_inputs = card, example_inputs
     return Optimised(served[form], plan, card)
@@ -136,6 +137,7 @@ def _tried(
     metric: Metric,
     mixed: MixedForms,
     *,
+    budget: float,
     seconds: float,
     energy_seconds: float,
     report: Progress,
@@ -148,9 +150,9 @@ def _tried(
         report(f"building {form.name}", round(BUILDING * min(1.0, number / len(mixed.others)), 3))
         trial, one, outputs = _built(model, form, inputs, device, _alike(form, served))
         if reference is None:  # FP32 as it is comes first
-            reference = _reference(trial, outputs, metric)
+            reference = _reference(trial, outputs, metric, budget)
         if one is not None and not trial.problem:
-            error = float(metric(outputs, reference))
+            error = measured(metric, outputs, reference)
             trial = replace(trial, error=error, problem="" if math.isfinite(error) else "its outputs are not finite")
         trials.append(trial)
         if one is not None and not trial.problem:
@@ -173,7 +175,7 @@ def _tried(
     ], served
 
 
-def _reference(trial: Trial, outputs: Any, metric: Metric) -> Any:
+def _reference(trial: Trial, outputs: Any, metric: Metric, budget: float) -> Any:
     """What all forms are measured against: the outputs in FP32, if there are some that can be."""
     if trial.problem:
         passed = f"a model that does not run in FP32 ({trial.problem.rstrip('.')})"
@@ -182,10 +184,7 @@ def _reference(trial: Trial, outputs: Any, metric: Metric) -> Any:
     if not is_finite(outputs):
         passed = "a model whose FP32 outputs are not finite"
         raise ConfigError(explain(passed, "example inputs that it runs on", "Pass other inputs"))
-    if not math.isfinite(error := float(metric(outputs, outputs))):
-        passed = f"a metric that is {error} between outputs and themselves"
-        change = "Pass inputs of one sample or more, or another metric"
-        raise ConfigError(explain(passed, "0 for equal ones", change))
+    check_metric(metric, outputs, budget)
     return outputs
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deepseek_mp.backends import capabilities
 from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.inference.linear_kinds import KINDS
+from deepseek_mp.nn.places import owners, replaced
 from deepseek_mp.ops.adjacent import Part
 
 SMALLEST = 2**16
@@ -110,11 +111,11 @@ class QuantisedLinear(nn.Module):
 
 def linear_layers(model: nn.Module, kind: str) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The layers that can be of the kind, by name, and why the other linear layers stay as they are."""
-    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    shared = owners(model)
     layers, left = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            reason = _why_not(module, owners) or KINDS[kind].why_not(*module.weight.shape)
+            reason = _why_not(module, shared) or KINDS[kind].why_not(*module.weight.shape)
             if reason:
                 left[name] = reason
             else:
@@ -158,10 +159,7 @@ def quantised(model: nn.Module, kinds: Mapping[str, str] | str, dtype: torch.dty
     model = cast(model, dtype)
     for name, (layer, kind) in chosen.items():
         made = QuantisedLinear(kept[name], layer.bias, kind, dtype).eval()
-        if not name:
-            return made
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
+        model = replaced(model, name, made)
     return model
 
 
@@ -193,13 +191,13 @@ def _sizes(layers: Mapping[str, nn.Linear]) -> set[tuple[int, int]]:
     return {(layer.out_features, layer.in_features) for layer in layers.values()}
 
 
-def _why_not(layer: nn.Linear, owners: Counter[int]) -> str:
+def _why_not(layer: nn.Linear, shared: Counter[int]) -> str:
     """Why the layer's weight stays as it is; empty if it need not."""
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__} may use its weight in a way of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:  # noqa: SLF001
         return "it has hooks, which would be lost"
-    if owners[id(layer.weight)] != 1:
+    if shared[id(layer.weight)] != 1:
         return "its weight is shared"
     if layer.weight.numel() < SMALLEST:
         return f"it has {layer.weight.numel()} weights, fewer than {SMALLEST}"

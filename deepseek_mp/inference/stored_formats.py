@@ -44,13 +44,12 @@ def adapt(program: ExportedProgram, device: torch.device) -> None:
     what order that is depends on the machine that wrote it.
     """
     _convert_fp8(program, _kind_of(device))
-    prepared: set[str] = set()
+    prepared: set[int] = set()
     for node in _layers(program):
         names = {name: _name_of(program, node.args[_place(node, name)]) for name in _kept_names(node)}
         best = _fastest(node, program.state_dict[names["q"]], device) or "reference"
         if node.target is _INT4 and best == "native":
-            _prepare_int4(program, names, is_done=names["q"] in prepared)
-            prepared.add(names["q"])
+            _prepare_int4(program, names, prepared)
             node.update_arg(_place(node, "zero"), None)
         node.update_arg(_place(node, "implementation"), best)
 
@@ -65,11 +64,19 @@ def _fastest(node: fx.Node, q: Tensor, device: torch.device) -> str | None:
     return int4_linear.fastest(device, dtype, channels, 2 * width) if node.target is _INT4 else None
 
 
-def _prepare_int4(program: ExportedProgram, names: Mapping[str, str], *, is_done: bool) -> None:
-    if not is_done:  # a layer that is called twice has two nodes
-        kept = (program.state_dict[names[name]].detach() for name in ("q", "scale", "zero"))
-        q, scale, _ = int4_linear.prepared(*kept, implementation="native")
-        program.state_dict.update({names["q"]: q, names["scale"]: scale})
+def _prepare_int4(program: ExportedProgram, names: Mapping[str, str], prepared: set[int]) -> None:
+    """Under all names of the tensors: a layer that is called twice has two nodes, and one in two places two names.
+
+    `prepared` is where codes lie that are in the order already.
+    """
+    state = program.state_dict
+    codes, scale, zero = (state[names[name]].detach() for name in ("q", "scale", "zero"))
+    if codes.data_ptr() in prepared:
+        return
+    q, scales, _ = int4_linear.prepared(codes, scale, zero, implementation="native")
+    prepared.add(q.data_ptr())
+    for old, new in ((codes, q), (scale, scales)):
+        state.update({name: new for name, one in state.items() if one.data_ptr() == old.data_ptr()})
 
 
 def _kept_names(node: fx.Node) -> list[str]:

@@ -128,7 +128,7 @@ def _traced(module: nn.Module, given: tuple[Any, Any], free: Sequence[int]) -> E
         with torch.no_grad(), fp32_flags_left_alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter about itself
             program = torch.export.export(module, given, dynamic_shapes=shapes, strict=False)
-        return Exported(program=program, signature=_signature(program, given))
+        return Exported(program=program, signature=signature_of(program, list(leaves_of(*given))))
     except Exception as error:  # the exporter raises whatever the model's code makes it raise
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         passed = f"a {type(module).__name__} that torch.export cannot export ({why})"
@@ -136,27 +136,46 @@ def _traced(module: nn.Module, given: tuple[Any, Any], free: Sequence[int]) -> E
         raise ConfigError(explain(passed, "a forward without decisions by values", change)) from error
 
 
-def _signature(program: ExportedProgram, given: tuple[Any, Any]) -> Signature:
-    """Of the program's own inputs, with what the exporter assumed of their sizes."""
+def signature_of(program: ExportedProgram, paths: Sequence[str], *, strict: bool = True) -> Signature:
+    """Of a program's own inputs, with what the exporter assumed of their sizes.
+
+    Args:
+        program: as it was exported: a file does not hold what was assumed.
+        paths: where each of the inputs is, in order, as the exporter names it.
+        strict: False: what was assumed of anything but sizes is left out.
+
+    Raises:
+        ValueError: where `strict`, it was assumed of something else.
+    """
     nodes = {node.name: node for node in program.graph.nodes}
     specs = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     leaves = []
-    for (where, value), spec in zip(leaves_of(*given).items(), specs, strict=True):
+    for where, spec in zip(paths, specs, strict=True):
         if isinstance(spec, ConstantArgument):
-            leaves.append(Leaf(where=where, value=value))
+            leaves.append(Leaf(where=where, value=spec.value))
         else:
-            shape = tuple(size if isinstance(size, int) else str(size) for size in nodes[spec.name].meta["val"].shape)
+            value = nodes[spec.name].meta["val"]
+            shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
             leaves.append(Leaf(where=where, dtype=dtype_name(value.dtype), shape=shape))
     names = {size for leaf in leaves for size in leaf.shape if isinstance(size, str)}
-    places = {leaf.where: index for index, leaf in enumerate(leaves)}
     guards = program._guards_code if names else []  # noqa: SLF001 - nothing public says what was assumed
     return Signature(
         leaves=tuple(leaves),
         ranges={
             str(symbol): _ends(found) for symbol, found in program.range_constraints.items() if str(symbol) in names
         },
-        conditions=tuple(dict.fromkeys(named(guard, places) for guard in guards)),
+        conditions=tuple(dict.fromkeys(_conditions(guards, paths, strict))),
     )
+
+
+def _conditions(guards: Sequence[str], paths: Sequence[str], strict: bool) -> Iterator[str]:
+    places = {path: index for index, path in enumerate(paths)}
+    for guard in guards:
+        try:
+            yield named(guard, places)
+        except ValueError:
+            if strict:
+                raise
 
 
 def _ends(found: Any) -> tuple[int, int | None]:

@@ -62,17 +62,21 @@ class Signature:
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """`BatchError` for inputs that the program was not made for."""
-        given = leaves_of(args, kwargs)
-        if list(given) != [leaf.where for leaf in self.leaves]:
+        self.check_leaves(leaves_of(args, kwargs))
+
+    def check_leaves(self, found: Mapping[str, Any]) -> None:
+        """The same of leaves by path."""
+        if found.keys() != {leaf.where for leaf in self.leaves}:
             allowed = ", ".join(map(str, self.leaves))
-            raise BatchError(explain(f"inputs {', '.join(given) or 'of no kind'}", allowed, "Pass those"))
+            raise BatchError(explain(f"inputs {', '.join(found) or 'of no kind'}", allowed, "Pass those"))
+        given = {leaf.where: found[leaf.where] for leaf in self.leaves}  # conditions go by their order
         sizes: dict[str, int] = {}
         for leaf, value in zip(self.leaves, given.values(), strict=True):
             if not self._fits(leaf, value, sizes):
                 raise self._refused(f"input {leaf.where}, {described(value)}")
-        found = {f"t{index}_{dim}": size for index, dim, size in _sizes(given)}
+        numbers = {f"t{index}_{dim}": size for index, dim, size in _sizes(given)}
         for condition in self.conditions:
-            if not holds(condition, found):
+            if not holds(condition, numbers):
                 raise self._refused(", ".join(map(described, given.values())) + f", which are not as {condition}")
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +104,7 @@ class Signature:
         return "; ".join([", ".join(map(str, self.leaves)), *free])
 
     def _refused(self, passed: str) -> BatchError:
-        change = "Pass inputs of these sizes, or save the model again with others"
+        change = "Pass inputs like these, or make the model again with other example inputs"
         return BatchError(
             explain(passed, str(self), f"{change}. {self.fixed_because}" if self.fixed_because else change)
         )
@@ -126,8 +130,12 @@ def inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, .
 
 def leaves_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of `inputs` by path, like "['args'][0]"."""
-    given = dict(zip(("args", "kwargs"), inputs(args, kwargs), strict=True))
-    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(given)[0]}
+    return paths_of(dict(zip(("args", "kwargs"), inputs(args, kwargs), strict=True)))
+
+
+def paths_of(tree: Any) -> dict[str, Any]:
+    """The leaves of nested containers by path."""
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
 
 
 def plain(tree: Any) -> Any:

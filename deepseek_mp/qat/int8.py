@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import CheckpointError, ConfigError, explain
 from deepseek_mp.precision import Decision
-from deepseek_mp.programs import export_onnx, read, write
+from deepseek_mp.programs import Signature, export_onnx, read, write
 from deepseek_mp.qat.compiled import CompiledGraph
+from deepseek_mp.qat.inputs import Inputs
 
 DECISIONS = "decisions.json"
-"""The file in an archive that says what each layer computes in."""
+"""The file in an archive that says what each layer computes in, and what the model takes."""
 
 
 class Int8Model(nn.Module):
@@ -22,14 +23,24 @@ class Int8Model(nn.Module):
 
     Compiled, linear layers and convolutions multiply integers of 8 bits in oneDNN's kernels. The graph itself, which
     `reference` runs, says the same in FP32 operations on rounded values.
+
+    Args:
+        program: the graph, on the CPU.
+        decisions: one for each layer with a product: INT8 or not, and why.
+        signature: of the inputs, as far as the program does not say it itself, which one from a file does not.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram, decisions: tuple[Decision, ...]) -> None:
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        decisions: tuple[Decision, ...],
+        signature: Signature | None = None,
+    ) -> None:
         super().__init__()
         self._program = program
         self.graph = program.module(check_guards=False)
         self.decisions = decisions
-        """One for each layer with a product: INT8 or not, and why."""
+        self._inputs = Inputs(program, self.graph, signature)
         self._compiled = CompiledGraph(self.graph)
 
     @property
@@ -37,12 +48,19 @@ class Int8Model(nn.Module):
         """The layers that stay in FP32, with the reason of each."""
         return tuple(decision for decision in self.decisions if decision.new != "int8")
 
+    @property
+    def signature(self) -> Signature:
+        """Which inputs it takes."""
+        return self._inputs.signature
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs, in FP32, computed in INT8."""
+        """The outputs, in FP32, computed in INT8; `BatchError` for inputs that the graph was not made for."""
+        self._inputs.check(args, kwargs)
         return self._compiled(*args, **kwargs)
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs as the graph says, without a compiler: slow, to compare with."""
+        """The outputs as the graph says, without a compiler: slow, to compare with; `BatchError` as of a call."""
+        args, kwargs = self._inputs.as_exported(args, kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):  # which compiled code is without too
             return self.graph(*args, **kwargs)
 
@@ -59,7 +77,8 @@ class Int8Model(nn.Module):
         Raises:
             ConfigError: the path cannot be written.
         """
-        write(path, self._program, {DECISIONS: [decision.to_json() for decision in self.decisions]})
+        decisions = [decision.to_json() for decision in self.decisions]
+        write(path, self._program, {DECISIONS: {"decisions": decisions, "signature": self.signature.to_json()}})
 
     def export_onnx(self, path: str | Path) -> None:
         """Write what `reference` computes to an ONNX file: weights in int8, QuantizeLinear and DequantizeLinear.
@@ -79,5 +98,12 @@ class Int8Model(nn.Module):
             CheckpointError: the file is missing, damaged, holds another program, or asks for code.
             PlanError: its decisions are none.
         """
-        program, decisions = read(path, DECISIONS)
-        return cls(program, tuple(map(Decision.from_json, decisions)))
+        program, about = read(path, DECISIONS)
+        if isinstance(about, list):  # of files from before there was a signature: what the program says has to do
+            return cls(program, tuple(map(Decision.from_json, about)))
+        try:
+            signature, decisions = Signature.from_json(about["signature"]), list(about["decisions"])
+        except (KeyError, TypeError, ValueError) as error:
+            passed = f"{str(path)!r}, whose {DECISIONS} is damaged ({type(error).__name__}: {error})"
+            raise CheckpointError(explain(passed, "what Int8Model.save writes", "Save it again")) from error
+        return cls(program, tuple(map(Decision.from_json, decisions)), signature)

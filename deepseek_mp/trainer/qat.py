@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepseek_mp.backends.detect import as_device
 from deepseek_mp.errors import ConfigError, explain, suggest
 from deepseek_mp.inference.fidelity import Metric
 from deepseek_mp.precision import Decision, PrecisionPlan
@@ -141,13 +142,15 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
         Args:
             inputs: a tensor, a tuple of positional or a mapping of keyword arguments, of the sizes that are served.
             budget: the largest metric allowed, to the same weights in FP32 without rounding.
-            metric: 'relative' (norm of the difference), 'kl' (nats, of logits), or a function of outputs and reference.
+            metric: 'relative' (norm of the difference), 'kl' (nats, of logits), or a function of outputs and reference,
+                0 for equal ones and larger for worse.
             gain: how many times as fast as the best of FP32 and BF16 INT8 must be to be taken.
             seconds: of timing for each.
 
         Raises:
-            ConfigError: an argument or a precision that is not allowed, or PyTorch has no oneDNN here.
-            BatchError: inputs for which the FP32 outputs are not finite.
+            ConfigError: an argument or a precision that is not allowed, a metric that gives no number or is not 0 for
+                equal outputs, or PyTorch has no oneDNN here.
+            BatchError: inputs that the INT8 model does not take, or for which the FP32 outputs are not finite.
         """
         if not isinstance(self.model, SimulatedModel):
             allowed = "a trainer of precision='int8'"
@@ -187,6 +190,6 @@ def _check_fit(
     if precision != "int8" and (example_inputs is not None or calibration is not None):
         passed = f"example_inputs or calibration with precision={precision!r}"
         raise ConfigError(explain(passed, "none: no ranges are observed", "Leave them out"))
-    if precision == "int8" and torch.device(options.get("device") or "cpu").type != "cpu":
+    if precision == "int8" and as_device(options.get("device") or "cpu").type != "cpu":
         passed = f"device={options['device']!r}"
         raise ConfigError(explain(passed, "'cpu', where INT8 is computed", "Leave it out"))

@@ -14,7 +14,7 @@ from deepseek_mp.backends import capabilities
 from deepseek_mp.costs.memory import distinct_bytes
 from deepseek_mp.errors import BatchError, ConfigError, explain
 from deepseek_mp.inference import Card, Form, ServingPlan, Trial, latencies
-from deepseek_mp.inference.fidelity import Metric, find_metric, is_finite
+from deepseek_mp.inference.fidelity import Metric, check_metric, find_metric, is_finite, measured, name_of
 from deepseek_mp.nn.nested import first_tensor
 from deepseek_mp.qat import FloatingModel, SimulatedModel, convert
 
@@ -46,24 +46,26 @@ def compare(
     """Build the three forms, time them in turn on the inputs, and take INT8 only if it is `gain` times as fast.
 
     Raises:
-        ConfigError: an argument that is not allowed, or PyTorch has no oneDNN.
-        BatchError: inputs for which the FP32 outputs are not finite.
+        ConfigError: an argument that is not allowed, a metric that gives no number or is not 0 for equal outputs, or
+            PyTorch has no oneDNN.
+        BatchError: inputs that the INT8 model does not take, or for which the FP32 outputs are not finite.
     """
     _check(budget, gain, seconds)
-    measured = find_metric(metric)
-    built, trials = _tried(simulated, inputs, measured)
+    judge = find_metric(metric)
+    built, trials = _tried(simulated, inputs, judge, budget)
     times = latencies({form.name: _caller(model, inputs) for form, model in built.items()}, CPU, seconds=seconds)
     trials = [replace(trial, latency=times.get(trial.form.name)) for trial in trials]
     taken, explained = chosen(trials, budget, gain)
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
-    plan = ServingPlan(form=taken, budget=budget, metric=name, trials=tuple(explained))
+    plan = ServingPlan(form=taken, budget=budget, metric=name_of(metric), trials=tuple(explained))
     first = first_tensor(inputs)
     size = 1 if first is None or first.dim() == 0 else first.shape[0]
     device = capabilities(CPU).device_name or "cpu"
     return Compared(built[taken], plan, Card(model=simulated.name, device=device, batch_size=size, plan=plan))
 
 
-def _tried(simulated: SimulatedModel, inputs: Any, metric: Metric) -> tuple[dict[Form, nn.Module], list[Trial]]:
+def _tried(
+    simulated: SimulatedModel, inputs: Any, metric: Metric, budget: float
+) -> tuple[dict[Form, nn.Module], list[Trial]]:
     """The forms that run, warm, and a trial of each."""
     built, trials, reference = {}, [], None
     for form, build in BUILDERS.items():
@@ -82,9 +84,10 @@ def _tried(simulated: SimulatedModel, inputs: Any, metric: Metric) -> tuple[dict
             if not is_finite(reference):
                 passed = "inputs whose FP32 outputs are not finite"
                 raise BatchError(explain(passed, "finite outputs", "Pass other inputs"))
+            check_metric(metric, reference, budget)
         graph: Any = model.graph
         held = distinct_bytes([*graph.parameters(), *graph.buffers()])
-        trials.append(Trial(form=form, error=float(metric(outputs, reference)), weight_bytes=held))
+        trials.append(Trial(form=form, error=measured(metric, outputs, reference), weight_bytes=held))
         built[form] = model
     return built, trials
 

@@ -5,7 +5,6 @@ The linear layers that are rounded are those that `inference.linear_layers` take
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +20,7 @@ from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
 from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, cast, linear_layers
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import map_leaves
+from deepseek_mp.nn.places import owners, replaced
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import KINDS, OTHERS, is_kept
@@ -114,15 +114,6 @@ def deployed(model: nn.Module, decisions: tuple[Decision, ...], dtype: torch.dty
     return WeightsModel(copy, dtype, decisions)
 
 
-def replaced(model: nn.Module, name: str, made: nn.Module) -> nn.Module:
-    """The model with another module of that name, in place; the module itself for the empty name."""
-    if not name:
-        return made
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, made)
-    return model
-
-
 def _decision(layer: nn.Module, name: str, precision: str, left: Mapping[str, str], kept: Collection[str]) -> Decision:
     new, reason, detail = "fp32", Reason.NO_KERNEL, left.get(name, "")
     if is_kept(name, kept):
@@ -138,7 +129,7 @@ def _decision(layer: nn.Module, name: str, precision: str, left: Mapping[str, st
 
 def _embeddings_left(model: nn.Module) -> dict[str, str]:
     """The embeddings whose tables stay as they are, by name, with the reason."""
-    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    shared = owners(model)
     left = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding):
@@ -147,7 +138,7 @@ def _embeddings_left(model: nn.Module) -> dict[str, str]:
             left[name] = f"a {type(module).__name__} may use its weight in a way of its own"
         elif module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
             left[name] = "it has hooks, which would be lost"
-        elif owners[id(module.weight)] != 1:
+        elif shared[id(module.weight)] != 1:
             left[name] = "its weight is shared"
         elif module.max_norm is not None:
             left[name] = "its max_norm changes the weight in the forward"

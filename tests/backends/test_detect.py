@@ -135,6 +135,8 @@ def test_a_device_this_machine_lacks_is_one_clear_error(monkeypatch: pytest.Monk
 def test_a_misspelt_device_is_one_clear_error() -> None:
     with pytest.raises(ConfigError, match=r"device 'gpu' is not known to this PyTorch\. Allowed: .*cpu"):
         as_device("gpu")
+    with pytest.raises(ConfigError, match=r"device 1\.5 is not known"):
+        as_device(1.5)  # type: ignore[arg-type]
 
 
 def test_the_default_is_the_accelerator_and_else_the_cpu(

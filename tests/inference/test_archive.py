@@ -152,7 +152,7 @@ def test_a_model_that_needs_its_batch_size_says_so(tmp_path):
     Served(Four(), Form(), CPU).save(tmp_path / "model.pt2", torch.randn(4, 3))
     loaded = load(tmp_path / "model.pt2", "cpu")
     assert loaded(torch.randn(4, 3)).shape == (4, 3)
-    with pytest.raises(BatchError, match=r"float32 \[2, 3\]\. Allowed: .*\[4, 3\].*save .* again.*sizes are fixed"):
+    with pytest.raises(BatchError, match=r"float32 \[2, 3\]\. Allowed: .*\[4, 3\].*make .* again.*sizes are fixed"):
         loaded(torch.randn(2, 3))
 
 
@@ -251,6 +251,8 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
     Served(nn.Linear(4, 2), Form(), CPU).save(tmp_path / "model.pt2", torch.randn(2, 4))
     with pytest.raises(ConfigError, match=f"no '{missing}' device can be used"):
         load(tmp_path / "model.pt2", missing)
+    with pytest.raises(ConfigError, match=r"device 'foo' is not known.*Allowed: .*cpu"):
+        load(tmp_path / "model.pt2", "foo")
 
 
 def test_a_copy_of_a_compiled_model_runs_its_own_weights(tmp_path, monkeypatch):
@@ -291,6 +293,27 @@ class Remembers(nn.Module):
         else:
             self.mean.mul_(0.5).add_(x.mean(0))
         return x - self.mean
+
+
+@pytest.mark.parametrize("kind", ["int8_weights", "int4_weights"])
+def test_a_layer_under_two_names_gives_the_same_bits(kind, tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(256, 256)
+            self.block = nn.Sequential(nn.ReLU(), self.first)
+
+        def forward(self, x):
+            return self.block(self.first(x))
+
+    served, x = Served(Twice(), Form(format="bf16", linear=kind), CPU), torch.randn(3, 256)
+    assert served.left_alone == {}
+    served.save(tmp_path / "model.pt2", x)
+    assert served.model.first is served.model.block[1]
+    loaded = load(tmp_path / "model.pt2", "cpu")
+    assert torch.equal(loaded(x), served(x))
+    held = {tensor.data_ptr() for name, tensor in loaded.state_dict().items() if name.endswith(".q")}
+    assert len(held) == 1
 
 
 def test_state_is_saved_as_it_is_and_goes_on_from_there(tmp_path):

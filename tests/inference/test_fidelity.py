@@ -2,12 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.inference import kl, relative
-from deepseek_mp.inference.fidelity import find_metric, is_finite
+from deepseek_mp.inference.fidelity import check_metric, find_metric, is_finite, measured
 
 
 def test_kl_is_the_formula_over_the_last_dimension():
@@ -52,6 +53,54 @@ def test_relative_is_of_floating_and_complex_tensors():
     assert relative(reference * (1 + 0.1j), reference) == pytest.approx(0.1)
     with pytest.raises(ConfigError, match="metric='relative' for outputs without a floating tensor, of type Tensor"):
         relative(torch.tensor([1]), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("value", [0.5, 1, True, torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.ones(())])
+def test_a_metric_gives_a_number_of_any_kind(value):
+    found = measured(lambda outputs, reference: value, None, None)
+    assert type(found) is float
+    assert found == float(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (None, "gave a NoneType"),
+        ("0.5", "gave a str"),
+        (torch.ones(2), r"'own' that gave a tensor of shape \[2\]\. Allowed: one number for all outputs.*\.mean\(\)"),
+        (torch.tensor(1j), "gave a Tensor"),
+        ([0.5], "gave a list"),
+        (1j, "gave a complex"),
+        (np.ones(2), "gave a ndarray"),
+    ],
+)
+def test_a_metric_that_gives_something_else_is_refused(value, match):
+    def own(outputs, reference):
+        return value
+
+    with pytest.raises(ConfigError, match=match):
+        measured(own, None, None)
+
+
+@pytest.mark.parametrize(("value", "budget"), [(0.0, 0.0), (0, 0.1), (6e-8, 0.0), (-6e-8, 1e-3), (9e-4, 0.1)])
+def test_a_metric_may_be_off_zero_by_rounding(value, budget):
+    check_metric(lambda outputs, reference: value, None, budget)
+
+
+@pytest.mark.parametrize(
+    ("value", "budget", "match"),
+    [
+        (1.0, 1e-3, r"a metric that is 1 between outputs and themselves\. Allowed: 0 for equal.*Subtract"),
+        (0.24, 0.3, "a metric that is 0.24 between"),
+        (-40.0, 0.1, "a metric that is -40 between"),
+        (2e-6, 0.0, "a metric that is 2e-06 between"),
+        (float("nan"), 1.0, "a metric that is nan between.*one sample or more"),
+        (float("inf"), float("inf"), "a metric that is inf between.*one sample or more"),
+    ],
+)
+def test_a_metric_that_is_not_zero_for_equal_outputs_is_refused(value, budget, match):
+    with pytest.raises(ConfigError, match=match):
+        check_metric(lambda outputs, reference: value, None, budget)
 
 
 def test_metrics_by_name_or_as_they_are():

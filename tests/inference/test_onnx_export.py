@@ -96,6 +96,29 @@ def test_bf16_stays_when_asked_for(tmp_path):
     assert kinds == {onnx.TensorProto.BFLOAT16}
 
 
+@needs_onnx
+@pytest.mark.parametrize("widen", [True, False])
+def test_the_file_has_the_state_of_now_and_the_model_keeps_it(widen, tmp_path):
+    class Counts(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return super().forward(x) + self.calls
+
+    served, x = Served(Counts(), Form(), CPU), torch.randn(2, 3)
+    served(x)
+    served.export_onnx(tmp_path / "model.onnx", x, widen=widen)
+    assert served.model.calls == 1
+    running = session(tmp_path / "model.onnx")
+    for _ in range(2):  # a file of ONNX has no state to go on from
+        found = torch.from_numpy(running.run(None, {"x": x.numpy()})[0])
+        served.model.calls.fill_(1)
+        torch.testing.assert_close(found, served(x))
+
+
 def test_what_cannot_be_exported_is_refused(monkeypatch, tmp_path):
     served = Served(nn.Linear(3, 3), Form(), CPU)
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None)

@@ -56,7 +56,7 @@ def test_a_metric_of_ones_own_decides(times):
 
     def metric(outputs, reference):
         seen.append((outputs.dtype, reference.dtype))
-        return 0.5
+        return 0.0 if outputs is reference else 0.5
 
     _, plan, _ = run(model, torch.randn(3, 4), metric=metric, budget=0.6)
     assert plan.form.name == "bf16"
@@ -238,6 +238,7 @@ def test_what_is_refused(classifier, times):
         ({"seconds": -1.0}, "seconds=-1.0"),
         ({"energy_seconds": float("inf")}, "energy_seconds=inf"),
         ({"metric": "psnr"}, "metric='psnr'"),
+        ({"metric": lambda outputs, reference: "0.1"}, "the metric '<lambda>' that gave a str"),
         ({"formats": ("fp32", "int3")}, "formats with int3"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -246,6 +247,8 @@ def test_what_is_refused(classifier, times):
         run(classifier, x * torch.nan)
     with pytest.raises(ConfigError, match=r"a metric that is nan between.*inputs of one sample or more"):
         run(classifier, x[:0])
+    with pytest.raises(ConfigError, match=r"a metric that is 1 between"):
+        run(classifier, x, metric=lambda outputs, reference: torch.cosine_similarity(outputs, reference).mean())
     with pytest.raises(ConfigError, match=r"does not run in FP32 \(.*expected input.*Change what is named there"):
         run(classifier, torch.randn(2, 5, 8, 8))
     with pytest.raises(ConfigError, match="a model and inputs on no device"):

@@ -130,18 +130,19 @@ class Model(nn.Module):
 def test_which_layers_become_one_and_why_others_do_not():
     model = Model()
     layers, left = linear_layers(model, "int8_weights")
-    assert list(layers) == ["blocks.0", "blocks.1"]
+    assert list(layers) == ["blocks.0", "blocks.1", "again"]
     assert left == {
         "small": "it has 65280 weights, fewer than 65536",
         "hooked": "it has hooks, which would be lost",
         "own": "a NonDynamicallyQuantizableLinear may use its weight in a way of its own",
-        "again": "its weight is shared",
         "head": "its weight is shared",
     }
     found = quantised(model, "int8_weights", BF16)
     assert found is model
     assert [type(layer) for layer in found.blocks] == [QuantisedLinear] * 2
     assert found.blocks[0].q.dtype is torch.int8
+    assert type(found.again) is QuantisedLinear
+    assert found.twice is found.again
     assert found.head.weight is found.words.weight
     assert found.head.weight.dtype is BF16
     assert linear_layers(found, "int8_weights")[1] == left

@@ -55,7 +55,7 @@ def test_a_fixed_size_says_why():
         leaves=(Leaf(where="['args'][0]", dtype="float32", shape=(4,)),), ranges={}, fixed_because="It asks."
     )
     assert not fixed.is_free
-    with pytest.raises(BatchError, match=r"others\. It asks\.$"):
+    with pytest.raises(BatchError, match=r"other example inputs\. It asks\.$"):
         fixed.check((torch.zeros(3),), {})
 
 

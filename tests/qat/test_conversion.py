@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.qat import convert
+from deepseek_mp.qat import convert, prepare
 
 
 def train_a_little(simulated, example):
@@ -48,3 +49,15 @@ def test_without_onednn_it_is_refused(simulated, monkeypatch):
 def test_the_old_flags_of_fp32_products_are_not_read(simulated, monkeypatch):
     monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")  # it raises where users write the new ones
     assert convert(simulated).decisions
+
+
+def test_a_norm_without_statistics_makes_torchao_trace_no_patterns(monkeypatch):
+    from torchao.quantization.pt2e import qat_utils
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())
+    simulated, x = prepare(model, torch.randn(4, 1, 6, 6)), torch.randn(3, 1, 6, 6)
+    traced = []
+    monkeypatch.setattr(qat_utils, "_get_aten_graph_module_for_pattern", lambda *args, **_: traced.append(args))
+    int8 = convert(simulated)
+    assert traced == []
+    torch.testing.assert_close(int8.reference(x), simulated.eval()(x), rtol=1e-4, atol=1e-4)

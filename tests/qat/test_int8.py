@@ -9,8 +9,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from deepseek_mp.errors import CheckpointError, ConfigError
+from deepseek_mp.errors import BatchError, CheckpointError, ConfigError
+from deepseek_mp.programs import write
 from deepseek_mp.qat import Int8Model, convert
+from deepseek_mp.qat.int8 import DECISIONS
 
 LOAD = """
 import sys, torch
@@ -29,6 +31,7 @@ def test_the_file_gives_the_same_bits_in_a_fresh_process_without_torchao(simulat
     assert torch.equal(loaded.reference(example), expected)
     assert loaded.reference(example[:3]).shape == (3, 10)
     assert loaded.decisions == int8.decisions
+    assert loaded.signature == int8.signature
     assert [decision.layer for decision in loaded.not_converted] == ["last"]
     torch.save((example, expected), tmp_path / "data.pt")
     code = [sys.executable, "-c", LOAD, str(tmp_path / "model.pt2"), str(tmp_path / "data.pt")]
@@ -90,3 +93,30 @@ def test_under_autocast_the_reference_is_what_the_graph_says(simulated, example)
     expected = int8.reference(example)
     with torch.autocast("cpu"):
         assert torch.equal(int8.reference(example), expected)
+
+
+def test_inputs_of_other_dtypes_and_sizes_are_refused_before_anything_is_compiled(simulated, example):
+    int8 = convert(simulated)
+    for call in (int8, int8.reference):
+        with pytest.raises(BatchError, match=r"input \['x'\], float64 \[8, 1, 6, 6\]\. Allowed: \['x'\] float32"):
+            call(example.double())
+        with pytest.raises(BatchError, match=r"float32 \[8, 1, 6, 7\]"):
+            call(torch.zeros(8, 1, 6, 7))
+    assert torch.equal(int8.reference(x=example), int8.reference(example))
+
+
+def test_a_file_without_a_signature_has_that_of_its_program(simulated, example, tmp_path):
+    int8 = convert(simulated)
+    write(tmp_path / "model.pt2", int8._program, {DECISIONS: [one.to_json() for one in int8.decisions]})
+    loaded = Int8Model.load(tmp_path / "model.pt2")
+    assert loaded.decisions == int8.decisions
+    assert torch.equal(loaded.reference(example), int8.reference(example))
+    with pytest.raises(BatchError, match="int64"):
+        loaded.reference(example.long())
+
+
+@pytest.mark.parametrize("about", [3, {"decisions": []}, {"decisions": 1, "signature": {}}])
+def test_a_file_that_says_something_else_is_refused(simulated, about, tmp_path):
+    write(tmp_path / "model.pt2", convert(simulated)._program, {DECISIONS: about})
+    with pytest.raises(CheckpointError, match=r"decisions\.json is damaged"):
+        Int8Model.load(tmp_path / "model.pt2")

@@ -148,6 +148,7 @@ def test_decisions_are_written_down(tmp_path):
         ({"compile": True}, "compile beside quantisation-aware training"),
         ({"precision_mode": "bf16"}, "precision_mode beside"),
         ({"device": "meta"}, "device='meta'"),
+        ({"device": "foo"}, "device 'foo' is not known"),
         ({"calibration": []}, "calibration without a batch"),
         ({"calibration": [torch.full((2, 4), math.nan)]}, "NaN or infinite values in batch 0"),
         ({"example_inputs": torch.randn(1, 4)}, "two samples or more"),

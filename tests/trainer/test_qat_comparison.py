@@ -132,8 +132,12 @@ def test_what_does_not_fit_is_refused(options, match):
         trainer.compare(torch.randn(4, 4), **options)
 
 
-def test_inputs_that_are_not_finite_are_refused(monkeypatch):
+def test_inputs_that_are_not_finite_and_metrics_without_a_number_are_refused(monkeypatch):
     monkeypatch.setattr(compiled, "inductor_compile", lambda graph, inputs: graph)
     trainer = QuantizationAwareTrainer(nn.Sequential(nn.Linear(4, 3)), example_inputs=torch.randn(4, 4))
+    with pytest.raises(ConfigError, match="gave a NoneType"):
+        trainer.compare(torch.randn(4, 4), metric=lambda outputs, reference: None)
+    with pytest.raises(ConfigError, match=r"a metric that is 0\.2 between"):
+        trainer.compare(torch.randn(4, 4), metric=lambda outputs, reference: 0.2)
     with pytest.raises(BatchError, match="FP32 outputs are not finite"):
         trainer.compare(torch.full((4, 4), math.nan))

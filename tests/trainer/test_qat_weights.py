@@ -229,6 +229,26 @@ def test_a_single_layer_is_a_model():
     torch.testing.assert_close(trainer.convert(torch.float32)(x), trainer.predict((x, None)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["int8_weights", "int4_weights"])
+def test_a_layer_under_two_names_is_rounded_once_and_stays_one(precision):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(256, 256)
+            self.block = nn.Sequential(nn.ReLU(), self.first)
+
+        def forward(self, x):
+            return self.block(self.first(x))
+
+    trainer, x = QuantizationAwareTrainer(Twice(), precision, device="cpu"), torch.randn(3, 256)
+    assert [(one.layer, one.new) for one in trainer.decisions] == [("first", precision)]
+    assert trainer.model.first is trainer.model.block[1]
+    served = trainer.convert(torch.float32)
+    assert type(served.model.first) is QuantisedLinear
+    assert served.model.first is served.model.block[1]
+    torch.testing.assert_close(served(x), trainer.predict((x, None)), rtol=1e-5, atol=1e-5)
+
+
 class Tied(Words):
     def __init__(self):
         super().__init__()

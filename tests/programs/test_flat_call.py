@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepseek_mp.inference.flat_call import FlatCall
 from deepseek_mp.inference.graphed import signature
+from deepseek_mp.programs.flat_call import FlatCall
 
 CPU = torch.device("cpu")
 

@@ -1,8 +1,9 @@
 """Whether a call's arguments are like those of an earlier one, told in a microsecond: for arguments without nesting.
 
-The host does this before each replay, while the device waits. A signature (`graphed.signature`) says the same of every
-call, and takes several times as long. What is not seen to be alike here may still have the same signature: another
-object of an equal value, say, or a parameter in place of a tensor.
+The host does this before each replay of a recording, while the device waits, and in front of an INT8 model. Whole
+signatures (`inference.graphed.signature`, `Signature`) tell of every call, and take several times as long. What is not
+seen to be alike here may still have the same one: another object of an equal value, say, or a parameter in place of a
+tensor.
 """
 
 from __future__ import annotations

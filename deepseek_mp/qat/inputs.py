@@ -1,0 +1,55 @@
+"""What an INT8 model is called with: by place or by name, and of the dtypes and sizes that its graph was made for."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from deepseek_mp.errors import BatchError, explain
+from deepseek_mp.programs import Signature, signature_of
+from deepseek_mp.programs.flat_call import FlatCall
+from deepseek_mp.programs.signature import paths_of, plain
+
+
+class Inputs:
+    """The inputs of a program, known by the names that they have in the model's forward.
+
+    Args:
+        program: what is called.
+        graph: its module.
+        signature: what the inputs have to be; None: what the program says, as it was exported.
+    """
+
+    def __init__(self, program: ExportedProgram, graph: fx.GraphModule, signature: Signature | None = None) -> None:
+        spec = program.call_spec.in_spec
+        assert spec is not None, "an exported program knows what it takes"
+        args, self._keywords = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+        self._parameters = inspect.signature(graph.forward)
+        self._places = list(self._parameters.parameters)[: len(args)]
+        if signature is None:
+            paths = paths_of(plain({**dict(zip(self._places, args, strict=True)), **self._keywords}))
+            # The exporter takes 2 for the least size whatever the graph does; its operations take empty batches too.
+            signature = signature_of(program, list(paths), strict=False).with_least(0)
+        self.signature = signature
+        self._last: FlatCall | None = None
+        """Of the call that was checked last: one like it fits too, and is told in a microsecond."""
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`BatchError` for a call that the program was not made for."""
+        if self._last is None or self._last.tensors(args, kwargs) is None:
+            self.as_exported(args, kwargs)
+            self._last = FlatCall(args, kwargs)
+
+    def as_exported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with those arguments positional that were so when the program was exported, checked."""
+        try:
+            given = self._parameters.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            passed, allowed = f"a call that does not fit ({error})", str(self.signature)
+            raise BatchError(explain(passed, allowed, "Pass those, by place or by name")) from error
+        self.signature.check_leaves(paths_of(plain(given)))
+        return tuple(given[name] for name in self._places), {name: given[name] for name in self._keywords}
