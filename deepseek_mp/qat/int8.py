@@ -99,8 +99,6 @@ class Int8Model(nn.Module):
             PlanError: its decisions are none.
         """
         program, about = read(path, DECISIONS)
-        if isinstance(about, list):  # of files from before there was a signature: what the program says has to do
-            return cls(program, tuple(map(Decision.from_json, about)))
         try:
             signature, decisions = Signature.from_json(about["signature"]), list(about["decisions"])
         except (KeyError, TypeError, ValueError) as error:
