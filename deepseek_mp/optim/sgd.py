@@ -117,17 +117,23 @@ def _with_momentum(group: Mapping[str, Any], batch: Batch, grads: list[Tensor]) 
     """Advance the buffers and give the direction to go."""
     momentum, dampening = group["momentum"], group["dampening"]
     buffers = [state[MOMENTUM] for state in batch.states]
-    entering = grads
-    if dampening:
-        shares = [_entering(state["step"], dampening) for state in batch.states]
-        entering = list(torch._foreach_mul(grads, shares))
     torch._foreach_mul_(buffers, batch.factor(momentum))
-    torch._foreach_add_(buffers, entering)
+    if dampening:
+        _add_damped(batch, buffers, grads, dampening)
+    else:
+        torch._foreach_add_(buffers, grads)
     return torch._foreach_add(grads, buffers, alpha=momentum) if group["nesterov"] else buffers
 
 
-def _entering(step: Tensor, dampening: float) -> Any:
-    """The share of the gradient that enters the buffer: all of it in the first step."""
-    if step.device.type == "cpu":
-        return 1.0 if step.item() <= 1 else 1 - dampening
-    return torch.where(step <= 1, 1.0, 1 - dampening)
+def _add_damped(batch: Batch, buffers: list[Tensor], grads: list[Tensor], dampening: float) -> None:
+    """Let gradients enter the buffers by their share: all of it in the first step of a parameter."""
+    steps = [state["step"] for state in batch.states]
+    if steps[0].device.type != "cpu":
+        shares = [torch.where(step <= 1, 1.0, 1 - dampening) for step in steps]
+        torch._foreach_add_(buffers, torch._foreach_mul(grads, shares))
+        return
+    is_first = [step.item() <= 1 for step in steps]
+    for first, share in ((True, 1.0), (False, 1 - dampening)):
+        some = [index for index, of in enumerate(is_first) if of is first]
+        if some:  # as PyTorch does it: a product of its own would be rounded before it is added
+            torch._foreach_add_([buffers[i] for i in some], [grads[i] for i in some], alpha=share)
