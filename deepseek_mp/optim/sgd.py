@@ -51,16 +51,19 @@ class SGD(KernelOptimizer):
         seed: int = 0,
         foreach: bool = True,
     ) -> None:
-        check_rate(lr)
-        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a positive number"))
-        if nesterov and (momentum <= 0 or dampening != 0):
-            passed = f"nesterov=True with momentum={momentum} and dampening={dampening}"
-            raise ConfigError(explain(passed, "momentum above 0 and dampening 0", "Set both, or leave nesterov out"))
         rule = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         kept = {"storage": storage, "states": states, "seed": seed, "foreach": foreach}
         super().__init__(params, {**rule, "nesterov": nesterov, **kept})
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_rate(group["lr"])
+        momentum, dampening = group["momentum"], group["dampening"]
+        for name in ("momentum", "weight_decay"):
+            if not group[name] >= 0:
+                raise ConfigError(explain(f"{name}={group[name]!r}", "a number from 0", "Pass a positive number"))
+        if group["nesterov"] and (momentum <= 0 or dampening != 0):
+            passed = f"nesterov=True with momentum={momentum} and dampening={dampening}"
+            raise ConfigError(explain(passed, "momentum above 0 and dampening 0", "Set both, or leave nesterov out"))
 
     def _moments(self, group: Mapping[str, Any]) -> Moments:
         return {MOMENTUM: SIGNED} if group["momentum"] else {}
