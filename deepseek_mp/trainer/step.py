@@ -176,17 +176,24 @@ class Stepper:
         return self._pending is not None
 
     def save_window(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The open window as tensors and JSON values; without tensors if none is open."""
+        """The open window as tensors and JSON values; without tensors if none is open.
+
+        And what is known of casts: one cast of a weight that is used twice has its gradients added up in the narrow
+        format, and two casts in FP32, so that a run which looked at its first forward anew would have other bits.
+        """
+        values = self.window.save() | {"looked": self._looked, "weights_move": self._weights_move}
         if not self.window.micro_batches:
-            return {}, self.window.save()
+            return {}, values
         tensors = {f"gradient.{name}": g for name, g in state.gradients(self.model, self.optimizer).items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers.saved().items()}
-        return tensors, self.window.save()
+        return tensors, values
 
     def load_window(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Reopen a window that `save_window` returned."""
         self.window = Window.load(values, self.device)
         self._before = self.window.largest, self.windows_opened
+        self._looked = self._compiled or values.get("looked", self._looked)  # checkpoints of before have none
+        self._weights_move = values.get("weights_move", self._weights_move)
         if not self.window.micro_batches:
             return
         parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "buffer": {}}
