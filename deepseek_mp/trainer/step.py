@@ -129,8 +129,8 @@ class Stepper:
         """Whether some steps are counted: of compiled code they run uncompiled, and hold what eager code holds."""
         self._pending: Pending | None = None
         self.windows_opened = self.skipped_in_row = 0
-        self._before: tuple[Weight | None, int] = None, 0
-        """`largest` and `windows_opened` before the open window."""
+        self._before: tuple[Weight | None, int, bool] = None, 0, compiled
+        """`largest`, `windows_opened` and whether a forward was looked at, before the open window."""
         self.closing = False
         """Whether a window is between full and done: what callbacks see then is no state to save."""
         self.veto: Callable[[], Tensor | None] | None = None
@@ -191,8 +191,8 @@ class Stepper:
     def load_window(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Reopen a window that `save_window` returned."""
         self.window = Window.load(values, self.device)
-        self._before = self.window.largest, self.windows_opened
         self._looked = self._compiled or values.get("looked", self._looked)  # checkpoints of before have none
+        self._before = self.window.largest, self.windows_opened, self._looked
         self._weights_move = values.get("weights_move", self._weights_move)
         if not self.window.micro_batches:
             return
@@ -213,7 +213,7 @@ class Stepper:
         self._clear_gradients()
         self._buffers.snapshot()
         backends.clear_overflow(self.device)
-        self._before = self.window.largest, self.windows_opened
+        self._before = self.window.largest, self.windows_opened, self._looked
         self.windows_opened += 1
 
     def _compute(self, batch: Any, call: calls.Call, index: int, *, whole: bool) -> Tensor | None:
@@ -472,7 +472,7 @@ class Stepper:
             self._discard_maxima()
             if self.window.entries:
                 set_rng(self.window.entries[0].rng, self.device)
-            largest, self.windows_opened = self._before
+            largest, self.windows_opened, self._looked = self._before
         self.window = Window(largest=largest)
         self._forget_weights()
         torch.clear_autocast_cache()
