@@ -21,6 +21,8 @@ from deepseek_mp.nn.convert import IN_FORCE
 
 _PLAIN = (bool, int, float, complex, str, type(None))
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+_REFILLED = (list, set, deque, *_MAPPINGS)
+_CONTAINERS = (tuple, *_REFILLED)
 _NOT_KEPT = frozenset(vars(nn.Module())) | {"_compiled_call_impl", *IN_FORCE}
 """What every module has, and what conversion and compilation put there: those who do that take it back themselves."""
 
@@ -29,18 +31,20 @@ PutBack = Callable[[], object]
 
 class Attributes:
     """The attributes of modules at one moment: numbers, flags and text; tensors, with their values; what lists,
-    dictionaries, sets and queues hold; and the states of random generators.
+    dictionaries, sets, queues and tuples hold, also inside of one another; and the states of random generators.
 
     Not kept are values inside of other objects, and attributes that are made later.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._kept = [
-            (module, name, value, _inside(value))
+        seen: set[int] = set()
+        found = [
+            (module, name, value, _inside(value, seen))
             for module in modules
             for name, value in vars(module).items()
-            if name not in _NOT_KEPT and (isinstance(value, _PLAIN) or _inside(value) is not None)
+            if name not in _NOT_KEPT
         ]
+        self._kept = [kept for kept in found if isinstance(kept[2], _PLAIN) or kept[3] is not None]
 
     def put_back(self) -> None:
         """Make them what they were; one that is gone stays so."""
@@ -51,8 +55,26 @@ class Attributes:
                 inside()
 
 
-def _inside(value: Any) -> PutBack | None:
-    """What puts back the inside of an object; None for one that is not known to have any."""
+def _inside(value: Any, seen: set[int]) -> PutBack | None:
+    """What puts back the inside of an object; None for one that is not known to have any.
+
+    `seen` has those that are put back already: a container may hold itself, and two of them the same tensor.
+    """
+    if isinstance(value, _PLAIN):
+        return None
+    if id(value) in seen:
+        return _nothing
+    found = _container(value, seen) if isinstance(value, _CONTAINERS) else _single(value)
+    if found is not None:
+        seen.add(id(value))
+    return found
+
+
+def _nothing() -> None:
+    pass
+
+
+def _single(value: Any) -> PutBack | None:
     if isinstance(value, Tensor):
         return _tensor(value)
     if isinstance(value, torch.Generator):
@@ -61,7 +83,7 @@ def _inside(value: Any) -> PutBack | None:
         return partial(value.setstate, value.getstate())
     if isinstance(value, np.random.Generator):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    return _container(value)
+    return None
 
 
 def _tensor(tensor: Tensor) -> PutBack | None:
@@ -78,13 +100,20 @@ def _tensor(tensor: Tensor) -> PutBack | None:
     return put_back
 
 
-def _container(value: Any) -> PutBack | None:
-    kind, kept = type(value), copy.copy(value) if type(value) in (list, set, deque, *_MAPPINGS) else None
-    if kept is None:
+def _container(value: Any, seen: set[int]) -> PutBack | None:
+    kind = type(value)
+    if kind not in _REFILLED and not isinstance(value, tuple):
         return None
+    seen.add(id(value))
+    kept = value if isinstance(value, tuple) else copy.copy(value)
+    found = [_inside(item, seen) for item in (kept.values() if isinstance(kept, dict) else kept)]
+    insides = [inside for inside in found if inside is not None]
 
     def put_back() -> None:
-        value.clear()
-        value.extend(kept) if kind in (list, deque) else value.update(kept)
+        if kept is not value:
+            value.clear()
+            value.extend(kept) if kind in (list, deque) else value.update(kept)
+        for inside in insides:
+            inside()
 
     return put_back

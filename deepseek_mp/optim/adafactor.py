@@ -50,17 +50,24 @@ class Adafactor(StoredOptimizer):
         storage: str = "bf16_kahan",
         seed: int = 0,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps[0] or 0.0), ("eps", eps[1])):
-            if not isinstance(value, Tensor) and not value >= 0:
-                raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a positive number"))
-        if not beta2_decay <= 0:
-            change = "Pass for example -0.8"
-            raise ConfigError(explain(f"beta2_decay={beta2_decay!r}", "a number up to 0", change))
-        if not d >= 1:
-            raise ConfigError(explain(f"d={d!r}", "a number from 1", "Pass for example 1.0"))
         rule = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         kept = {"storage": storage, "states": StateFormat.FP32.value, "seed": seed, "foreach": True}
         super().__init__(params, rule | kept)
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        smallest, least_size = group["eps"]
+        numbers = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        for name, value in (*numbers.items(), ("eps", smallest or 0.0), ("eps", least_size)):
+            if not isinstance(value, Tensor) and not value >= 0:
+                raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a positive number"))
+        if not group["beta2_decay"] <= 0:
+            passed, change = f"beta2_decay={group['beta2_decay']!r}", "Pass for example -0.8"
+            raise ConfigError(explain(passed, "a number up to 0", change))
+        if not group["d"] >= 1:
+            raise ConfigError(explain(f"d={group['d']!r}", "a number from 1", "Pass for example 1.0"))
+        if group["states"] != StateFormat.FP32:
+            passed, change = f"states={group['states']!r} for Adafactor", "Leave states out: its moments are few"
+            raise ConfigError(explain(passed, "'fp32'", change))
 
     def _moments(self, _group: Mapping[str, Any]) -> Moments:
         return {}

@@ -56,10 +56,12 @@ class AdamW(KernelOptimizer):
         seed: int = 0,
         foreach: bool = True,
     ) -> None:
-        check_options(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         kept = {"storage": storage, "states": states, "seed": seed, "foreach": foreach}
         super().__init__(params, defaults | kept)
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_options(**{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")})
 
     def _moments(self, _group: Mapping[str, Any]) -> Moments:
         return {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}

@@ -51,16 +51,19 @@ class SGD(KernelOptimizer):
         seed: int = 0,
         foreach: bool = True,
     ) -> None:
-        check_rate(lr)
-        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ConfigError(explain(f"{name}={value!r}", "a number from 0", "Pass a positive number"))
-        if nesterov and (momentum <= 0 or dampening != 0):
-            passed = f"nesterov=True with momentum={momentum} and dampening={dampening}"
-            raise ConfigError(explain(passed, "momentum above 0 and dampening 0", "Set both, or leave nesterov out"))
         rule = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         kept = {"storage": storage, "states": states, "seed": seed, "foreach": foreach}
         super().__init__(params, {**rule, "nesterov": nesterov, **kept})
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_rate(group["lr"])
+        momentum, dampening = group["momentum"], group["dampening"]
+        for name in ("momentum", "weight_decay"):
+            if not group[name] >= 0:
+                raise ConfigError(explain(f"{name}={group[name]!r}", "a number from 0", "Pass a positive number"))
+        if group["nesterov"] and (momentum <= 0 or dampening != 0):
+            passed = f"nesterov=True with momentum={momentum} and dampening={dampening}"
+            raise ConfigError(explain(passed, "momentum above 0 and dampening 0", "Set both, or leave nesterov out"))
 
     def _moments(self, group: Mapping[str, Any]) -> Moments:
         return {MOMENTUM: SIGNED} if group["momentum"] else {}
@@ -117,17 +120,23 @@ def _with_momentum(group: Mapping[str, Any], batch: Batch, grads: list[Tensor]) 
     """Advance the buffers and give the direction to go."""
     momentum, dampening = group["momentum"], group["dampening"]
     buffers = [state[MOMENTUM] for state in batch.states]
-    entering = grads
-    if dampening:
-        shares = [_entering(state["step"], dampening) for state in batch.states]
-        entering = list(torch._foreach_mul(grads, shares))
     torch._foreach_mul_(buffers, batch.factor(momentum))
-    torch._foreach_add_(buffers, entering)
+    if dampening:
+        _add_damped(batch, buffers, grads, dampening)
+    else:
+        torch._foreach_add_(buffers, grads)
     return torch._foreach_add(grads, buffers, alpha=momentum) if group["nesterov"] else buffers
 
 
-def _entering(step: Tensor, dampening: float) -> Any:
-    """The share of the gradient that enters the buffer: all of it in the first step."""
-    if step.device.type == "cpu":
-        return 1.0 if step.item() <= 1 else 1 - dampening
-    return torch.where(step <= 1, 1.0, 1 - dampening)
+def _add_damped(batch: Batch, buffers: list[Tensor], grads: list[Tensor], dampening: float) -> None:
+    """Let gradients enter the buffers by their share: all of it in the first step of a parameter."""
+    steps = [state["step"] for state in batch.states]
+    if steps[0].device.type != "cpu":
+        shares = [torch.where(step <= 1, 1.0, 1 - dampening) for step in steps]
+        torch._foreach_add_(buffers, torch._foreach_mul(grads, shares))
+        return
+    is_first = [step.item() <= 1 for step in steps]
+    for first, share in ((True, 1.0), (False, 1 - dampening)):
+        some = [index for index, of in enumerate(is_first) if of is first]
+        if some:  # as PyTorch does it: a product of its own would be rounded before it is added
+            torch._foreach_add_([buffers[i] for i in some], [grads[i] for i in some], alpha=share)

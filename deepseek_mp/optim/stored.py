@@ -110,6 +110,7 @@ class StoredOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             _check_group(group)
+            self._check_options(group)
         except ConfigError:
             del self.param_groups[-1]
             raise
@@ -190,6 +191,9 @@ class StoredOptimizer(Optimizer):
                 self._step_in_blocks(group, parameter, scale, skip)
         self._watched = {}
         return loss
+
+    def _check_options(self, _group: Mapping[str, Any]) -> None:
+        """`ConfigError` for an option of the rule that is out of its range."""
 
     def _moments(self, group: Mapping[str, Any]) -> Moments:
         """What the rule keeps of each value of a parameter and 8-bit blocks can hold, with the type of their codes."""

@@ -129,8 +129,8 @@ class Stepper:
         """Whether some steps are counted: of compiled code they run uncompiled, and hold what eager code holds."""
         self._pending: Pending | None = None
         self.windows_opened = self.skipped_in_row = 0
-        self._before: tuple[Weight | None, int] = None, 0
-        """`largest` and `windows_opened` before the open window."""
+        self._before: tuple[Weight | None, int, bool] = None, 0, compiled
+        """`largest`, `windows_opened` and whether a forward was looked at, before the open window."""
         self.closing = False
         """Whether a window is between full and done: what callbacks see then is no state to save."""
         self.veto: Callable[[], Tensor | None] | None = None
@@ -176,17 +176,24 @@ class Stepper:
         return self._pending is not None
 
     def save_window(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The open window as tensors and JSON values; without tensors if none is open."""
+        """The open window as tensors and JSON values; without tensors if none is open.
+
+        And what is known of casts: one cast of a weight that is used twice has its gradients added up in the narrow
+        format, and two casts in FP32, so that a run which looked at its first forward anew would have other bits.
+        """
+        values = self.window.save() | {"looked": self._looked, "weights_move": self._weights_move}
         if not self.window.micro_batches:
-            return {}, self.window.save()
+            return {}, values
         tensors = {f"gradient.{name}": g for name, g in state.gradients(self.model, self.optimizer).items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers.saved().items()}
-        return tensors, self.window.save()
+        return tensors, values
 
     def load_window(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Reopen a window that `save_window` returned."""
         self.window = Window.load(values, self.device)
-        self._before = self.window.largest, self.windows_opened
+        self._looked = self._compiled or values.get("looked", self._looked)  # checkpoints of before have none
+        self._before = self.window.largest, self.windows_opened, self._looked
+        self._weights_move = values.get("weights_move", self._weights_move)
         if not self.window.micro_batches:
             return
         parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "buffer": {}}
@@ -206,7 +213,7 @@ class Stepper:
         self._clear_gradients()
         self._buffers.snapshot()
         backends.clear_overflow(self.device)
-        self._before = self.window.largest, self.windows_opened
+        self._before = self.window.largest, self.windows_opened, self._looked
         self.windows_opened += 1
 
     def _compute(self, batch: Any, call: calls.Call, index: int, *, whole: bool) -> Tensor | None:
@@ -465,7 +472,7 @@ class Stepper:
             self._discard_maxima()
             if self.window.entries:
                 set_rng(self.window.entries[0].rng, self.device)
-            largest, self.windows_opened = self._before
+            largest, self.windows_opened, self._looked = self._before
         self.window = Window(largest=largest)
         self._forget_weights()
         torch.clear_autocast_cache()

@@ -65,3 +65,39 @@ def test_a_tensor_that_nobody_wrote_to_is_not_written_to() -> None:
     kept, version = Attributes([module]), module.written._version
     kept.put_back()
     assert module.written._version == version
+
+
+class Nested(nn.Module):
+    """Keeps what forwards leave inside of containers that are in others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_split: dict[str, Any] = {"train": [1.0], "seen": {1}, "memory": [torch.zeros(2)]}
+        self.by_split["itself"] = self.by_split
+        self.states = (torch.zeros(1), [torch.zeros(1)])
+        self.shared = self.by_split["train"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.by_split["train"].append(2.0)
+        self.by_split["seen"].add(2)
+        self.by_split["memory"][0] += 1
+        self.states[0].add_(1)
+        self.states = (self.states[1][0], [x])
+        self.shared = []
+        return x
+
+
+def test_what_containers_hold_inside_of_others_is_put_back() -> None:
+    module = Nested()
+    by_split, states, shared = module.by_split, module.states, module.shared
+    kept = Attributes([module])
+    module(torch.ones(1))
+    kept.put_back()
+    assert module.by_split is by_split
+    assert module.states is states
+    assert module.shared is shared
+    assert by_split["itself"] is by_split
+    assert by_split["train"] == [1.0]
+    assert by_split["seen"] == {1}
+    assert by_split["memory"][0].tolist() == [0, 0]
+    assert [states[0].item(), states[1][0].item()] == [0, 0]

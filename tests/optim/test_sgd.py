@@ -28,6 +28,20 @@ def test_fp32_parameters_move_as_in_pytorch(net, train, options, skippable):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", CASES)
+def test_fp32_parameters_have_the_bits_of_pytorchs_foreach(net, train, options):
+    ours, theirs = net(), net()
+    for model, kind, how in ((ours, SGD, {}), (theirs, torch.optim.SGD, {"foreach": True})):
+        model.late = torch.nn.Parameter(torch.linspace(-1, 1, 5))  # makes its first step beside the fourth of others
+        optimizer = kind(model.parameters(), **{"lr": 0.1, **options, **how})
+        train(model[:3], optimizer, 3)
+        for step in range(3):
+            for param in model.parameters():
+                param.grad = param.detach() * (step + 0.3)
+            optimizer.step()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_skipped_step_leaves_the_momentum_without_weight_decay(net, train, nesterov):
     model = net()

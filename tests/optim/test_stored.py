@@ -8,7 +8,7 @@ from whole_state import everything, same, skip_a_step
 
 from deepseek_mp.controller import LossScaler
 from deepseek_mp.errors import ConfigError, ShapeError
-from deepseek_mp.optim import SGD, AdamW, set_storage
+from deepseek_mp.optim import SGD, Adafactor, AdamW, set_storage
 from deepseek_mp.optim.stored import SMALL, gated
 from deepseek_mp.precision.storage import StorageFormat
 
@@ -165,6 +165,27 @@ def test_watched_updates_are_measured_once(net, train):
 def test_refuses_parameters_it_cannot_keep():
     with pytest.raises(ConfigError, match=r"a parameter \[2\] of torch.float16"):
         AdamW([nn.Parameter(torch.ones(2, dtype=torch.float16))])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        (AdamW, {"betas": (2.0, 1.0)}, "betas"),
+        (AdamW, {"lr": -1.0}, "lr=-1.0"),
+        (SGD, {"momentum": -0.1}, "momentum=-0.1"),
+        (SGD, {"nesterov": True}, "nesterov=True with momentum=0.0"),
+        (Adafactor, {"d": 0.1}, "d=0.1"),
+        (Adafactor, {"states": "8bit"}, "states='8bit' for Adafactor"),
+    ],
+)
+def test_refuses_options_of_a_group_that_are_out_of_range(kind, options, match):
+    group = {"params": [nn.Parameter(torch.ones(2))], **options}
+    with pytest.raises(ConfigError, match=match):
+        kind([dict(group)])
+    optimizer = kind([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ConfigError, match=match):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
 
 
 def test_refuses_sparse_gradients():

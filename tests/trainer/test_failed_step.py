@@ -274,3 +274,24 @@ def test_a_failed_first_step_leaves_the_monitor_to_count_the_next() -> None:
     straight = trainer(Model())
     straight.step(batch(SIZE))
     assert run.stepper.flops == straight.stepper.flops
+
+
+class Twice(Model):
+    """Uses a layer twice: the first step casts it twice, later ones once, which adds its gradients up otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.again(self.again(x).sin()))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(4, 4)
+
+
+def test_a_failed_first_step_leaves_the_next_its_bits() -> None:
+    tried, other = (MixedPrecisionTrainer(Twice(), "bf16", device="cpu", optimizer=torch.optim.SGD) for _ in range(2))
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        tried.step(batch(2 * SIZE))
+    for run in (tried, other):
+        torch.manual_seed(2)
+        run.step(batch(SIZE))
+    assert all(map(torch.equal, tried.model.parameters(), other.model.parameters()))

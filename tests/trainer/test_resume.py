@@ -38,6 +38,18 @@ def batches(count=3):
     return list(zip(inputs.split(4), inputs[:, :2].argmax(dim=1).split(4), strict=True))
 
 
+class Twice(nn.Module):
+    """Uses a layer twice, whose gradients are added up in BF16 where both uses share a cast."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(self.layer(x).sin()))
+
+
 class Remembers(Callback):
     """A callback with a state that holds a tensor."""
 
@@ -140,6 +152,23 @@ def test_the_random_state_is_put_back_before_the_first_batch(tmp_path):
     torch.manual_seed(99)
     second.fit([], 0, resume=tmp_path)
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("done", [0, 2, 3])
+def test_a_layer_that_is_used_twice_goes_on_with_the_same_bits(tmp_path, done):
+    whole, later = (
+        MixedPrecisionTrainer(Twice(), "bf16", device="cpu", gradient_accumulation_steps=2) for _ in range(2)
+    )
+    some = batches(8)
+    for batch in some[:done]:
+        whole.step(batch)
+    if not done:  # it is as new as the run that it continues
+        later.step(some[7])
+    later.load(whole.save(tmp_path))
+    for batch in some[done:]:
+        whole.step(batch)
+        later.step(batch)
+    assert all(map(torch.equal, whole.model.parameters(), later.model.parameters()))
 
 
 def test_on_fit_start_sees_the_resumed_run(tmp_path):
