@@ -191,9 +191,9 @@ class Stepper:
     def load_window(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Reopen a window that `save_window` returned."""
         self.window = Window.load(values, self.device)
-        self._looked = self._compiled or values.get("looked", self._looked)  # checkpoints of before have none
+        self._looked = self._compiled or values["looked"]
         self._before = self.window.largest, self.windows_opened, self._looked
-        self._weights_move = values.get("weights_move", self._weights_move)
+        self._weights_move = values["weights_move"]
         if not self.window.micro_batches:
             return
         parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "buffer": {}}
