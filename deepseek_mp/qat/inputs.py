@@ -1,4 +1,8 @@
-"""What an INT8 model is called with: by place or by name, and of the dtypes and sizes that its graph was made for."""
+"""What an INT8 model is called with: by place or by name, and of the dtypes and sizes that its graph was made for.
+
+What its example inputs gave by name is taken by name alone: their order need not be that of the model's forward, which
+the graph does not know.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +31,17 @@ class Inputs:
     def __init__(self, program: ExportedProgram, graph: fx.GraphModule, signature: Signature | None = None) -> None:
         spec = program.call_spec.in_spec
         assert spec is not None, "an exported program knows what it takes"
+        self._spec = spec
         args, self._keywords = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-        self._parameters = inspect.signature(graph.forward)
-        self._places = list(self._parameters.parameters)[: len(args)]
+        named = list(inspect.signature(graph.forward).parameters.values())
+        by_name = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in named[len(args) :]]
+        self._parameters = inspect.Signature([*named[: len(args)], *by_name])
+        places = [one.name for one in named[: len(args)]]
+        indices = paths_of(plain({**dict(zip(places, args, strict=True)), **self._keywords}))
+        paths = self._paths = sorted(indices, key=indices.__getitem__)
         if signature is None:
-            paths = paths_of(plain({**dict(zip(self._places, args, strict=True)), **self._keywords}))
             # The exporter takes 2 for the least size whatever the graph does; its operations take empty batches too.
-            signature = signature_of(program, list(paths), strict=False).with_least(0)
+            signature = signature_of(program, paths, strict=False).with_least(0)
         self.signature = signature
         self._last: FlatCall | None = None
         """Of the call that was checked last: one like it fits too, and is told in a microsecond."""
@@ -45,11 +53,14 @@ class Inputs:
             self._last = FlatCall(args, kwargs)
 
     def as_exported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with those arguments positional that were so when the program was exported, checked."""
+        """The call, checked, with arguments by place, and in containers, as they were when the program was exported."""
         try:
             given = self._parameters.bind(*args, **kwargs).arguments
         except TypeError as error:
             passed, allowed = f"a call that does not fit ({error})", str(self.signature)
-            raise BatchError(explain(passed, allowed, "Pass those, by place or by name")) from error
-        self.signature.check_leaves(paths_of(plain(given)))
-        return tuple(given[name] for name in self._places), {name: given[name] for name in self._keywords}
+            how = f"{' and '.join(self._keywords)} by name" if self._keywords else "by place or by name"
+            raise BatchError(explain(passed, allowed, f"Pass those, {how}")) from error
+        found = paths_of(plain(given))
+        self.signature.check_leaves(found)
+        positional, named = pytree.tree_unflatten([found[path] for path in self._paths], self._spec)
+        return positional, named

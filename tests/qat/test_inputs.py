@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from deepseek_mp.errors import BatchError
 from deepseek_mp.programs import Signature
@@ -20,8 +21,8 @@ class Masked(nn.Module):
 
 def inputs_of(model: nn.Module, args, kwargs=None) -> Inputs:
     free = {0: torch.export.Dim.AUTO}
-    masks = {"a": free, "b": free}
-    shapes = (free, None, masks) if kwargs else (free,)
+    given = args + tuple((kwargs or {}).values())
+    shapes = pytree.tree_map(lambda leaf: free if isinstance(leaf, Tensor) else None, given)
     program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     return Inputs(program, program.module(check_guards=False))
 
@@ -38,12 +39,33 @@ def plain() -> Inputs:
 
 def test_arguments_by_name_and_by_place_come_as_they_were_exported(masked):
     masks = {"b": torch.ones(2), "a": torch.ones(2, 1)}
-    for args, kwargs in (((ROWS[:2], 3, masks), {}), ((), {"masks": masks, "factor": 3, "x": ROWS[:2]})):
+    for args, kwargs in (((ROWS[:2], 3), {"masks": masks}), ((), {"masks": masks, "factor": 3, "x": ROWS[:2]})):
         given, named = masked.as_exported(args, kwargs)
         assert given[0].shape == (2, 8)
         assert given[1] == 3
         assert list(named) == ["masks"]
-        assert named["masks"] is masks
+        assert named["masks"]["a"] is masks["a"]
+        assert named["masks"]["b"] is masks["b"]
+
+
+def test_what_was_exported_by_name_is_not_taken_by_place():
+    class Apart(nn.Module):
+        def forward(self, x, other):
+            return x - other
+
+    inputs = inputs_of(Apart(), (), {"other": ROWS, "x": ROWS})
+    with pytest.raises(BatchError, match=r"too many positional arguments.*Pass those, other and x by name"):
+        inputs.check((ROWS, ROWS), {})
+
+
+def test_a_tuple_in_the_place_of_a_list_comes_as_it_was_exported():
+    class Sums(nn.Module):
+        def forward(self, parts):
+            return parts[0] + parts[1]
+
+    inputs = inputs_of(Sums(), ([ROWS, ROWS],))
+    (parts,), _ = inputs.as_exported(((ROWS, ROWS),), {})
+    assert type(parts) is list
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 9])
