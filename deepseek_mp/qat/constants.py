@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ def _written(graph: fx.Graph) -> set[str]:
 
 def _aliased(node: fx.Node) -> list[fx.Node]:
     """Arguments that the operation writes to, or whose memory its result shares."""
+    if node.target is operator.getitem:  # one of several results
+        return list(node.all_input_nodes)
     if not isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001 - it has no public name
         return []
     places = enumerate(node.target._schema.arguments)  # noqa: SLF001
@@ -75,7 +77,7 @@ def _is_constant(node: fx.Node, written: Collection[str]) -> bool:
 
 
 def _value(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    given: Any = {source: attrgetter(str(source.target))(module) for source in node.all_input_nodes}
+    given: Any = {source: operator.attrgetter(str(source.target))(module) for source in node.all_input_nodes}
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: given[source])
     target: Any = node.target
     value = target(*args, **kwargs)
@@ -85,7 +87,7 @@ def _value(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
 
 def _drop_unread(module: fx.GraphModule) -> None:
     module.delete_all_unused_submodules()
-    read = {id(attrgetter(str(node.target))(module)) for node in module.graph.find_nodes(op="get_attr")}
+    read = {id(operator.attrgetter(str(node.target))(module)) for node in module.graph.find_nodes(op="get_attr")}
     for part in module.modules():
         for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
             if id(tensor) not in read:

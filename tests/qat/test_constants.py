@@ -70,3 +70,26 @@ def test_what_the_forward_writes_to_is_no_constant(in_place):
     graph.mean.fill_(1)
     fold_constants(graph)
     assert all(torch.equal(graph(x), outputs) for outputs in expected)
+
+
+class Halves(nn.Module):
+    """State of which a half is written to, that one of several views is."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x):
+        decayed = self.mean * 0.5
+        first, _ = self.mean.chunk(2)
+        first.add_(1)
+        return x + decayed
+
+
+def test_what_the_forward_writes_to_through_one_of_several_views_is_no_constant():
+    x = torch.randn(3, 4)
+    graph = torch.export.export(Halves(), (x,)).module(check_guards=False)
+    expected = [graph(x) for _ in range(3)]
+    graph.mean.fill_(1)
+    fold_constants(graph)
+    assert all(torch.equal(graph(x), outputs) for outputs in expected)
