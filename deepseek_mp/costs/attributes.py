@@ -64,10 +64,23 @@ def _inside(value: Any, seen: set[int]) -> PutBack | None:
         return None
     if id(value) in seen:
         return _nothing
-    found = _container(value, seen) if isinstance(value, _CONTAINERS) else _single(value)
-    if found is not None:
-        seen.add(id(value))
-    return found
+    found: list[PutBack] = []
+    left = [value]  # and no recursion: a history may be a chain of thousands
+    while left:
+        one = left.pop()
+        if isinstance(one, _PLAIN) or id(one) in seen:
+            continue
+        put_back, items = _container(one) if isinstance(one, _CONTAINERS) else (_single(one), ())
+        if put_back is not None:
+            seen.add(id(one))
+            found.append(put_back)
+            left.extend(items)
+    return partial(_all, found) if found else None
+
+
+def _all(found: Iterable[PutBack]) -> None:
+    for put_back in found:
+        put_back()
 
 
 def _nothing() -> None:
@@ -100,20 +113,17 @@ def _tensor(tensor: Tensor) -> PutBack | None:
     return put_back
 
 
-def _container(value: Any, seen: set[int]) -> PutBack | None:
+def _container(value: Any) -> tuple[PutBack | None, Iterable[Any]]:
+    """What fills it again, and what it holds."""
+    if isinstance(value, tuple):
+        return _nothing, value
     kind = type(value)
-    if kind not in _REFILLED and not isinstance(value, tuple):
-        return None
-    seen.add(id(value))
-    kept = value if isinstance(value, tuple) else copy.copy(value)
-    found = [_inside(item, seen) for item in (kept.values() if isinstance(kept, dict) else kept)]
-    insides = [inside for inside in found if inside is not None]
+    if kind not in _REFILLED:
+        return None, ()
+    kept = copy.copy(value)
 
     def put_back() -> None:
-        if kept is not value:
-            value.clear()
-            value.extend(kept) if kind in (list, deque) else value.update(kept)
-        for inside in insides:
-            inside()
+        value.clear()
+        value.extend(kept) if kind in (list, deque) else value.update(kept)
 
-    return put_back
+    return put_back, kept.values() if isinstance(kept, dict) else kept

@@ -101,3 +101,15 @@ def test_what_containers_hold_inside_of_others_is_put_back() -> None:
     assert by_split["seen"] == {1}
     assert by_split["memory"][0].tolist() == [0, 0]
     assert [states[0].item(), states[1][0].item()] == [0, 0]
+
+
+def test_containers_may_be_deep() -> None:
+    module, history = nn.Module(), [0]
+    deepest = history
+    for step in range(5000):
+        history = [step, history]
+    module.history = history
+    kept = Attributes([module])
+    deepest.append(1)
+    kept.put_back()
+    assert deepest == [0]
