@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -56,12 +57,11 @@ def find_metric(metric: str | Metric) -> Metric:
 def measured(metric: Metric, outputs: Any, reference: Any) -> float:
     """What the metric gives; `ConfigError` for what is no number."""
     value: Any = metric(outputs, reference)
-    try:
-        if not isinstance(value, str | bytes):  # Python would read a number from it
-            return float(value)
-    except (TypeError, ValueError, RuntimeError):  # of PyTorch for several elements, or complex ones
-        pass
     several = isinstance(value, Tensor) and value.numel() != 1
+    is_complex = isinstance(value, Tensor) and value.is_complex()
+    if not (several or is_complex or isinstance(value, str | bytes)):  # Python would read a number from text
+        with suppress(TypeError, ValueError):
+            return float(value)
     what = f"tensor of shape {list(value.shape)}" if several else type(value).__name__
     passed = f"the metric {name_of(metric)!r} that gave a {what}"
     change = "Let it return one, a tensor reduced by .mean() for one"

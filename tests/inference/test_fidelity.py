@@ -82,6 +82,15 @@ def test_a_metric_that_gives_something_else_is_refused(value, match):
         measured(own, None, None)
 
 
+def test_what_the_device_raises_is_no_fault_of_the_metric():
+    class Lost(torch.Tensor):
+        def __float__(self):
+            raise RuntimeError("the device is lost")
+
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        measured(lambda outputs, reference: torch.zeros(()).as_subclass(Lost), None, None)
+
+
 @pytest.mark.parametrize(("value", "budget"), [(0.0, 0.0), (0, 0.1), (6e-8, 0.0), (-6e-8, 1e-3), (9e-4, 0.1)])
 def test_a_metric_may_be_off_zero_by_rounding(value, budget):
     check_metric(lambda outputs, reference: value, None, budget)
