@@ -73,7 +73,7 @@ def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
 @contextmanager
 def in_place(model: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]:
     """The modules stand in all places of those of their names."""
-    places = {name: places_of(model, name) for name in made}
+    places = places_of(model, made)
     own = {name: model.get_submodule(name) for name in made}
     try:
         for name, found in places.items():

@@ -157,10 +157,10 @@ def quantised(model: nn.Module, kinds: Mapping[str, str] | str, dtype: torch.dty
     chosen = _chosen(model, kinds)
     kept = {name: KINDS[kind].keep(layer.weight, f"weight of {name!r}") for name, (layer, kind) in chosen.items()}
     model = cast(model, dtype)
-    for name, (layer, kind) in chosen.items():
-        made = QuantisedLinear(kept[name], layer.bias, kind, dtype).eval()
-        model = replaced(model, name, made)
-    return model
+    made: dict[str, nn.Module] = {
+        name: QuantisedLinear(kept[name], layer.bias, kind, dtype).eval() for name, (layer, kind) in chosen.items()
+    }
+    return replaced(model, made)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

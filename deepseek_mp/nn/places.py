@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -10,11 +11,15 @@ Place = tuple[nn.Module, str]
 """A parent, and the name of its child."""
 
 
-def places_of(model: nn.Module, name: str) -> list[Place]:
-    """All places of the module of that name, which is in the model."""
-    module = model.get_submodule(name)
-    children = ((parent, place) for parent in model.modules() for place in parent._modules)  # noqa: SLF001
-    return [(parent, place) for parent, place in children if parent._modules[place] is module]  # noqa: SLF001
+def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, list[Place]]:
+    """All places of the modules of those names, which are in the model."""
+    modules = {name: model.get_submodule(name) for name in names}
+    found: dict[int, list[Place]] = {id(module): [] for module in modules.values()}
+    for parent in model.modules():  # once: a mixture of experts has thousands of layers
+        for place, child in parent._modules.items():  # noqa: SLF001
+            if id(child) in found:
+                found[id(child)].append((parent, place))
+    return {name: found[id(module)] for name, module in modules.items()}
 
 
 def put(places: list[Place], module: nn.Module) -> None:
@@ -23,11 +28,12 @@ def put(places: list[Place], module: nn.Module) -> None:
         setattr(parent, place, module)
 
 
-def replaced(model: nn.Module, name: str, made: nn.Module) -> nn.Module:
-    """The model with another module in the places of the named one, in place; the module itself for the empty name."""
-    if not name:
-        return made
-    put(places_of(model, name), made)
+def replaced(model: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
+    """The model with other modules in the places of those named, in place; the one for the empty name is the model."""
+    if "" in made:
+        return made[""]
+    for name, places in places_of(model, made).items():
+        put(places, made[name])
     return model
 
 

@@ -81,14 +81,15 @@ def with_rounded_weights(
     if not all_finite(list(copy.parameters())):
         raise ConfigError(explain("a model with weights that are not finite", "finite weights", "Load other weights"))
     left = linear_layers(copy, precision)[1] | _embeddings_left(copy)
-    decisions = []
-    for name, layer in list(copy.named_modules()):
+    decisions, made = [], {}
+    for name, layer in copy.named_modules():
         if not isinstance(layer, KINDS + OTHERS):
             continue
         decisions.append(_decision(layer, name, precision, left, kept))
         if decisions[-1].reason is Reason.REQUESTED:
             assert isinstance(layer, nn.Linear | nn.Embedding)
-            copy = replaced(copy, name, rounded(layer, precision, learn_step=learn_step))
+            made[name] = rounded(layer, precision, learn_step=learn_step)
+    copy = replaced(copy, made)
     if not rounded_layers(copy):
         reasons = "; ".join(f"{decision.layer}: {decision.detail}" for decision in decisions[:5]) or "it has none"
         passed = f"a model with nothing to quantise ({reasons})"
@@ -104,14 +105,13 @@ def deployed(model: nn.Module, decisions: tuple[Decision, ...], dtype: torch.dty
     revert(copy)
     kept = {name: (layer, layer.kept()) for name, layer in rounded_layers(copy).items()}
     copy = cast(copy, dtype)
+    made: dict[str, nn.Module] = {}
     for name, (layer, parts) in kept.items():
-        made: nn.Module
         if isinstance(layer, nn.Linear):
-            made = QuantisedLinear(parts, layer.bias, layer.precision, dtype)
+            made[name] = QuantisedLinear(parts, layer.bias, layer.precision, dtype)
         else:
-            made = QuantisedEmbedding(parts["q"], parts["scale"], dtype)
-        copy = replaced(copy, name, made)
-    return WeightsModel(copy, dtype, decisions)
+            made[name] = QuantisedEmbedding(parts["q"], parts["scale"], dtype)
+    return WeightsModel(replaced(copy, made), dtype, decisions)
 
 
 def _decision(layer: nn.Module, name: str, precision: str, left: Mapping[str, str], kept: Collection[str]) -> Decision:

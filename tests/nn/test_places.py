@@ -20,11 +20,22 @@ class Twice(nn.Module):
 
 def test_it_is_replaced_in_every_place():
     model, made = Twice(), nn.Identity()
-    assert places_of(model, "block.1") == [(model, "first"), (model.block, "1")]
-    assert replaced(model, "first", made) is model
+    assert places_of(model, ["block.1", "tied"]) == {
+        "block.1": [(model, "first"), (model.block, "1")],
+        "tied": [(model, "tied")],
+    }
+    assert replaced(model, {"first": made}) is model
     assert model.first is made
     assert model.block[1] is made
-    assert replaced(model, "", made) is made
+    assert replaced(model, {"": made}) is made
+
+
+def test_a_model_is_walked_once_for_all_of_them(monkeypatch):
+    model, walks = nn.Sequential(*(nn.ReLU() for _ in range(5))), []
+    monkeypatch.setattr(model, "modules", lambda: walks.append(1) or nn.Module.modules(model))
+    replaced(model, {str(index): nn.Identity() for index in range(5)})
+    assert walks == [1]
+    assert {type(child) for child in model} == {nn.Identity}
 
 
 def test_owners_are_modules_and_not_names():
