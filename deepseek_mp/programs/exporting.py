@@ -75,9 +75,13 @@ def _same(module: nn.Module, made: Exported, given: tuple[Any, Any], kept: Regio
     outputs = []
     for call in (module, made.program.module(check_guards=False)):
         with torch.no_grad(), kept():
-            twice = [pytree.tree_map_only(Tensor, Tensor.clone, call(*given)) for _ in range(2)]  # they may be state
-            outputs.append(twice)
+            own = _copies(given)  # a forward may write to them
+            outputs.append([_copies(call(*own)) for _ in range(2)])  # they may be state
     return bits_equal(*outputs)
+
+
+def _copies(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.clone, tree)
 
 
 def bits_equal(found: Any, expected: Any) -> bool:

@@ -332,3 +332,16 @@ def test_state_that_the_graph_would_not_keep_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="write to state in place"):
         served.save(tmp_path / "model.pt2", x)
     assert torch.equal(served.model.mean, torch.zeros(4))
+
+
+def test_inputs_that_the_forward_writes_to_stay_as_they_were(tmp_path):
+    class Doubles(nn.Module):
+        def forward(self, x):
+            return x.mul_(2) + 1
+
+    served, x = Served(Doubles(), Form(), CPU), torch.randn(3, 4)
+    before = x.clone()
+    served.save(tmp_path / "model.pt2", x)
+    assert torch.equal(x, before)
+    loaded = load(tmp_path / "model.pt2", "cpu")
+    assert torch.equal(loaded(x.clone()), before * 2 + 1)
