@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -72,13 +72,16 @@ def check_operations(program: ExportedProgram) -> None:
 def widened(program: ExportedProgram) -> fx.GraphModule:
     """The program's graph with FP32 in place of BF16, which few runtimes of ONNX multiply; called as the program is."""
     module: fx.GraphModule = program.module(check_guards=False)
-    made: dict[int, Tensor] = {}  # a tensor of two names stays one
+    made: dict[int, Any] = {}  # a tensor of two names stays one
     for part in module.modules():
         for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
             if tensor.dtype is torch.bfloat16:
-                wide = made.setdefault(id(tensor), tensor.detach().float())
                 delattr(part, name)
-                part.register_buffer(name, wide)
+                if isinstance(tensor, nn.Parameter):  # still: of buffers, which calls write to, copies are kept
+                    wide = made.setdefault(id(tensor), nn.Parameter(tensor.detach().float(), requires_grad=False))
+                    part.register_parameter(name, wide)
+                else:
+                    part.register_buffer(name, made.setdefault(id(tensor), tensor.detach().float()))
         if isinstance(part, fx.GraphModule):
             _widen(part)
     return module

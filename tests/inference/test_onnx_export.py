@@ -129,3 +129,22 @@ def test_what_cannot_be_exported_is_refused(monkeypatch, tmp_path):
         served.export_onnx(tmp_path / "model.onnx")
     with pytest.raises(ConfigError, match="a directory"):
         served.export_onnx(tmp_path, torch.randn(2, 3))
+
+
+def test_widened_weights_stay_parameters_of_which_no_copies_are_kept():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+            self.register_buffer("shift", torch.ones(3))
+
+        def forward(self, x):
+            return self.b(self.a(x)) + self.shift
+
+    program = torch.export.export(Twice().bfloat16(), (torch.randn(2, 3).bfloat16(),))
+    wide = onnx_export.widened(program)
+    assert {str(tensor.dtype) for tensor in wide.state_dict().values()} == {"torch.float32"}
+    assert sorted(dict(wide.named_parameters())) == ["a.bias", "a.weight", "b.bias"]
+    assert list(dict(wide.named_buffers())) == ["shift"]
+    assert wide.b.weight is wide.a.weight
