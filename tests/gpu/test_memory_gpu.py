@@ -177,8 +177,9 @@ def test_a_backward_that_ran_out_of_memory_holds_none(counted):
     assert torch.cuda.memory_allocated() - before < 16 << 20
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_budget_is_kept_by_what_costs_least(compiled):
+@pytest.mark.parametrize(("compiled", "share"), [(False, 0.8), (True, 0.75)])
+def test_a_budget_is_kept_by_what_costs_least(compiled, share):
+    """Of a model whose loss is in chunks anyway; eager, moments and masters are nearly all to be saved."""
     data = batch(16)
 
     def run_with(memory):
@@ -191,22 +192,24 @@ def test_a_budget_is_kept_by_what_costs_least(compiled):
     assert plain.memory.taken == ()
     del plain
     gc.collect()
-    run = run_with(0.75 * before / 2**30)
+    run = run_with(share * before / 2**30)
     run.step(data)
     print(run.memory)
     assert run.memory.taken
-    assert peak_of(run, data) <= 0.75 * before
+    assert peak_of(run, data) <= share * before
 
 
 @pytest.mark.usefixtures("small_gpu")
 def test_auto_trains_on_batches_that_do_not_fit_as_they_are():
     options = {"statistics_every": None, "optimizer": torch.optim.AdamW, "device": "cuda"}
-    plain = find_batch_size(MixedPrecisionTrainer(Model(), "bf16", **options), batch, limit=4096)
+    plain = find_batch_size(MixedPrecisionTrainer(Model(), "bf16", fused_loss=False, **options), batch, limit=4096)
+    gc.collect()
+    fused = find_batch_size(MixedPrecisionTrainer(Model(), "bf16", **options), batch, limit=4096)
     gc.collect()
     run = MixedPrecisionTrainer(Model(), "bf16", memory="auto", **options)
     found = find_batch_size(run, batch, limit=4096)
-    print(plain, found)
-    assert found.size > 2 * plain.size
+    print(plain, fused, found)
+    assert found.size > fused.size > 2 * plain.size
     data = batch(found.size)
     assert run.step(data).status == "applied"
     print(run.memory)
