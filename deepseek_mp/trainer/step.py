@@ -116,8 +116,8 @@ class Stepper:
         self.accumulation, self.max_grad_norm, self.max_skipped = accumulation, max_grad_norm, max_skipped
         self.monitor, self.monitor_every = monitor, monitor_every
         self.finished, self.before, self.window = finished, before, Window()
-        self._trained = 0
-        """Parameters of the optimizer when all were listed."""
+        self._trained: list[int] = []
+        """The ids of the optimizer's parameters when all were listed, which keeps them alive."""
         self._list_parameters()
         self._buffers = BufferGuard(model, loss_fn)
         self._weights, self._pools = HeldWeights(model), pools
@@ -205,8 +205,8 @@ class Stepper:
         self._buffers.load_saved(parts["buffer"])
 
     def _list_parameters(self) -> None:
-        """Those of the model and the optimizer, again if it was given more: no gradient is to outlive its step."""
-        trained = sum([len(group["params"]) for group in self.optimizer.param_groups])
+        """Those of the model and the optimizer, again if it was given others: no gradient is to outlive its step."""
+        trained = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
         if trained != self._trained:
             self._trained, self._parameters = trained, offloaded.without_masters(self.model, self.optimizer)
             self._frozen = [p for p in self._parameters if not p.requires_grad]

@@ -505,7 +505,8 @@ def test_a_skipped_step_leaves_the_buffers_of_the_loss():
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradients_of_parameters_that_the_optimizer_is_given_later_end_with_their_step(accumulation):
+@pytest.mark.parametrize("instead", [False, True])
+def test_gradients_of_parameters_that_the_optimizer_is_given_later_end_with_their_step(accumulation, instead):
     class Growing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -516,7 +517,10 @@ def test_gradients_of_parameters_that_the_optimizer_is_given_later_end_with_thei
 
     def grow(model, optimizer):
         model.factor = nn.Parameter(torch.ones(3))
-        optimizer.add_param_group({"params": [model.factor]})
+        if instead:
+            optimizer.param_groups[0]["params"] = [model.factor, *list(model.base.parameters())[1:]]
+        else:
+            optimizer.add_param_group({"params": [model.factor]})
 
     plain = Growing()
     by_hand = torch.optim.SGD(plain.parameters(), lr=0.5)
