@@ -35,6 +35,8 @@ BATCH_ELEMENTS = 1 << 24
 SMALL = 1 << 14
 """Elements of a gradient that is copied rather than launched an operation for."""
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+NOT_HERE = ("amsgrad", "maximize", "differentiable")
+"""Options of PyTorch's optimizers that make another rule than those here."""
 _SHARDED = "torch.distributed."
 """Where DTensor is from, which has no memory of its own: kernels would be given no address."""
 
@@ -111,7 +113,7 @@ class StoredOptimizer(Optimizer):
         try:
             _check_group(group)
             self._check_options(group)
-        except ConfigError:
+        except Exception:  # an option of another form fails as it may
             del self.param_groups[-1]
             raise
         for parameter in group["params"]:
@@ -134,7 +136,10 @@ class StoredOptimizer(Optimizer):
         they had. Their values come from the model's own `load_state_dict`, before or after.
 
         `states` stays that of the groups here: moments that were saved in another form are converted by the next step.
+        `ConfigError` for a state of PyTorch's with options that these optimizers do not have; nothing is loaded then.
         """
+        for group in state_dict["param_groups"]:
+            _check_rule(group, "a state")
         own = [{key: group[key] for key in self.own_options} for group in self.param_groups]
         seen: dict[str, Any] = {}
         last = self.register_load_state_dict_pre_hook(lambda _, final: seen.update(final))
@@ -461,7 +466,15 @@ def _like(grad: Tensor, value: Tensor) -> Tensor:
     return grad if grad.dtype is value.dtype else grad.to(value.dtype)
 
 
+def _check_rule(group: Mapping[str, Any], what: str) -> None:
+    """`ConfigError` for what would make another rule, and be passed over here."""
+    if wanted := [name for name in NOT_HERE if group.get(name)]:
+        passed = f"{what} with {' and '.join(wanted)}"
+        raise ConfigError(explain(passed, "the rule without", "Leave them out, or train with torch.optim's"))
+
+
 def _check_group(group: Mapping[str, Any]) -> None:
+    _check_rule(group, "a group")
     for parameter in group["params"]:
         if parameter.dtype not in _DTYPES:
             passed = f"a parameter {list(parameter.shape)} of {parameter.dtype}"

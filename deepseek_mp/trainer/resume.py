@@ -78,6 +78,8 @@ def save(trainer: MixedPrecisionTrainer, path: Path) -> Path:
     scales = {name: tensor for one in scales_of(trainer.model) for name, tensor in one.tensors().items()}
     if scales:
         tensors["scales"] = scales
+    if of_loss := state.loss_buffers(trainer.loss_fn):
+        tensors["loss"] = of_loss
     return write_checkpoint(
         checkpoint_root(path), Snapshot(step=trainer.steps_attempted, tensors=tensors, state=values)
     )
@@ -122,8 +124,10 @@ def restore(trainer: MixedPrecisionTrainer, path: Path) -> None:
     stepper = trainer.adopt_plan(plan, saved["scaler"])
     saved_memory.compute_anew(trainer)
     state.load_model(trainer.model, tensors["model"], tensors["buffers"])
-    state.load_optimizer(trainer.model, trainer.optimizer, tensors["optimizer"], saved["optimizer"])
+    state.load_buffers(state.loss_buffers(trainer.loss_fn), tensors.get("loss", {}))
+    # Before the state: an offloaded optimizer takes over there what weights it finds.
     state.load_tensors(state.outside_parameters(trainer.model, trainer.optimizer), tensors["outside"])
+    state.load_optimizer(trainer.model, trainer.optimizer, tensors["optimizer"], saved["optimizer"])
     for scales in scales_of(trainer.model):
         scales.load(tensors.get("scales", {}))
     if trainer.scheduler is not None:

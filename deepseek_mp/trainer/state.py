@@ -38,11 +38,20 @@ def transient_buffers(model: nn.Module) -> Tensors:
     return {name: b for name, b in model.named_buffers() if name not in kept}
 
 
+def loss_buffers(loss: object) -> Tensors:
+    """The buffers of a loss that is a module, such as a running mean: its forward changes them as the model's does."""
+    return dict(loss.named_buffers()) if isinstance(loss, nn.Module) else {}
+
+
 def outside_parameters(model: nn.Module, optimizer: Optimizer) -> Tensors:
-    """What the optimizer trains beside the model (the parameters of a loss function, for one), by position."""
-    inside = {id(p) for p in model.parameters()} | offloaded.masters(optimizer).keys()
+    """What the optimizer trains beside the model (the parameters of a loss function, for one), by position.
+
+    Of an offloaded one what its master stands for, as of the model.
+    """
+    inside, masters = {id(p) for p in model.parameters()}, offloaded.masters(optimizer)
     names = parameter_names(model, optimizer)
-    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"] if id(p) not in inside}
+    trained = [(names[id(p)], masters.get(id(p), p)) for group in optimizer.param_groups for p in group["params"]]
+    return {name: p for name, p in trained if id(p) not in inside}
 
 
 def split_tensors(value: Any, tensors: Tensors) -> Any:
@@ -93,9 +102,15 @@ def check_tensors(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
 def load_model(model: nn.Module, saved: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Copy checked tensors into the model's own, which keep identity, ties and memory format."""
     load_tensors(model_tensors(model), saved)
-    for name, buffer in transient_buffers(model).items():
-        if name in buffers and buffers[name].shape == buffer.shape:
-            buffer.copy_(buffers[name])
+    load_buffers(transient_buffers(model), buffers)
+
+
+@torch.no_grad()
+def load_buffers(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved buffers into those here that fit: a checkpoint need not have them."""
+    for name, buffer in here.items():
+        if name in saved and saved[name].shape == buffer.shape:
+            buffer.copy_(saved[name])
 
 
 @torch.no_grad()
@@ -214,16 +229,20 @@ def _placed(key: str, value: Any, param: Tensor, on_device: bool) -> Any:
     return value.clone().to("cpu" if counter and not on_device else param.device)
 
 
+def _parameters(model: nn.Module, optimizer: Optimizer) -> Tensors:
+    return dict(model.named_parameters()) | outside_parameters(model, optimizer)
+
+
 def gradients(model: nn.Module, optimizer: Optimizer) -> Tensors:
-    """The gradients of an open window, by parameter name."""
+    """The gradients of an open window, by parameter name; of what is trained beside the model too."""
     land(optimizer)
-    found = ((name, stepped(optimizer, p).grad) for name, p in model.named_parameters())
+    found = ((name, stepped(optimizer, p).grad) for name, p in _parameters(model, optimizer).items())
     return {name: gradient for name, gradient in found if gradient is not None}
 
 
 def load_gradients(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
     """Put back the gradients of an open window."""
-    for name, own in model.named_parameters():
+    for name, own in _parameters(model, optimizer).items():
         param = stepped(optimizer, own)
         kept = saved.get(name)  # a BF16 weight may have an FP32 gradient
         param.grad = None if kept is None else torch.empty_like(param, dtype=kept.dtype).copy_(kept)

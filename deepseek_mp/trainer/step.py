@@ -116,8 +116,9 @@ class Stepper:
         self.accumulation, self.max_grad_norm, self.max_skipped = accumulation, max_grad_norm, max_skipped
         self.monitor, self.monitor_every = monitor, monitor_every
         self.finished, self.before, self.window = finished, before, Window()
-        self._parameters = offloaded.without_masters(model, optimizer)
-        self._frozen = [p for p in self._parameters if not p.requires_grad]
+        self._trained: list[int] = []
+        """The ids of the optimizer's parameters when all were listed, which keeps them alive."""
+        self._list_parameters()
         self._buffers = BufferGuard(model, loss_fn)
         self._weights, self._pools = HeldWeights(model), pools
         # In compiled code the cache is part of what is compiled for, and a cast is shared anyway.
@@ -203,6 +204,13 @@ class Stepper:
         state.load_gradients(self.model, self.optimizer, parts["gradient"])
         self._buffers.load_saved(parts["buffer"])
 
+    def _list_parameters(self) -> None:
+        """Those of the model and the optimizer, again if it was given others: no gradient is to outlive its step."""
+        trained = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        if trained != self._trained:
+            self._trained, self._parameters = trained, offloaded.without_masters(self.model, self.optimizer)
+            self._frozen = [p for p in self._parameters if not p.requires_grad]
+
     def _clear_gradients(self) -> None:
         """No parameter of the model or the optimizer has a gradient (Module.zero_grad walks the model)."""
         offloaded.between_steps(self.optimizer)
@@ -210,6 +218,7 @@ class Stepper:
             param.grad = None
 
     def _open(self) -> None:
+        self._list_parameters()
         self._clear_gradients()
         self._buffers.snapshot()
         backends.clear_overflow(self.device)

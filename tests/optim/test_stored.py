@@ -176,6 +176,9 @@ def test_refuses_parameters_it_cannot_keep():
         (SGD, {"nesterov": True}, "nesterov=True with momentum=0.0"),
         (Adafactor, {"d": 0.1}, "d=0.1"),
         (Adafactor, {"states": "8bit"}, "states='8bit' for Adafactor"),
+        (AdamW, {"amsgrad": True}, "a group with amsgrad"),
+        (SGD, {"maximize": True}, "a group with maximize"),
+        (Adafactor, {"maximize": True}, "a group with maximize"),
     ],
 )
 def test_refuses_options_of_a_group_that_are_out_of_range(kind, options, match):
@@ -186,6 +189,27 @@ def test_refuses_options_of_a_group_that_are_out_of_range(kind, options, match):
     with pytest.raises(ConfigError, match=match):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_whose_options_have_another_form_is_not_added():
+    optimizer = AdamW([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match="not iterable"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "betas": 0.9})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "option"),
+    [(torch.optim.AdamW, AdamW, "amsgrad"), (torch.optim.AdamW, AdamW, "maximize"), (torch.optim.SGD, SGD, "maximize")],
+)
+def test_refuses_a_state_of_pytorchs_with_another_rule(theirs, ours, option):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = ours([parameter], lr=0.1)
+    with pytest.raises(ConfigError, match=f"a state with {option}"):
+        optimizer.load_state_dict(theirs([parameter], lr=0.5, **{option: True}).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    optimizer.load_state_dict(theirs([parameter], lr=0.5).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_refuses_sparse_gradients():

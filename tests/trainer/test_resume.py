@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_model
 from torch import nn
+from torch.nn import functional as F
 
 from deepseek_mp import (
     AdaptivePrecision,
@@ -19,6 +20,7 @@ from deepseek_mp import (
     Reason,
 )
 from deepseek_mp.errors import CheckpointError, ConfigError, NonFiniteError
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.trainer import resume, state
 from deepseek_mp.trainer.checkpoint import read_checkpoint
 from deepseek_mp.trainer.resume import checkpoint_root, resumed_plan
@@ -48,6 +50,19 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.head(self.layer(self.layer(x).sin()))
+
+
+class Centred(nn.Module):
+    """A loss that is trained beside the model, and keeps a running mean of its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(2))
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, output, target):
+        self.mean.lerp_(output.detach().mean(0), 0.1)
+        return F.cross_entropy((output - self.mean) * self.factor, target)
 
 
 class Remembers(Callback):
@@ -313,3 +328,28 @@ def test_with_live_precision_a_named_plan_is_where_it_begins(tmp_path, caplog):
     lowered("bf16", [live()]).load(tmp_path)
     assert "was without; it goes on from the plan that this run has" in caplog.text
     assert "resumed with a changed plan bf16: 4 is bf16, was fp32" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, OffloadedOptimizer])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_loss_with_parameters_and_buffers_goes_on_where_it_was_also_within_a_window(tmp_path, kind, steps):
+    def trainer_with_loss():
+        model, loss = net(), Centred()
+        optimizer = kind([*model.parameters(), *loss.parameters()], lr=0.1)
+        return MixedPrecisionTrainer(
+            model, "fp32", device="cpu", loss_fn=loss, optimizer=optimizer, gradient_accumulation_steps=2
+        )
+
+    whole, first, second = (trainer_with_loss() for _ in range(3))
+    parts = batches(6)
+    for part in parts:
+        whole.step(part)
+    for part in parts[:steps]:
+        first.step(part)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    for part in parts[steps:]:
+        second.step(part)
+    for part in ("model", "loss_fn"):
+        ours, theirs = getattr(second, part).state_dict(), getattr(whole, part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import CheckpointError
+from deepseek_mp.optim import AdamW
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.trainer import state
 from deepseek_mp.trainer.state_file import decode_state, encode_state
 
@@ -204,6 +206,16 @@ def test_a_learning_rate_in_a_tensor_stays_one():
     state.load_optimizer(model, torch.optim.AdamW(model.parameters(), lr=rate), tensors, values)
     assert rate.item() == 0.25
     assert other.param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+@pytest.mark.parametrize("kind", [AdamW, OffloadedOptimizer])
+def test_options_that_the_optimizer_here_would_pass_over_are_refused(kind, option):
+    model, optimizer = trained(**{option: True})
+    tensors, values = state.optimizer_state(model, optimizer)
+    state.check_optimizer(model, torch.optim.AdamW(model.parameters()), tensors, values)
+    with pytest.raises(CheckpointError, match=option):
+        state.check_optimizer(model, kind(model.parameters(), lr=0.1), tensors, values)
 
 
 def test_another_kind_of_optimizer_is_refused():

@@ -502,3 +502,38 @@ def test_a_skipped_step_leaves_the_buffers_of_the_loss():
     assert trainer.step(spoiled()).status == "skipped"
     assert torch.equal(trainer.loss_fn.mean, before)
     assert trainer.step(batch()).status == "applied"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("instead", [False, True])
+def test_gradients_of_parameters_that_the_optimizer_is_given_later_end_with_their_step(accumulation, instead):
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.factor = net(), None
+
+        def forward(self, x):
+            return self.base(x) if self.factor is None else self.base(x) * self.factor
+
+    def grow(model, optimizer):
+        model.factor = nn.Parameter(torch.ones(3))
+        if instead:
+            optimizer.param_groups[0]["params"] = [model.factor, *list(model.base.parameters())[1:]]
+        else:
+            optimizer.add_param_group({"params": [model.factor]})
+
+    plain = Growing()
+    by_hand = torch.optim.SGD(plain.parameters(), lr=0.5)
+    trainer = make(model=Growing(), gradient_accumulation_steps=accumulation)
+    for number in range(5):
+        if number == 2:
+            grow(plain, by_hand)
+            grow(trainer.model, trainer.optimizer)
+        by_hand.zero_grad()
+        F.cross_entropy(plain(batch(seed=number)[0]), batch(seed=number)[1]).backward()
+        by_hand.step()
+        for _ in range(accumulation):
+            trainer.step(batch(seed=number))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(plain.parameters(), trainer.model.parameters(), strict=True)
+    )
