@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepseek_mp.errors import CheckpointError, explain
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.optim.offload.stepped import land, stepped
+from deepseek_mp.optim.stored import NOT_HERE, StoredOptimizer
 from deepseek_mp.trainer import offloaded
 
 Tensors = dict[str, Tensor]
@@ -175,6 +177,10 @@ def check_optimizer(
     there = [group["params"] for group in saved["groups"]]
     if [sorted(g) for g in here] != [sorted(g) for g in there]:
         raise _mismatch("optimizer groups", *_first_difference(there, here))
+    if isinstance(optimizer, StoredOptimizer | OffloadedOptimizer):  # which would pass over them
+        wanted = {name for group in saved["groups"] for name in NOT_HERE if group["options"].get(name)}
+        if wanted:
+            raise _mismatch("an optimizer of", " and ".join(sorted(wanted)), "none of it")
     params = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     for place, tensor in tensors.items():
         shape = params[place.rsplit("/", 1)[0]].shape
