@@ -21,6 +21,7 @@ from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
+from deepseek_mp.qat.regions import inline_regions
 from deepseek_mp.qat.simulated import SimulatedModel
 
 
@@ -51,6 +52,7 @@ def prepare(
     if not model.training:
         copy.train()
     graph = _exported(copy, args, kwargs, (*dynamic[0], *dynamic[1].values()))
+    inline_regions(graph)
     alone = not are_plain(copy, graph.graph) or bool(with_varying_weights(graph.graph))
     prepared = _prepared(graph, kept, alone=alone)
     decisions = layer_decisions(model, prepared, kept)
