@@ -49,7 +49,7 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
         self.set_global(configuration())
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        marked: fx.GraphModule = super().annotate(model)
+        marked = self._annotated(model)
         for node in (*norms_of(marked.graph), *sums_before_activations(marked.graph)):
             if QUANT_ANNOTATION_KEY in node.meta:
                 node.meta[QUANT_ANNOTATION_KEY].output_qspec = None
@@ -64,6 +64,18 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
                 continue
             if QUANT_ANNOTATION_KEY not in node.meta:
                 self._mark(node, self.global_config)
+        return marked
+
+    def _annotated(self, model: fx.GraphModule) -> fx.GraphModule:
+        marked: fx.GraphModule
+        try:
+            marked = super().annotate(model)
+        except (AssertionError, ValueError):
+            # Of torchao, about what is behind a layer: the sum with a number, say, or what a hook for gradients leaves.
+            for node in model.graph.nodes:
+                node.meta.pop(QUANT_ANNOTATION_KEY, None)
+            self.alone = True
+            marked = super().annotate(model)
         return marked
 
     def _mark(self, node: fx.Node, config: Any) -> None:
