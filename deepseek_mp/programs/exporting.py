@@ -159,7 +159,7 @@ def signature_of(program: ExportedProgram, paths: Sequence[str], *, strict: bool
             leaves.append(Leaf(where=where, value=spec.value))
         else:
             value = nodes[spec.name].meta["val"]
-            shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+            shape = tuple(_size_of(size) for size in value.shape)
             leaves.append(Leaf(where=where, dtype=dtype_name(value.dtype), shape=shape))
     names = {size for leaf in leaves for size in leaf.shape if isinstance(size, str)}
     guards = program._guards_code if names else []  # noqa: SLF001 - nothing public says what was assumed
@@ -170,6 +170,11 @@ def signature_of(program: ExportedProgram, paths: Sequence[str], *, strict: bool
         },
         conditions=tuple(dict.fromkeys(_conditions(guards, paths, strict))),
     )
+
+
+def _size_of(size: Any) -> int | str:
+    """A number, also of a size that was to be free and that the model's code needs; or the name of a free one."""
+    return str(size) if isinstance(size, torch.SymInt) and not size.node.expr.is_number else int(size)
 
 
 def _conditions(guards: Sequence[str], paths: Sequence[str], strict: bool) -> Iterator[str]:
