@@ -17,6 +17,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
+from deepseek_mp.qat.doubled import double
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.named_padding import number_paddings
@@ -136,6 +137,7 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
     from deepseek_mp.qat.scheme import Quantizer
 
     number_paddings(graph)
+    double(graph)
     complete_norms(graph)
     own = norm_settings(graph.graph)
     hidden = without_statistics_hidden(graph.graph)
