@@ -12,8 +12,9 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from deepseek_mp.backends import capabilities, default_device, math_mode, numbered
+from deepseek_mp.backends import capabilities, default_device, numbered
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
+from deepseek_mp.inference.arithmetic import arithmetic
 from deepseek_mp.inference.beside import Group, lay_named_beside, lay_program_beside
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.compiling import compiled, compiler_for
@@ -95,7 +96,7 @@ class LoadedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs; `BatchError` for inputs that the program was not made for."""
         self.signature.check(args, kwargs)
-        with torch.no_grad(), math_mode(self.device, fp32=self._fp32, search=True):
+        with torch.no_grad(), arithmetic(self.device, self._fp32):
             call = self.graph if self._code is None else self._code
             return call(*inputs(args, kwargs))
 
@@ -198,7 +199,7 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
     args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
     layers = {name: layer for name, layer in served.named_modules() if isinstance(layer, QuantisedLinear)}
     portable = {name: layer.portable() for name, layer in layers.items()}
-    with math_mode(served.device, fp32="ieee", search=True), in_place(served, portable):
+    with arithmetic(served.device), in_place(served, portable):
         made = exported(_Whole(served), args, kwargs, dynamic=dynamic, kept=served.kept_state)
         if not widen:
             return made

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek_mp.backends import math_mode, synchronize
+from deepseek_mp.backends import synchronize
 from deepseek_mp.costs.timing import CYCLES, HOLD, current_device
+from deepseek_mp.inference.arithmetic import arithmetic
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.nn.nested import first_tensor
@@ -97,7 +98,7 @@ def layer_times(
     started = clock()
     found = {}
     read = torch.ones(min(others, COLD) // 4, device=device)  # zeros may be one page of memory, mapped many times
-    with torch.no_grad(), math_mode(device, fp32="ieee", search=True), current_device(device):
+    with torch.no_grad(), arithmetic(device), current_device(device):
         for shape, kinds in shapes.items():
             if clock() - started >= seconds:
                 break

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from deepseek_mp.backends import math_mode
 from deepseek_mp.costs.attributes import Attributes
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference import attention
 from deepseek_mp.inference.archive import save
+from deepseek_mp.inference.arithmetic import arithmetic
 from deepseek_mp.inference.beside import lay_beside, lie_beside
 from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.compiling import Compiler, compiled, compiler_for
@@ -90,7 +90,7 @@ class Served(nn.Module):
 
     def _mathematics(self) -> AbstractContextManager[None]:
         fp32: Any = self.form.format if self.form.format in ("tf32", "hf32") else "ieee"
-        return math_mode(self.device, fp32=fp32, search=True)
+        return arithmetic(self.device, fp32)
 
     def _prepare(self, like: Served | None = None) -> None:
         """What calls go through."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from deepseek_mp.qat.modes import OTHER_MODES
+
 
 def fold_constants(module: fx.GraphModule) -> None:
     """Put tensors in the place of what is computed from constants, and drop parameters and buffers without a reader.
@@ -32,6 +34,26 @@ def fold_constants(module: fx.GraphModule) -> None:
             graph.erase_node(node)
     _drop_unread(module)
     module.recompile()
+
+
+def varying(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that may give something else in every call: inputs, state that is written to, random numbers, and so on.
+
+    What has a mode of its own, like dropout, is none for that: in evaluation it draws nothing.
+    """
+    written, found = _written(graph), set[fx.Node]()
+    for node in graph.nodes:
+        own = node.op == "placeholder" or (node.op == "get_attr" and str(node.target) in written) or _is_random(node)
+        if own or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_random(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001 - it has no public name
+        return False
+    has_mode = any(argument.name in OTHER_MODES for argument in node.target._schema.arguments)  # noqa: SLF001
+    return torch.Tag.nondeterministic_seeded in node.target.tags and not has_mode
 
 
 def _written(graph: fx.Graph) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import fx
 
 from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
@@ -36,6 +37,14 @@ def convert(simulated: SimulatedModel) -> Int8Model:
             converted = convert_pt2e(graph)
         put_back_state(converted, state)  # it was run here, and by torchao to find constants
         fold_constants(converted)
+        _store_by_rows(converted)
         positional, named = simulated.dynamic
         program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*positional, *named.values()))
     return Int8Model(program, simulated.decisions)
+
+
+def _store_by_rows(converted: fx.GraphModule) -> None:
+    """Let weights of linear layers lie in memory row by row: oneDNN's kernels read them so, whatever strides say."""
+    for buffer in converted.buffers():
+        if buffer.dtype is torch.int8 and buffer.dim() == 2:
+            buffer.data = buffer.data.contiguous()

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from deepseek_mp.precision import Decision, Reason
+from deepseek_mp.qat.constants import varying
 
 aten = torch.ops.aten
 PRODUCTS = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
@@ -45,6 +46,12 @@ def are_plain(model: nn.Module, graph: fx.Graph) -> bool:
     return not list(again) and not any(layer._forward_hooks for layer in layers)  # noqa: SLF001 - nothing public says so
 
 
+def with_varying_weights(graph: fx.Graph) -> set[fx.Node]:
+    """Products whose weight is computed in every call: INT8 kernels take constants only."""
+    found = varying(graph)
+    return {node for node in graph.nodes if node.target in PRODUCTS and node.args[1] in found}
+
+
 def is_quantised(node: fx.Node, module: nn.Module) -> bool:
     """Whether a product's input and weight both come out of fake quantisation."""
     return all(isinstance(arg, fx.Node) and _is_quantiser(arg, module) for arg in node.args[:2])
@@ -74,6 +81,8 @@ def _why(
         return Reason.NO_KERNEL, f"{type(layer).__name__} has no INT8 kernel here"
     if not products:
         return Reason.NOT_CONTROLLABLE, "its own forward was not called in the exported graph"
+    if not with_varying_weights(prepared.graph).isdisjoint(products):
+        return Reason.NO_KERNEL, "its weight is computed in every call, from inputs, written state or random numbers"
     if not all(is_quantised(node, prepared) for node in products):
         return Reason.NO_KERNEL, "its input or its weight is not quantised in the exported graph"
     return Reason.REQUESTED, ""

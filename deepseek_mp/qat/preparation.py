@@ -17,10 +17,12 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
+from deepseek_mp.qat.doubled import double
 from deepseek_mp.qat.keep import kept_names
-from deepseek_mp.qat.layers import are_plain, layer_decisions
+from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
+from deepseek_mp.qat.regions import inline_regions
 from deepseek_mp.qat.simulated import SimulatedModel
 
 
@@ -51,7 +53,9 @@ def prepare(
     if not model.training:
         copy.train()
     graph = _exported(copy, args, kwargs, (*dynamic[0], *dynamic[1].values()))
-    prepared = _prepared(graph, kept, alone=not are_plain(copy, graph.graph))
+    inline_regions(graph)
+    alone = not are_plain(copy, graph.graph) or bool(with_varying_weights(graph.graph))
+    prepared = _prepared(graph, kept, alone=alone)
     decisions = layer_decisions(model, prepared, kept)
     if not any(decision.new == "int8" for decision in decisions):
         raise _nothing(decisions)
@@ -133,6 +137,7 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
     from deepseek_mp.qat.scheme import Quantizer
 
     number_paddings(graph)
+    double(graph)
     complete_norms(graph)
     own = norm_settings(graph.graph)
     hidden = without_statistics_hidden(graph.graph)

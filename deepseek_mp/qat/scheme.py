@@ -14,7 +14,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     get_default_x86_inductor_quantization_config,
 )
 
-from deepseek_mp.qat.layers import PRODUCTS, is_kept, layer_of
+from deepseek_mp.qat.layers import PRODUCTS, is_kept, layer_of, with_varying_weights
 from deepseek_mp.qat.modes import norms_of
 from deepseek_mp.qat.observers import FiniteFakeQuantize, FiniteRange, FiniteRangePerChannel
 
@@ -33,6 +33,8 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
     What a BatchNorm gives, or its sum with a shortcut, is not rounded for itself, before the activation behind it:
     kernels round after all of them. Nor are elementwise products, which are no layer's.
 
+    Products stay as they are whose weight is computed in every call.
+
     Args:
         keep: names of modules that stay as they are.
         alone: each product is marked by itself. torchao looks for layers and what is behind them as one, and fails
@@ -47,18 +49,33 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
         self.set_global(configuration())
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        marked: fx.GraphModule = super().annotate(model)
+        marked = self._annotated(model)
         for node in (*norms_of(marked.graph), *sums_before_activations(marked.graph)):
             if QUANT_ANNOTATION_KEY in node.meta:
                 node.meta[QUANT_ANNOTATION_KEY].output_qspec = None
+        varying = with_varying_weights(marked.graph)
         for node in marked.graph.nodes:
             if node.target not in PRODUCTS:
                 continue
-            if is_kept(layer_of(node), self.keep):  # torchao marks it as empty, and fails at that before a BatchNorm
+            if node in varying or is_kept(
+                layer_of(node), self.keep
+            ):  # torchao marks it as empty, and fails at that before a BatchNorm
                 node.meta.pop(QUANT_ANNOTATION_KEY, None)
                 continue
             if QUANT_ANNOTATION_KEY not in node.meta:
                 self._mark(node, self.global_config)
+        return marked
+
+    def _annotated(self, model: fx.GraphModule) -> fx.GraphModule:
+        marked: fx.GraphModule
+        try:
+            marked = super().annotate(model)
+        except (AssertionError, ValueError):
+            # Of torchao, about what is behind a layer: the sum with a number, say, or what a hook for gradients leaves.
+            for node in model.graph.nodes:
+                node.meta.pop(QUANT_ANNOTATION_KEY, None)
+            self.alone = True
+            marked = super().annotate(model)
         return marked
 
     def _mark(self, node: fx.Node, config: Any) -> None:

@@ -473,8 +473,8 @@ def test_a_replay_does_not_switch_the_modes_that_it_was_recorded_in(monkeypatch)
         def record(self, call):
             return lambda: None, super().record(call)[1]
 
-    entered, real = [], serve.math_mode
-    monkeypatch.setattr(serve, "math_mode", lambda device, **how: (entered.append(how), real(device, **how))[1])
+    entered, real = [], serve.arithmetic
+    monkeypatch.setattr(serve, "arithmetic", lambda device, fp32: (entered.append(fp32), real(device, fp32))[1])
     monkeypatch.setattr(graphed, "records", lambda device: True)
     monkeypatch.setattr(graphed, "DeviceRecorder", lambda device: Silent())
     served = Served(nn.Linear(2, 2), Form(graphed=True), CPU)

@@ -61,3 +61,29 @@ def test_a_norm_without_statistics_makes_torchao_trace_no_patterns(monkeypatch):
     int8 = convert(simulated)
     assert traced == []
     torch.testing.assert_close(int8.reference(x), simulated.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+class Turned(nn.Module):
+    """Weights of products that lie in memory by columns: as they are stored, as a part, or as they are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.stored, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.stored.weight = nn.Parameter(torch.randn(16, 16).t())
+        self.parts = nn.Parameter(torch.randn(16, 32))
+        self.low, self.rank = nn.Parameter(torch.randn(16, 4)), nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x):
+        first, second = (part.t() for part in self.parts.chunk(2, 1))
+        weights = (first, second, (self.low @ self.rank).t())
+        return self.stored(x), *(nn.functional.linear(x, weight) for weight in weights), self.last(x)
+
+
+def test_compiled_products_are_right_whose_weights_lie_by_columns():
+    torch.manual_seed(0)
+    model, x = Turned().eval(), torch.randn(4, 16)
+    int8 = convert(prepare(model, x))
+    for found, expected in zip(int8(x), int8.reference(x), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+    floats = [tensor for tensor in int8.graph.state_dict().values() if tensor.is_floating_point()]
+    assert all(tensor.dim() < 2 for tensor in floats)  # nothing that weights were computed from is held

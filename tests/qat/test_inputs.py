@@ -124,3 +124,20 @@ def test_a_call_like_the_last_one_is_not_looked_at_again(plain, monkeypatch):
     assert looks == []
     plain.check((ROWS[:2],), {})
     assert len(looks) == 1
+
+
+def test_a_first_size_that_the_code_needs_is_fixed():
+    class Recurrent(nn.Module):
+        """Of sequences first: the exporter unrolls it, so that their length is that of the example."""
+
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(8, 4)
+
+        def forward(self, x):
+            return self.gru(x)[0]
+
+    inputs = inputs_of(Recurrent(), (torch.randn(5, 2, 8),))
+    inputs.check((torch.randn(5, 2, 8),), {})
+    with pytest.raises(BatchError, match=r"float32 \[6, 2, 8\]"):
+        inputs.check((torch.randn(6, 2, 8),), {})

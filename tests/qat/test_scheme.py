@@ -123,3 +123,38 @@ def test_layers_that_are_called_again_or_have_hooks_are_quantised(model):
     with simulated.observing():
         torch.testing.assert_close(simulated(x), model(x))
     torch.testing.assert_close(convert(simulated).reference(x), simulated(x), rtol=1e-4, atol=1e-4)
+
+
+class Shifted(nn.Module):
+    """A layer with the sum of its result and a number behind it."""
+
+    def __init__(self, layer, activation):
+        super().__init__()
+        self.layer, self.activation = layer, activation
+
+    def forward(self, x):
+        return self.activation(self.layer(x) + 1)
+
+
+def with_hook_for_gradients():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model[0].register_full_backward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Shifted(nn.Linear(4, 4), nn.Identity()), (3, 4)),
+        (Shifted(nn.Linear(4, 4), nn.ReLU()), (3, 4)),
+        (Shifted(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 3, 6, 6)),
+        (with_hook_for_gradients(), (3, 4)),
+    ],
+)
+def test_layers_behind_which_torchao_finds_what_it_does_not_know_are_quantised(model, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    simulated = prepare(model.eval(), x)
+    assert {decision.new for decision in simulated.decisions} == {"int8"}
+    expected = model(x)
+    assert (convert(simulated)(x) - expected).norm() < 0.05 * expected.norm()
