@@ -42,8 +42,13 @@ OPTIONAL_HOMES = (
 )  # fmt: skip
 """Where optional packages may be imported; inside a function, so that they stay optional."""
 
-NEEDS_OPTIONAL = (f"{PACKAGE}.ops.triton.", f"{PACKAGE}.qat.observers", f"{PACKAGE}.qat.scheme")
-"""Modules of ours that cannot be imported without an optional package."""
+NEEDS_OPTIONAL = (
+    f"{PACKAGE}.ops.triton.",
+    f"{PACKAGE}.qat.observers",
+    f"{PACKAGE}.qat.scheme",
+    "torch._inductor.codegen.triton",
+)
+"""Modules that cannot be imported without an optional package, or import it, and ask for a device, where it is."""
 
 IMPORT_HOMES = {"rich": ("cli/", "trainer/progress.py"), "typer": ("cli/",)}
 """Where the packages that only talk to a terminal are imported."""
@@ -198,7 +203,7 @@ def test_path(module: Module) -> str:
 
 
 PROBE = """
-import json, sys, torch
+import json, sys, torch, torch._dynamo
 
 touched = []
 
@@ -222,7 +227,9 @@ print(json.dumps({"touched": touched, "roots": roots, "initialised": torch.cuda.
 
 @dataclass(frozen=True)
 class Effects:
-    """What running some code did to a fresh process that had only imported torch."""
+    """What running some code did to a fresh process that had only imported torch and its compiler's front end, which
+    imports Triton where that is installed.
+    """
 
     touched: tuple[str, ...]
     """Device functions of torch that were called."""

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.compiler.config
 from torch._inductor import config
-from torch._inductor.codegen.triton import TritonKernel
 
 from deepseek_mp.backends.early_launch import can_launch_early
 
@@ -27,12 +26,11 @@ _NEEDED = ("_filter_pdl", "_enable_pdl_codegen", "GDC_WAIT")
 @contextmanager
 def early_kernels(device: torch.device) -> Iterator[None]:
     """Inside, code for the device is made so, where it and this PyTorch can."""
-    kernel: Any = TritonKernel
-    caches: Any = torch.compiler.config
-    known = hasattr(config.triton, "enable_pdl") and all(hasattr(kernel, name) for name in _NEEDED)
-    if not known or not can_launch_early(device):
+    kernel = _kernel() if can_launch_early(device) else None
+    if kernel is None:
         yield
         return
+    caches: Any = torch.compiler.config
     filtered = kernel._filter_pdl  # noqa: SLF001 - where a kernel's code is complete
 
     def waiting(self: Any, code: Any) -> None:
@@ -47,3 +45,12 @@ def early_kernels(device: torch.device) -> Iterator[None]:
             yield
     finally:
         kernel._filter_pdl = filtered  # noqa: SLF001
+
+
+def _kernel() -> Any:
+    """Inductor's class of Triton kernels; None where it has not all that is changed here."""
+    # Not with this module: this imports Triton where it is installed, and asks for a device.
+    from torch._inductor.codegen.triton import TritonKernel
+
+    known = hasattr(config.triton, "enable_pdl") and all(hasattr(TritonKernel, name) for name in _NEEDED)
+    return TritonKernel if known else None

@@ -275,7 +275,9 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What a linear layer would multiply in here."""
     kind = hidden.device.type
     wide = torch.float64 in (hidden.dtype, weight.dtype)  # autocast leaves it alone
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and not wide:
+    # PyTorch's compiler does not know the first question in all versions, and compiles for devices that have autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if available and torch.is_autocast_enabled(kind) and not wide:
         return torch.get_autocast_dtype(kind)
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         passed = f"hidden of {hidden.dtype} and weight of {weight.dtype} outside of autocast"

@@ -107,6 +107,10 @@ class Pair:
     right: Cast
 
 
+_ROLES = tuple(Role)
+"""Not every version of the compiler can go through an enumeration."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Products:
     """A recipe with the implementations that run it, laid out for the forward to read.
@@ -136,7 +140,7 @@ class Products:
         return any(side.rule == ScaleRule.DELAYED for side in self.recipe.sides())
 
     def __post_init__(self) -> None:
-        for role in Role:
+        for role in _ROLES:
             object.__setattr__(self, role.value, _pair(self.recipe.role(role)))
         object.__setattr__(self, "multiple", multiple_of(self.recipe))
         of_x, of_gradient = (_left(self.fprop), _right(self.wgrad)), (_left(self.dgrad), _left(self.wgrad))

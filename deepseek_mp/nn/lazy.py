@@ -334,7 +334,8 @@ def _put_off(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lazy |
             return None
         else:
             arguments.append(part)
-    if torch.compiler.is_compiling():
+    # The compiler's own runs of what it compiles are no compiling to all versions of PyTorch.
+    if torch.compiler.is_compiling() or TracingContext.try_get() is not None:
         return None
     return Lazy.of(Promise(None, func, tuple(arguments), kwargs), first)
 

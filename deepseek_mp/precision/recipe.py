@@ -160,9 +160,9 @@ class Recipe:
 
     def sides(self) -> Iterator[OperandRecipe]:
         """The six operands: left and right of each product."""
-        for role in Role:
-            yield self.role(role).left
-            yield self.role(role).right
+        for product in (self.fprop, self.dgrad, self.wgrad):
+            yield product.left
+            yield product.right
 
     @property
     def format(self) -> Format | None:

@@ -100,7 +100,8 @@ def test_a_weight_in_16_bits_says_how_much_of_it_stays() -> None:
     before = module.weight.detach().clone()
     optimizer.step()
     found = numbers(seen.store)
-    assert found["lost"] == pytest.approx(float((module.weight == before).float().mean()))
+    asked = module.weight.grad != 0
+    assert found["lost"] == pytest.approx(float((module.weight == before)[asked].float().mean()))
     assert 0.1 < found["lost"] < 1
     assert torch.tensor(found["edq"]).isnan()
 
