@@ -117,7 +117,7 @@ def find_batch_size(
     Raises:
         ConfigError: an argument that is not allowed, an open accumulation window, or not even the smallest size fits.
     """
-    _check(start, limit, multiple)
+    _check(make_batch, start, limit, multiple)
     made = trainer if isinstance(trainer, MixedPrecisionTrainer) else trainer()
     if fits is None and made.device.type == "cpu" and limit is None:
         change = "Pass limit=, the largest batch that you would use"
@@ -469,7 +469,11 @@ def _compute(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> tuple[Run, 
     return compute, counted
 
 
-def _check(start: int, limit: int | None, multiple: int) -> None:
+def _check(make_batch: object, start: int, limit: int | None, multiple: int) -> None:
+    if not callable(make_batch):
+        passed = f"make_batch of type {type(make_batch).__name__}"
+        change = "Pass for example lambda size: (images[:size], labels[:size])"
+        raise ConfigError(explain(passed, "a function from a size to a batch", change))
     for name, value in (("start", start), ("multiple", multiple), ("limit", limit)):
         if value is None and name == "limit":
             continue

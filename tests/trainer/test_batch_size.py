@@ -115,6 +115,12 @@ def test_that_nothing_fits_is_an_error() -> None:
 # -- real steps ------------------------------------------------------------------------------------------
 
 
+def test_data_in_place_of_a_function_that_makes_batches_are_refused() -> None:
+    data: Any = torch.utils.data.TensorDataset(*make_batch(8))
+    with pytest.raises(ConfigError, match=r"make_batch of type TensorDataset.*a function from a size to a batch"):
+        find_batch_size(trainer(Model(8)), data, limit=8)
+
+
 @pytest.mark.parametrize(("there", "said"), [(20, 1), (12, 1), (64, 0)])
 def test_that_the_data_of_a_batch_ran_out_is_said_once(there: int, said: int, caplog: pytest.LogCaptureFixture) -> None:
     inputs, targets = make_batch(there)
