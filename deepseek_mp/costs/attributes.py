@@ -1,7 +1,7 @@
 """What modules keep in attributes that are neither parameters nor buffers, put back after something was tried.
 
 A count of calls, the hidden state of the last batch, a list of losses, a generator of the model's own: a forward that
-is only tried must not move them either.
+is only tried must not move them either. An optimizer keeps such things too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -30,27 +30,32 @@ PutBack = Callable[[], object]
 
 
 class Attributes:
-    """The attributes of modules at one moment: numbers, flags and text; tensors, with their values; what lists,
-    dictionaries, sets, queues and tuples hold, also inside of one another; and the states of random generators.
+    """The attributes of modules, or other objects, at one moment: numbers, flags and text; tensors, with their values;
+    what lists, dictionaries, sets, queues and tuples hold, also inside of one another; and the states of random
+    generators.
 
     Not kept are values inside of other objects, and attributes that are made later.
+
+    Args:
+        owners: whose attributes.
+        passed_over: names that somebody else keeps; as a rule what every module has.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, owners: Iterable[object], passed_over: Collection[str] = _NOT_KEPT) -> None:
         seen: set[int] = set()
         found = [
-            (module, name, value, _inside(value, seen))
-            for module in modules
-            for name, value in vars(module).items()
-            if name not in _NOT_KEPT
+            (owner, name, value, _inside(value, seen))
+            for owner in owners
+            for name, value in vars(owner).items()
+            if name not in passed_over
         ]
         self._kept = [kept for kept in found if isinstance(kept[2], _PLAIN) or kept[3] is not None]
 
     def put_back(self) -> None:
         """Make them what they were; one that is gone stays so."""
-        for module, name, value, inside in self._kept:
-            if name in vars(module):
-                vars(module)[name] = value
+        for owner, name, value, inside in self._kept:
+            if name in vars(owner):
+                vars(owner)[name] = value
             if inside is not None:
                 inside()
 

@@ -117,7 +117,7 @@ def find_batch_size(
     Raises:
         ConfigError: an argument that is not allowed, an open accumulation window, or not even the smallest size fits.
     """
-    _check(start, limit, multiple)
+    _check(make_batch, start, limit, multiple)
     made = trainer if isinstance(trainer, MixedPrecisionTrainer) else trainer()
     if fits is None and made.device.type == "cpu" and limit is None:
         change = "Pass limit=, the largest batch that you would use"
@@ -302,6 +302,9 @@ class _Trials:
         self.last_confirmed: ConfirmedBatch | None = None
         self._samples = 0
         """Of the batch that was made last."""
+        self._exact: int | None = None
+        """The first size whose batch had as many samples as were asked for."""
+        self._short = False
 
     def warm_up(self, size: int) -> bool:
         """Whether steps of this size fit; they are made until one is applied."""
@@ -373,7 +376,7 @@ class _Trials:
         def step() -> None:
             for number in range(1, steps + 1):
                 batch = self._make_batch(size)
-                self._samples = calls.batch_size(calls.parse_batch(batch))
+                self._count(batch, size)
                 self._steps.step(batch, settle=number == steps)
                 del batch
 
@@ -388,6 +391,19 @@ class _Trials:
         fits = goes_through(step, self._device)
         found = None if self._device.type == "cpu" else peak_memory_bytes(self._device)
         return fits, None if found is None else found - beside
+
+    def _count(self, batch: Any, size: int) -> None:
+        """Note how many samples the batch has, and say so once if its data have run out.
+
+        A batch whose first dimension is none of samples has the same length whatever its size is.
+        """
+        self._samples = calls.batch_size(calls.parse_batch(batch))
+        if self._samples == size:
+            self._exact = self._exact or size
+        elif not self._short and self._exact is not None and self._exact != self._samples < size:
+            self._short = True
+            said = "find_batch_size: make_batch gave %d samples for a batch of %d: no more than these are tried. "
+            log.warning(said + "Give it as many as it is asked for, or pass limit=", self._samples, size)
 
 
 def _before_steps(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]] | None:
@@ -453,7 +469,11 @@ def _compute(trainer: MixedPrecisionTrainer, plan: PrecisionPlan) -> tuple[Run, 
     return compute, counted
 
 
-def _check(start: int, limit: int | None, multiple: int) -> None:
+def _check(make_batch: object, start: int, limit: int | None, multiple: int) -> None:
+    if not callable(make_batch):
+        passed = f"make_batch of type {type(make_batch).__name__}"
+        change = "Pass for example lambda size: (images[:size], labels[:size])"
+        raise ConfigError(explain(passed, "a function from a size to a batch", change))
     for name, value in (("start", start), ("multiple", multiple), ("limit", limit)):
         if value is None and name == "limit":
             continue

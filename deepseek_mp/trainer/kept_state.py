@@ -16,12 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deepseek_mp.costs.attributes import Attributes
 from deepseek_mp.costs.restore import preserved
 from deepseek_mp.nn.delayed import scales_of
+from deepseek_mp.optim.offload import OffloadedOptimizer
 from deepseek_mp.trainer.offloaded import synchronize, trial_steps
 
 if TYPE_CHECKING:
     from deepseek_mp.trainer.loop import MixedPrecisionTrainer
+
+_OF_ALL = frozenset(vars(Optimizer([torch.zeros(())], {})))
+"""What every optimizer has: options and state are kept apart, and hooks are no result of a step."""
 
 
 @contextmanager
@@ -62,11 +67,18 @@ class _Value:
 
 
 class _OptimizerState:
-    """What an optimizer holds: the state of each parameter, the options of its groups, and numbers of its own."""
+    """What an optimizer holds: the state of each parameter, the options of its groups, and attributes of its own.
+
+    An optimizer that it steps by is kept likewise. What the host holds of an offloaded one is put back by itself.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._numbers = _numbers(optimizer)
+        known = isinstance(optimizer, OffloadedOptimizer)
+        self._attributes = Attributes(() if known else (optimizer,), _OF_ALL)
+        inner = [] if known else [one for one in vars(optimizer).values() if isinstance(one, Optimizer)]
+        self._inner = [_OptimizerState(one) for one in inner]
         self._state = {parameter: _kept(entries) for parameter, entries in optimizer.state.items()}
         self._groups = [_kept({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
@@ -74,6 +86,7 @@ class _OptimizerState:
         for name in _numbers(self._optimizer):
             delattr(self._optimizer, name)
         vars(self._optimizer).update(self._numbers)
+        self._attributes.put_back()
         state = self._optimizer.state
         for parameter in [p for p in state if p not in self._state]:
             del state[parameter]
@@ -81,6 +94,8 @@ class _OptimizerState:
             _put_back(state[parameter], entries)
         for group, entries in zip(self._optimizer.param_groups, self._groups, strict=True):
             _put_back(group, {"params": group["params"], **entries})
+        for inner in self._inner:
+            inner.put_back()
 
 
 def _kept(entries: dict[str, Any]) -> dict[str, Any]:

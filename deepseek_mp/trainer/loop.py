@@ -90,7 +90,7 @@ class MixedPrecisionTrainer:
         scheduler: an LRScheduler, or optimizer -> LRScheduler. Advances on applied steps only.
         gradient_accumulation_steps: micro-batches per optimizer step; exact for unequal ones.
         max_grad_norm: clips the L2 norm of the unscaled gradients, taken in FP32.
-        ema_decay: keep an exponential average of the weights, used by `evaluate`.
+        ema_decay: keep an exponential average of the weights, used by `evaluate` and `predict`.
         pin: name pattern -> recipe, rules before all others: {'*.norm*': 'fp32'}.
         emulate: allow formats that the device has no units for, where PyTorch can run them.
         adapt: whether layers are lowered and raised while the model trains (docs/adaptive.md), from the plan of 'auto'

@@ -256,7 +256,8 @@ def _check(trainer: MixedPrecisionTrainer, snapshot: Snapshot, path: Path) -> No
     if saved["position"]["loader"] is not None and not hasattr(trainer.loader, "load_state_dict"):
         raise _refuse(path, "was written with a loader that keeps its own position", CHANGE_LOADER)
     averages, ours = snapshot.tensors["ema"], {} if trainer.ema is None else trainer.ema.values
-    if averages.keys() != ours.keys():
+    names = dict(trainer.model.named_parameters()).keys()  # any of these may have been unfrozen by then
+    if bool(averages) != bool(ours) or not averages.keys() <= names:
         raise _refuse(path, f"averages {len(averages)} weights, not {len(ours)}", "Pass the ema_decay it had")
     if len(saved["callbacks"]) != len(_others(trainer)):
         raise _refuse(path, f"was written with {len(saved['callbacks'])} callbacks", "Pass the same callbacks")

@@ -115,6 +115,32 @@ def test_that_nothing_fits_is_an_error() -> None:
 # -- real steps ------------------------------------------------------------------------------------------
 
 
+def test_data_in_place_of_a_function_that_makes_batches_are_refused() -> None:
+    data: Any = torch.utils.data.TensorDataset(*make_batch(8))
+    with pytest.raises(ConfigError, match=r"make_batch of type TensorDataset.*a function from a size to a batch"):
+        find_batch_size(trainer(Model(8)), data, limit=8)
+
+
+@pytest.mark.parametrize(("there", "said"), [(20, 1), (12, 1), (64, 0)])
+def test_that_the_data_of_a_batch_ran_out_is_said_once(there: int, said: int, caplog: pytest.LogCaptureFixture) -> None:
+    inputs, targets = make_batch(there)
+    run = trainer(Model(1000))
+    assert find_batch_size(run, lambda size: (inputs[:size], targets[:size]), limit=64).size == 64
+    assert caplog.text.count(f"make_batch gave {there} samples for a batch of") == said
+    assert run.confirmed is not None
+    assert run.confirmed.samples == there
+
+
+def test_a_first_dimension_that_is_none_of_samples_is_no_end_of_the_data(caplog: pytest.LogCaptureFixture) -> None:
+    def by_time(size: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(16, size, 4), torch.randint(0, 3, (16, size))
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    run = trainer(model, loss_fn=lambda output, target: nn.functional.cross_entropy(output.mT, target))
+    find_batch_size(run, by_time, limit=64)
+    assert "make_batch gave" not in caplog.text
+
+
 def sizes(found: BatchSize) -> list[int]:
     return [one.size for one in found.tried]
 

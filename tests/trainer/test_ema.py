@@ -92,3 +92,58 @@ def test_saved_values_are_copied_in():
     assert not torch.equal(one.values["2.weight"], two.values["2.weight"])
     two.update()
     assert all(torch.equal(value, two.values[name]) for name, value in one.values.items())
+
+
+def test_what_is_unfrozen_later_is_averaged_from_its_first_step_on():
+    module = model()
+    average = WeightAverage(module, 0.5)
+    module[0].bias.requires_grad_(True)
+    change(module, 2.0)
+    with average.applied():  # no step was made yet
+        assert bool((module[0].bias == 2.0).all())
+    average.update()
+    change(module, 4.0)
+    average.update()
+    assert bool((average.values["0.bias"] == 3.0).all())
+    with average.applied():
+        assert bool((module[0].bias == 3.0).all())
+    assert bool((module[0].bias == 4.0).all())
+
+
+def test_what_is_frozen_later_stays_averaged():
+    module = model()
+    average = WeightAverage(module, 0.5)
+    change(module, 2.0)
+    module[2].weight.requires_grad_(False)
+    before = average.values["2.weight"].clone()
+    average.update()
+    torch.testing.assert_close(average.values["2.weight"], 0.5 * before + 1.0)
+
+
+def test_a_module_that_is_put_in_or_taken_out_later_comes_and_goes():
+    module = model()
+    average = WeightAverage(module, 0.5)
+    module.append(nn.Linear(2, 2))
+    change(module, 2.0)
+    average.update()
+    assert bool((average.values["3.weight"] == 2.0).all())
+    del module[3]
+    with average.applied():
+        assert torch.equal(module[2].weight, average.values["2.weight"])
+    average.update()
+    assert "3.weight" not in average.values
+
+
+def test_saved_values_say_what_is_averaged():
+    module = model()
+    average = WeightAverage(module, 0.5)
+    module[0].bias.requires_grad_(True)
+    change(module, 2.0)
+    average.update()
+    module[0].bias.requires_grad_(False)
+    more, fewer = WeightAverage(module, 0.5), WeightAverage(module, 0.5)
+    more.load(average.values)
+    assert all(torch.equal(value, average.values[name]) for name, value in more.values.items())
+    assert "0.bias" in more.values
+    fewer.load({"2.weight": average.values["2.weight"]})
+    assert list(fewer.values) == ["2.weight"]

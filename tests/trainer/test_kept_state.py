@@ -59,6 +59,42 @@ def test_steps_are_taken_back(optimizer: Any) -> None:
     assert values(run) == before
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps what it has seen in attributes, and steps by another optimizer."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.inner = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.steps, self.norm, self.norms = 0, torch.zeros(()), [torch.ones(())]
+        self.slow = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+        self.steps += 1
+        for parameter, value in self.slow.items():
+            value.lerp_(parameter, 0.5)
+            self.norm += value.norm()
+        self.norms.append(self.norm.clone())
+
+
+def test_what_an_optimizer_keeps_in_attributes_is_taken_back() -> None:
+    run = trained(Counting)
+    optimizer: Any = run.optimizer
+
+    def held() -> Any:
+        momenta = [state["momentum_buffer"].tolist() for state in optimizer.inner.state.values()]
+        slow = [value.tolist() for value in optimizer.slow.values()]
+        return optimizer.steps, optimizer.norm.tolist(), list(map(float, optimizer.norms)), slow, momenta
+
+    before = held()
+    with kept_state(run):
+        run.step(batch())
+        run.settle()
+        assert all(now != then for now, then in zip(held(), before, strict=True))
+    assert held() == before
+
+
 def test_delayed_scales_are_taken_back() -> None:
     run = trained(OPTIMIZERS["sgd"], "delayed", width=32)
     before = values(run)

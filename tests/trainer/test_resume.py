@@ -137,6 +137,30 @@ def test_tensors_in_the_state_of_a_callback_come_back(tmp_path):
     assert second.callbacks[0].value.item() == 5.0
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_the_averages_of_what_was_unfrozen_while_it_trained_come_back(tmp_path, frozen):
+    def made(trains):
+        model = net()
+        model[0].requires_grad_(trains)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return MixedPrecisionTrainer(model, "fp32", device="cpu", ema_decay=0.9, optimizer=optimizer)
+
+    run, data = made(False), batches(4)
+    run.step(data[0])
+    run.model[0].requires_grad_(True)
+    run.step(data[1])
+    run.step(data[2])
+    run.save(tmp_path)
+    resumed = made(not frozen)
+    resumed.load(tmp_path)
+    assert resumed.ema.values.keys() == run.ema.values.keys()
+    resumed.model[0].requires_grad_(True)
+    for each in (run, resumed):
+        each.step(data[3])
+        each.settle()
+    assert all(torch.equal(value, resumed.ema.values[name]) for name, value in run.ema.values.items())
+
+
 def test_history_counters_and_epochs_continue(tmp_path):
     first = make()
     first.fit(batches(), 2)
