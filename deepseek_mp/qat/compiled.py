@@ -18,6 +18,7 @@ from torch._inductor import compile as inductor_compile
 from torch._inductor import config as inductor
 
 from deepseek_mp.qat.modes import quiet_copy
+from deepseek_mp.qat.sums import double
 
 Program = Callable[..., Any]
 _COMPILING = Lock()
@@ -68,7 +69,9 @@ def _body(graph: fx.GraphModule) -> fx.GraphModule:
             body.erase_node(node)
     output = body.output_node()
     output.args = (tuple(_results(output)),)
-    return fx.GraphModule(graph, body)
+    module = fx.GraphModule(graph, body)
+    double(module, inference=True)
+    return module
 
 
 def _shell(graph: fx.GraphModule, run: Program) -> fx.GraphModule:

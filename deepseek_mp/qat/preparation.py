@@ -17,13 +17,13 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
-from deepseek_mp.qat.doubled import double
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.regions import inline_regions
 from deepseek_mp.qat.simulated import SimulatedModel
+from deepseek_mp.qat.sums import double, spell_out
 
 
 def prepare(
@@ -138,6 +138,7 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
 
     number_paddings(graph)
     double(graph)
+    spell_out(graph)
     complete_norms(graph)
     own = norm_settings(graph.graph)
     hidden = without_statistics_hidden(graph.graph)
