@@ -19,6 +19,7 @@ from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
+from deepseek_mp.qat.letting_go import models_let_go
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.regions import inline_regions
@@ -142,7 +143,12 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
     complete_norms(graph)
     own = norm_settings(graph.graph)
     hidden = without_statistics_hidden(graph.graph)
-    with fp32_flags_left_alone(), hidden, warnings.catch_warnings():  # it exports the patterns that it looks for
+    with (
+        models_let_go(),
+        fp32_flags_left_alone(),
+        hidden,
+        warnings.catch_warnings(),
+    ):  # it exports the patterns that it looks for
         warnings.simplefilter("ignore")  # of torchao about itself
         prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep, alone=alone))
     put_back_settings(prepared, own)
