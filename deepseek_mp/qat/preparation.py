@@ -96,13 +96,13 @@ def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
         passed = "example_inputs without a tensor of two samples or more"
         change = "Pass a small batch: an exported graph of one sample takes one sample only"
         raise ConfigError(explain(passed, "tensors whose first dimension is the batch, from 2", change))
-    if not all_finite(example_inputs):
-        passed = "example_inputs with NaN or infinite values"
-        raise ConfigError(explain(passed, "finite values, as in training", "Pass a batch of real data"))
     places = {t.device.type for t in (*model.parameters(), *model.buffers(), *tensors(example_inputs))}
     if places - {"cpu"}:
         passed = f"a model or example_inputs on {', '.join(sorted(places - {'cpu'}))}"
         raise ConfigError(explain(passed, "both on the CPU, where INT8 is computed", "Move them there with .cpu()"))
+    if not all_finite(example_inputs):
+        passed = "example_inputs with NaN or infinite values"
+        raise ConfigError(explain(passed, "finite values, as in training", "Pass a batch of real data"))
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and weight.dtype is not torch.float32:
             passed = f"a model with {name!r} in {weight.dtype}"
