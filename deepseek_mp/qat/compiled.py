@@ -44,6 +44,8 @@ class CompiledGraph:
             return self._call(*args, **kwargs)
 
     def _run(self, *inputs: Tensor) -> Any:
+        # Compiled code reads memory, where views such as `z.conj().imag` have other values than they stand for.
+        inputs = tuple(t.resolve_conj().resolve_neg() for t in inputs)
         key = (torch.get_num_threads(), *((t.device, t.dtype, t.shape, t.stride()) for t in inputs))
         program = self._programs.get(key)
         if program is None:

@@ -90,6 +90,14 @@ def test_a_callers_autocast_does_not_reach_operations_that_are_not_compiled():
         assert torch.equal(run(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_views_that_stand_for_other_values_are_read_as_these(dtype):
+    z = torch.randn(4, 4, dtype=torch.complex64).conj()
+    x = z if dtype.is_complex else z.imag
+    run = CompiledGraph(exported(nn.Tanhshrink(), (x.clone(),)))
+    torch.testing.assert_close(run(x), x - x.tanh())
+
+
 def test_compiled_it_computes_what_the_graph_does():
     model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(2, 8)
     torch.testing.assert_close(CompiledGraph(exported(model, (x,)))(x), model(x))
