@@ -266,13 +266,17 @@ def _check(budget: float, **times: float) -> None:
 
 
 def _device_of(model: nn.Module, tensor: Tensor | None) -> torch.device:
-    """That of the weights, or of the inputs; `ConfigError` if they are apart, or if there is neither."""
+    """That of the weights, or of the inputs; `ConfigError` if they are apart, have no values, or are missing."""
     places = {weight.device for weight in (*model.parameters(), *model.buffers())}
     places |= set() if tensor is None else {tensor.device}
     if len(places) != 1:
         passed = f"a model and inputs on {', '.join(sorted(map(str, places))) or 'no device'}"
         raise ConfigError(explain(passed, "all on one device", "Move the model and the example inputs to one"))
-    return places.pop()
+    device = places.pop()
+    if device.type == "meta":
+        passed, allowed = "a model and inputs on the meta device", "tensors with values"
+        raise ConfigError(explain(passed, allowed, "Call model.to_empty and initialise it, and make inputs"))
+    return device
 
 
 def _name_of(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch._inductor import compile as inductor_compile
 from torch._inductor import config as inductor
 
 from deepseek_mp.qat.modes import quiet_copy
+from deepseek_mp.qat.sums import double
 
 Program = Callable[..., Any]
 _COMPILING = Lock()
@@ -36,10 +38,14 @@ class CompiledGraph:
         self._programs: dict[tuple[Any, ...], Program] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        # Operations that are called as they are, such as an LSTM's, would be cast. To turn it off costs microseconds.
+        casts = torch.is_autocast_enabled("cpu")
+        with torch.no_grad(), torch.autocast("cpu", enabled=False) if casts else nullcontext():
             return self._call(*args, **kwargs)
 
     def _run(self, *inputs: Tensor) -> Any:
+        # Compiled code reads memory, where views such as `z.conj().imag` have other values than they stand for.
+        inputs = tuple(t.resolve_conj().resolve_neg() for t in inputs)
         key = (torch.get_num_threads(), *((t.device, t.dtype, t.shape, t.stride()) for t in inputs))
         program = self._programs.get(key)
         if program is None:
@@ -68,7 +74,9 @@ def _body(graph: fx.GraphModule) -> fx.GraphModule:
             body.erase_node(node)
     output = body.output_node()
     output.args = (tuple(_results(output)),)
-    return fx.GraphModule(graph, body)
+    module = fx.GraphModule(graph, body)
+    double(module, inference=True)
+    return module
 
 
 def _shell(graph: fx.GraphModule, run: Program) -> fx.GraphModule:

@@ -11,6 +11,7 @@ from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.qat.constants import fold_constants
 from deepseek_mp.qat.int8 import Int8Model
+from deepseek_mp.qat.letting_go import models_let_go
 from deepseek_mp.qat.norms import fold_norms, without_statistics_hidden
 from deepseek_mp.qat.simulated import SimulatedModel, put_back_state, state_of
 
@@ -33,7 +34,7 @@ def convert(simulated: SimulatedModel) -> Int8Model:
         warnings.simplefilter("ignore")  # of torchao and the exporter about themselves
         graph(*args, **kwargs)  # the ranges of the weights as the last step left them
         fold_norms(graph)
-        with without_statistics_hidden(graph.graph):  # torchao would trace its patterns for some 20 s
+        with models_let_go(), without_statistics_hidden(graph.graph):  # torchao would trace its patterns for some 20 s
             converted = convert_pt2e(graph)
         put_back_state(converted, state)  # it was run here, and by torchao to find constants
         fold_constants(converted)

@@ -17,13 +17,14 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
-from deepseek_mp.qat.doubled import double
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
+from deepseek_mp.qat.letting_go import models_let_go
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.regions import inline_regions
 from deepseek_mp.qat.simulated import SimulatedModel
+from deepseek_mp.qat.sums import double, spell_out
 
 
 def prepare(
@@ -95,13 +96,13 @@ def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
         passed = "example_inputs without a tensor of two samples or more"
         change = "Pass a small batch: an exported graph of one sample takes one sample only"
         raise ConfigError(explain(passed, "tensors whose first dimension is the batch, from 2", change))
-    if not all_finite(example_inputs):
-        passed = "example_inputs with NaN or infinite values"
-        raise ConfigError(explain(passed, "finite values, as in training", "Pass a batch of real data"))
     places = {t.device.type for t in (*model.parameters(), *model.buffers(), *tensors(example_inputs))}
     if places - {"cpu"}:
         passed = f"a model or example_inputs on {', '.join(sorted(places - {'cpu'}))}"
         raise ConfigError(explain(passed, "both on the CPU, where INT8 is computed", "Move them there with .cpu()"))
+    if not all_finite(example_inputs):
+        passed = "example_inputs with NaN or infinite values"
+        raise ConfigError(explain(passed, "finite values, as in training", "Pass a batch of real data"))
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and weight.dtype is not torch.float32:
             passed = f"a model with {name!r} in {weight.dtype}"
@@ -138,10 +139,16 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
 
     number_paddings(graph)
     double(graph)
+    spell_out(graph)
     complete_norms(graph)
     own = norm_settings(graph.graph)
     hidden = without_statistics_hidden(graph.graph)
-    with fp32_flags_left_alone(), hidden, warnings.catch_warnings():  # it exports the patterns that it looks for
+    with (
+        models_let_go(),
+        fp32_flags_left_alone(),
+        hidden,
+        warnings.catch_warnings(),
+    ):  # it exports the patterns that it looks for
         warnings.simplefilter("ignore")  # of torchao about itself
         prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep, alone=alone))
     put_back_settings(prepared, own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -141,9 +142,9 @@ def _caller(model: nn.Module, inputs: Any) -> Callable[[], Any]:
 
 
 def _check(budget: float, gain: float, seconds: float) -> None:
-    if not budget >= 0:
+    if not (isinstance(budget, Real) and budget >= 0):
         raise ConfigError(explain(f"budget={budget!r}", "a number from 0", "Pass the largest metric that you allow"))
-    if not 1 <= gain < math.inf:
+    if not (isinstance(gain, Real) and 1 <= gain < math.inf):
         raise ConfigError(explain(f"gain={gain!r}", "a number from 1", "Pass how many times as fast INT8 must be"))
-    if not 0 <= seconds < math.inf:
+    if not (isinstance(seconds, Real) and 0 <= seconds < math.inf):
         raise ConfigError(explain(f"seconds={seconds!r}", "a number from 0", "Pass a time in seconds"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.inference.arithmetic import arithmetic
 from deepseek_mp.inference.form import LINEAR_KINDS
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
 from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, cast, linear_layers
@@ -54,8 +56,9 @@ class WeightsModel(nn.Module):
         return tuple(decision for decision in self.decisions if decision.reason is not Reason.REQUESTED)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs, in FP32."""
-        with torch.no_grad():
+        """The outputs, in FP32, whatever autocast the caller has on."""
+        device = next(chain(self.model.buffers(), self.model.parameters())).device
+        with torch.no_grad(), arithmetic(device):
             args, kwargs = map_leaves((args, kwargs), lambda leaf: _cast(leaf, self.dtype))
             return map_leaves(self.model(*args, **kwargs), lambda leaf: _cast(leaf, torch.float32))
 

@@ -251,6 +251,8 @@ def test_what_is_refused(classifier, times):
         run(classifier, x, metric=lambda outputs, reference: torch.cosine_similarity(outputs, reference).mean())
     with pytest.raises(ConfigError, match=r"does not run in FP32 \(.*expected input.*Change what is named there"):
         run(classifier, torch.randn(2, 5, 8, 8))
+    with pytest.raises(ConfigError, match="a model and inputs on the meta device"):
+        run(copy.deepcopy(classifier).to("meta"), x.to("meta"))
     with pytest.raises(ConfigError, match="a model and inputs on no device"):
         run(nn.ReLU(), "text")
     with pytest.raises(ConfigError, match="metric='kl' for outputs"):

@@ -74,6 +74,30 @@ def test_weights_are_constants_for_the_compiler_and_autocast_is_off(made):
     assert not torch._inductor.config.freezing
 
 
+def test_a_callers_autocast_does_not_reach_operations_that_are_not_compiled():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    x = torch.randn(2, 3, 8)
+    run = CompiledGraph(exported(Recurrent().eval(), (x,)))
+    expected = run(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_views_that_stand_for_other_values_are_read_as_these(dtype):
+    z = torch.randn(4, 4, dtype=torch.complex64).conj()
+    x = z if dtype.is_complex else z.imag
+    run = CompiledGraph(exported(nn.Tanhshrink(), (x.clone(),)))
+    torch.testing.assert_close(run(x), x - x.tanh())
+
+
 def test_compiled_it_computes_what_the_graph_does():
     model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(2, 8)
     torch.testing.assert_close(CompiledGraph(exported(model, (x,)))(x), model(x))

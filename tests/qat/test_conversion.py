@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.qat import convert, prepare
+from deepseek_mp.qat.constants import fold_constants
 
 
 def train_a_little(simulated, example):
@@ -87,3 +92,18 @@ def test_compiled_products_are_right_whose_weights_lie_by_columns():
         torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
     floats = [tensor for tensor in int8.graph.state_dict().values() if tensor.is_floating_point()]
     assert all(tensor.dim() < 2 for tensor in floats)  # nothing that weights were computed from is held
+
+
+def test_models_do_not_outlive_their_last_user():
+    def prepared_and_converted():
+        model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+        simulated, x = prepare(model, torch.randn(4, 8)), torch.randn(4, 8)
+        with patch("deepseek_mp.qat.conversion.fold_constants", wraps=fold_constants) as seen:
+            int8 = convert(simulated)
+        int8(x)
+        graphs = [simulated.graph, seen.call_args.args[0], int8.graph]
+        return [weakref.ref(one) for one in (model, simulated, int8, *graphs)]
+
+    references = prepared_and_converted()
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 6

@@ -115,6 +115,8 @@ def test_a_model_that_cannot_be_copied_is_refused():
 def test_a_model_elsewhere_is_refused():
     with pytest.raises(ConfigError, match="a model or example_inputs on meta"):
         prepare(linear().to("meta"), X)
+    with pytest.raises(ConfigError, match="a model or example_inputs on meta"):
+        prepare(linear().to("meta"), X.to("meta"))
 
 
 def test_the_old_flags_of_fp32_products_are_not_read(monkeypatch):

@@ -123,7 +123,7 @@ def test_integers_that_cannot_be_compiled_leave_the_floating_forms(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"budget": -1}, "budget=-1"), ({"gain": 0.9}, "gain=0.9"), ({"seconds": math.inf}, "seconds=inf"),
-     ({"metric": "x"}, "metric='x'")],
+     ({"metric": "x"}, "metric='x'"), ({"budget": "0.1"}, "budget='0.1'"), ({"gain": None}, "gain=None")],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(options, match):
     torch.manual_seed(0)

@@ -98,6 +98,14 @@ def test_in_bf16_all_that_is_not_stored_in_8_bits_is_bf16():
     assert deployed.eval() is deployed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_callers_autocast_does_not_change_what_it_gives(dtype):
+    deployed, x = make().convert(dtype), batches(1)[0][0]
+    expected = deployed(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(deployed(x), expected)
+
+
 def test_each_layer_has_a_decision_with_its_reason(tmp_path):
     trainer = make(keep=["last"], run_dir=tmp_path / "run")
     said = {decision.layer: (decision.new, decision.detail) for decision in trainer.decisions}

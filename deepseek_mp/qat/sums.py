@@ -1,0 +1,73 @@
+"""Sums behind layers written so that the compiler's passes for INT8 do not fail at them, or leave a factor out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.add.Tensor: aten.mul.Tensor, aten.add_.Tensor: aten.mul_.Tensor}
+_DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+"""(input, p, train)."""
+
+
+def double(module: fx.GraphModule, *, inference: bool = False) -> None:
+    """Make products with two of sums of a tensor with itself, the same bit for bit: those passes fail at such a sum.
+
+    Args:
+        inference: nobody asks for gradients: a detached tensor is itself, as the result of dropout in evaluation is.
+    """
+    for node in module.graph.nodes:
+        if node.target in _PRODUCTS and not node.kwargs:
+            left, right = (_itself(arg) if inference else arg for arg in node.args)
+            if left is right and _dtype(left) is not torch.bool:  # of which the product is a whole number
+                node.target = _PRODUCTS[node.target]
+                node.update_arg(1, 2)
+    module.recompile()
+
+
+def spell_out(module: fx.GraphModule) -> None:
+    """Cast and multiply before a sum what it would itself cast to its dtype, or multiply by its `alpha`.
+
+    Where a layer's result is added, those passes leave the factor out, and have no kernel for tensors of two dtypes.
+    """
+    for node in module.graph.nodes:
+        dtype = _dtype(node)
+        if node.target not in _PRODUCTS or dtype is None or not dtype.is_floating_point:
+            continue
+        with module.graph.inserting_before(node):
+            left, right = (_cast(arg, dtype) for arg in node.args)
+            if node.kwargs and isinstance(right, fx.Node):
+                right = _called(aten.mul.Tensor, right, node.kwargs["alpha"])
+                node.kwargs = {}
+        node.args = (left, right)
+    module.recompile()
+
+
+def _cast(arg: Any, dtype: torch.dtype) -> Any:
+    """The tensor in the dtype; numbers as they are."""
+    return arg if _dtype(arg) in (None, dtype) else _called(aten.to.dtype, arg, dtype)
+
+
+def _called(operation: Any, tensor: fx.Node, value: Any) -> fx.Node:
+    """Of a tensor of the value's dtype, or of its own where the value is a number."""
+    made = tensor.graph.call_function(operation, (tensor, value))
+    found = tensor.meta["val"]
+    made.meta = {"val": found.to(value) if isinstance(value, torch.dtype) else found}
+    return made
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    found = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return found.dtype if isinstance(found, torch.Tensor) else None
+
+
+def _itself(node: Any) -> Any:
+    """The tensor that the node gives under another name."""
+    while isinstance(node, fx.Node) and (
+        node.target is aten.detach.default or (node.target in _DROPOUTS and not node.args[2])
+    ):
+        node = node.args[0]
+    return node
