@@ -13,7 +13,8 @@ class WeightAverage:
     """average <- decay * average + (1 - decay) * weight, for every parameter that is trained.
 
     Kept in at least float32, on the device of the parameters. Buffers are not averaged. A parameter that is unfrozen or
-    added later is averaged from its first applied step on: its average begins with the value after that.
+    added later is averaged from its first applied step on: its average begins with the value after that. So is one that
+    took the place of another of its name and has another shape.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -29,7 +30,9 @@ class WeightAverage:
     def update(self) -> None:
         """Take one applied step into account."""
         averaged, before = self._averaged(self.values), self.values
-        self.values = {name: before[name] if name in before else _in_float32(p) for name, p in averaged.items()}
+        self.values = {
+            name: before[name] if _fits(p, before.get(name)) else _in_float32(p) for name, p in averaged.items()
+        }
         averages = list(self.values.values())
         weights = [p.detach().to(a.dtype) for p, a in zip(averaged.values(), averages, strict=True)]
         torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
@@ -37,7 +40,7 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the averaged weights inside this context, its own again after it."""
-        held = {name: p for name, p in self._averaged(self.values).items() if name in self.values}
+        held = {name: p for name, p in self._averaged(self.values).items() if _fits(p, self.values.get(name))}
         own = {name: p.detach().clone() for name, p in held.items()}
         try:
             _write(held, self.values)
@@ -54,6 +57,11 @@ class WeightAverage:
 def _in_float32(parameter: nn.Parameter) -> Tensor:
     """A copy of its values, in float32 at least."""
     return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+
+
+def _fits(parameter: nn.Parameter, average: Tensor | None) -> bool:
+    """Whether it is an average of such a parameter: another may have taken its name."""
+    return average is not None and average.shape == parameter.shape
 
 
 @torch.no_grad()

@@ -147,3 +147,22 @@ def test_saved_values_say_what_is_averaged():
     assert "0.bias" in more.values
     fewer.load({"2.weight": average.values["2.weight"]})
     assert list(fewer.values) == ["2.weight"]
+
+
+def test_a_parameter_of_another_shape_under_the_same_name_has_an_average_of_its_own():
+    module = model()
+    average = WeightAverage(module, 0.5)
+    change(module, 4.0)
+    average.update()
+    module[2] = nn.Linear(3, 5)
+    change(module[2], 2.0)
+    with average.applied():
+        assert torch.equal(module[0].weight, average.values["0.weight"])
+        assert torch.equal(module[2].weight, torch.full((5, 3), 2.0))
+    average.update()
+    change(module[2], 4.0)
+    average.update()
+    assert torch.equal(average.values["2.weight"], torch.full((5, 3), 3.0))
+    with average.applied():
+        assert torch.equal(module[2].weight, torch.full((5, 3), 3.0))
+    assert torch.equal(module[2].weight, torch.full((5, 3), 4.0))
