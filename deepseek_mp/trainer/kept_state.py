@@ -8,7 +8,7 @@ kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,13 @@ def kept_state(trainer: MixedPrecisionTrainer) -> Iterator[None]:
     with preserved(model, trainer.device), preserved(loss, trainer.device):
         parameters = {id(p): _Value(p) for p in (*model.parameters(), *trained)}
         scales = [_Value(part) for found in scales_of(model) for part in (*found.amax, *_own_tensors(found))]
-        state = _OptimizerState(optimizer)
+        states = [_OptimizerState(one) for one in _steppers(optimizer)]
         try:
             with trial_steps(optimizer):
                 yield
         finally:
-            state.put_back()
+            for state in states:
+                state.put_back()
             for value in (*parameters.values(), *scales):
                 value.put_back()
             torch.clear_autocast_cache()
@@ -69,16 +70,13 @@ class _Value:
 class _OptimizerState:
     """What an optimizer holds: the state of each parameter, the options of its groups, and attributes of its own.
 
-    An optimizer that it steps by is kept likewise. What the host holds of an offloaded one is put back by itself.
+    What the host holds of an offloaded one is put back by itself.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._numbers = _numbers(optimizer)
-        known = isinstance(optimizer, OffloadedOptimizer)
-        self._attributes = Attributes(() if known else (optimizer,), _OF_ALL)
-        inner = [] if known else [one for one in vars(optimizer).values() if isinstance(one, Optimizer)]
-        self._inner = [_OptimizerState(one) for one in inner]
+        self._attributes = Attributes(() if isinstance(optimizer, OffloadedOptimizer) else (optimizer,), _OF_ALL)
         self._state = {parameter: _kept(entries) for parameter, entries in optimizer.state.items()}
         self._groups = [_kept({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
@@ -94,8 +92,25 @@ class _OptimizerState:
             _put_back(state[parameter], entries)
         for group, entries in zip(self._optimizer.param_groups, self._groups, strict=True):
             _put_back(group, {"params": group["params"], **entries})
-        for inner in self._inner:
-            inner.put_back()
+
+
+def _steppers(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer and those that it steps by, in attributes of its own or in containers there; each once.
+
+    One may know the other in turn.
+    """
+    found: list[Optimizer] = []
+    left: list[Any] = [optimizer]
+    while left:
+        one = left.pop()
+        if isinstance(one, Optimizer) and not any(one is known for known in found):
+            found.append(one)
+            left.extend(() if isinstance(one, OffloadedOptimizer) else vars(one).values())
+        elif isinstance(one, Mapping):
+            left.extend(value for value in one.values() if isinstance(value, Optimizer))
+        elif isinstance(one, list | tuple):
+            left.extend(value for value in one if isinstance(value, Optimizer))
+    return found
 
 
 def _kept(entries: dict[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,43 @@ def test_what_an_optimizer_keeps_in_attributes_is_taken_back() -> None:
     assert held() == before
 
 
+class Several(torch.optim.Optimizer):
+    """Steps by optimizers that it has in a container, and that know it."""
+
+    def __init__(self, params: Any, container: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        matrices = [p for p in self.param_groups[0]["params"] if p.dim() == 2]
+        vectors = [p for p in self.param_groups[0]["params"] if p.dim() < 2]
+        self.inner = container(torch.optim.SGD(matrices, lr=0.1, momentum=0.9), torch.optim.AdamW(vectors, lr=0.1))
+        for one in self.all():
+            one.outer = self
+
+    def all(self) -> list[Any]:
+        return list(self.inner.values() if isinstance(self.inner, dict) else self.inner)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for one in self.all():
+            one.step()
+
+
+@pytest.mark.parametrize("container", [lambda *all: list(all), lambda *all: all, lambda *all: dict(enumerate(all))])
+def test_what_several_inner_optimizers_keep_is_taken_back(container: Any) -> None:
+    run = trained(lambda params: Several(params, container))
+    optimizer: Any = run.optimizer
+
+    def held() -> Any:
+        return [{k: v.tolist() for k, v in s.items()} for one in optimizer.all() for s in one.state.values()]
+
+    before = held()
+    assert len(before) == 8
+    with kept_state(run):
+        run.step(batch())
+        run.settle()
+        assert held() != before
+    assert held() == before
+
+
 def test_delayed_scales_are_taken_back() -> None:
     run = trained(OPTIMIZERS["sgd"], "delayed", width=32)
     before = values(run)
