@@ -70,7 +70,7 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
         marked: fx.GraphModule
         try:
             marked = super().annotate(model)
-        except (AssertionError, ValueError):
+        except (AssertionError, TypeError, ValueError):
             # Of torchao, about what is behind a layer: the sum with a number, say, or what a hook for gradients leaves.
             for node in model.graph.nodes:
                 node.meta.pop(QUANT_ANNOTATION_KEY, None)

@@ -69,6 +69,7 @@ class Beside(nn.Module):
     lambda model, x, y: y + (x > 0),
     lambda model, x, y: y + x.argsort(),
     lambda model, x, y: y + x.double(),
+    lambda model, x, y: y + torch.add(model.other(x), x, alpha=2),
 ])  # fmt: skip
 @pytest.mark.parametrize("dims", [2, 4])
 def test_int8_kernels_add_what_the_model_adds(forward, dims):
