@@ -19,7 +19,7 @@ from torch._inductor import compile as inductor_compile
 from torch._inductor import config as inductor
 
 from deepseek_mp.qat.modes import quiet_copy
-from deepseek_mp.qat.sums import double
+from deepseek_mp.qat.sums import double, spare_operands
 
 Program = Callable[..., Any]
 _COMPILING = Lock()
@@ -76,6 +76,7 @@ def _body(graph: fx.GraphModule) -> fx.GraphModule:
     output.args = (tuple(_results(output)),)
     module = fx.GraphModule(graph, body)
     double(module, inference=True)
+    spare_operands(module)
     return module
 
 

@@ -60,16 +60,16 @@ def _written(graph: fx.Graph) -> set[str]:
     """The names of tensors that the graph writes to, also through views: each call finds other values there."""
     names = set()
     for node in graph.nodes:
-        reached = _aliased(node) if _is_mutable(node) else []
+        reached = aliased(node) if _is_mutable(node) else []
         while reached:
             source = reached.pop()
             if source.op == "get_attr":
                 names.add(str(source.target))
-            reached += _aliased(source)
+            reached += aliased(source)
     return names
 
 
-def _aliased(node: fx.Node) -> list[fx.Node]:
+def aliased(node: fx.Node) -> list[fx.Node]:
     """Arguments that the operation writes to, or whose memory its result shares."""
     if node.target is operator.getitem:  # one of several results
         return list(node.all_input_nodes)

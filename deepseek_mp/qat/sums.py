@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from deepseek_mp.qat.constants import aliased
+from deepseek_mp.qat.layers import PRODUCTS
+
 aten = torch.ops.aten
 _PRODUCTS = {aten.add.Tensor: aten.mul.Tensor, aten.add_.Tensor: aten.mul_.Tensor}
+_DIFFERENCES = {aten.add.Tensor: aten.sub.Tensor, aten.add_.Tensor: aten.sub_.Tensor}
+_ACTIVATIONS = {aten.relu.default, aten.relu_.default, aten.gelu.default}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 """(input, p, train)."""
 
@@ -44,6 +49,48 @@ def spell_out(module: fx.GraphModule) -> None:
                 node.kwargs = {}
         node.args = (left, right)
     module.recompile()
+
+
+def spare_operands(module: fx.GraphModule) -> None:
+    """Make y - (-x) of y + x, the same bit for bit, where x lies in memory that must not be written to.
+
+    Kernels of linear layers take what is added to their result for the place to write it to, inputs of the model and
+    its weights too, and tensors whose elements share memory. So it is made where x or y is the activation of a layer:
+    the passes fail at such a sum.
+    """
+    for node in module.graph.nodes:
+        if node.target not in _DIFFERENCES or node.kwargs or None in map(_dtype, node.args):
+            continue
+        left, right = node.args
+        if node.target is aten.add.Tensor and _is_borrowed(left):
+            left, right = right, left
+        floating = all(_dtype(arg).is_floating_point for arg in (left, right))  # type: ignore[union-attr]
+        borrowed = _is_borrowed(right) and not _is_borrowed(left)
+        if floating and (borrowed or _is_activation(left) or _is_activation(right)):
+            with module.graph.inserting_before(node):
+                negative = module.graph.call_function(aten.neg.default, (right,))
+            negative.meta = {"val": right.meta["val"]}
+            node.target, node.args = _DIFFERENCES[node.target], (left, negative)
+    module.recompile()
+
+
+def _is_activation(node: fx.Node) -> bool:
+    """Whether a layer's kernel computes it as a part of the product."""
+    source: Any = _itself(node)
+    return source.target in _ACTIVATIONS and source.args[0].target in PRODUCTS
+
+
+def _is_borrowed(node: fx.Node) -> bool:
+    """Whether the tensor is in memory of an input or a constant, or several elements are in the same place of it."""
+    left = [node]
+    while left:
+        one = _itself(left.pop())
+        found = one.meta.get("val")
+        shared = isinstance(found, torch.Tensor) and any(isinstance(s, int) and s == 0 for s in found.stride())
+        if one.op in ("placeholder", "get_attr") or shared:
+            return True
+        left += aliased(one)
+    return False
 
 
 def _cast(arg: Any, dtype: torch.dtype) -> Any:

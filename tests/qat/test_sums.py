@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.qat import convert, prepare
-from deepseek_mp.qat.sums import double, spell_out
+from deepseek_mp.qat.sums import double, spare_operands, spell_out
 
 
 class Twice(nn.Module):
@@ -70,6 +70,12 @@ class Beside(nn.Module):
     lambda model, x, y: y + x.argsort(),
     lambda model, x, y: y + x.double(),
     lambda model, x, y: y + torch.add(model.other(x), x, alpha=2),
+    lambda model, x, y: y.relu() + x.tanh(),
+    lambda model, x, y: x.tanh() + model.dropout(y.relu_()),
+    lambda model, x, y: y.relu().add_(x.tanh()),
+    lambda model, x, y: y.relu() + model.other(x),
+    lambda model, x, y: y.relu() + model.other(x).relu(),
+    lambda model, x, y: torch.nn.functional.gelu(y) + x.tanh(),
 ])  # fmt: skip
 @pytest.mark.parametrize("dims", [2, 4])
 def test_int8_kernels_add_what_the_model_adds(forward, dims):
@@ -123,3 +129,38 @@ def test_sums_cast_and_multiply_beforehand():
     torch.testing.assert_close(graph(*given), expected)
     sums = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
     assert [bool(node.kwargs) for node in sums] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("forward", [
+    lambda model, x, y: y + x,
+    lambda model, x, y: (y + x.view(-1).view(x.shape)).relu(),
+    lambda model, x, y: y.relu() + x,
+    lambda model, x, y: y.add_(x),
+    lambda model, x, y: y + model.place,
+    lambda model, x, y: model.place.detach() + y,
+    lambda model, x, y: y + (2 * x[:1]).expand(x.shape),
+    lambda model, x, y: y + model.place[:1].expand(x.shape),
+])  # fmt: skip
+def test_what_a_layers_result_is_added_to_is_not_written_to(forward):
+    torch.manual_seed(0)
+    model, x = Beside(lambda: nn.Linear(8, 8), forward).eval(), torch.randn(16, 8)
+    model.register_buffer("place", torch.randn(16, 8))
+    int8, before = convert(prepare(model, x)), x.clone()
+    expected = int8.reference(x)
+    for _ in range(2):
+        torch.testing.assert_close(int8(x), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(x, before)
+
+
+def test_only_sums_with_what_must_not_be_written_to_become_differences_and_they_have_the_same_bits():
+    class Sums(nn.Module):
+        def forward(self, x, y):
+            z = x * y
+            return z + x, x + y, z + y.exp(), x.view(-1) + z.view(-1), z + 1
+
+    x, y = torch.randn(4, 5), torch.randn(4, 5)
+    graph = torch.export.export(Sums(), (x, y)).module(check_guards=False)
+    expected = graph(x, y)
+    spare_operands(graph)
+    assert all(torch.equal(one, other) for one, other in zip(graph(x, y), expected, strict=True))
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor)) == 2
