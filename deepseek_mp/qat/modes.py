@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -60,10 +61,23 @@ def quiet_copy(part: Part) -> Part:
         return deepcopy(part)
 
 
+def change_all(module: fx.GraphModule, graph: fx.Graph, *changes: Callable[[fx.Graph], None]) -> None:
+    """Change a graph over the module's tensors, and copies of the graphs of regions in it, such as under autocast."""
+    for change in changes:
+        change(graph)
+    for place in graph.find_nodes(op="get_attr"):
+        body = attrgetter(str(place.target))(module)
+        if isinstance(body, fx.GraphModule):
+            copy = fx.GraphModule(body, quiet_copy(body.graph))
+            change_all(copy, copy.graph, *changes)
+            copy.recompile()
+            place.target = "_".join((str(place.target), *(change.__name__ for change in changes)))
+            module.add_submodule(str(place.target), copy)
+
+
 def forward_with(module: fx.GraphModule, *changes: Callable[[fx.Graph], None]) -> Forward:
     """The forward of a changed copy of the module's graph, a function of the module itself: it holds no tensor."""
     graph = quiet_copy(module.graph)
-    for change in changes:
-        change(graph)
+    change_all(module, graph, *changes)
     forward: Forward = type(fx.GraphModule(module, graph)).forward
     return forward

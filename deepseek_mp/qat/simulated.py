@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from deepseek_mp.precision import Decision
-from deepseek_mp.qat.modes import evaluate_norms, evaluate_others, forward_with, quiet_copy
+from deepseek_mp.qat.modes import change_all, evaluate_norms, evaluate_others, forward_with, quiet_copy
 
 
 class SimulatedModel(nn.Module):
@@ -93,8 +93,7 @@ class SimulatedModel(nn.Module):
     def evaluated(self) -> fx.GraphModule:
         """A copy of the graph as it runs in evaluation."""
         copy = quiet_copy(self.graph)
-        evaluate_norms(copy.graph)
-        evaluate_others(copy.graph)
+        change_all(copy, copy.graph, evaluate_norms, evaluate_others)
         copy.recompile()
         return copy
 

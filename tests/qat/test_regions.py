@@ -46,6 +46,25 @@ def test_what_is_in_a_region_is_rounded_and_runs_in_evaluation(region):
     torch.testing.assert_close(simulated.graph.get_buffer("backbone.1.running_mean"), model.backbone[1].running_mean)
 
 
+class WithAutocast(Region):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.backbone(x).mean((2, 3))
+        return self.head(features.float())
+
+
+def test_what_is_in_a_region_with_autocast_runs_in_evaluation_too():
+    torch.manual_seed(0)
+    model, x = WithAutocast(None).eval(), torch.randn(8, 3, 8, 8)
+    model.backbone[1].running_mean.normal_()
+    with torch.no_grad():
+        expected = model(x)
+    simulated = prepare(model, x).eval()
+    int8 = convert(simulated)
+    for outputs in (simulated(x), int8.reference(x), int8(x), int8(x)):
+        assert (outputs - expected).norm() < 0.05 * expected.norm()
+
+
 class Kept(nn.Module):
     """State that follows an output without gradients, and is read before."""
 
