@@ -13,6 +13,7 @@ from deepseek_mp.precision import Decision, Reason
 from deepseek_mp.qat.constants import varying
 
 aten = torch.ops.aten
+VARYING = "its weight is computed in every call, from inputs, written state or random numbers"
 PRODUCTS = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 """Operations (input, weight, ...) that INT8 kernels are there for."""
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -63,26 +64,26 @@ def layer_decisions(model: nn.Module, prepared: fx.GraphModule, keep: Collection
     for node in prepared.graph.nodes:
         if node.target in PRODUCTS:
             products.setdefault(layer_of(node), []).append(node)
-    decisions = []
+    decisions, varying = [], with_varying_weights(prepared.graph)
     for name, layer in model.named_modules():
         if isinstance(layer, KINDS + OTHERS):
-            reason, detail = _why(layer, name, products.get(name, []), prepared, keep)
+            own = products.get(name, [])
+            if is_kept(name, keep):
+                reason, detail = Reason.PINNED, "named in keep"
+            elif not varying.isdisjoint(own):
+                reason, detail = Reason.NO_KERNEL, VARYING
+            else:
+                reason, detail = _why(layer, own, prepared)
             new = "int8" if reason is Reason.REQUESTED else "fp32"
             decisions.append(Decision(layer=name, old="fp32", new=new, reason=reason, detail=detail))
     return tuple(decisions)
 
 
-def _why(
-    layer: nn.Module, name: str, products: list[fx.Node], prepared: fx.GraphModule, keep: Collection[str]
-) -> tuple[Reason, str]:
-    if is_kept(name, keep):
-        return Reason.PINNED, "named in keep"
+def _why(layer: nn.Module, products: list[fx.Node], prepared: fx.GraphModule) -> tuple[Reason, str]:
     if not isinstance(layer, KINDS):
         return Reason.NO_KERNEL, f"{type(layer).__name__} has no INT8 kernel here"
     if not products:
         return Reason.NOT_CONTROLLABLE, "its own forward was not called in the exported graph"
-    if not with_varying_weights(prepared.graph).isdisjoint(products):
-        return Reason.NO_KERNEL, "its weight is computed in every call, from inputs, written state or random numbers"
     if not all(is_quantised(node, prepared) for node in products):
         return Reason.NO_KERNEL, "its input or its weight is not quantised in the exported graph"
     return Reason.REQUESTED, ""

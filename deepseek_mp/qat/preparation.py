@@ -143,12 +143,8 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
     complete_norms(graph)
     own = norm_settings(graph.graph)
     hidden = without_statistics_hidden(graph.graph)
-    with (
-        models_let_go(),
-        fp32_flags_left_alone(),
-        hidden,
-        warnings.catch_warnings(),
-    ):  # it exports the patterns that it looks for
+    # The flags and warnings: it exports the patterns that it looks for.
+    with models_let_go(), fp32_flags_left_alone(), hidden, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchao about itself
         prepared: fx.GraphModule = prepare_qat_pt2e(graph, Quantizer(keep, alone=alone))
     put_back_settings(prepared, own)

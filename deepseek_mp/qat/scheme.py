@@ -57,9 +57,8 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
         for node in marked.graph.nodes:
             if node.target not in PRODUCTS:
                 continue
-            if node in varying or is_kept(
-                layer_of(node), self.keep
-            ):  # torchao marks it as empty, and fails at that before a BatchNorm
+            # What is to stay torchao marks as empty, and fails at that before a BatchNorm.
+            if node in varying or is_kept(layer_of(node), self.keep):
                 node.meta.pop(QUANT_ANNOTATION_KEY, None)
                 continue
             if QUANT_ANNOTATION_KEY not in node.meta:

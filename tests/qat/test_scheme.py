@@ -143,18 +143,18 @@ def with_hook_for_gradients():
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"),
+    ("build", "shape"),
     [
-        (Shifted(nn.Linear(4, 4), nn.Identity()), (3, 4)),
-        (Shifted(nn.Linear(4, 4), nn.ReLU()), (3, 4)),
-        (Shifted(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 3, 6, 6)),
-        (with_hook_for_gradients(), (3, 4)),
+        (lambda: Shifted(nn.Linear(4, 4), nn.Identity()), (3, 4)),
+        (lambda: Shifted(nn.Linear(4, 4), nn.ReLU()), (3, 4)),
+        (lambda: Shifted(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 3, 6, 6)),
+        (with_hook_for_gradients, (3, 4)),
     ],
+    ids=["sum", "sum, activation", "convolution", "hook"],
 )
-def test_layers_behind_which_torchao_finds_what_it_does_not_know_are_quantised(model, shape):
-    torch.manual_seed(0)
-    x = torch.randn(shape)
-    simulated = prepare(model.eval(), x)
+def test_layers_behind_which_torchao_finds_what_it_does_not_know_are_quantised(build, shape):
+    model, x = build().eval(), torch.randn(shape)
+    simulated = prepare(model, x)
     assert {decision.new for decision in simulated.decisions} == {"int8"}
     expected = model(x)
     assert (convert(simulated)(x) - expected).norm() < 0.05 * expected.norm()
