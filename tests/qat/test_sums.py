@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -24,9 +26,11 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 1)])
-def test_what_a_layer_gives_is_added_to_itself(layer, in_place):
-    torch.manual_seed(0)
+@pytest.mark.parametrize(
+    "build", [partial(nn.Linear, 4, 4), partial(nn.Conv2d, 4, 4, 1)], ids=["linear", "convolution"]
+)
+def test_what_a_layer_gives_is_added_to_itself(build, in_place):
+    layer = build()
     model, x = Twice(layer, in_place).eval(), torch.randn(3, 4)
     x = x if isinstance(layer, nn.Linear) else x[..., None, None]
     expected = model(x)
