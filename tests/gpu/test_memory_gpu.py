@@ -199,17 +199,33 @@ def test_a_budget_is_kept_by_what_costs_least(compiled, share):
     assert peak_of(run, data) <= share * before
 
 
+class Deep(Model):
+    """Most of its memory is what backward reads of its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*(Block() for _ in range(8)))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.wide, self.narrow = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2048), nn.Linear(2048, WIDTH)
+
+    def forward(self, x):
+        return x + self.narrow(F.gelu(self.wide(self.norm(x))))
+
+
 @pytest.mark.usefixtures("small_gpu")
 def test_auto_trains_on_batches_that_do_not_fit_as_they_are():
     options = {"statistics_every": None, "optimizer": torch.optim.AdamW, "device": "cuda"}
-    plain = find_batch_size(MixedPrecisionTrainer(Model(), "bf16", fused_loss=False, **options), batch, limit=4096)
+    plain = find_batch_size(MixedPrecisionTrainer(Deep(), "bf16", **options), batch, limit=4096)
     gc.collect()
-    fused = find_batch_size(MixedPrecisionTrainer(Model(), "bf16", **options), batch, limit=4096)
-    gc.collect()
-    run = MixedPrecisionTrainer(Model(), "bf16", memory="auto", **options)
+    run = MixedPrecisionTrainer(Deep(), "bf16", memory="auto", **options)
     found = find_batch_size(run, batch, limit=4096)
-    print(plain, fused, found)
-    assert found.size > fused.size > 2 * plain.size
+    print(plain, found)
+    assert found.measures
+    assert found.size > 1.5 * plain.size
     data = batch(found.size)
     assert run.step(data).status == "applied"
     print(run.memory)
