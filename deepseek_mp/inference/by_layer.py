@@ -1,7 +1,6 @@
 """Chooses a kind for each large linear layer of a served model: most time saved within the budget, by measurement.
 
-1. One call of the copy in 16 bits tells how many rows each layer sees. Each distinct shape is timed once in each kind
-   (`layer_times`). A kind counts in a layer where it is faster by a factor of `PAYS`.
+1. What kinds save in each layer is measured before (`layer_savings`).
 2. What a kind does to the outputs is measured with all layers of equal role (the name without its numbers) in it and
    everything else in 16 bits: one call for each role and kind, however deep the model is. That is enough where each
    role gets the kind that saves it most. Otherwise layers are chosen one by one, each with an equal share of its role's
@@ -13,16 +12,15 @@
 4. Errors add up only roughly. So the whole is measured, and layers taken back, those of most error for the time they
    save first, until it is within `MARGIN` of the budget: compiled code rounds at other places than what is measured.
 
-Half of the time is for layers, and the other half for outputs: when it is used up nothing new is begun. What was not
-timed or measured stays in 16 bits. Only the last step has no limit but its number of rounds, the logarithm of that of
-the layers.
+When the time is used up nothing new is begun. What was not timed or measured stays in 16 bits. Only the last step has
+no limit but its number of rounds, the logarithm of that of the layers.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +30,9 @@ from torch import nn
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.inference.fidelity import Metric, relative
 from deepseek_mp.inference.layer_choice import Part, apart, better, by_role, chosen, taken_back
-from deepseek_mp.inference.layer_errors import LayerErrors, undone
+from deepseek_mp.inference.layer_errors import LayerErrors
 from deepseek_mp.inference.layer_plan import LayerChoice, LayerPlan
-from deepseek_mp.inference.layer_times import LayerTime, Shape, layer_times, recorded_shapes
-from deepseek_mp.inference.quantised_linear import linear_layers
-from deepseek_mp.precision.planning import PAYS
+from deepseek_mp.inference.layer_savings import LayerSavings
 
 MARGIN = 0.9
 """Of the budget, for what is measured here."""
@@ -66,7 +62,7 @@ class Bench:
 
 def by_layer(
     bench: Bench,
-    kinds: list[str],
+    savings: LayerSavings,
     *,
     budget: float,
     seconds: float,
@@ -75,26 +71,20 @@ def by_layer(
     """The kinds of the model's large linear layers, one by one, with the reason of each. Nothing is changed.
 
     Args:
-        kinds: those that may be chosen, of `LINEAR_KINDS`.
+        savings: of the kinds that may be chosen.
         budget: the largest metric allowed.
-        seconds: for all that is measured, but for the last check and what was begun before.
+        seconds: for measuring outputs, but for the last check and what was begun before.
         clock: in seconds.
     """
-    offered = {kind: linear_layers(bench.base, kind)[0] for kind in kinds}
-    layers = {name: layer for found in offered.values() for name, layer in found.items()}
-    if len(layers) < FEWEST:
+    if len(savings.layers) < FEWEST:
         return LayerPlan(why=f"not tried: fewer than {FEWEST} linear layers can be of another kind")
-    started = clock()
-    with undone(bench.base, bench.device):
-        shapes = recorded_shapes(layers, bench.call)
-    times = _timed(bench, shapes, offered, 0.5 * seconds, clock)
-    saved, left = _savings(shapes, offered, times)
-    if not saved:
+    layers, left, started = savings.layers, savings.left, clock()
+    if not savings.saved:
         return LayerPlan(why="no kind is faster than 16 bits in any layer", choices=_choices(layers, {}, [], left))
     search = _Search(bench, budget, lambda: clock() - started < seconds)
     if search.limit <= 0:
         return LayerPlan(why=f"16 bits alone take {search.plain:.3g} of the budget of {budget:g}, nothing is left")
-    parts, kinds_of = search.run(saved)
+    parts, kinds_of = search.run(savings.saved)
     plan = LayerPlan(why="", choices=_choices(layers, kinds_of, parts, {**left, **search.reasons(parts, kinds_of)}))
     return replace(plan, why=_summary(plan, search))
 
@@ -210,52 +200,8 @@ def _by_gain(parts: list[Part]) -> list[Part]:
     return sorted(parts, key=lambda part: -max(part.gain(kind) for kind in part.saved))
 
 
-def _timed(
-    bench: Bench,
-    shapes: Mapping[str, list[Shape]],
-    offered: Mapping[str, Mapping[str, nn.Linear]],
-    seconds: float,
-    clock: Callable[[], float],
-) -> dict[Shape, LayerTime]:
-    """The times of all shapes, those first with most weights in the model."""
-    kinds: dict[Shape, list[str]] = {}
-    weights: dict[Shape, int] = {}
-    for name, calls in shapes.items():
-        for shape in calls:
-            weights[shape] = weights.get(shape, 0) + shape.weights
-            some = kinds.setdefault(shape, [])
-            some += [kind for kind in offered if name in offered[kind] and kind not in some]
-    read = sum(calls[0].weights for calls in shapes.values() if calls) * bench.dtype.itemsize
-    order = {shape: kinds[shape] for shape in sorted(kinds, key=lambda shape: -weights[shape])}
-    return layer_times(order, bench.dtype, bench.device, seconds=seconds, others=read, clock=clock)
-
-
-def _savings(
-    shapes: Mapping[str, list[Shape]], offered: Mapping[str, Mapping[str, nn.Linear]], times: Mapping[Shape, LayerTime]
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Seconds of a call of the model by layer and kind, where a kind is faster, and why other layers have none."""
-    saved, left = {}, {}
-    for name, calls in shapes.items():
-        if not calls or not all(shape in times for shape in calls):
-            left[name] = "the time to measure was up" if calls else "not called with these inputs"
-            continue
-        plain = math.fsum(times[shape].plain for shape in calls)
-        own = {
-            kind: math.fsum(times[shape].kinds[kind] for shape in calls)
-            for kind in offered
-            if name in offered[kind] and all(kind in times[shape].kinds for shape in calls)
-        }
-        faster = {kind: plain - seconds for kind, seconds in own.items() if seconds * PAYS < plain}
-        if faster:
-            saved[name] = faster
-        else:
-            problems = [f"{kind}: {why}" for kind, why in times[calls[0]].problems.items()]
-            left[name] = "; ".join(["no kind is faster"] if own else problems)
-    return saved, left
-
-
 def _choices(
-    layers: Mapping[str, nn.Linear], kinds: Mapping[str, str], parts: list[Part], left: Mapping[str, str]
+    layers: Sequence[str], kinds: Mapping[str, str], parts: list[Part], left: Mapping[str, str]
 ) -> tuple[LayerChoice, ...]:
     """In the order of the layers, with the numbers of the kind, or of the fastest where none was taken."""
     of = {layer: part for part in parts for layer in part.layers}

@@ -25,6 +25,10 @@ class LinearKind(Protocol):
     def needs(self) -> str | None:
         """The format that a device has to multiply for it, of `Capabilities.matmul_formats`; None: no other one."""
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether activations are rounded too, in each call."""
+
     def why_not(self, channels: int, width: int) -> str:
         """Why there is no such layer of these sizes; empty if there is."""
 
@@ -58,6 +62,7 @@ class _ByChannel:
 
     format: str
     needs: str | None = None
+    rounds_inputs = False
 
     def keep(self, weight: Tensor, name: str) -> Kept:
         q, scale = weight_only.quantised_weight(weight, self.format, name)
@@ -100,7 +105,7 @@ class Weights8(_ByChannel):
 class Fp8(_ByChannel):
     """Weights and activations in FP8, multiplied as such."""
 
-    format, needs = "fp8", fp8.FORMAT
+    format, needs, rounds_inputs = "fp8", fp8.FORMAT, True
 
     def why_not(self, channels: int, width: int) -> str:
         fits = channels % fp8.WIDTH == 0 and width % fp8.WIDTH == 0
@@ -117,6 +122,7 @@ class Weights4:
     """Weights in 4 bits with a scale and a zero for each group, products in 16 bits."""
 
     needs: str | None = None
+    rounds_inputs = False
 
     def why_not(self, _channels: int, width: int) -> str:
         return "" if int4.group_of(width) else f"its rows of {width} weights are not in whole {int4.GROUPS[-1]}s"

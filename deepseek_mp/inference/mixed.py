@@ -1,4 +1,8 @@
-"""The forms in which each linear layer has a kind of its own, chosen when the other forms have been built."""
+"""Kinds of linear layers in the forms that are tried: which forms are worth building, and those with kinds by layer.
+
+Layers are timed alone before the first form with kinds is built: code takes seconds to compile and to time, and layers
+that are much slower are slower in any code. The kinds by layer are chosen when the other forms have been built.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,23 @@ from deepseek_mp.inference.fidelity import Metric
 from deepseek_mp.inference.form import Form
 from deepseek_mp.inference.layer_errors import undone
 from deepseek_mp.inference.layer_plan import LayerPlan
+from deepseek_mp.inference.layer_savings import LayerSavings, layer_savings
+from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_linear import linear_layers
 from deepseek_mp.inference.serve import NARROW, Served
 
+HALF = 0.5
+"""Of the time, for timing layers."""
+SLOW = 1.25
+"""Kinds whose layers take so many times as long as those in 16 bits are left to plain code: compiled code joins layers
+and starts them early, which makes up for less than that."""
+HOPELESS = 4
+"""Kinds whose error in plain code is so many times the budget are left to it: compiled code rounds at other places,
+which makes less of a difference."""
+
 
 class MixedForms:
-    """Chooses kinds by layer, where the other forms have kinds of linear layers.
+    """Which forms with kinds of linear layers are built, and the kinds by layer, where the others have kinds.
 
     Args:
         model: the original; it is only read.
@@ -26,7 +41,7 @@ class MixedForms:
         call: gives the outputs of a form for the example inputs.
         metric: of outputs and reference.
         budget: the largest metric allowed.
-        seconds: for choosing; 0 leaves it out.
+        seconds: for choosing, half of it at most for the times of layers; 0 leaves it out, and builds all forms.
     """
 
     def __init__(
@@ -41,9 +56,29 @@ class MixedForms:
         self.others = others
         self.plan = LayerPlan(why="not tried: no time was given to it")
         """What was decided, and why."""
+        self._found: tuple[Bench, LayerSavings] | str | None = None
         self._model, self._call, self._metric = model, call, metric
         self._budget, self._seconds = budget, seconds
         self._with_kinds = [form for form in others if form.linear is not None]
+
+    def needless(self, form: Form, served: Mapping[Form, Served], errors: Mapping[Form, float]) -> str:
+        """Why the form need not be built; empty where it is to be tried, as plain code always is.
+
+        Args:
+            served: forms that run; those without kinds are among them.
+            errors: of the forms that were built, to the reference.
+        """
+        plain = replace(form, compiled=False, graphed=False)
+        if form.linear is None or form == plain or self._seconds == 0:
+            return ""
+        error = errors.get(plain, 0.0)
+        if error > HOPELESS * self._budget:
+            return f"not built: as plain code its error of {error:.3g} is far beyond the budget of {self._budget:g}"
+        if KINDS[form.linear].rounds_inputs:  # compiled code may join the rounding to what is before
+            return ""
+        found = self._measured(served)
+        share = 0.0 if isinstance(found, str) else found[1].share.get(form.linear, 0.0)
+        return f"not built: its layers take {share:.3g} times as long as in 16 bits" if share > SLOW else ""
 
     def forms(self, served: Mapping[Form, Served]) -> list[Form]:
         """The forms with kinds by layer, compiled as the others are; none where `plan.why` says why.
@@ -65,20 +100,38 @@ class MixedForms:
         return list(dict.fromkeys(replace(form, linear=None, layers=self.plan.kinds) for form in self._with_kinds))
 
     def _chosen(self, served: Mapping[Form, Served]) -> LayerPlan:
+        found = self._measured(served)
+        if isinstance(found, str):
+            return LayerPlan(why=found)
+        bench, savings = found
+        try:
+            return by_layer(bench, savings, budget=self._budget, seconds=self._seconds - savings.seconds)
+        except Exception as error:  # noqa: BLE001 - the other forms are there all the same; the plan says why
+            return LayerPlan(why=_said(error))
+
+    def _measured(self, served: Mapping[Form, Served]) -> tuple[Bench, LayerSavings] | str:
+        """What kinds are chosen on, measured once; or why that cannot be."""
+        if self._found is None:
+            try:
+                self._found = self._measure(served)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._found = _said(error)
+        return self._found
+
+    def _measure(self, served: Mapping[Form, Served]) -> tuple[Bench, LayerSavings]:
         kinds = list(dict.fromkeys(form.linear for form in self._with_kinds if form.linear is not None))
         plain = Form(format=self._with_kinds[0].format)
-        wide = served[Form()]
-        try:
-            base = served.get(plain) or Served(self._model, plain, wide.device)
-            with undone(wide.model, wide.device):
-                reference = self._call(wide)
-            bench = Bench(
-                model=self._model, base=base.model, call=lambda: self._call(base), reference=reference,
-                metric=self._metric, dtype=NARROW[plain.format], device=wide.device,
-            )  # fmt: skip
-            return by_layer(bench, kinds, budget=self._budget, seconds=self._seconds)
-        except Exception as error:  # noqa: BLE001 - the other forms are there all the same; the plan says why
-            return LayerPlan(why=f"not tried: {type(error).__name__}: {error}".splitlines()[0][:200])
+        wide, dtype = served[Form()], NARROW[plain.format]
+        base = served.get(plain) or Served(self._model, plain, wide.device)
+        with undone(wide.model, wide.device):
+            reference = self._call(wide)
+        bench = Bench(
+            model=self._model, base=base.model, call=lambda: self._call(base), reference=reference,
+            metric=self._metric, dtype=dtype, device=wide.device,
+        )  # fmt: skip
+        return bench, layer_savings(
+            base.model, bench.call, kinds, dtype=dtype, device=wide.device, seconds=HALF * self._seconds
+        )
 
     def _one_for_all(self) -> str | None:
         """The kind that every layer has that can be of it."""
@@ -87,3 +140,7 @@ class MixedForms:
             return None
         (kind,) = kinds
         return kind if {name for name, _ in self.plan.kinds} == set(linear_layers(self._model, kind)[0]) else None
+
+
+def _said(error: Exception) -> str:
+    return f"not tried: {type(error).__name__}: {error}".splitlines()[0][:200]

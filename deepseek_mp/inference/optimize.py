@@ -63,8 +63,9 @@ def optimize_for_inference(
 
     Each form (format, kind of linear layers, memory layout, folded BatchNorm, eager or compiled, launched or replayed)
     is built from a copy, checked against the FP32 outputs and timed in turn with the others. FP32, TF32 and BF16, eager
-    and compiled, are always among them; where there are kinds of linear layers, they are also chosen by layer. The
-    model itself, its mode and the state of PyTorch's generators are as before, also after an exception.
+    and compiled, are always among them; where there are kinds of linear layers, they are also chosen by layer, and what
+    cannot win, as plain code and layers alone have shown, is neither compiled nor recorded. The model itself, its mode
+    and the state of PyTorch's generators are as before, also after an exception.
 
     Args:
         model: in evaluation or training mode; it is run as in evaluation.
@@ -78,7 +79,7 @@ def optimize_for_inference(
             out; what varies from call to call must be in tensors or arguments, and state in buffers.
         seconds: of timing for each form.
         energy_seconds: window of the energy counter for each form; 0 leaves energy out, 30 can be trusted.
-        layer_seconds: for choosing kinds by layer (`inference.by_layer`); 0 leaves it out.
+        layer_seconds: for choosing kinds by layer (`inference.by_layer`); 0 leaves it out, and tries all forms.
         formats: only these, of 'fp32', 'tf32', 'hf32', 'bf16', 'fp16'; FP32 is always among them. Other kinds of
             linear layers are tried beside BF16, or beside FP16 where there is no BF16.
         progress: called with what is being done and the share of it that is done; `print` will do.
@@ -146,14 +147,19 @@ def _tried(
     reference: Any = None
     trials: list[Trial] = []
     served: dict[Form, Served] = {}
+    errors: dict[Form, float] = {}
     for number, form in enumerate(_in_turn(mixed, served, report)):
         report(f"building {form.name}", round(BUILDING * min(1.0, number / len(mixed.others)), 3))
+        if needless := mixed.needless(form, served, errors):
+            trials.append(Trial(form=form, problem=needless))
+            continue
         trial, one, outputs = _built(model, form, inputs, device, _alike(form, served))
         if reference is None:  # FP32 as it is comes first
             reference = _reference(trial, outputs, metric, budget)
         if one is not None and not trial.problem:
             error = measured(metric, outputs, reference)
             trial = replace(trial, error=error, problem="" if math.isfinite(error) else "its outputs are not finite")
+            errors[form] = error
         trials.append(trial)
         if one is not None and not trial.problem:
             served[form] = one

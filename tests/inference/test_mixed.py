@@ -1,12 +1,14 @@
 """The forms with kinds by layer: what they are chosen on, and when there are none."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from deepseek_mp.inference import Form, LayerChoice, LayerPlan, Served, kl, mixed
+from deepseek_mp.inference.layer_savings import LayerSavings
 from deepseek_mp.inference.mixed import MixedForms
 
 CPU, INT8 = torch.device("cpu"), "int8_weights"
@@ -22,15 +24,20 @@ def model():
 
 @pytest.fixture
 def plan(monkeypatch):
-    """What is chosen, by layer, and on which benches."""
-    given = {"kinds": {}, "benches": []}
+    """What is chosen, by layer, on which benches, and of which times."""
+    given = {"kinds": {}, "benches": [], "share": {}, "timed": []}
 
-    def by_layer(bench, kinds, *, budget, seconds):
-        given["benches"].append((bench, kinds, budget, seconds))
+    def layer_savings(base, call, kinds, *, dtype, device, seconds):
+        given["timed"].append((kinds, seconds))
+        return LayerSavings(layers=(), saved={}, left={}, share=given["share"], seconds=1.0)
+
+    def by_layer(bench, savings, *, budget, seconds):
+        given["benches"].append((bench, budget, seconds))
         choices = tuple(LayerChoice(layer=name, kind=kind, why="so") for name, kind in given["kinds"].items())
         return LayerPlan(why="as the test says", choices=choices)
 
     monkeypatch.setattr(mixed, "by_layer", by_layer)
+    monkeypatch.setattr(mixed, "layer_savings", layer_savings)
     return given
 
 
@@ -50,8 +57,9 @@ def test_one_form_for_each_way_in_which_the_code_runs(model, plan):
         Form(format="bf16", layers=layers, folded=True, compiled=True),
     ]
     assert found.plan.kinds == layers
-    ((bench, kinds, budget, seconds),) = plan["benches"]
-    assert (kinds, budget, seconds) == ([INT8, "int4_weights"], 0.5, 5.0)
+    ((bench, budget, seconds),) = plan["benches"]
+    assert (budget, seconds) == (0.5, 4.0)
+    assert plan["timed"] == [([INT8, "int4_weights"], 2.5)]
     assert bench.model is model
     assert bench.dtype is torch.bfloat16
     assert bench.base[0].weight.dtype is torch.bfloat16
@@ -78,9 +86,44 @@ def test_why_there_are_none(model, plan, monkeypatch):
     assert (forms, found.plan.why) == ([], "not tried: the model and the device have no kinds of linear layers")
     found, forms = made(model, seconds=0.0)
     assert (forms, found.plan.why) == ([], "not tried: no time was given to it")
-    monkeypatch.setattr(mixed, "by_layer", lambda *about, **others: 1 / 0)
-    found, forms = made(model)
-    assert (forms, found.plan.why) == ([], "not tried: ZeroDivisionError: division by zero")
+    for step in ("by_layer", "layer_savings"):
+        monkeypatch.setattr(mixed, step, lambda *about, **others: 1 / 0)
+        found, forms = made(model)
+        assert (forms, found.plan.why) == ([], "not tried: ZeroDivisionError: division by zero")
+
+
+def needless(model, errors, forms, seconds=5.0):
+    """Of forms with kinds, why they need not be built."""
+    x = torch.randn(2, 256)
+    found = MixedForms(model, OTHERS, lambda served: served(x), kl, 0.5, seconds)
+    served = {form: Served(model, form, CPU) for form in OTHERS[:2]}
+    return [found.needless(form, served, errors) for form in forms], found, served
+
+
+def test_kinds_whose_layers_are_much_slower_are_left_to_plain_code(model, plan):
+    plan["share"] = {INT8: 1.4, "fp8": 1.4, "int4_weights": 1.2}
+    forms = [Form(format="bf16", linear=kind, compiled=True) for kind in plan["share"]]
+    said, found, served = needless(model, {}, [*forms, replace(forms[0], graphed=True)])
+    slow = "not built: its layers take 1.4 times as long as in 16 bits"
+    assert said == [slow, "", "", slow], "the rounding of inputs may be joined to what is before"
+    found.forms(served)
+    assert len(plan["timed"]) == 1, "layers are timed once"
+    assert needless(model, {}, [replace(forms[0], compiled=False), Form(format="bf16", compiled=True)])[0] == ["", ""]
+    assert needless(model, {}, forms, seconds=0.0)[0] == ["", "", ""]
+
+
+def test_kinds_far_beyond_the_budget_are_left_to_plain_code(model, plan):
+    way = Form(format="bf16", linear=INT8, folded=True)
+    forms = [replace(way, compiled=True), replace(way, graphed=True), replace(way, compiled=True, folded=False)]
+    said, *_ = needless(model, {way: 2.1}, forms)
+    assert said == ["not built: as plain code its error of 2.1 is far beyond the budget of 0.5"] * 2 + [""]
+    assert needless(model, {way: 1.9}, forms)[0] == ["", "", ""]
+    assert needless(model, {way: 2.1}, [way])[0] == [""]
+
+
+def test_without_times_all_forms_are_built(model, monkeypatch):
+    monkeypatch.setattr(mixed, "layer_savings", lambda *about, **others: 1 / 0)
+    assert needless(model, {}, KINDS)[0] == ["", "", ""]
 
 
 def test_the_state_of_forms_is_as_before(plan):

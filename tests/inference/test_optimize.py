@@ -1,13 +1,14 @@
 """`optimize_for_inference` end to end on a CPU, with latencies of the test's own."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.inference import Form, Latency, Served, by_layer, optimize, optimize_for_inference
+from deepseek_mp.inference import Form, Latency, Served, layer_savings, optimize, optimize_for_inference
 from deepseek_mp.inference.layer_times import LayerTime
 
 
@@ -302,7 +303,7 @@ def layers(monkeypatch):
                 shapes.items()}  # fmt: skip
 
     monkeypatch.setattr(optimize, "linear_kinds", lambda model, dtype, device: ["int8_weights"])
-    monkeypatch.setattr(by_layer, "layer_times", layer_times)
+    monkeypatch.setattr(layer_savings, "layer_times", layer_times)
     return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256), nn.Linear(256, 512), nn.Linear(512, 8))
 
 
@@ -332,9 +333,32 @@ def test_without_time_or_budget_for_layers_the_plan_says_so(layers, times):
         run(layers, x, layer_seconds=float("nan"))
 
 
+def test_kinds_that_cannot_win_are_not_compiled(layers, times, monkeypatch):
+    built = []
+    whole = optimize.Served
+
+    def serve(model, form, *others):
+        built.append(form.name)
+        return whole(model, replace(form, compiled=False), *others)
+
+    monkeypatch.setattr(optimize, "Served", serve)
+    x = torch.randn(4, 256)
+    layers[0] = nn.Linear(256, 256)
+    layers[2] = nn.Linear(256, 256)  # 20, 20 and 5 ms, beside 10 each
+    _, plan, _ = optimize_for_inference(layers, x, budget=1e-2)
+    assert "bf16+int8_weights" in built
+    assert "bf16+int8_weights+compiled" not in built
+    why = {trial.form.name: trial.why for trial in plan.trials}
+    assert why["bf16+int8_weights+compiled"] == "not built: its layers take 1.5 times as long as in 16 bits"
+    assert why["bf16+compiled"].endswith("the time of fp32")
+    _, plan, _ = optimize_for_inference(layers, x, budget=1e-9, layer_seconds=0.1)
+    why = {trial.form.name: trial.why for trial in plan.trials}
+    assert "far beyond the budget of 1e-09" in why["bf16+int8_weights+compiled"]
+
+
 def test_what_fails_for_layers_leaves_the_other_forms(layers, times, monkeypatch):
     times["bf16"] = 1.0
-    monkeypatch.setattr(by_layer, "layer_times", lambda *about, **others: 1 / 0)
+    monkeypatch.setattr(layer_savings, "layer_times", lambda *about, **others: 1 / 0)
     served, plan, _ = run(layers, torch.randn(4, 256), budget=1e-2)
     assert plan.form.name == "bf16"
     assert plan.layers.why == "not tried: ZeroDivisionError: division by zero"
@@ -349,7 +373,7 @@ def test_compiled_forms_run():
     names = {"fp32", "bf16", "fp32+compiled", "bf16+compiled"}
     for kind in optimize.linear_kinds(model, torch.bfloat16, torch.device("cpu")):
         names |= {f"bf16+{kind}", f"bf16+{kind}+compiled"}
-    served, plan, _ = optimize_for_inference(model, x, formats=("bf16",), seconds=0.1)
+    served, plan, _ = optimize_for_inference(model, x, formats=("bf16",), seconds=0.1, layer_seconds=0.0)
     assert names <= {trial.form.name for trial in plan.trials}
     assert not any(trial.problem for trial in plan.trials)
     torch.testing.assert_close(served(x), model(x), rtol=5e-2, atol=5e-2)
