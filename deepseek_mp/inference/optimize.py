@@ -21,7 +21,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.arguments import arguments_of, clones, undoing
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
-from deepseek_mp.inference.fidelity import Metric, check_metric, find_metric, is_finite, measured, name_of
+from deepseek_mp.inference.fidelity import Metric, check_metric, error_of, find_metric, is_finite, name_of
 from deepseek_mp.inference.form import FORMATS, Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
 from deepseek_mp.inference.mixed import MixedForms
@@ -152,7 +152,7 @@ def _tried(
         if reference is None:  # FP32 as it is comes first
             reference = _reference(trial, outputs, metric, budget)
         if one is not None and not trial.problem:
-            error = measured(metric, outputs, reference)
+            error = error_of(metric, outputs, reference)
             trial = replace(trial, error=error, problem="" if math.isfinite(error) else "its outputs are not finite")
         trials.append(trial)
         if one is not None and not trial.problem:

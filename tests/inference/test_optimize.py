@@ -98,6 +98,23 @@ def test_outputs_that_overflow_are_no_choice(times, monkeypatch):
     assert next(t.why for t in plan.trials if t.form.name == "bf16") == "its outputs are not finite"
 
 
+class Unseen(nn.Linear):
+    """What a metric does not look at overflows in BF16."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return {"logits": scores, "hidden": scores + (torch.inf if x.dtype is torch.bfloat16 else 0)}
+
+
+@pytest.mark.parametrize("metric", ["kl", lambda outputs, reference: 0.0], ids=["kl", "own"])
+def test_outputs_that_overflow_where_the_metric_does_not_look_are_no_choice(times, metric):
+    times["bf16"] = 1.0
+    torch.manual_seed(0)
+    _, plan, _ = run(Unseen(4, 2), torch.randn(3, 4), metric=metric, budget=1e9)
+    assert plan.form.name == "fp32"
+    assert next(t.why for t in plan.trials if t.form.name == "bf16") == "its outputs are not finite"
+
+
 def test_the_peak_of_a_form_is_its_weights_and_what_a_call_adds(monkeypatch):
     """On an accelerator all forms are in one memory, and some share their weights."""
     device = torch.device("meta")  # any that is no CPU
