@@ -135,7 +135,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
     if not found:
         passed = f"outputs without a tensor, of type {type(outputs).__name__}"
         change = "Let the model's forward return one of these"
-        raise ConfigError(explain(passed, "tensors, in tuples, lists or mappings", change))
+        raise ConfigError(explain(passed, "tensors, in tuples, lists, mappings or dataclasses", change))
     return found
 
 

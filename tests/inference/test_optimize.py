@@ -1,6 +1,7 @@
 """`optimize_for_inference` end to end on a CPU, with latencies of the test's own."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -382,3 +383,29 @@ def test_progress_is_told_form_by_form(classifier):
     shares = [share for _, share in told]
     assert shares == sorted(shares)
     assert told[-1] == ("done", 1.0)
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Answers(nn.Linear):
+    """Gives an object, as models for text do."""
+
+    def forward(self, x):
+        return Answer(super().forward(x), x)
+
+
+@pytest.mark.parametrize("metric", ["kl", "relative"])
+def test_outputs_in_a_dataclass_are_measured_and_come_out_in_fp32(times, metric):
+    times["bf16"] = 1.0
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    served, plan, _ = run(Answers(4, 2), x, metric=metric, budget=0.1)
+    assert plan.form.name == "bf16"
+    assert 0 < next(t.error for t in plan.trials if t.form.name == "bf16") < 0.1
+    outputs = served(x)
+    assert type(outputs) is Answer
+    assert (outputs.logits.dtype, outputs.hidden.dtype) == (torch.float32, torch.float32)
