@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple
@@ -159,7 +159,7 @@ def _tried(
             served[form] = one
         gc.collect()
     runs = {form.name: _caller(one, inputs) for form, one in served.items()}
-    with ExitStack() as states:
+    with ExitStack() as states, _again_and_again():
         states.callback(undoing(inputs))
         for one in {id(one.model): one for one in served.values()}.values():
             states.enter_context(one.kept_state())
@@ -173,6 +173,20 @@ def _tried(
     return [
         replace(trial, latency=times.get(trial.form.name), energy=joules.get(trial.form)) for trial in trials
     ], served
+
+
+@contextmanager
+def _again_and_again() -> Iterator[None]:
+    """Says of what is raised while calls are timed that it is not the first call that fails: all forms ran before."""
+    try:
+        yield
+    except Exception as error:  # whatever the model's code makes it raise
+        if isinstance(error, ConfigError) or is_out_of_memory(error):
+            raise
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        passed = f"a model that fails when it is called again and again ({why})"
+        change = "Keep positions in its arguments instead of counting calls, so that no cache fills up"
+        raise ConfigError(explain(passed, "one that takes any number of calls", change)) from error
 
 
 def _reference(trial: Trial, outputs: Any, metric: Metric, budget: float) -> Any:

@@ -409,3 +409,24 @@ def test_outputs_in_a_dataclass_are_measured_and_come_out_in_fp32(times, metric)
     outputs = served(x)
     assert type(outputs) is Answer
     assert (outputs.logits.dtype, outputs.hidden.dtype) == (torch.float32, torch.float32)
+
+
+def test_a_model_that_fails_after_some_calls_in_a_row_is_told_so():
+    class Fills(nn.Linear):
+        """Has room for what eight calls give."""
+
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+            self.register_buffer("kept", torch.zeros(8, 2))
+
+        def forward(self, x):
+            self.kept.index_copy_(0, self.at, super().forward(x))
+            self.at += 1
+            return self.kept.sum(0, keepdim=True).clone()
+
+    torch.manual_seed(0)
+    model = Fills()
+    with pytest.raises(ConfigError, match=r"fails when it is called again and again \(IndexError: .*Keep positions in"):
+        run(model, torch.randn(1, 4), budget=1.0, seconds=0.01)
+    assert model.at.item() == 0
