@@ -11,6 +11,7 @@ import torch
 from deepseek_mp.backends.base import Backend
 from deepseek_mp.backends.capabilities import UNKNOWN
 from deepseek_mp.backends.detect import Device, as_device, backend_for, capabilities
+from deepseek_mp.backends.open_regions import OpenRegions
 from deepseek_mp.errors import FormatError, explain
 from deepseek_mp.precision import find_format
 
@@ -18,6 +19,7 @@ AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FULL = frozenset({"fp64", "fp32", "tf32", "hf32"})
 """Formats whose operands are stored at full width: autocast is off in their regions."""
 Fp32Mode = Literal["ieee", "tf32", "hf32"]
+_OPEN = OpenRegions()
 
 
 def autocast(device: Device, format: str, *, cache: bool = False) -> AbstractContextManager[Any]:
@@ -48,7 +50,8 @@ def math_mode(device: Device, *, fp32: Fp32Mode, search: bool) -> AbstractContex
     HF32. `ieee` turns all of these off, `tf32` and `hf32` turn one on for matrix products,
     convolutions and RNNs alike, and are a `FormatError` on a device without it. `search` is cuDNN's
     and MIOpen's timing of algorithms (`cudnn.benchmark`); other libraries have none. Costs some
-    microseconds; state is the process's, as in PyTorch itself.
+    microseconds; state is the process's, as in PyTorch itself. Threads in regions of one mode do not
+    disturb each other; of several modes the one that was entered last holds for all.
     """
     backend = backend_for(device)
     if fp32 not in ("ieee", "tf32", "hf32"):
@@ -56,7 +59,7 @@ def math_mode(device: Device, *, fp32: Fp32Mode, search: bool) -> AbstractContex
         raise FormatError(explain(passed, "'ieee', 'tf32', 'hf32'", "Use one of these"))
     if fp32 != "ieee":
         capabilities(device).require(fp32, emulate=False)
-    return _math_mode(backend, fp32, search)
+    return _OPEN.region((backend.name, fp32, search), lambda: _math_mode(backend, fp32, search))
 
 
 def fp32_mode(device: Device, product: Literal["matmul", "conv", "rnn"]) -> str:

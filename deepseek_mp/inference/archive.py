@@ -67,7 +67,7 @@ class LoadedModel(nn.Module):
         self.graph = program.module(check_guards=False)
         self.card: Card | None = None if about["card"] is None else card_from_json(about["card"])
         """What was measured before it was saved, with the plan and its reasons; None where nothing was."""
-        self.left_alone: dict[str, str] = about["left_alone"]
+        self.left_alone: dict[str, str] = _reasons(about["left_alone"])
         self.formats: dict[str, dict[str, Any]] = formats_of(program)
         """Of each tensor, by name, as it is on this device."""
         self.origin = Origin(**about["origin"])
@@ -176,7 +176,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
             program = move_to_device_pass(program, place)
         adapt(program, place)
         return LoadedModel(program, signature, form, place, about)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         allowed = f"what version {__version__} writes"
         raise CheckpointError(
@@ -218,6 +218,13 @@ class _Whole(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return plain(self._convert(args, kwargs))
+
+
+def _reasons(data: Any) -> dict[str, str]:
+    """`TypeError` for what is no text by name."""
+    if not isinstance(data, dict) or not all(isinstance(why, str) for why in data.values()):
+        raise TypeError("left_alone without reasons by name")
+    return data
 
 
 def _check_version(path: str | Path, about: Any) -> None:

@@ -68,6 +68,15 @@ def measured(metric: Metric, outputs: Any, reference: Any) -> float:
     raise ConfigError(explain(passed, "one number for all outputs", change))
 
 
+def error_of(metric: Metric, outputs: Any, reference: Any) -> float:
+    """What the metric gives; infinite for outputs that are not finite, or of which it is not.
+
+    A metric need not see that: it may look at a part of the outputs, or at their largest alone.
+    """
+    found = measured(metric, outputs, reference)
+    return found if math.isfinite(found) and is_finite(outputs) else math.inf
+
+
 def check_metric(metric: Metric, reference: Any, budget: float) -> None:
     """`ConfigError` unless the metric is 0 for equal outputs: otherwise no budget says how far a form may be off.
 
@@ -126,7 +135,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
     if not found:
         passed = f"outputs without a tensor, of type {type(outputs).__name__}"
         change = "Let the model's forward return one of these"
-        raise ConfigError(explain(passed, "tensors, in tuples, lists or mappings", change))
+        raise ConfigError(explain(passed, "tensors, in tuples, lists, mappings or dataclasses", change))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.costs.restore import Snapshot
-from deepseek_mp.inference.fidelity import Metric, measured
+from deepseek_mp.inference.fidelity import Metric, error_of
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.nn.places import places_of, put
@@ -46,14 +45,16 @@ class LayerErrors:
         """Calls of the model so far."""
 
     def error(self, kinds: Mapping[str, str]) -> float:
-        """With these kinds by layer; infinite where that is no number. What a kind or the model raises is raised."""
+        """With these kinds by layer; infinite where that or an output is not finite.
+
+        What a kind or the model raises is raised.
+        """
         with torch.no_grad():
             made = {name: self._layer(name, kind) for name, kind in kinds.items()}
         self.looks += 1
         with undone(self._base, self._device), in_place(self._base, made):
             outputs = self._call()
-        found = measured(self._metric, outputs, self._reference)
-        return found if math.isfinite(found) else math.inf
+        return error_of(self._metric, outputs, self._reference)
 
     def _layer(self, name: str, kind: str) -> nn.Module:
         kept = KINDS[kind].keep(_linear(self._model, name).weight, f"weight of {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.arguments import arguments_of, clones, undoing
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
-from deepseek_mp.inference.fidelity import Metric, check_metric, find_metric, is_finite, measured, name_of
+from deepseek_mp.inference.fidelity import Metric, check_metric, error_of, find_metric, is_finite, name_of
 from deepseek_mp.inference.form import FORMATS, Form, candidates, narrow
 from deepseek_mp.inference.measure import energy, latencies
 from deepseek_mp.inference.mixed import MixedForms
 from deepseek_mp.inference.quantised_linear import linear_kinds
 from deepseek_mp.inference.recorder import records
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
-from deepseek_mp.nn.nested import first_tensor
+from deepseek_mp.nn.nested import tensors
 
 Progress = Callable[[str, float], None]
 BUILDING, TIMING = 0.7, 0.85
@@ -92,7 +92,7 @@ def optimize_for_inference(
         raise ConfigError(explain(f"a model of type {type(model).__name__}", "an nn.Module", "Pass one"))
     _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
     judge = find_metric(metric)
-    tensor = first_tensor(example_inputs)
+    tensor = next(tensors(example_inputs), None)
     device = _device_of(model, tensor)
     batch = 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
     forms = _forms(model, device, formats, compile, graphs)
@@ -157,7 +157,7 @@ def _tried(
         if reference is None:  # FP32 as it is comes first
             reference = _reference(trial, outputs, metric, budget)
         if one is not None and not trial.problem:
-            error = measured(metric, outputs, reference)
+            error = error_of(metric, outputs, reference)
             trial = replace(trial, error=error, problem="" if math.isfinite(error) else "its outputs are not finite")
             errors[form] = error
         trials.append(trial)
@@ -165,7 +165,7 @@ def _tried(
             served[form] = one
         gc.collect()
     runs = {form.name: _caller(one, inputs) for form, one in served.items()}
-    with ExitStack() as states:
+    with ExitStack() as states, _again_and_again():
         states.callback(undoing(inputs))
         for one in {id(one.model): one for one in served.values()}.values():
             states.enter_context(one.kept_state())
@@ -179,6 +179,20 @@ def _tried(
     return [
         replace(trial, latency=times.get(trial.form.name), energy=joules.get(trial.form)) for trial in trials
     ], served
+
+
+@contextmanager
+def _again_and_again() -> Iterator[None]:
+    """Says of what is raised while calls are timed that it is not the first call that fails: all forms ran before."""
+    try:
+        yield
+    except Exception as error:  # whatever the model's code makes it raise
+        if isinstance(error, ConfigError) or is_out_of_memory(error):
+            raise
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        passed = f"a model that fails when it is called again and again ({why})"
+        change = "Keep positions in its arguments instead of counting calls, so that no cache fills up"
+        raise ConfigError(explain(passed, "one that takes any number of calls", change)) from error
 
 
 def _reference(trial: Trial, outputs: Any, metric: Metric, budget: float) -> Any:

@@ -269,8 +269,8 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
 def _check_norms(model: nn.Module) -> None:
     """`ValueError` where PyTorch's pass would change more than it should.
 
-    For a convolution before a BatchNorm that is called again it changes both calls. It loses hooks. And in its
-    trace no argument `is None`, whatever a call passes.
+    For a convolution before a BatchNorm that is called again it changes both calls, and what else reads its weight. It
+    loses hooks. And in its trace no argument `is None`, whatever a call passes, and attributes are what they are then.
     """
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):  # noqa: SLF001
         raise ValueError("it has hooks, which would be lost")
@@ -278,14 +278,22 @@ def _check_norms(model: nn.Module) -> None:
         if parameter.default is None:
             raise ValueError(f"its forward may ask whether {parameter.name}=None is given")
     modules = dict(model.named_modules())
-    nodes = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
+    before = [(module, dict(vars(module))) for module in modules.values()]
+    traced = fx.symbolic_trace(model).graph.nodes
+    for module, had in before:
+        if changed := [name for name, value in vars(module).items() if value is not had.get(name, module)]:
+            raise ValueError(f"its forward changes {', '.join(changed)}, which a trace would keep as it was")
+    nodes = [node for node in traced if node.op == "call_module"]
+    read = {node.target: node.target.rpartition(".")[0] for node in traced if node.op == "get_attr"}
     calls = Counter(node.target for node in nodes)
     for node in nodes:
-        before = node.args[0] if node.args else None
+        first = node.args[0] if node.args else None
         if not isinstance(modules.get(node.target), nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
             continue
-        if isinstance(before, fx.Node) and calls[before.target] > 1:
-            raise ValueError(f"{before.target} is called more than once")
+        if isinstance(first, fx.Node) and calls[first.target] > 1:
+            raise ValueError(f"{first.target} is called more than once")
+        if isinstance(first, fx.Node) and (weights := [name for name, owner in read.items() if owner == first.target]):
+            raise ValueError(f"{weights[0]} is read by itself")
 
 
 def _folded(model: nn.Module) -> nn.Module:

@@ -17,7 +17,14 @@ _PARTS: Mapping[str, type[Any]] = {"latency": Latency, "energy": Energy}
 
 def form_from_json(data: Mapping[str, Any]) -> Form:
     """`TypeError` or `ConfigError` for what is no form."""
-    return Form(**{name: _values(value) for name, value in data.items()})
+    if not isinstance(data, Mapping):
+        raise TypeError(f"a {type(data).__name__} as a form")
+    form = Form(**{name: _values(value) for name, value in data.items()})
+    for field in fields(Form):
+        value = getattr(form, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):  # or text would turn it on
+            raise TypeError(f"{field.name}={value!r}")
+    return form
 
 
 def card_from_json(data: Mapping[str, Any]) -> Card:

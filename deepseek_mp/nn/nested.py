@@ -14,11 +14,15 @@ from torch import Tensor
 def map_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The same structure with `change(leaf)` in place of every leaf; containers keep their type.
 
-    Leaves are everything but tuples, lists and mappings. A container with a `to` method of its own
-    (a packed sequence, a tokenizer's output) is a leaf too: it knows better how to change itself.
+    Leaves are everything but tuples, lists, mappings and dataclasses. A container with a `to` method of its own
+    (a packed sequence, a tokenizer's output) is a leaf too: it knows better how to change itself. A dataclass in which
+    nothing changes is itself.
     """
-    if isinstance(tree, Tensor) or not isinstance(tree, tuple | list | Mapping) or hasattr(tree, "to"):
+    if isinstance(tree, Tensor) or hasattr(tree, "to"):
         return change(tree)
+    if not isinstance(tree, tuple | list | Mapping):
+        # Not `is_dataclass`, which compilers trace through; and it takes a class itself for one.
+        return _map_fields(tree, change) if hasattr(type(tree), "__dataclass_fields__") else change(tree)
     if isinstance(tree, Mapping):
         return _map_mapping(tree, change)
     items = [map_leaves(item, change) for item in tree]
@@ -34,6 +38,17 @@ def _map_mapping(tree: Mapping[Any, Any], change: Callable[[Any], Any]) -> Mappi
     same = copy.copy(tree)  # not type(tree)(items): a defaultdict, for one, takes other arguments
     for key, item in items.items():
         same[key] = item
+    return same
+
+
+def _map_fields(tree: Any, change: Callable[[Any], Any]) -> Any:
+    had = {field.name: getattr(tree, field.name) for field in fields(tree) if hasattr(tree, field.name)}
+    made = {name: map_leaves(value, change) for name, value in had.items()}
+    if all(made[name] is value for name, value in had.items()):
+        return tree
+    same = copy.copy(tree)  # not `replace`, which runs its `__init__` again
+    for name, value in made.items():
+        object.__setattr__(same, name, value)  # also of frozen ones
     return same
 
 

@@ -30,11 +30,15 @@ class Part:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Part | Tensor:
-        """The tensor itself where it is all that is in its memory, or of a class of its own."""
+        """The tensor itself where it is all that is in its memory, or of a class of its own.
+
+        FP8 never is: of it Python's pickles cannot be read again (PyTorch 2.13).
+        """
         if type(tensor) is not Tensor or tensor.layout is not torch.strided:
             return tensor
         storage = tensor.untyped_storage()
-        if storage.nbytes() == tensor.nbytes:
+        is_fp8 = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+        if storage.nbytes() == tensor.nbytes and not is_fp8:
             return tensor
         at = tensor.device, storage.data_ptr()
         memory = _memories.get(at)

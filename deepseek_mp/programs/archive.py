@@ -81,6 +81,9 @@ def _written_again(path: str | Path) -> io.BytesIO:
     made = io.BytesIO()
     with ZipFile(path) as archive, ZipFile(made, "w") as copy:
         names = archive.namelist()
+        # PyTorch does not compress: of a file that is, a few bytes may become all of the memory.
+        if sum(part.file_size for part in archive.infolist()) > Path(path).stat().st_size:
+            raise BadZipFile("what is in it is larger than the file")
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise BadZipFile(f"{twice} is in it twice")
         for name in names:

@@ -58,6 +58,7 @@ def exported(
     free = [dim for dim in dynamic if _size(given, dim) is not None]
     with kept():
         made = _free(module, given, free, kept) if free else _traced(module, given, ())
+    _check_outputs(made.program)
     if not _same(module, made, given, kept):
         passed = f"a {type(module).__name__} whose exported graph gives other outputs than itself"
         allowed = "a forward that does the same at every call, and when it is exported"
@@ -68,6 +69,15 @@ def exported(
         )
         raise ConfigError(explain(passed, allowed, change))
     return made
+
+
+def _check_outputs(program: ExportedProgram) -> None:
+    """`ConfigError` for text, which PyTorch writes to a file and does not read again (2.11, 2.13)."""
+    specs = [spec.arg for spec in program.graph_signature.output_specs]
+    values = [spec.value for spec in specs if isinstance(spec, ConstantArgument)]
+    if text := next((value for value in values if isinstance(value, str)), None):
+        change = "Let the forward leave it out, and add it to what the program gives"
+        raise ConfigError(explain(f"outputs with the text {text!r}", "tensors, numbers and None", change))
 
 
 def _same(module: nn.Module, made: Exported, given: tuple[Any, Any], kept: Region) -> bool:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 from deepseek_mp.errors import CheckpointError, explain
 
@@ -63,9 +63,17 @@ def inspect(archive: ZipFile) -> None:
             if entry["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
                 raise _refused(f"{name!r}, which is pickled")
             _check_plain(name)
+            _check_tensor(name, entry["tensor_meta"], archive.getinfo(f"{root}/data/{kind}/{entry['path_name']}"))
     if archive.read(f"{root}/data/sample_inputs/model.pt"):
         raise _refused("example inputs, which are pickled")
     _check_program(json.loads(archive.read(f"{root}/models/model.json")))
+
+
+def _check_tensor(name: str, meta: dict[str, Any], file: ZipInfo) -> None:
+    """With values, in the file: what has none there PyTorch makes of zeros, as large as it says."""
+    absent = not file.file_size and 0 not in [size["as_int"] for size in meta["sizes"]]
+    if absent or meta["device"]["type"] == "meta":
+        raise _refused(f"{name!r}, which has no values")
 
 
 def _check_program(program: dict[str, Any]) -> None:

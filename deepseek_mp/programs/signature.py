@@ -90,9 +90,10 @@ class Signature:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Signature:
         """That which `to_json` wrote; `KeyError`, `TypeError` or `ValueError` for anything else."""
+        ranges = _ranges(data["ranges"])
         return cls(
-            leaves=tuple(Leaf(**{**leaf, "shape": tuple(leaf.get("shape", ()))}) for leaf in data["leaves"]),
-            ranges={name: (least, most) for name, (least, most) in data["ranges"].items()},
+            leaves=tuple(_leaf(leaf, ranges) for leaf in data["leaves"]),
+            ranges=ranges,
             conditions=tuple(map(known, data["conditions"])),
             fixed_because=data["fixed_because"],
         )
@@ -121,6 +122,27 @@ class Signature:
             return size == found
         least, most = self.ranges[size]
         return sizes.setdefault(size, found) == found and least <= found and (most is None or found <= most)
+
+
+def _ranges(data: Any) -> dict[str, tuple[int, int | None]]:
+    if not isinstance(data, dict):
+        raise TypeError(f"a {type(data).__name__} as ranges")
+    for least, most in data.values():
+        if type(least) is not int or type(most) not in (int, type(None)):
+            raise TypeError(f"a range from {least!r} to {most!r}")
+    return {name: (least, most) for name, (least, most) in data.items()}
+
+
+def _leaf(data: Mapping[str, Any], ranges: Mapping[str, Any]) -> Leaf:
+    leaf = Leaf(**{**data, "shape": tuple(data.get("shape", ()))})
+    if not isinstance(leaf.where, str):
+        raise TypeError(f"an input at {leaf.where!r}")
+    if not isinstance(leaf.dtype, str | None):
+        raise TypeError(f"an input of the dtype {leaf.dtype!r}")
+    for size in leaf.shape:
+        if type(size) is not int and not (isinstance(size, str) and size in ranges):
+            raise ValueError(f"an input with the size {size!r}")
+    return leaf
 
 
 def inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,7 +15,7 @@ from deepseek_mp.backends import capabilities
 from deepseek_mp.costs.memory import distinct_bytes
 from deepseek_mp.errors import BatchError, ConfigError, explain
 from deepseek_mp.inference import Card, Form, ServingPlan, Trial, latencies
-from deepseek_mp.inference.fidelity import Metric, check_metric, find_metric, is_finite, measured, name_of
+from deepseek_mp.inference.fidelity import Metric, check_metric, error_of, find_metric, is_finite, name_of
 from deepseek_mp.nn.nested import first_tensor
 from deepseek_mp.qat import FloatingModel, SimulatedModel, convert
 
@@ -88,7 +88,7 @@ def _tried(
             check_metric(metric, reference, budget)
         graph: Any = model.graph
         held = distinct_bytes([*graph.parameters(), *graph.buffers()])
-        trials.append(Trial(form=form, error=measured(metric, outputs, reference), weight_bytes=held))
+        trials.append(Trial(form=form, error=error_of(metric, outputs, reference), weight_bytes=held))
         built[form] = model
     return built, trials
 

@@ -66,12 +66,13 @@ def choose_device(model: nn.Module, device: torch.device | str | None) -> torch.
     """The device asked for; else the model's if it is an accelerator; else the best of this machine.
 
     Raises:
-        ConfigError: PyTorch does not know such a device, or nothing can be computed on it.
+        ConfigError: PyTorch does not know such a device, this machine has none, or nothing can be computed on it.
     """
     if device is not None:
         where = as_device(device)
         if where.type == "meta":
             raise ConfigError(explain("device 'meta'", "a device that computes", "Choose another, or leave it out"))
+        backends.capabilities(where)  # says so where there is none, which PyTorch says in words of its own
         return where
     first = next(model.parameters(), None)
     if first is not None and first.device.type not in ("cpu", "meta"):

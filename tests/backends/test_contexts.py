@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -203,3 +204,23 @@ def test_amd_uses_the_same_flags(amd: Install) -> None:
 
 def test_fp32_mode_of_a_device_type_without_flags_is_ieee() -> None:
     assert fp32_mode("meta", "matmul") == "ieee"
+
+
+def test_regions_of_threads_that_overlap_leave_what_was_there(nvidia: Install) -> None:
+    nvidia(8, 0)
+    before = global_state()
+    begun, ended = Event(), Event()
+
+    def other() -> None:
+        with math_mode("cuda", fp32="ieee", search=True):
+            begun.set()
+            ended.wait(30)
+
+    thread = Thread(target=other)
+    with math_mode("cuda", fp32="ieee", search=True):
+        thread.start()
+        assert begun.wait(30)
+    assert (B.cuda.matmul.fp32_precision, B.cudnn.benchmark) == ("ieee", True)
+    ended.set()
+    thread.join()
+    assert global_state() == before

@@ -228,7 +228,11 @@ BAD = {
     ),
     "no version": (lambda about: about.clear(), "in version None of the format"),
     "form": (lambda about: about.update(form={"format": "fp3", "size": 2}), r"served\.json is damaged \(TypeError"),
+    "form of no kind": (lambda about: about.update(form=[1]), r"is damaged \(TypeError: a list as a form"),
+    "switch of no kind": (lambda about: about["form"].update(compiled="no"), r"is damaged \(TypeError: compiled='no'"),
+    "left alone": (lambda about: about.update(left_alone=[1]), r"is damaged \(TypeError: left_alone"),
     "signature": (lambda about: about.pop("signature"), r"is damaged \(KeyError: 'signature'"),
+    "ranges": (lambda about: about["signature"].update(ranges=[1]), r"is damaged \(TypeError: a list as ranges"),
     "card": (lambda about: about.update(card={}), r"is damaged \(KeyError: 'trials'"),
     "formats": (
         lambda about: about["tensors"]["model.4.q"].update(kind="fnuz"),

@@ -1,5 +1,6 @@
 """Distances to the reference: formulas, what they are of, and what cannot be compared."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from deepseek_mp.errors import ConfigError
 from deepseek_mp.inference import kl, relative
-from deepseek_mp.inference.fidelity import check_metric, find_metric, is_finite, measured
+from deepseek_mp.inference.fidelity import check_metric, error_of, find_metric, is_finite, measured
 
 
 def test_kl_is_the_formula_over_the_last_dimension():
@@ -118,3 +119,10 @@ def test_metrics_by_name_or_as_they_are():
     assert find_metric(own) is own
     with pytest.raises(ConfigError, match=r"metric='accuracy'.*Allowed: 'kl', 'relative'"):
         find_metric("accuracy")
+
+
+def test_outputs_that_are_not_finite_are_infinitely_far_whatever_the_metric_sees():
+    reference = {"logits": torch.tensor([[1.0, 2.0]]), "hidden": torch.tensor([1.0])}
+    assert error_of(kl, reference, reference) == 0
+    assert error_of(kl, {**reference, "hidden": torch.tensor([torch.nan])}, reference) == math.inf
+    assert error_of(lambda outputs, reference: math.nan, reference, reference) == math.inf

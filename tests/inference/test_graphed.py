@@ -122,9 +122,24 @@ def test_zero_has_a_sign():
     assert signature(0.0, CPU) != signature(-0.0, CPU)
 
 
-@dataclass
 class Box:
+    """Nobody can look into it."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+@dataclass
+class Answer:
     x: torch.Tensor
+
+
+def test_what_comes_out_in_a_dataclass_is_a_copy():
+    call, _ = recorded(lambda x: Answer(x + 1))
+    first, second = (call((torch.full((1,), value),), {}) for value in (1.0, 2.0))
+    assert (first.x.item(), second.x.item()) == (2, 3)
+    with pytest.raises(ConfigError, match="a Answer in a call to be recorded"):
+        call((first,), {})
 
 
 def test_what_cannot_be_copied_in_or_out_is_refused():

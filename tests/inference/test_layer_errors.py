@@ -73,3 +73,9 @@ def test_nothing_stays_behind_after_an_exception(model):
 def test_what_is_no_number_is_infinite(model):
     x, served = torch.randn(4, 256), Served(model, Form(format="bf16"), CPU)
     assert errors(model, served, x, metric=lambda outputs, reference: math.nan).error({}) == math.inf
+
+
+def test_outputs_that_are_not_finite_are_infinitely_far(model):
+    x, served = torch.randn(4, 256), Served(model, Form(format="bf16"), CPU)
+    served.model.calls.fill_(math.inf)
+    assert errors(model, served, x, metric=lambda outputs, reference: 0.0).error({}) == math.inf

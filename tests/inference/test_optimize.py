@@ -1,7 +1,7 @@
 """`optimize_for_inference` end to end on a CPU, with latencies of the test's own."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -95,6 +95,23 @@ def test_outputs_that_overflow_are_no_choice(times, monkeypatch):
             return super().forward(x) + (torch.inf if x.dtype is torch.bfloat16 else 0)
 
     _, plan, _ = run(Overflows(4, 2), torch.randn(3, 4), budget=1e9)
+    assert plan.form.name == "fp32"
+    assert next(t.why for t in plan.trials if t.form.name == "bf16") == "its outputs are not finite"
+
+
+class Unseen(nn.Linear):
+    """What a metric does not look at overflows in BF16."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return {"logits": scores, "hidden": scores + (torch.inf if x.dtype is torch.bfloat16 else 0)}
+
+
+@pytest.mark.parametrize("metric", ["kl", lambda outputs, reference: 0.0], ids=["kl", "own"])
+def test_outputs_that_overflow_where_the_metric_does_not_look_are_no_choice(times, metric):
+    times["bf16"] = 1.0
+    torch.manual_seed(0)
+    _, plan, _ = run(Unseen(4, 2), torch.randn(3, 4), metric=metric, budget=1e9)
     assert plan.form.name == "fp32"
     assert next(t.why for t in plan.trials if t.form.name == "bf16") == "its outputs are not finite"
 
@@ -389,3 +406,50 @@ def test_progress_is_told_form_by_form(classifier):
     shares = [share for _, share in told]
     assert shares == sorted(shares)
     assert told[-1] == ("done", 1.0)
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Answers(nn.Linear):
+    """Gives an object, as models for text do."""
+
+    def forward(self, x):
+        return Answer(super().forward(x), x)
+
+
+@pytest.mark.parametrize("metric", ["kl", "relative"])
+def test_outputs_in_a_dataclass_are_measured_and_come_out_in_fp32(times, metric):
+    times["bf16"] = 1.0
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    served, plan, _ = run(Answers(4, 2), x, metric=metric, budget=0.1)
+    assert plan.form.name == "bf16"
+    assert 0 < next(t.error for t in plan.trials if t.form.name == "bf16") < 0.1
+    outputs = served(x)
+    assert type(outputs) is Answer
+    assert (outputs.logits.dtype, outputs.hidden.dtype) == (torch.float32, torch.float32)
+
+
+def test_a_model_that_fails_after_some_calls_in_a_row_is_told_so():
+    class Fills(nn.Linear):
+        """Has room for what eight calls give."""
+
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+            self.register_buffer("kept", torch.zeros(8, 2))
+
+        def forward(self, x):
+            self.kept.index_copy_(0, self.at, super().forward(x))
+            self.at += 1
+            return self.kept.sum(0, keepdim=True).clone()
+
+    torch.manual_seed(0)
+    model = Fills()
+    with pytest.raises(ConfigError, match=r"fails when it is called again and again \(IndexError: .*Keep positions in"):
+        run(model, torch.randn(1, 4), budget=1.0, seconds=0.01)
+    assert model.at.item() == 0

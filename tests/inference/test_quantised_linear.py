@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -208,3 +209,11 @@ def test_inputs_of_another_width_are_named(shape):
     for run in (layer, torch.compile(layer, backend="eager")):
         with torch.no_grad(), pytest.raises(ShapeError, match=r"an input of \[.*\] for a linear layer of width 256"):
             run(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_alone_comes_back_from_a_pickle(kind):
+    torch.manual_seed(0)
+    layer, x = made(nn.Linear(256, 272), kind), torch.randn(2, 256, dtype=BF16)
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))

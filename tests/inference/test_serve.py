@@ -229,3 +229,31 @@ def test_a_norm_is_not_folded_into_a_convolution_that_is_called_again():
 
     with pytest.raises(ConfigError, match="conv is called more than once"):
         Served(Twice(), Form(folded=True), torch.device("cpu"))
+
+
+class Looked(nn.Module):
+    """Reads the weight of a convolution, and counts its calls."""
+
+    def __init__(self, *, at_weight, counts):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.at_weight, self.counts, self.calls = at_weight, counts, 0
+
+    def forward(self, x):
+        if self.counts:
+            self.calls += 1
+        y = self.norm(self.conv(x)) + self.calls
+        return y + self.conv.weight.sum() if self.at_weight else y
+
+
+def test_a_norm_is_not_folded_into_a_convolution_whose_weight_is_read_elsewhere():
+    with pytest.raises(ConfigError, match=r"conv\.weight is read by itself"):
+        Served(Looked(at_weight=True, counts=False), Form(folded=True), torch.device("cpu"))
+
+
+def test_norms_are_not_folded_in_a_forward_that_changes_attributes():
+    model = Looked(at_weight=False, counts=True)
+    with pytest.raises(ConfigError, match=r"its forward changes calls, which a trace would keep"):
+        Served(model, Form(folded=True), torch.device("cpu"))
+    assert model.calls == 0
+    Served(Looked(at_weight=False, counts=False), Form(folded=True), torch.device("cpu"))

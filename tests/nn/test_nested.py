@@ -1,5 +1,5 @@
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import pytest
@@ -77,3 +77,28 @@ def test_numbers_are_dense_and_can_be_non_finite() -> None:
     assert [tensor.dtype for tensor in found] == [torch.float32, torch.complex64, torch.float32]
     assert found[0].tolist() == [3.0]  # entries of one place are added up
     assert next(numbers(torch.eye(2).to_sparse_csr())).tolist() == [1.0, 1.0]
+
+
+@dataclass(frozen=True)
+class Answer:
+    logits: torch.Tensor
+    parts: list
+    name: str = "a"
+    later: int = field(init=False, repr=False)
+
+
+def test_dataclasses_are_the_same_kind_with_other_leaves():
+    answer = Answer(torch.ones(2), [torch.zeros(1), None])
+    made = map_leaves({"answer": answer}, lambda leaf: leaf + 1 if isinstance(leaf, torch.Tensor) else leaf)["answer"]
+    assert type(made) is Answer
+    assert made.logits.tolist() == [2, 2]
+    assert made.parts[0].tolist() == [1]
+    assert (made.parts[1], made.name, hasattr(made, "later")) == (None, "a", False)
+    assert answer.logits.tolist() == [1, 1]
+    assert map_leaves(answer, lambda leaf: leaf).logits is answer.logits
+    assert map_leaves(Answer, lambda leaf: leaf) is Answer
+
+
+def test_a_dataclass_without_another_leaf_is_itself():
+    plain = Answer(torch.ones(2), (), "b")
+    assert map_leaves(plain, lambda leaf: leaf) is plain

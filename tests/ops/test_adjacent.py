@@ -88,3 +88,13 @@ def test_only_parts_of_more_are_taken_as_such():
     first, second = Part.of(left), Part.of(right)
     assert first.memory is second.memory
     assert first.memory.data_ptr() == left.data_ptr()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_fp8_alone_in_its_memory_is_copied_and_pickled_too(dtype, way):
+    alone = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to(dtype).t()
+    found = WAYS[way](Part.of(alone)).tensor()
+    assert (found.dtype, found.stride()) == (dtype, alone.stride())
+    assert torch.equal(found.float(), alone.float())
+    assert found.data_ptr() != alone.data_ptr()

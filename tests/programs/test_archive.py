@@ -179,3 +179,15 @@ def test_a_file_that_is_there_twice_is_refused(tmp_path):
         archive.writestr(archive.namelist()[0], b"other")
     with pytest.raises(CheckpointError, match="is in it twice"):
         read(path, "about.json")
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "model.pt2"
+    write(path, program(), {"about.json": 1})
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, bytes(2**20) if name.endswith("weight_0") else data)
+    with pytest.raises(CheckpointError, match="larger than the file"):
+        read(path, "about.json")

@@ -104,3 +104,15 @@ def test_equal_bits_have_nans_in_the_same_places():
 def test_the_old_flags_of_fp32_products_are_not_read(monkeypatch):
     monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")  # it raises where users write the new ones
     assert made(lambda layer, x: layer(x), torch.randn(4, 3))[1].signature.is_free
+
+
+class Says(nn.Linear):
+    """Gives text beside numbers."""
+
+    def forward(self, args, kwargs):
+        return {"y": super().forward(*args), "unit": kwargs["unit"]}
+
+
+def test_text_among_the_outputs_is_named_since_no_file_can_hold_it():
+    with pytest.raises(ConfigError, match=r"outputs with the text 'ms'\. Allowed: tensors, numbers and None"):
+        exported(Says(4, 2), (torch.randn(3, 4),), {"unit": "ms"})

@@ -77,6 +77,17 @@ def pickled():
     return buffer.getvalue()
 
 
+def meta(config):
+    return config["config"]["layer.bias"]["tensor_meta"]
+
+
+def empty_bias(files):
+    """PyTorch fills what is not in a file with zeros, of any size."""
+    config = json.loads(next(data for name, data in files.items() if name.endswith("weights_config.json")))
+    stored = f"/weights/{config['config']['layer.bias']['path_name']}"
+    return {name: b"" if name.endswith(stored) else data for name, data in files.items()}
+
+
 HOSTILE = {
     "operation": (graph(lambda g: g["nodes"][0].update(target="torch.hub.load")), r"the operation 'torch\.hub\.load'"),
     "package": (graph(lambda g: g["nodes"][0].update(target="torch.ops.other.f.default")), "the operation"),
@@ -107,6 +118,11 @@ HOSTILE = {
         changed_json("weights_config.json", lambda v: v["config"]["layer.bias"].update(path_name="opaque_obj_0")),
         "'layer.bias', which is pickled",
     ),
+    "device": (
+        changed_json("weights_config.json", lambda v: meta(v).update(device={"type": "meta", "index": None})),
+        "'layer.bias', which has no values",
+    ),
+    "nothing": (empty_bias, "'layer.bias', which has no values"),
     "examples": (lambda f: {**f, next(k for k in f if "sample_inputs" in k): pickled()}, "example inputs, which are"),
     "compiled": (lambda f: {**f, f"{next(iter(f)).split('/')[0]}/data/aotinductor/model/a.so": b""}, "the file"),
     "older": (lambda f: {**f, "serialized_exported_program.json": b"{}"}, "the file"),

@@ -74,6 +74,23 @@ def test_containers_become_plain_and_named_ones_are_in_order():
     assert list(kwargs["y"][0]) == ["c", "d"]
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"ranges": [1]}, "a list as ranges"),
+        ({"ranges": {"s0": ["a", None]}}, "a range from 'a' to None"),
+        ({"ranges": {"s0": [1, True]}}, "a range from 1 to True"),
+        ({"ranges": {}}, "an input with the size 's0'"),
+        ({"leaves": [{"where": "x", "dtype": "float32", "shape": [[1]]}]}, r"an input with the size \[1\]"),
+        ({"leaves": [{"where": "x", "dtype": 3, "shape": []}]}, "an input of the dtype 3"),
+        ({"leaves": [{"where": None, "value": 1}]}, "an input at None"),
+    ],
+)
+def test_what_no_signature_says_is_refused_when_it_is_read(change, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        Signature.from_json({**SIGNATURE.to_json(), **change})
+
+
 def test_conditions_that_are_none_are_refused_when_they_are_read():
     data = {"leaves": [], "ranges": {}, "conditions": ["__import__('os')"], "fixed_because": ""}
     with pytest.raises(ValueError, match="a condition with"):

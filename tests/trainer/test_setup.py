@@ -139,6 +139,14 @@ def test_a_device_that_torch_does_not_know_is_an_error(device):
         choose_device(model(), device)
 
 
+def test_a_device_that_this_machine_does_not_have_is_an_error(monkeypatch):
+    for backend in backends.detect.BUILT_IN:
+        if backend.device_type == "cuda":
+            monkeypatch.setattr(backend, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"no 'cuda' device can be used.*Allowed: .*cpu"):
+        choose_device(model(), "cuda")
+
+
 def test_a_device_on_which_nothing_is_computed_is_an_error():
     with pytest.raises(ConfigError, match=r"device 'meta'.*Allowed: a device that computes"):
         choose_device(model(), "meta")
