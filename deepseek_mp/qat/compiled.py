@@ -19,6 +19,7 @@ from torch._inductor import compile as inductor_compile
 from torch._inductor import config as inductor
 
 from deepseek_mp.qat.modes import quiet_copy
+from deepseek_mp.qat.rows_as_images import rows_as_images
 from deepseek_mp.qat.sums import double, spare_operands
 
 Program = Callable[..., Any]
@@ -77,6 +78,7 @@ def _body(graph: fx.GraphModule) -> fx.GraphModule:
     module = fx.GraphModule(graph, body)
     double(module, inference=True)
     spare_operands(module)
+    rows_as_images(module)
     return module
 
 

@@ -45,6 +45,8 @@ def evaluate_others(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if not hasattr(node.target, "_schema") or node.target is aten.batch_norm.default:
             continue
+        if node.target is aten.instance_norm.default and node.args[3] is not None:
+            node.update_arg(5, False)  # whether it computes its statistics: without running ones it always does
         for index, argument in enumerate(node.target._schema.arguments):  # noqa: SLF001 - it has no public name
             if argument.name not in OTHER_MODES:
                 continue
