@@ -14,8 +14,9 @@ from torch import fx
 
 aten = torch.ops.aten
 _FUSED = {
-    aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default, aten.gelu.default, aten.silu.default,
-    aten.silu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.hardswish.default, aten.hardswish_.default,
+    aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default, aten.gelu.default,
+    aten.silu.default, aten.silu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.hardswish.default,
+    aten.hardswish_.default,
 }  # fmt: skip
 """What the kernel of a convolution does beside its product, each value by itself."""
 HEIGHT = -2
@@ -35,7 +36,8 @@ def rows_as_images(module: fx.GraphModule) -> None:
             kept = graph.get_attr(name)
             image = graph.call_function(weight.target, (kept, *weight.args[1:]), weight.kwargs)
             high = graph.call_function(x.target, (_high(graph, x.args[0]), *x.args[1:]), x.kwargs)
-        bias, stride, padding, dilation, groups = (*node.args[2:], *(None, [1], [0], [1], 1)[len(node.args) - 2 :])
+        given: Any = (*node.args[2:], *(None, [1], [0], [1], 1)[len(node.args) - 2 :])
+        bias, stride, padding, dilation, groups = given
         node.args = (high, image, bias, [1, *stride], [0, *padding], [1, *dilation], groups)
         node.target = aten.conv2d.default
         _flatten(graph, node)
