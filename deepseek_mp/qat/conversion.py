@@ -28,19 +28,20 @@ def convert(simulated: SimulatedModel) -> Int8Model:
         passed = "conversion to INT8 where PyTorch has no oneDNN"
         raise ConfigError(explain(passed, "a CPU build of PyTorch with oneDNN", "Convert on an x86-64 machine"))
     args, kwargs = simulated.example
+    given, named = simulated.example_copy()
     graph = simulated.evaluated()
     state = state_of(graph)
     with torch.no_grad(), fp32_flags_left_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchao and the exporter about themselves
-        graph(*args, **kwargs)  # the ranges of the weights as the last step left them
+        graph(*given, **named)  # the ranges of the weights as the last step left them
         fold_norms(graph)
         with models_let_go(), without_statistics_hidden(graph.graph):  # torchao would trace its patterns for some 20 s
             converted = convert_pt2e(graph)
         put_back_state(converted, state)  # it was run here, and by torchao to find constants
         fold_constants(converted)
         _store_by_rows(converted)
-        positional, named = simulated.dynamic
-        program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*positional, *named.values()))
+        sizes, sizes_by_name = simulated.dynamic
+        program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*sizes, *sizes_by_name.values()))
     return Int8Model(program, simulated.decisions)
 
 

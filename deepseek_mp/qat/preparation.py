@@ -62,6 +62,7 @@ def prepare(
         raise _nothing(decisions)
     simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic, type(model).__name__)
     simulated.train(model.training)
+    args, kwargs = simulated.example_copy()
     with simulated.observing():
         simulated(*args, **kwargs)
     return simulated

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.precision import Decision
 from deepseek_mp.qat.modes import change_all, evaluate_norms, evaluate_others, forward_with, quiet_copy
 
@@ -56,6 +57,10 @@ class SimulatedModel(nn.Module):
         for module in self.modules():
             module.training = mode
         return self
+
+    def example_copy(self) -> Any:
+        """Arguments and keyword arguments to run it with: a forward may write to what it is given."""
+        return map_leaves(self.example, lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
 
     def quantisers(self) -> list[nn.Module]:
         """The modules that fake quantisation is done by."""
