@@ -31,7 +31,7 @@ def observe_example(model: nn.Module, simulated: SimulatedModel) -> None:
             f"in evaluation and in INT8, {simulated.name} will not give what the model passed gives: where its code "
             "asks self.training it goes on as in training, such as in stochastic depth or with outputs of more heads. "
             "Pass a model whose forward does the same in both modes, but for dropout and norms",
-            stacklevel=3,
+            stacklevel=4,  # that which calls `prepare`, through its region
         )
 
 

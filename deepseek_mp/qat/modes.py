@@ -8,7 +8,8 @@ are changed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -22,6 +23,13 @@ OTHER_MODES = {"train": False, "training": False, "dropout_p": 0.0}
 
 Forward = Callable[..., Any]
 Part = TypeVar("Part")
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Inside, tensors are made that can be trained, in FP32, whatever regions the caller has open."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def norms_of(graph: fx.Graph) -> list[fx.Node]:

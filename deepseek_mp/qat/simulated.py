@@ -100,6 +100,8 @@ class SimulatedModel(nn.Module):
         copy = quiet_copy(self.graph)
         change_all(copy, copy.graph, evaluate_norms, evaluate_others)
         copy.recompile()
+        for module in copy.modules():
+            module.training = False  # a run of it observes no activations
         return copy
 
 

@@ -52,8 +52,9 @@ class Counts(nn.Module):
 @pytest.mark.parametrize("kind", [StochasticDepth, MoreHeads])
 def test_code_that_asks_for_the_mode_is_warned_of(kind):
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=f"in INT8, {kind.__name__} will not give what the model passed gives"):
+    with pytest.warns(UserWarning, match=f"in INT8, {kind.__name__} will not give what the model passed gives") as said:
         prepare(kind(), X)
+    assert [one.filename for one in said if "in INT8" in str(one.message)] == [__file__]
 
 
 def test_dropout_noise_and_state_are_alike_and_leave_no_trace():
