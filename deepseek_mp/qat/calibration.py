@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from deepseek_mp.errors import BatchError, LoaderError, explain
 from deepseek_mp.nn import call as calls
@@ -14,20 +17,56 @@ from deepseek_mp.qat.simulated import SimulatedModel
 def calibrate(simulated: SimulatedModel, batches: Iterable[Any]) -> int:
     """Run the batches, of the forms that a trainer takes, unrounded and as in evaluation; returns how many there were.
 
+    Ranges become the means of those of the batches, in place of what was observed before, such as of an example whose
+    values are of no account. Of many batches the last hundred or so count. After an error they are as they were.
+
     Raises:
         LoaderError: there is none.
         BatchError: one has values that are not finite, or another form.
     """
     count = 0
-    with simulated.observing():
+    with _observed_anew(simulated) as quantisers, simulated.observing():
         for batch in batches:
             call = calls.parse_batch(batch)
             if not all_finite((call.args, call.kwargs)):
                 passed = f"calibration with NaN or infinite values in batch {count}"
                 raise BatchError(explain(passed, "finite inputs", "Clean the data, or leave the batch out"))
-            calls.invoke(simulated, call)
+            with _share_of(quantisers, count):
+                calls.invoke(simulated, call)
             count += 1
-    if not count:
-        change = "Pass some batches, or None to use example_inputs"
-        raise LoaderError(explain("calibration without a batch", "one batch or more", change))
+        if not count:
+            change = "Pass some batches, or None to use example_inputs"
+            raise LoaderError(explain("calibration without a batch", "one batch or more", change))
     return count
+
+
+@contextmanager
+def _observed_anew(simulated: SimulatedModel) -> Iterator[list[Any]]:
+    """The quantisers of activations, without their ranges; those come back after an error, or where none is found."""
+    quantisers: list[Any] = [one for one in simulated.quantisers() if not getattr(one, "is_per_channel", False)]
+    before = [[buffer.clone() for buffer in one.buffers()] for one in quantisers]
+    for one in quantisers:
+        one.activation_post_process.min_val.fill_(torch.inf)
+        one.activation_post_process.max_val.fill_(-torch.inf)
+    done = False
+    try:
+        yield quantisers
+        done = True
+    finally:
+        for one, kept in zip(quantisers, before, strict=True):
+            if not (done and torch.isfinite(one.activation_post_process.min_val)):
+                for buffer, value in zip(one.buffers(), kept, strict=True):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def _share_of(quantisers: list[Any], count: int) -> Iterator[None]:
+    """Inside, a batch after `count` others has its share of their mean; the first is taken as it is in any case."""
+    own = [one.activation_post_process.averaging_constant for one in quantisers]
+    for one, share in zip(quantisers, own, strict=True):
+        one.activation_post_process.averaging_constant = max(share, 1 / (count + 1)) if count else share
+    try:
+        yield
+    finally:
+        for one, share in zip(quantisers, own, strict=True):
+            one.activation_post_process.averaging_constant = share

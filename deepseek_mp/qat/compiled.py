@@ -19,7 +19,8 @@ from torch._inductor import compile as inductor_compile
 from torch._inductor import config as inductor
 
 from deepseek_mp.qat.modes import quiet_copy
-from deepseek_mp.qat.sums import double, spare_operands
+from deepseek_mp.qat.rows_as_images import rows_as_images
+from deepseek_mp.qat.sums import double, double_copies, spare_operands
 
 Program = Callable[..., Any]
 _COMPILING = Lock()
@@ -59,7 +60,8 @@ class CompiledGraph:
         copy = fx.GraphModule(self._body, quiet_copy(self._body.graph))  # the compiler changes it; weights are shared
         autocast = torch.autocast(inputs[0].device.type if inputs else "cpu", enabled=False)
         # oneDNN packs only weights that cannot change.
-        with inductor.patch(freezing=True), autocast, warnings.catch_warnings():
+        options = inductor.patch(freezing=True, joint_custom_post_pass=double_copies)
+        with options, autocast, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the compiler about how it copies zero points
             program: Program = inductor_compile(copy, list(inputs))
         return program
@@ -77,6 +79,7 @@ def _body(graph: fx.GraphModule) -> fx.GraphModule:
     module = fx.GraphModule(graph, body)
     double(module, inference=True)
     spare_operands(module)
+    rows_as_images(module)
     return module
 
 

@@ -12,10 +12,12 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.qat.constants import fold_constants
 from deepseek_mp.qat.int8 import Int8Model
 from deepseek_mp.qat.letting_go import models_let_go
+from deepseek_mp.qat.modes import plain_tensors
 from deepseek_mp.qat.norms import fold_norms, without_statistics_hidden
 from deepseek_mp.qat.simulated import SimulatedModel, put_back_state, state_of
 
 
+@plain_tensors()
 def convert(simulated: SimulatedModel) -> Int8Model:
     """The model in INT8, with the weights and ranges of now; the one passed may be trained on.
 
@@ -28,19 +30,20 @@ def convert(simulated: SimulatedModel) -> Int8Model:
         passed = "conversion to INT8 where PyTorch has no oneDNN"
         raise ConfigError(explain(passed, "a CPU build of PyTorch with oneDNN", "Convert on an x86-64 machine"))
     args, kwargs = simulated.example
+    given, named = simulated.example_copy()
     graph = simulated.evaluated()
     state = state_of(graph)
     with torch.no_grad(), fp32_flags_left_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchao and the exporter about themselves
-        graph(*args, **kwargs)  # the ranges of the weights as the last step left them
+        graph(*given, **named)  # the ranges of the weights as the last step left them
         fold_norms(graph)
         with models_let_go(), without_statistics_hidden(graph.graph):  # torchao would trace its patterns for some 20 s
             converted = convert_pt2e(graph)
         put_back_state(converted, state)  # it was run here, and by torchao to find constants
         fold_constants(converted)
         _store_by_rows(converted)
-        positional, named = simulated.dynamic
-        program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*positional, *named.values()))
+        sizes, sizes_by_name = simulated.dynamic
+        program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*sizes, *sizes_by_name.values()))
     return Int8Model(program, simulated.decisions)
 
 

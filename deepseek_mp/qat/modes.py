@@ -8,7 +8,8 @@ are changed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -22,6 +23,13 @@ OTHER_MODES = {"train": False, "training": False, "dropout_p": 0.0}
 
 Forward = Callable[..., Any]
 Part = TypeVar("Part")
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Inside, tensors are made that can be trained, in FP32, whatever regions the caller has open."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def norms_of(graph: fx.Graph) -> list[fx.Node]:
@@ -45,6 +53,8 @@ def evaluate_others(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if not hasattr(node.target, "_schema") or node.target is aten.batch_norm.default:
             continue
+        if node.target is aten.instance_norm.default and node.args[3] is not None:
+            node.update_arg(5, False)  # whether it computes its statistics: without running ones it always does
         for index, argument in enumerate(node.target._schema.arguments):  # noqa: SLF001 - it has no public name
             if argument.name not in OTHER_MODES:
                 continue

@@ -20,6 +20,8 @@ from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.letting_go import models_let_go
+from deepseek_mp.qat.likeness import observe_example
+from deepseek_mp.qat.modes import plain_tensors
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.regions import inline_regions
@@ -27,6 +29,7 @@ from deepseek_mp.qat.simulated import SimulatedModel
 from deepseek_mp.qat.sums import double, spell_out
 
 
+@plain_tensors()
 def prepare(
     model: nn.Module, example_inputs: Any, *, keep: Collection[str] | PrecisionPlan | Path = ()
 ) -> SimulatedModel:
@@ -62,8 +65,7 @@ def prepare(
         raise _nothing(decisions)
     simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic, type(model).__name__)
     simulated.train(model.training)
-    with simulated.observing():
-        simulated(*args, **kwargs)
+    observe_example(copy, simulated)
     return simulated
 
 

@@ -26,6 +26,16 @@ SHARE = 0.01
 SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 RELUS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
+ONE_RANGE = {
+    torch.ops.aten.cat.default,
+    torch.ops.aten.avg_pool2d.default,
+    torch.ops.aten.adaptive_avg_pool2d.default,
+}
+"""Operations of whose inputs and output torchao makes one range, an average of theirs that begins with the first input.
+
+A larger part of what is joined is clipped to it, and averages are smaller than what they are of.
+"""
+
 
 class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
     """Also marks what torchao passes over: Conv1d, and layers of classes derived from those that it looks for.
@@ -94,6 +104,11 @@ class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
     def _annotate_linear_fusion_pattern(self, model: fx.GraphModule, config: Any, filter_fn: Any = None) -> None:
         if not self.alone:
             super()._annotate_linear_fusion_pattern(model, config, filter_fn)
+
+    def _annotate_propagation_quantizable_pattern(self, node: fx.Node, *args: Any) -> None:
+        """What is joined or averaged is rounded where it is read: see `ONE_RANGE`."""
+        if node.target not in ONE_RANGE:
+            super()._annotate_propagation_quantizable_pattern(node, *args)
 
     def _annotate_mul_tensor(self, *args: Any) -> None:
         """Elementwise products stay as they are."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.precision import Decision
 from deepseek_mp.qat.modes import change_all, evaluate_norms, evaluate_others, forward_with, quiet_copy
 
@@ -57,6 +58,10 @@ class SimulatedModel(nn.Module):
             module.training = mode
         return self
 
+    def example_copy(self) -> Any:
+        """Arguments and keyword arguments to run it with: a forward may write to what it is given."""
+        return map_leaves(self.example, lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
+
     def quantisers(self) -> list[nn.Module]:
         """The modules that fake quantisation is done by."""
         return quantisers_of(self)
@@ -95,6 +100,8 @@ class SimulatedModel(nn.Module):
         copy = quiet_copy(self.graph)
         change_all(copy, copy.graph, evaluate_norms, evaluate_others)
         copy.recompile()
+        for module in copy.modules():
+            module.training = False  # a run of it observes no activations
         return copy
 
 

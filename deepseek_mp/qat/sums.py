@@ -33,6 +33,15 @@ def double(module: fx.GraphModule, *, inference: bool = False) -> None:
     module.recompile()
 
 
+def double_copies(graph: fx.Graph) -> None:
+    """The same in the compiler's own graph, which has one node for a tensor and its copies, as `clone` makes them."""
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        left, right = node.args
+        if left is right and not node.kwargs and _dtype(left) not in (None, torch.bool):
+            node.target = aten.mul.Tensor
+            node.update_arg(1, 2)
+
+
 def spell_out(module: fx.GraphModule) -> None:
     """Cast and multiply before a sum what it would itself cast to its dtype, or multiply by its `alpha`.
 

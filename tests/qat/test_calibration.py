@@ -19,12 +19,33 @@ def linear():
     return prepare(nn.Sequential(nn.Linear(8, 4)), X)
 
 
-def test_ranges_move_towards_the_data(linear):
-    observer = next(q for q in linear.quantisers() if not q.is_per_channel).activation_post_process
-    before = observer.max_val.clone()
-    assert calibrate(linear, [(X * 10, None), X * 10]) == 2
-    torch.testing.assert_close(observer.max_val, before * (1 + 9 * (1 - 0.99**2)))
-    assert linear.training
+def observer_of(simulated):
+    return next(q for q in simulated.quantisers() if not q.is_per_channel).activation_post_process
+
+
+@pytest.mark.parametrize("example", [torch.zeros(2, 8), X * 100], ids=["zeros", "large"])
+def test_ranges_are_those_of_the_data_whatever_the_example_was(example):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4))
+    simulated = prepare(model, example)
+    assert calibrate(simulated, [(X * 2, None), X * 4]) == 2
+    torch.testing.assert_close(observer_of(simulated).max_val, X.max() * 3)  # the mean of both batches
+    found, expected = simulated.eval()(X), model(X)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_later_batches_change_ranges_as_training_does(linear):
+    calibrate(linear, [X])
+    linear(X * 2)
+    torch.testing.assert_close(observer_of(linear).max_val, X.max() * 1.01)
+
+
+@pytest.mark.parametrize("batches", [[], [X * 9, X * math.nan]], ids=["none", "NaN"])
+def test_after_an_error_ranges_are_as_before(linear, batches):
+    before = {name: value.clone() for name, value in linear.state_dict().items()}
+    with pytest.raises((BatchError, LoaderError), match="calibration with"):
+        calibrate(linear, batches)
+    assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
 
 
 def test_no_batch_and_bad_batches_are_refused(linear):

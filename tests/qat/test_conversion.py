@@ -107,3 +107,36 @@ def test_models_do_not_outlive_their_last_user():
     references = prepared_and_converted()
     gc.collect()
     assert [reference() for reference in references] == [None] * 6
+
+
+def ranges_of(int8):
+    """Scales and zero points of activations, which are numbers in the graph."""
+    found = (node for node in int8.graph.graph.nodes if ".quantize_per_tensor" in str(node.target))
+    return [node.args[1:3] for node in found]
+
+
+def test_conversion_in_training_mode_does_not_observe_the_example_once_more():
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    simulated = prepare(nn.Sequential(nn.Linear(8, 4)), x).train()
+    simulated(x * 100)
+    in_training = ranges_of(convert(simulated))
+    assert in_training == ranges_of(convert(simulated.eval()))
+
+
+@pytest.mark.parametrize(
+    "region",
+    [lambda: torch.inference_mode(), lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["inference", "16 bits"],
+)
+def test_regions_of_the_caller_change_neither_preparation_nor_conversion(region):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(4, 8)
+    expected = convert(prepare(model, x)).reference(x)
+    simulated = prepare(model, x)
+    with region():
+        inside, after = convert(prepare(model, x)), convert(simulated)
+        trained = prepare(model, x)
+    trained(x).sum().backward()
+    assert torch.equal(inside.reference(x), expected)
+    assert torch.equal(after.reference(x), expected)

@@ -46,3 +46,14 @@ def test_a_norm_without_statistics_is_left_in_its_mode():
     assert norms_of(graph.graph) == []
     x = torch.randn(4, 3)
     torch.testing.assert_close(forward_with(graph, evaluate_norms)(graph, x), model.eval()(x))
+
+
+def test_an_instance_norm_uses_its_running_statistics_in_evaluation_where_it_has_some():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True, momentum=0.5), nn.InstanceNorm1d(3))
+    x = torch.randn(4, 3, 5)
+    graph = torch.export.export(model.train(), (x,)).module(check_guards=False)
+    graph(x)
+    model.load_state_dict(graph.state_dict())
+    forward = forward_with(graph, evaluate_norms, evaluate_others)
+    assert torch.equal(forward(graph, x), model.eval()(x))

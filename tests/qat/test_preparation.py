@@ -12,7 +12,7 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.qat import prepare
+from deepseek_mp.qat import convert, prepare
 
 X = torch.randn(4, 8)
 
@@ -130,3 +130,21 @@ def test_weights_in_another_format_are_refused(dtype):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=dtype))
     with pytest.raises(ConfigError, match=rf"'1.weight' in {dtype}.*weights in FP32"):
         prepare(model, torch.randn(4, 4))
+
+
+def test_a_model_that_writes_to_its_input_does_not_write_to_the_examples():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.layer(x.mul_(2))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    before = x.clone()
+    simulated = prepare(Writes(), x)
+    convert(simulated)
+    assert torch.equal(x, before)
+    assert torch.equal(simulated.example[0][0], before)  # a second conversion finds them so, too

@@ -158,3 +158,31 @@ def test_layers_behind_which_torchao_finds_what_it_does_not_know_are_quantised(b
     assert {decision.new for decision in simulated.decisions} == {"int8"}
     expected = model(x)
     assert (convert(simulated)(x) - expected).norm() < 0.05 * expected.norm()
+
+
+class Joined(nn.Module):
+    """Two convolutions side by side, the second with fifty times as large results."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.large.weight *= 50
+
+    def forward(self, x):
+        return self.last(torch.cat([self.small(x), self.large(x)], 1))
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(4), nn.AdaptiveAvgPool2d(1)])
+def test_averages_have_a_range_of_their_own(pool):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(8, 16, 1), pool, nn.Conv2d(16, 4, 1)).eval(), torch.randn(4, 8, 8, 8)
+    found, expected = prepare(model, x)(x), model(x)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_what_is_joined_is_not_clipped_to_the_range_of_its_first_part():
+    torch.manual_seed(0)
+    model, x = Joined().eval(), torch.randn(4, 4, 3, 3)
+    found, expected = prepare(model, x)(x), model(x)
+    assert (found - expected).norm() < 0.05 * expected.norm()

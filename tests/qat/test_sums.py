@@ -168,3 +168,21 @@ def test_only_sums_with_what_must_not_be_written_to_become_differences_and_they_
     spare_operands(graph)
     assert all(torch.equal(one, other) for one, other in zip(graph(x, y), expected, strict=True))
     assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor)) == 2
+
+
+def test_a_layers_result_is_added_to_its_copy():
+    class ToCopy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.layer(x)
+            z = y.clone()
+            z += y
+            return z
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    int8 = convert(prepare(ToCopy().eval(), x))
+    torch.testing.assert_close(int8(x), int8.reference(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,57 @@
+"""Whether a prepared model does in evaluation what the original does there: its graph was exported in training mode."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_mp.nn.nested import tensors
+from deepseek_mp.qat.simulated import SimulatedModel
+
+ALIKE = 0.01
+"""Of the norm of an output: folded BatchNorms and other kernels differ by far less."""
+NOISE = 1e-5
+"""Of a value, where all are near zero."""
+
+
+def observe_example(model: nn.Module, simulated: SimulatedModel) -> None:
+    """Observe the ranges of the example inputs; warns if the outputs are not those of the model in evaluation.
+
+    Args:
+        model: that which was exported; it is put into evaluation, and what it writes to its state is put back.
+        simulated: the model prepared from it.
+    """
+    found = _outputs(simulated, simulated)
+    expected = _outputs(model.eval(), simulated)
+    if not _alike(found, expected):
+        warnings.warn(
+            f"in evaluation and in INT8, {simulated.name} will not give what the model passed gives: where its code "
+            "asks self.training it goes on as in training, such as in stochastic depth or with outputs of more heads. "
+            "Pass a model whose forward does the same in both modes, but for dropout and norms",
+            stacklevel=4,  # that which calls `prepare`, through its region
+        )
+
+
+def _outputs(called: nn.Module, simulated: SimulatedModel) -> list[Tensor]:
+    args, kwargs = simulated.example_copy()
+    with simulated.observing(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what draws in both modes draws the same
+        given: Any = called(*args, **kwargs)
+    return list(tensors(given))
+
+
+def _alike(found: list[Tensor], expected: list[Tensor]) -> bool:
+    if [one.shape for one in found] != [one.shape for one in expected]:
+        return False
+    pairs = (pair for pair in zip(found, expected, strict=True) if all(one.is_floating_point() for one in pair))
+    return all(_near(*pair) for pair in pairs)
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """Of values that are not finite, nothing is said."""
+    difference = (found.double() - expected.double()).norm()
+    allowed = ALIKE * expected.double().norm() + NOISE * expected.numel() ** 0.5
+    return bool(difference <= allowed) or not bool(torch.isfinite(difference))

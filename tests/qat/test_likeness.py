@@ -1,0 +1,67 @@
+"""A model that does something else in evaluation than its graph is prepared with a warning, and others without."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.qat import prepare
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class StochasticDepth(nn.Module):
+    """Leaves out its layer for half of the samples, in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return x + (y * torch.empty(len(x), 1).bernoulli_(0.5) * 2 if self.training else y)
+
+
+class MoreHeads(nn.Module):
+    """Gives a second output in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.extra = nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return (self.main(x), self.extra(x)) if self.training else self.main(x)
+
+
+class Counts(nn.Module):
+    """Dropout, noise in both modes, and state that each call changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.body(x + torch.randn_like(x)) * self.calls
+
+
+@pytest.mark.parametrize("kind", [StochasticDepth, MoreHeads])
+def test_code_that_asks_for_the_mode_is_warned_of(kind):
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=f"in INT8, {kind.__name__} will not give what the model passed gives") as said:
+        prepare(kind(), X)
+    assert [one.filename for one in said if "in INT8" in str(one.message)] == [__file__]
+
+
+def test_dropout_noise_and_state_are_alike_and_leave_no_trace():
+    torch.manual_seed(0)
+    model = Counts()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="in evaluation and in INT8")
+        simulated = prepare(model, X)
+    assert simulated.graph.calls == 0
+    assert simulated.training
