@@ -6,9 +6,10 @@ change, so that here only the inputs are looked at: of small models this is a go
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from threading import Lock
 from typing import Any
@@ -18,9 +19,12 @@ from torch import Tensor, fx
 from torch._inductor import compile as inductor_compile
 from torch._inductor import config as inductor
 
+from deepseek_mp.qat.free_sizes import FreeSizes, Opened
 from deepseek_mp.qat.modes import quiet_copy
 from deepseek_mp.qat.rows_as_images import rows_as_images
 from deepseek_mp.qat.sums import double, double_copies, spare_operands
+
+log = logging.getLogger("deepseek_mp")
 
 Program = Callable[..., Any]
 _COMPILING = Lock()
@@ -30,13 +34,20 @@ _COMPILING = Lock()
 class CompiledGraph:
     """Is called as the graph is, without gradients; compiles at the first call for sizes, in seconds to a minute.
 
+    The first sizes have code of their own. At the second ones, code is compiled for all that the graph leaves free.
+
     Args:
         graph: as `ExportedProgram.module(check_guards=False)` gives it. Its weights must not change any more.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self._body, self._call = _body(graph), _shell(graph, self._run)
+        self._sizes = FreeSizes(self._body.graph)
         self._programs: dict[tuple[Any, ...], Program] = {}
+        self._open: dict[tuple[Any, ...], list[tuple[Opened, Program]]] = {}
+        """For free sizes, by what is not free."""
+        self._closed: set[tuple[Any, ...]] = set()
+        """Of what code for free sizes could not be made."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Operations that are called as they are, such as an LSTM's, would be cast. To turn it off costs microseconds.
@@ -53,17 +64,38 @@ class CompiledGraph:
             with _COMPILING:
                 program = self._programs.get(key)  # another thread may have made it meanwhile
                 if program is None:
-                    program = self._programs[key] = self._compiled(inputs)
+                    program = self._programs[key] = self._found(inputs)
         return program(*inputs)
 
-    def _compiled(self, inputs: tuple[Tensor, ...]) -> Program:
+    def _found(self, inputs: tuple[Tensor, ...]) -> Program:
+        """Code for these sizes, alone or among others."""
+        alike = (torch.get_num_threads(), *self._sizes.alike(inputs))
+        if alike not in self._open:
+            self._open[alike] = []
+        elif alike not in self._closed and self._sizes.may_be_free(inputs):
+            known = next((program for opened, program in self._open[alike] if opened.fits(inputs)), None)
+            if known is not None:
+                return known
+            try:
+                opened = self._sizes.opened(inputs)
+                program = self._compiled(inputs, opened.fakes)
+            except Exception as error:  # noqa: BLE001 - the compiler's, for what it cannot leave free
+                self._closed.add(alike)
+                log.info("compiled for each size of inputs: %s: %s", type(error).__name__, error)
+            else:
+                self._open[alike].append((opened, program))
+                return program
+        return self._compiled(inputs, inputs)
+
+    def _compiled(self, inputs: tuple[Tensor, ...], described: Sequence[Tensor]) -> Program:
+        """Code for inputs as they are described."""
         copy = fx.GraphModule(self._body, quiet_copy(self._body.graph))  # the compiler changes it; weights are shared
         autocast = torch.autocast(inputs[0].device.type if inputs else "cpu", enabled=False)
         # oneDNN packs only weights that cannot change.
         options = inductor.patch(freezing=True, joint_custom_post_pass=double_copies)
         with options, autocast, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the compiler about how it copies zero points
-            program: Program = inductor_compile(copy, list(inputs))
+            program: Program = inductor_compile(copy, list(described))
         return program
 
 

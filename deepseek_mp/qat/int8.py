@@ -19,7 +19,7 @@ DECISIONS = "decisions.json"
 
 
 class Int8Model(nn.Module):
-    """Is called as the original is, without gradients; the first call for a shape compiles, in seconds to a minute.
+    """Is called as the original is, without gradients; its first calls compile, seconds to a minute (`CompiledGraph`).
 
     Compiled, linear layers and convolutions multiply integers of 8 bits in oneDNN's kernels. The graph itself, which
     `reference` runs, says the same in FP32 operations on rounded values.

@@ -25,8 +25,9 @@ class Nested(nn.Module):
         return {"out": out, "rest": [out, pair[1] + mask["m"], None]}
 
 
-def exported(model, args, kwargs=None):
-    return torch.export.export(model, args, kwargs).module(check_guards=False)
+def exported(model, args, kwargs=None, *, free=False):
+    dims = ({0: torch.export.Dim.AUTO},) if free else None
+    return torch.export.export(model, args, kwargs, dynamic_shapes=dims).module(check_guards=False)
 
 
 @pytest.fixture
@@ -66,6 +67,54 @@ def test_it_compiles_once_for_shapes_strides_dtypes_and_threads(made, monkeypatc
     assert len(made) == 4
 
 
+def batch_sizes(made):
+    """Of the graphs that were compiled; None: free."""
+    return [size if isinstance(size := x.shape[0], int) else None for _, (x,), *_ in made]
+
+
+def test_the_second_size_is_compiled_for_all_others(made):
+    run = CompiledGraph(exported(nn.Sequential(nn.ReLU()), (torch.randn(4, 4),), free=True))
+    for size in (4, 7, 4, 9, 1, 1, 64, 0):
+        x = torch.randn(size, 4)
+        assert torch.equal(run(x), x.relu())
+    assert batch_sizes(made) == [4, None, 1, 0]
+    run(torch.randn(5, 4).double())
+    run(torch.randn(6, 4).double())
+    assert batch_sizes(made)[4:] == [5, None]
+
+
+def test_sizes_beyond_what_code_assumes_get_code_of_their_own(made, monkeypatch):
+    compile = compiled.inductor_compile
+
+    def assuming(graph, inputs):
+        bool(inputs[0].shape[0] < 16)
+        return compile(graph, inputs)
+
+    monkeypatch.setattr(compiled, "inductor_compile", assuming)
+    run = CompiledGraph(exported(nn.Sequential(nn.ReLU()), (torch.randn(4, 4),), free=True))
+    for size in (4, 7, 9, 20, 5, 30, 16):
+        run(torch.randn(size, 4))
+    assert batch_sizes(made) == [4, None, None]
+
+
+def test_where_sizes_cannot_be_free_each_is_compiled(made, monkeypatch):
+    compile, asked = compiled.inductor_compile, []
+
+    def only_fixed(graph, inputs):
+        asked.append(inputs)
+        if not isinstance(inputs[0].shape[0], int):
+            raise RuntimeError("no kernel")
+        return compile(graph, inputs)
+
+    monkeypatch.setattr(compiled, "inductor_compile", only_fixed)
+    run = CompiledGraph(exported(nn.Sequential(nn.ReLU()), (torch.randn(4, 4),), free=True))
+    for size in (4, 7, 9):
+        x = torch.randn(size, 4)
+        assert torch.equal(run(x), x.relu())
+    assert batch_sizes(made) == [4, 7, 9]
+    assert len(asked) == 4
+
+
 def test_weights_are_constants_for_the_compiler_and_autocast_is_off(made):
     run = CompiledGraph(exported(nn.Linear(2, 2), (torch.randn(2, 2),)))
     with torch.autocast("cpu"):
@@ -100,7 +149,10 @@ def test_views_that_stand_for_other_values_are_read_as_these(dtype):
 
 def test_compiled_it_computes_what_the_graph_does():
     model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(2, 8)
-    torch.testing.assert_close(CompiledGraph(exported(model, (x,)))(x), model(x))
+    run = CompiledGraph(exported(model, (x,), free=True))
+    for size in (2, 3, 20):
+        x = torch.randn(size, 8)
+        torch.testing.assert_close(run(x), model(x))
 
 
 def test_threads_compile_one_after_another_and_sizes_once(monkeypatch):
