@@ -64,7 +64,7 @@ class Opened:
         self._symbols: list[tuple[int, int, Any]] = []
         for index, (x, free) in enumerate(zip(inputs, dims, strict=True)):
             kinds = [DimDynamic.DYNAMIC if at in free else DimDynamic.STATIC for at in range(x.dim())]
-            context = StatelessSymbolicContext(dynamic_sizes=kinds)
+            context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
             fake = mode.from_tensor(x, symbolic_context=context, source=ConstantSource(f"input_{index}"))
             self.fakes.append(fake)
             shape: Any = fake.shape
