@@ -17,6 +17,8 @@ import torch
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+LEFT_BEHIND = 100_000
+"""Objects that are worth it."""
 
 if find_spec("hypothesis"):  # the gpu tests also run where only pytest is installed
     from hypothesis import settings
@@ -41,6 +43,14 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The same for what the tests of a file have left behind, most of it in caches of PyTorch's compiler."""
+    if nextitem is not None and nextitem.path != item.path and len(gc.get_objects()) > LEFT_BEHIND:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
