@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from torch.utils import _pytree as pytree
 from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.ops.fp8_kinds import KINDS
+from deepseek_mp.programs.quiet import quiet
 from deepseek_mp.programs.signature import dtype_name
 from deepseek_mp.programs.writing import checked, whole_file
 
@@ -111,8 +109,7 @@ def _wide(value: Any) -> Any:
 def _translated(program: ExportedProgram, inputs: list[str] | None, outputs: list[str]) -> Any:
     table: dict[Any, Any] = {_WEIGHT_ONLY: _weight_only_linear}
     try:
-        with fp32_flags_left_alone(), warnings.catch_warnings(), _quiet("torch.onnx"):
-            warnings.simplefilter("ignore")  # of the exporter about itself and packages that it does not find
+        with fp32_flags_left_alone(), quiet("torch.onnx"):  # about itself and packages that it does not find
             return torch.onnx.export(
                 program,
                 dynamo=True,
@@ -164,15 +161,3 @@ def named(path: Sequence[Any]) -> str:
     parts = [str(part.key if isinstance(part, pytree.MappingKey) else part.idx) for part in path]
     name = "_".join(parts)
     return f"output_{name}" if name[:1].isdigit() else name
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """No warnings of a logger."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
