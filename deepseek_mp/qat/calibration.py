@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from deepseek_mp.errors import BatchError, LoaderError, explain
 from deepseek_mp.nn import call as calls
@@ -15,9 +17,12 @@ def calibrate(simulated: SimulatedModel, batches: Iterable[Any]) -> int:
     """Run the batches, of the forms that a trainer takes, unrounded and as in evaluation; returns how many there were.
 
     Raises:
-        LoaderError: there is none.
+        LoaderError: there is none, or a tensor or mapping is passed, which is one batch.
         BatchError: one has values that are not finite, or another form.
     """
+    if isinstance(batches, Tensor | Mapping):
+        passed = f"calibration={type(batches).__name__}, which is one batch"
+        raise LoaderError(explain(passed, "batches: a list of them, or a loader", "Pass it in a list"))
     count = 0
     with simulated.observing():
         for batch in batches:
