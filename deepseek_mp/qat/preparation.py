@@ -128,7 +128,9 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         given = signature.bind(*args, **kwargs).arguments  # by parameter, in its order: one may be several, as `*args`
         _check_named(type(model).__name__, signature, given)
         dynamic = map_leaves(given, _dynamic)
-        with fp32_flags_left_alone():
+        with fp32_flags_left_alone(), warnings.catch_warnings():
+            # Of the exporter, about PyTorch's own LSTM and GRU.
+            warnings.filterwarnings("ignore", r"The tensor attributes? self\..*_flat_weights")
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
     except ConfigError:
         raise
@@ -185,6 +187,9 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
 
 
 def _nothing(decisions: tuple[Decision, ...]) -> ConfigError:
-    reasons = "; ".join(f"{decision.layer}: {decision.detail}" for decision in decisions[:5]) or "it has no such layer"
+    reasons = (
+        "; ".join(f"{decision.layer or 'the model'}: {decision.detail}" for decision in decisions[:5])
+        or "it has no such layer"
+    )
     passed = f"a model with nothing to quantise ({reasons})"
     return ConfigError(explain(passed, "at least one Linear, Conv1d or Conv2d", "Shorten keep, or train it in BF16"))

@@ -130,7 +130,10 @@ def with_rounded_weights(
             made[name] = rounded(layer, precision, learn_step=learn_step)
     copy = replaced(copy, made)
     if not rounded_layers(copy):
-        reasons = "; ".join(f"{decision.layer}: {decision.detail}" for decision in decisions[:5]) or "it has none"
+        reasons = (
+            "; ".join(f"{decision.layer or 'the model'}: {decision.detail}" for decision in decisions[:5])
+            or "it has none"
+        )
         passed = f"a model with nothing to quantise ({reasons})"
         allowed = f"a Linear or an Embedding of {SMALLEST} weights or more"
         raise ConfigError(explain(passed, allowed, "Shorten keep, or use another precision"))

@@ -185,3 +185,16 @@ def test_torchao_does_not_speak_about_itself(monkeypatch, caplog):
     monkeypatch.setattr(preparation, "import_module", speaks)
     preparation.require_torchao()
     assert not caplog.records
+
+
+def test_the_exporter_does_not_warn_of_recurrent_layers(recwarn):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent, self.last = nn.GRU(8, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.recurrent(x)[0])
+
+    prepare(Recurrent(), torch.randn(4, 3, 8))
+    assert not [one for one in recwarn if "_flat_weights" in str(one.message)]
