@@ -19,6 +19,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
+from deepseek_mp.programs.exporter_error import reason
 from deepseek_mp.programs.quiet import quiet
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
@@ -136,7 +137,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise
     except Exception as error:  # the exporter raises whatever the model's code makes it raise
         _check_call(model, args, kwargs)
-        passed = f"a {type(model).__name__} that torch.export cannot export ({_first_line(error)})"
+        passed = f"a {type(model).__name__} that torch.export cannot export ({reason(error)})"
         change = "Rewrite what it names, or quantise the part of the model that can be exported"
         raise ConfigError(explain(passed, "a forward without decisions by values", change)) from error
     return program.module(check_guards=False)
