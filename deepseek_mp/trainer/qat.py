@@ -113,7 +113,8 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
             dtype: for all but 'int8': of activations and all other weights; None: BF16.
 
         Raises:
-            ConfigError: for 'int8': PyTorch has no oneDNN here, or a dtype is passed.
+            ConfigError: for 'int8': PyTorch has no oneDNN here, or a dtype is passed; for others: one but BF16,
+                FP16 or FP32.
         """
         self.settle()
         with nullcontext() if self.ema is None else self.ema.applied():

@@ -33,6 +33,8 @@ from deepseek_mp.qat.rounded_layers import TABLES, rounded, rounded_layers
 
 WEIGHTS = LINEAR_KINDS
 """Precisions that are kinds of linear layers: the model's code stays, and large layers are rounded by themselves."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of activations beside weights in fewer bits."""
 _WHY_TABLES: Mapping[str, str] = MappingProxyType(
     {
         "fp8": "rows of a table are looked up, not multiplied: stored in FP8",
@@ -142,7 +144,14 @@ def with_rounded_weights(
 
 @torch.no_grad()
 def deployed(model: nn.Module, decisions: tuple[Decision, ...], dtype: torch.dtype) -> WeightsModel:
-    """A copy of the trained copy in which the rounded weights are stored in fewer bits, and all else in `dtype`."""
+    """A copy of the trained copy in which the rounded weights are stored in fewer bits, and all else in `dtype`.
+
+    Raises:
+        ConfigError: a dtype that the stored layers do not multiply.
+    """
+    if dtype not in DTYPES:
+        allowed = ", ".join(map(str, DTYPES))
+        raise ConfigError(explain(f"convert(dtype={dtype!r})", allowed, "Change dtype, or leave it out"))
     copy = deepcopy(model)
     revert(copy)
     kept = {name: (layer, layer.kept()) for name, layer in rounded_layers(copy).items()}

@@ -344,3 +344,12 @@ def test_an_onnx_file_holds_int8_and_gives_the_outputs(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "words.onnx")
     found = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), served(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "bf16"])
+def test_dtypes_that_stored_layers_do_not_multiply_are_refused(dtype):
+    trainer = make()
+    with pytest.raises(
+        ConfigError, match=r"convert\(dtype=.*\)\. Allowed: torch\.bfloat16, torch\.float16, torch\.float32"
+    ):
+        trainer.convert(dtype)
