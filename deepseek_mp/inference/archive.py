@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
+from torch.utils import _pytree as pytree
 
 from deepseek_mp.backends import capabilities, default_device, numbered
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
@@ -215,9 +216,18 @@ class _Whole(nn.Module):
         super().__init__()
         self.model = served.model
         self._convert = served.converted
+        self._name = served.name
+
+    def _get_name(self) -> str:
+        """That of the user's model, for errors."""
+        return self._name
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return plain(self._convert(args, kwargs))
+        outputs = plain(self._convert(args, kwargs))
+        if other := [type(leaf).__name__ for leaf in pytree.tree_leaves(outputs) if is_dataclass(leaf)]:
+            passed, allowed = f"outputs in a {other[0]}", "tensors, numbers and None in tuples, lists and dicts"
+            raise ConfigError(explain(passed, allowed, "Let the forward return a dict"))
+        return outputs
 
 
 def _reasons(data: Any) -> dict[str, str]:

@@ -32,6 +32,18 @@ class ServingPlan:
         about = {"form": self.form.to_json(), "budget": self.budget, "metric": self.metric}
         return {**about, "trials": trials, "layers": layers}
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines(WIDTH))
+
+    def lines(self, width: int) -> list[str]:
+        """The reason of each form, the chosen one first, and kinds by layer."""
+        layers = [] if self.layers is None else ["", *self.layers.lines(width)]
+        return [*listing(((trial.form.name, trial.why) for trial in self.ordered()), width), *layers]
+
+    def ordered(self) -> list[Trial]:
+        """The chosen form's trial, then the others."""
+        return sorted(self.trials, key=lambda trial: trial.form != self.form)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
@@ -44,7 +56,7 @@ class Card:
 
     @property
     def chosen(self) -> Trial:
-        return next(trial for trial in self.plan.trials if trial.form == self.plan.form)
+        return self.plan.ordered()[0]
 
     def to_json(self) -> dict[str, Any]:
         about = {"model": self.model, "device": self.device, "batch_size": self.batch_size}
@@ -58,12 +70,9 @@ class Card:
 
         The chosen form is first, the others follow as they were tried.
         """
-        trials = [self.chosen, *(trial for trial in self.plan.trials if trial is not self.chosen)]
         about = f"{self.model} on {self.device}, batches of {self.batch_size}; error by {self.plan.metric}"
-        numbers = tables(_HEAD, map(self._row, trials), width, repeated=1)
-        reasons = listing(((trial.form.name, trial.why) for trial in trials), width)
-        layers = [] if self.plan.layers is None else ["", *self.plan.layers.lines(width)]
-        return "\n".join([*paragraph(about, width), *numbers, "", *reasons, *layers])
+        numbers = tables(_HEAD, map(self._row, self.plan.ordered()), width, repeated=1)
+        return "\n".join([*paragraph(about, width), *numbers, "", *self.plan.lines(width)])
 
     def _row(self, trial: Trial) -> tuple[str, ...]:
         ms = ("", "", "")

@@ -78,8 +78,11 @@ def _explained(trials: Sequence[Trial], taken: Trial, budget: float) -> Iterator
             yield replace(trial, why="not timed")
         elif not _within(trial, budget):
             yield replace(trial, why=f"error {trial.error:.3g} is beyond the budget of {budget:g}")
+        elif trial is taken and taken is trials[0]:
+            yield replace(trial, why=f"taken: no other form within {budget:g} is more than {SAME:.0%} faster")
         elif trial is taken:
             gain = f"{first / _ms(trial):.3g} times as fast as {trials[0].form.name}"
             yield replace(trial, why=f"taken: {gain}, error {trial.error:.3g} within {budget:g}")
         else:
-            yield replace(trial, why=f"{_ms(trial) / _ms(taken):.3g} times the time of {taken.form.name}")
+            equal = ", which counts as equal and was tried before" if _ms(trial) < _ms(taken) else ""
+            yield replace(trial, why=f"{_ms(trial) / _ms(taken):.3g} times the time of {taken.form.name}{equal}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from deepseek_mp.inference.stored_layer import StoredLayer
 
-class QuantisedEmbedding(nn.Module):
+
+class QuantisedEmbedding(StoredLayer):
     """`nn.Embedding` for inference, its table in 8 bits with a scale for each row.
 
     Args:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from deepseek_mp.backends import capabilities
 from deepseek_mp.errors import ConfigError, ShapeError, explain
 from deepseek_mp.inference.linear_kinds import KINDS
+from deepseek_mp.inference.stored_layer import StoredLayer
 from deepseek_mp.nn.places import owners, replaced
-from deepseek_mp.ops.adjacent import Part
 
 SMALLEST = 2**16
 """Weights of a layer that is worth it: with fewer, a call's time is not that of reading them."""
 
 
-class QuantisedLinear(nn.Module):
+class QuantisedLinear(StoredLayer):
     """`nn.Linear` for inference, its weight in fewer bits.
 
     Its state is what `LinearKind.keep` gave, wherever it runs; in memory it is as the device's implementation reads it.
@@ -84,14 +84,6 @@ class QuantisedLinear(nn.Module):
 
     def _prepared(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What lies beside other layers' as parts of one memory, which copies and pickles of these hold once."""
-        return {**self.__dict__, "_buffers": {name: Part.of(tensor) for name, tensor in self._prepared().items()}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        kept = {name: one.tensor() if isinstance(one, Part) else one for name, one in state["_buffers"].items()}
-        super().__setstate__({**state, "_buffers": kept})  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -55,7 +55,8 @@ def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
         with ZipFile(data) as archive:
             root = archive.namelist()[0].split("/")[0]
             if f"{root}/extra/{name}" not in archive.namelist():
-                change = "Read programs of another origin with torch.export.load"
+                loaders = "inference.load, Int8Model.load or torch.export.load"
+                change = f"Read programs of another origin with the counterpart of what saved them: {loaders}"
                 raise CheckpointError(explain(f"{passed}, without {name}", allowed, change))
             inspect(archive)
             about = json.loads(archive.read(f"{root}/extra/{name}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ from torch.utils import _pytree as pytree
 from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.programs.conditions import named
+from deepseek_mp.programs.exporter_error import reason
+from deepseek_mp.programs.quiet import quiet
 from deepseek_mp.programs.signature import Leaf, Signature, dtype_name, inputs, leaves_of
 
 Region = Callable[[], AbstractContextManager[Any]]
@@ -60,7 +61,7 @@ def exported(
         made = _free(module, given, free, kept) if free else _traced(module, given, ())
     _check_outputs(made.program)
     if not _same(module, made, given, kept):
-        passed = f"a {type(module).__name__} whose exported graph gives other outputs than itself"
+        passed = f"a {module._get_name()} whose exported graph gives other outputs than itself"  # noqa: SLF001
         allowed = "a forward that does the same at every call, and when it is exported"
         change = (
             "Leave out what is random, and write to state in place instead of replacing it; of nn.TransformerEncoder "
@@ -139,13 +140,13 @@ def _from_one(
 def _traced(module: nn.Module, given: tuple[Any, Any], free: Sequence[int]) -> Exported:
     shapes = pytree.tree_map(lambda leaf: _dims(leaf, given, free), given)
     try:
-        with torch.no_grad(), fp32_flags_left_alone(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter about itself
+        with torch.no_grad(), fp32_flags_left_alone(), quiet("torch.fx"):  # the exporter, about itself
             program = torch.export.export(module, given, dynamic_shapes=shapes, strict=False)
         return Exported(program=program, signature=signature_of(program, list(leaves_of(*given))))
+    except ConfigError:
+        raise
     except Exception as error:  # the exporter raises whatever the model's code makes it raise
-        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-        passed = f"a {type(module).__name__} that torch.export cannot export ({why})"
+        passed = f"a {module._get_name()} that torch.export cannot export ({reason(error)})"  # noqa: SLF001
         change = "Rewrite what it names, or save the part of the model that can be exported"
         raise ConfigError(explain(passed, "a forward without decisions by values", change)) from error
 

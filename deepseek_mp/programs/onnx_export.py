@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.ops.fp8_kinds import KINDS
+from deepseek_mp.programs.quiet import quiet
+from deepseek_mp.programs.signature import dtype_name
 from deepseek_mp.programs.writing import checked, whole_file
 
 OPSET = 20
@@ -25,6 +26,7 @@ LARGEST = 2**31 - 2**20
 """Bytes of tensors in one file; with more, they lie in one beside it."""
 NEEDED = ("onnx", "onnxscript")
 _FP32 = 1
+_LOOKED_UP = (torch.ops.aten.index.Tensor, torch.ops.aten.embedding.default)
 _WEIGHT_ONLY = torch.ops.deepseek_mp.weight_only_linear.default
 
 
@@ -38,12 +40,13 @@ def export_onnx(path: str | Path, program: ExportedProgram, *, inputs: Sequence[
 
     Raises:
         ConfigError: a package is missing (it says which), the path cannot be written, or the program has an operation
-            that ONNX has no form for.
+            that ONNX has no form for, or outputs that are no tensors.
     """
     require_onnx()
     check_operations(program)
+    outputs = _output_names(program)
     target = checked(path)
-    made = _translated(program, list(inputs) if inputs else None, _output_names(program))
+    made = _translated(program, list(inputs) if inputs else None, outputs)
     size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
     if size > LARGEST:
         made.save(str(target), external_data=True)
@@ -67,6 +70,10 @@ def check_operations(program: ExportedProgram) -> None:
             passed = f"{str(node.target).rsplit('.', 1)[0]} in a program for ONNX"
             allowed = "linear layers with weights in int8 or FP8 and activations in 16 bits, and PyTorch's operations"
             raise ConfigError(explain(passed, allowed, "Serve the model in a form of these"))
+        table = node.args[0].meta["val"].dtype if node.target in _LOOKED_UP else None
+        if table is not None and table in KINDS.values():
+            passed = f"a table in {dtype_name(table)} in a program for ONNX"
+            raise ConfigError(explain(passed, "tables in int8 or wider", "Name it in keep, or store it in int8"))
 
 
 def widened(program: ExportedProgram) -> fx.GraphModule:
@@ -102,8 +109,7 @@ def _wide(value: Any) -> Any:
 def _translated(program: ExportedProgram, inputs: list[str] | None, outputs: list[str]) -> Any:
     table: dict[Any, Any] = {_WEIGHT_ONLY: _weight_only_linear}
     try:
-        with fp32_flags_left_alone(), warnings.catch_warnings(), _quiet("torch.onnx"):
-            warnings.simplefilter("ignore")  # of the exporter about itself and packages that it does not find
+        with fp32_flags_left_alone(), quiet("torch.onnx"):  # about itself and packages that it does not find
             return torch.onnx.export(
                 program,
                 dynamo=True,
@@ -134,12 +140,20 @@ def _weight_only_linear(x: Any, q: Any, scale: Any, bias: Any = None, implementa
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
-    """By where each is in what the program returns: 'logits', 'output', 'output_1'."""
+    """By where each is in what the program returns: 'logits', 'output', 'output_1'. A None is left out of the file."""
     spec = program.call_spec.out_spec
     assert spec is not None, "an exported program knows what it returns"
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    return [named(path) or "output" for path in paths]
+    names = [named(path) or "output" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    kept = []
+    results = [one.arg for one in program.graph_signature.output_specs if one.kind is OutputKind.USER_OUTPUT]
+    for name, result in zip(names, results, strict=True):
+        if isinstance(result, ConstantArgument) and result.value is not None:
+            passed = f"output {name!r} = {result.value!r} in a program for ONNX"
+            raise ConfigError(explain(passed, "tensors", "Leave it out of what the model returns"))
+        if not isinstance(result, ConstantArgument):
+            kept.append(name)
+    return kept
 
 
 def named(path: Sequence[Any]) -> str:
@@ -147,15 +161,3 @@ def named(path: Sequence[Any]) -> str:
     parts = [str(part.key if isinstance(part, pytree.MappingKey) else part.idx) for part in path]
     name = "_".join(parts)
     return f"output_{name}" if name[:1].isdigit() else name
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """No warnings of a logger."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

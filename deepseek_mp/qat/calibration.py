@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepseek_mp.errors import BatchError, LoaderError, explain
 from deepseek_mp.nn import call as calls
@@ -21,9 +22,12 @@ def calibrate(simulated: SimulatedModel, batches: Iterable[Any]) -> int:
     values are of no account. Of many batches the last hundred or so count. After an error they are as they were.
 
     Raises:
-        LoaderError: there is none.
+        LoaderError: there is none, or a tensor or mapping is passed, which is one batch.
         BatchError: one has values that are not finite, or another form.
     """
+    if isinstance(batches, Tensor | Mapping):
+        passed = f"calibration={type(batches).__name__}, which is one batch"
+        raise LoaderError(explain(passed, "batches: a list of them, or a loader", "Pass it in a list"))
     count = 0
     with _observed_anew(simulated) as quantisers, simulated.observing():
         for batch in batches:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepseek_mp.errors import CheckpointError, ConfigError, explain
 from deepseek_mp.precision import Decision
@@ -63,6 +65,24 @@ class Int8Model(nn.Module):
         args, kwargs = self._inputs.as_exported(args, kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):  # which compiled code is without too
             return self.graph(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: graphs cannot be pickled, and an archive of them holds no code."""
+        passed = "an Int8Model to be pickled (by pickle, torch.save or another process)"
+        change = "Call save(path), and Int8Model.load(path) where it is needed"
+        raise ConfigError(explain(passed, "a file that save writes", change))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Model:
+        return Int8Model(deepcopy(self._program, memo), self.decisions, self.signature)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: ARG002 - as any module has it
+        """Refused where it would move or cast: the graph is of the formats and the device that it was made for."""
+        found = fn(torch.empty(0))
+        if found.dtype is not torch.float32 or found.device.type != "cpu":
+            passed = f"an Int8Model to be in {found.dtype} on {found.device.type}"
+            change = "Leave it as it is, or convert the trained model to another form"
+            raise ConfigError(explain(passed, "INT8 and FP32 on a CPU", change))
+        return self
 
     def train(self, mode: bool = True) -> Int8Model:
         """Refused: integers have no gradients."""

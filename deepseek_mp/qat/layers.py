@@ -14,6 +14,7 @@ from deepseek_mp.qat.constants import varying
 
 aten = torch.ops.aten
 VARYING = "its weight is computed in every call, from inputs, written state or random numbers"
+APART = "it is called where the forward turns autocast on, and such a region stays as it is"
 PRODUCTS = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 """Operations (input, weight, ...) that INT8 kernels are there for."""
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -64,7 +65,7 @@ def layer_decisions(model: nn.Module, prepared: fx.GraphModule, keep: Collection
     for node in prepared.graph.nodes:
         if node.target in PRODUCTS:
             products.setdefault(layer_of(node), []).append(node)
-    decisions, varying = [], with_varying_weights(prepared.graph)
+    decisions, varying, apart = [], with_varying_weights(prepared.graph), _in_graphs_of_their_own(prepared)
     for name, layer in model.named_modules():
         if isinstance(layer, KINDS + OTHERS):
             own = products.get(name, [])
@@ -72,6 +73,8 @@ def layer_decisions(model: nn.Module, prepared: fx.GraphModule, keep: Collection
                 reason, detail = Reason.PINNED, "named in keep"
             elif not varying.isdisjoint(own):
                 reason, detail = Reason.NO_KERNEL, VARYING
+            elif name in apart:
+                reason, detail = Reason.NO_KERNEL, APART
             else:
                 reason, detail = _why(layer, own, prepared)
             new = "int8" if reason is Reason.REQUESTED else "fp32"
@@ -79,11 +82,20 @@ def layer_decisions(model: nn.Module, prepared: fx.GraphModule, keep: Collection
     return tuple(decisions)
 
 
+def _in_graphs_of_their_own(prepared: fx.GraphModule) -> set[str]:
+    """Layers with a product in a region that is no part of the graph itself. Branches do not say whose theirs are."""
+    inner = (part for part in prepared.modules() if isinstance(part, fx.GraphModule) and part is not prepared)
+    return {layer_of(node) for part in inner for node in part.graph.nodes if node.target in PRODUCTS}
+
+
 def _why(layer: nn.Module, products: list[fx.Node], prepared: fx.GraphModule) -> tuple[Reason, str]:
     if not isinstance(layer, KINDS):
         return Reason.NO_KERNEL, f"{type(layer).__name__} has no INT8 kernel here"
     if not products:
-        return Reason.NOT_CONTROLLABLE, "its own forward was not called in the exported graph"
+        return (
+            Reason.NOT_CONTROLLABLE,
+            "its own forward was not called in the exported graph, or in a branch of it alone",
+        )
     if not all(is_quantised(node, prepared) for node in products):
         return Reason.NO_KERNEL, "its input or its weight is not quantised in the exported graph"
     return Reason.REQUESTED, ""

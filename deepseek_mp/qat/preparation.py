@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
+from deepseek_mp.programs.exporter_error import reason
+from deepseek_mp.programs.quiet import quiet
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.letting_go import models_let_go
@@ -56,7 +60,7 @@ def prepare(
     dynamic = map_leaves((args, kwargs), _dynamic)
     if not model.training:
         copy.train()
-    graph = _exported(copy, args, kwargs, (*dynamic[0], *dynamic[1].values()))
+    graph = _exported(copy, args, kwargs)
     inline_regions(graph)
     alone = not are_plain(copy, graph.graph) or bool(with_varying_weights(graph.graph))
     prepared = _prepared(graph, kept, alone=alone)
@@ -70,10 +74,12 @@ def prepare(
 
 
 def require_torchao() -> None:
-    """`ConfigError` that says what to install, unless torchao is there."""
+    """Import torchao; `ConfigError` that says what to install, where it is missing."""
     if find_spec("torchao") is None:
         passed = "quantisation without the package torchao"
         raise ConfigError(explain(passed, "torchao 0.18 or newer", "Install it: pip install 'deepseek-mp[quant]'"))
+    with quiet("torchao", "torch.utils._pytree"):  # about kernels for GPUs that it does not load, and itself
+        import_module("torchao.quantization.pt2e.quantize_pt2e")
 
 
 def all_finite(tree: Any) -> bool:
@@ -118,19 +124,49 @@ def _dynamic(leaf: Any) -> Any:
     return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
-def _exported(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: tuple[Any, ...]
-) -> fx.GraphModule:
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The model's graph in training mode, on the model's own tensors."""
     try:
-        with fp32_flags_left_alone():
+        signature = inspect.signature(model.forward)
+        given = signature.bind(*args, **kwargs).arguments  # by parameter, in its order: one may be several, as `*args`
+        _check_named(type(model).__name__, signature, given)
+        dynamic = map_leaves(given, _dynamic)
+        with fp32_flags_left_alone(), warnings.catch_warnings():
+            # Of the exporter, about PyTorch's own LSTM and GRU.
+            warnings.filterwarnings("ignore", r"The tensor attributes? self\..*_flat_weights")
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+    except ConfigError:
+        raise
     except Exception as error:  # the exporter raises whatever the model's code makes it raise
-        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-        passed = f"a {type(model).__name__} that torch.export cannot export ({why})"
+        _check_call(model, args, kwargs)
+        passed = f"a {type(model).__name__} that torch.export cannot export ({reason(error)})"
         change = "Rewrite what it names, or quantise the part of the model that can be exported"
         raise ConfigError(explain(passed, "a forward without decisions by values", change)) from error
     return program.module(check_guards=False)
+
+
+def _check_named(model: str, signature: inspect.Signature, given: Mapping[str, Any]) -> None:
+    """`ConfigError` for inputs that have no parameter of their own: the exporter fails at sizes of theirs."""
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in given:
+            passed = f"a {model} whose forward takes {', '.join(map(repr, given[name]))} by **{name}"
+            raise ConfigError(explain(passed, "inputs with parameters of their own", "Name them in the forward"))
+
+
+def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """`ConfigError` where the model itself does not take the example inputs, which is no fault of the exporter."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # the model's code may raise anything
+        passed = f"example_inputs with which the {type(model).__name__} itself fails ({_first_line(error)})"
+        allowed = "what its forward takes: a tensor, a tuple of positional or a mapping of keyword arguments"
+        change = "Pass inputs alone, without targets, such that model(...) works with them"
+        raise ConfigError(explain(passed, allowed, change)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 
 def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> fx.GraphModule:
@@ -154,6 +190,9 @@ def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> f
 
 
 def _nothing(decisions: tuple[Decision, ...]) -> ConfigError:
-    reasons = "; ".join(f"{decision.layer}: {decision.detail}" for decision in decisions[:5]) or "it has no such layer"
+    reasons = (
+        "; ".join(f"{decision.layer or 'the model'}: {decision.detail}" for decision in decisions[:5])
+        or "it has no such layer"
+    )
     passed = f"a model with nothing to quantise ({reasons})"
     return ConfigError(explain(passed, "at least one Linear, Conv1d or Conv2d", "Shorten keep, or train it in BF16"))

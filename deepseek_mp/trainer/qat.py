@@ -113,7 +113,8 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
             dtype: for all but 'int8': of activations and all other weights; None: BF16.
 
         Raises:
-            ConfigError: for 'int8': PyTorch has no oneDNN here, or a dtype is passed.
+            ConfigError: for 'int8': PyTorch has no oneDNN here, or a dtype is passed; for others: one but BF16,
+                FP16 or FP32.
         """
         self.settle()
         with nullcontext() if self.ema is None else self.ema.applied():
@@ -150,7 +151,7 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
         Raises:
             ConfigError: an argument or a precision that is not allowed, a metric that gives no number or is not 0 for
                 equal outputs, or PyTorch has no oneDNN here.
-            BatchError: inputs that the INT8 model does not take, or for which the FP32 outputs are not finite.
+            BatchError: inputs that the model does not take, or for which the FP32 outputs are not finite.
         """
         if not isinstance(self.model, SimulatedModel):
             allowed = "a trainer of precision='int8'"
@@ -165,7 +166,8 @@ def _check(precision: object, simulate_fp32: object, freeze_norms_at: object, op
     if precision not in PRECISIONS:
         hint = suggest(precision, PRECISIONS) if isinstance(precision, str) else ""
         change = f"Use one of these, or MixedPrecisionTrainer for floating-point formats.{hint}"
-        raise ConfigError(explain(f"precision={precision!r}", ", ".join(map(repr, PRECISIONS)), change))
+        passed = repr(precision) if isinstance(precision, str) else type(precision).__name__
+        raise ConfigError(explain(f"precision={passed}", ", ".join(map(repr, PRECISIONS)), change))
     if not isinstance(simulate_fp32, bool):
         raise ConfigError(explain(f"simulate_fp32={simulate_fp32!r}", "True or False", "Change simulate_fp32"))
     number = isinstance(freeze_norms_at, int | float) and not isinstance(freeze_norms_at, bool)

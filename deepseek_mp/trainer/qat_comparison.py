@@ -49,7 +49,7 @@ def compare(
     Raises:
         ConfigError: an argument that is not allowed, a metric that gives no number or is not 0 for equal outputs, or
             PyTorch has no oneDNN.
-        BatchError: inputs that the INT8 model does not take, or for which the FP32 outputs are not finite.
+        BatchError: inputs that the model does not take, or for which the FP32 outputs are not finite.
     """
     _check(budget, gain, seconds)
     judge = find_metric(metric)
@@ -75,9 +75,13 @@ def _tried(
             call = _caller(model, inputs)
             outputs = [call() for _ in range(WARM)][-1]
         except Exception as error:  # what is not borne, or not compiled, is an answer, whatever it raises
-            if form.format == "fp32" or isinstance(error, ConfigError):
+            if isinstance(error, ConfigError | BatchError):
                 raise
             problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if form.format == "fp32":
+                passed = f"inputs with which the model fails in FP32 ({problem})"
+                allowed = "inputs like example_inputs, in sizes that the model takes"
+                raise BatchError(explain(passed, allowed, "Pass the inputs alone, without targets")) from error
             trials.append(Trial(form=form, problem=problem))
             continue
         if reference is None:

@@ -5,7 +5,7 @@ The linear layers that are rounded are those that `inference.linear_layers` take
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.arithmetic import arithmetic
-from deepseek_mp.inference.form import LINEAR_KINDS
+from deepseek_mp.inference.form import LINEAR_KINDS, Form
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
 from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, cast, linear_layers
+from deepseek_mp.inference.serve import Served
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.nn.places import owners, replaced
+from deepseek_mp.ops.dtypes import format_of
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import KINDS, OTHERS, is_kept
@@ -31,6 +33,8 @@ from deepseek_mp.qat.rounded_layers import TABLES, rounded, rounded_layers
 
 WEIGHTS = LINEAR_KINDS
 """Precisions that are kinds of linear layers: the model's code stays, and large layers are rounded by themselves."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of activations beside weights in fewer bits."""
 _WHY_TABLES: Mapping[str, str] = MappingProxyType(
     {
         "fp8": "rows of a table are looked up, not multiplied: stored in FP8",
@@ -42,7 +46,8 @@ _WHY_TABLES: Mapping[str, str] = MappingProxyType(
 class WeightsModel(nn.Module):
     """Is called as the original is, without gradients; rounded weights are stored in 8 or 4 bits, the rest in `dtype`.
 
-    Tensors of floating type go in as `dtype` and come out in FP32. Its state is `state_dict`, as of any module.
+    Tensors of floating type go in as `dtype` and come out in FP32. Its state is `state_dict`, as of any module; files
+    are those of served models.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, decisions: tuple[Decision, ...]) -> None:
@@ -57,10 +62,43 @@ class WeightsModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, in FP32, whatever autocast the caller has on."""
-        device = next(chain(self.model.buffers(), self.model.parameters())).device
-        with torch.no_grad(), arithmetic(device):
+        with torch.no_grad(), arithmetic(self._device()):
             args, kwargs = map_leaves((args, kwargs), lambda leaf: _cast(leaf, self.dtype))
             return map_leaves(self.model(*args, **kwargs), lambda leaf: _cast(leaf, torch.float32))
+
+    def save(self, path: str | Path, example_inputs: Any, *, dynamic: Sequence[int] = (0,)) -> None:
+        """Write it to a file that `inference.load` reads without the model's code; see `inference.Served.save`.
+
+        Args:
+            path: of the file, by custom with the ending .pt2; an older one there is replaced.
+            example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+            dynamic: dimensions of the inputs that may change later, as far as the model bears it.
+
+        Raises:
+            ConfigError: the model cannot be exported, or the path cannot be written.
+        """
+        self._served().save(path, example_inputs, dynamic=dynamic)
+
+    def export_onnx(
+        self, path: str | Path, example_inputs: Any, *, dynamic: Sequence[int] = (0,), widen: bool = True
+    ) -> None:
+        """Write it to an ONNX file; see `inference.Served.export_onnx`, whose limits are its own.
+
+        Args:
+            path, example_inputs, dynamic: as those of `save`.
+            widen: BF16 becomes FP32, since few runtimes multiply in BF16.
+
+        Raises:
+            ConfigError: onnx or onnxscript is missing, the path cannot be written, or an operation has no form in ONNX,
+                as weights in 4 bits and products in FP8 have none.
+        """
+        self._served().export_onnx(path, example_inputs, dynamic=dynamic, widen=widen)
+
+    def _served(self) -> Served:
+        return Served(self.model, Form(format=str(format_of(self.dtype))), self._device())
+
+    def _device(self) -> torch.device:
+        return next(chain(self.model.buffers(), self.model.parameters())).device
 
     def train(self, mode: bool = True) -> WeightsModel:
         """Refused: integers have no gradients."""
@@ -94,7 +132,10 @@ def with_rounded_weights(
             made[name] = rounded(layer, precision, learn_step=learn_step)
     copy = replaced(copy, made)
     if not rounded_layers(copy):
-        reasons = "; ".join(f"{decision.layer}: {decision.detail}" for decision in decisions[:5]) or "it has none"
+        reasons = (
+            "; ".join(f"{decision.layer or 'the model'}: {decision.detail}" for decision in decisions[:5])
+            or "it has none"
+        )
         passed = f"a model with nothing to quantise ({reasons})"
         allowed = f"a Linear or an Embedding of {SMALLEST} weights or more"
         raise ConfigError(explain(passed, allowed, "Shorten keep, or use another precision"))
@@ -103,7 +144,14 @@ def with_rounded_weights(
 
 @torch.no_grad()
 def deployed(model: nn.Module, decisions: tuple[Decision, ...], dtype: torch.dtype) -> WeightsModel:
-    """A copy of the trained copy in which the rounded weights are stored in fewer bits, and all else in `dtype`."""
+    """A copy of the trained copy in which the rounded weights are stored in fewer bits, and all else in `dtype`.
+
+    Raises:
+        ConfigError: a dtype that the stored layers do not multiply.
+    """
+    if dtype not in DTYPES:
+        allowed = ", ".join(map(str, DTYPES))
+        raise ConfigError(explain(f"convert(dtype={dtype!r})", allowed, "Change dtype, or leave it out"))
     copy = deepcopy(model)
     revert(copy)
     kept = {name: (layer, layer.kept()) for name, layer in rounded_layers(copy).items()}

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -187,9 +188,26 @@ def test_what_cannot_be_saved_is_refused(wide, tmp_path):
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(ConfigError, match=r"torch\.export cannot export"):
+    with pytest.raises(
+        ConfigError, match=r"a Decides that torch\.export cannot export .*test_archive\.py:\d+: return x if"
+    ):
         Served(Decides(), Form(), CPU).save(tmp_path / "model.pt2", torch.ones(2, 2))
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclass
+class Scores:
+    logits: torch.Tensor
+
+
+def test_outputs_in_a_dataclass_are_refused_by_its_name(tmp_path):
+    class Scored(nn.Linear):
+        def forward(self, x):
+            return {"scores": Scores(super().forward(x))}
+
+    served = Served(Scored(4, 2), Form(), CPU)
+    with pytest.raises(ConfigError, match=r"^outputs in a Scores\. Allowed: tensors, .* Let the forward return a dict"):
+        served.save(tmp_path / "model.pt2", torch.randn(3, 4))
 
 
 def test_training_a_loaded_model_is_refused(wide, tmp_path):

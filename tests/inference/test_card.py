@@ -30,6 +30,11 @@ def test_a_table_of_all_forms_and_their_reasons():
     assert [line.split(maxsplit=1) for line in reasons] == [["bf16", "so"], ["fp32", "so"], ["fp16", "out of memory"]]
 
 
+def test_a_plan_is_shown_as_its_reasons():
+    assert str(card()).endswith("\n\n" + str(card().plan))
+    assert [line.split(maxsplit=1)[0] for line in str(card().plan).splitlines()] == ["bf16", "fp32", "fp16"]
+
+
 def test_kinds_by_layer_come_last():
     found = card()
     layers = LayerPlan(why="one of them", choices=(LayerChoice(layer="head", kind="fp8", why="faster"),))

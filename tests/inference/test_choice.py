@@ -29,6 +29,13 @@ def test_of_equals_the_first_is_taken():
     assert reasons([trial(FP32, 1.05), trial(BF16, 1.0)])[0] == BF16
 
 
+def test_an_equal_that_is_faster_and_is_not_taken_says_why():
+    form, why = reasons([trial(FP32, 1.02), trial(BF16, 1.0)])
+    assert form == FP32
+    assert why[0] == "taken: no other form within 0.001 is more than 3% faster"
+    assert why[1] == "0.98 times the time of fp32, which counts as equal and was tried before"
+
+
 @pytest.mark.parametrize("error", [float("nan"), float("inf"), 1.0])
 def test_fp32_is_always_left(error):
     assert reasons([trial(FP32, 4.0), trial(BF16, 1.0, error)])[0] == FP32

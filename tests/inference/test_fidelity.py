@@ -20,6 +20,13 @@ def test_kl_is_the_formula_over_the_last_dimension():
     assert kl(reference + 3, reference) == pytest.approx(0, abs=1e-6), "a shift changes no probability"
 
 
+def test_kl_is_never_negative_by_rounding_and_keeps_nan():
+    torch.manual_seed(0)
+    found = [kl(one.double() + 1e-9 * torch.randn(10), one) for one in torch.randn(200, 10)]
+    assert min(found) >= 0
+    assert math.isnan(kl(torch.full((2,), math.nan), torch.ones(2)))
+
+
 @pytest.mark.parametrize("wrap", [lambda x: {"logits": x}, lambda x: SimpleNamespace(logits=x)])
 def test_kl_finds_logits(wrap):
     reference, logits = torch.randn(3, 5), torch.randn(3, 5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -27,3 +29,11 @@ def test_indices_that_are_none_are_refused():
     for index in (-1, 10):
         with pytest.raises((IndexError, RuntimeError), match="out of range"):
             layer(torch.tensor([index]))
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_table_comes_back_from_a_pickle(format):
+    layer, index = QuantisedEmbedding(*quantised_weight(torch.randn(10, 8), format), torch.bfloat16), torch.arange(10)
+    found = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(found(index), layer(index))
+    assert found.state_dict()["q"].dtype is layer.q.dtype

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
 from deepseek_mp.programs import export_onnx, exported, onnx_export, widened
 
 needs_onnx = pytest.mark.skipif(
@@ -115,3 +116,38 @@ def test_what_has_no_form_in_onnx_is_refused_by_name_and_leaves_no_file(tmp_path
     with pytest.raises(ConfigError, match="a directory"):
         export_onnx(tmp_path, program())
     assert list(tmp_path.iterdir()) == []
+
+
+class Beside(nn.Module):
+    """Something else before and behind its scores."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.linear, self.other = nn.Linear(3, 3), other
+
+    def forward(self, args, kwargs):
+        return {"loss": self.other, "logits": self.linear(args[0]) * kwargs["by"]}
+
+
+@pytest.mark.parametrize("other", [3, 0.5, True])
+def test_what_is_no_tensor_among_the_outputs_is_refused_by_name(monkeypatch, tmp_path, other):
+    monkeypatch.setattr(onnx_export, "require_onnx", lambda: None)
+    made = program(Beside(other))
+    with pytest.raises(ConfigError, match=rf"output 'loss' = {other!r} in a program for ONNX\. Allowed: tensors\."):
+        export_onnx(tmp_path / "net.onnx", made)
+
+
+@needs_onnx
+def test_a_none_among_the_outputs_is_left_out_with_its_name(tmp_path):
+    import onnx
+
+    export_onnx(tmp_path / "net.onnx", program(Beside(None)))
+    assert [one.name for one in onnx.load(tmp_path / "net.onnx").graph.output] == ["logits"]
+
+
+def test_a_table_in_fp8_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx_export, "require_onnx", lambda: None)
+    table = torch.randn(8, 4).to(torch.float8_e4m3fn)
+    made = torch.export.export(QuantisedEmbedding(table, torch.ones(8), torch.float32), (torch.tensor([1, 2]),))
+    with pytest.raises(ConfigError, match="a table in float8_e4m3fn in a program for ONNX"):
+        export_onnx(tmp_path / "net.onnx", made)

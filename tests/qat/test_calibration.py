@@ -55,3 +55,9 @@ def test_no_batch_and_bad_batches_are_refused(linear):
         calibrate(linear, [X, X * math.nan])
     assert linear.training
     assert all(quantiser.fake_quant_enabled for quantiser in linear.quantisers())
+
+
+@pytest.mark.parametrize("one", [X, {"input": X}])
+def test_one_batch_in_place_of_a_list_is_refused(linear, one):
+    with pytest.raises(LoaderError, match=r"which is one batch\. .* Pass it in a list"):
+        calibrate(linear, one)

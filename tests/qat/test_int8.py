@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -119,3 +121,27 @@ def test_a_file_that_says_something_else_is_refused(simulated, about, tmp_path):
     write(tmp_path / "model.pt2", convert(simulated)._program, {DECISIONS: about})
     with pytest.raises(CheckpointError, match=r"decisions\.json is damaged"):
         Int8Model.load(tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("how", [pickle.dumps, copy.copy])
+def test_it_cannot_be_pickled_and_says_what_to_do(simulated, how):
+    with pytest.raises(ConfigError, match=r"an Int8Model to be pickled .* Call save\(path\), and Int8Model.load"):
+        how(convert(simulated))
+
+
+def test_a_deep_copy_shares_nothing_and_gives_the_same(simulated, example):
+    int8 = convert(simulated)
+    found = copy.deepcopy(int8)
+    assert torch.equal(found.reference(example), int8.reference(example))
+    shared = {tensor.data_ptr() for tensor in int8.buffers() if tensor.nbytes}
+    assert shared.isdisjoint(tensor.data_ptr() for tensor in found.buffers() if tensor.nbytes)
+
+
+def test_it_is_neither_cast_nor_moved(simulated, example):
+    int8 = convert(simulated)
+    expected = int8.reference(example)
+    assert torch.equal(int8.cpu().float().reference(example), expected)
+    for change in (int8.half, int8.double, lambda: int8.to("meta")):
+        with pytest.raises(ConfigError, match=r"an Int8Model to be in torch\.float\d+ on \w+"):
+            change()
+    assert torch.equal(int8.reference(example), expected)

@@ -8,7 +8,7 @@ from torch import nn
 
 from deepseek_mp.precision import Reason
 from deepseek_mp.qat import convert, prepare
-from deepseek_mp.qat.layers import is_kept
+from deepseek_mp.qat.layers import APART, is_kept
 
 
 def test_all_kinds_are_in_int8_but_what_is_kept(simulated):
@@ -91,3 +91,24 @@ def test_weights_with_dropout_of_their_own_are_quantised():
     quantised = [node for node in int8.graph.graph.nodes if "dequantize_per_channel" in str(node.target)]
     assert len(quantised) == 2
     torch.testing.assert_close(int8(x), int8.reference(x), rtol=1e-2, atol=1e-2)
+
+
+class Cast(nn.Module):
+    """A layer where autocast is on, and one in a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.cast, self.branch, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.cast(x)
+        return self.last(torch.cond(x.sum() > 0, lambda z: self.branch(z), lambda z: z + 1, (y.float(),)))
+
+
+def test_layers_in_graphs_of_their_own_say_so():
+    found = {one.layer: one for one in prepare(Cast(), torch.rand(4, 4)).decisions}
+    assert found["last"].new == "int8"
+    assert (found["cast"].new, found["cast"].reason, found["cast"].detail) == ("fp32", Reason.NO_KERNEL, APART)
+    assert (found["branch"].new, found["branch"].reason) == ("fp32", Reason.NOT_CONTROLLABLE)
+    assert "in a branch" in found["branch"].detail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import threading
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer
 from deepseek_mp.errors import ConfigError
-from deepseek_mp.qat import convert, prepare
+from deepseek_mp.qat import convert, preparation, prepare
 
 X = torch.randn(4, 8)
 
@@ -148,3 +149,70 @@ def test_a_model_that_writes_to_its_input_does_not_write_to_the_examples():
     convert(simulated)
     assert torch.equal(x, before)
     assert torch.equal(simulated.example[0][0], before)  # a second conversion finds them so, too
+
+
+class Several(nn.Module):
+    """Takes as many inputs as it is given, and by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, first, flag=None, *others, last=None):
+        assert flag is None
+        return self.linear(sum(others, first)) if last is None else self.linear(first) + last
+
+
+def test_inputs_of_a_forward_with_any_number_of_them_are_taken_in_other_sizes():
+    model = Several().eval()
+    simulated = prepare(model, (X, None, X, X))
+    other = torch.cat([X, X])
+    torch.testing.assert_close(
+        simulated(other, None, other, other), model(other, None, other, other), atol=0.1, rtol=0.1
+    )
+
+
+def test_named_inputs_may_be_in_any_order_with_others_than_tensors_between():
+    model, last = Several().eval(), torch.randn(8, 4)
+    simulated = prepare(model, {"last": last[:4], "flag": None, "first": X})
+    named = {"last": last, "flag": None, "first": torch.cat([X, X])}
+    torch.testing.assert_close(simulated(**named), model(**named), atol=0.1, rtol=0.1)
+
+
+def test_inputs_that_the_model_itself_does_not_take_are_named_as_the_reason():
+    for inputs in ((X, torch.zeros(4)), [X], torch.randn(4, 9)):
+        with pytest.raises(
+            ConfigError, match=r"example_inputs with which the Sequential itself fails \(\w+: .* without targets"
+        ):
+            prepare(linear(), inputs)
+
+
+def test_a_forward_with_any_names_is_refused():
+    class Named(nn.Sequential):
+        def forward(self, **inputs):
+            return super().forward(inputs["x"])
+
+    with pytest.raises(ConfigError, match=r"a Named whose forward takes 'x' by \*\*inputs"):
+        prepare(Named(nn.Linear(8, 4)), {"x": X})
+
+
+def test_torchao_does_not_speak_about_itself(monkeypatch, caplog):
+    def speaks(name):
+        logging.getLogger(name.partition(".")[0]).warning("Failed to load a kernel")
+
+    monkeypatch.setattr(preparation, "import_module", speaks)
+    preparation.require_torchao()
+    assert not caplog.records
+
+
+def test_the_exporter_does_not_warn_of_recurrent_layers(recwarn):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent, self.last = nn.GRU(8, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.recurrent(x)[0])
+
+    prepare(Recurrent(), torch.randn(4, 3, 8))
+    assert not [one for one in recwarn if "_flat_weights" in str(one.message)]

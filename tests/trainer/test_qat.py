@@ -142,6 +142,7 @@ def test_decisions_are_written_down(tmp_path):
     ("options", "match"),
     [
         ({"precision": "int4"}, "precision='int4'"),
+        ({"precision": torch.ones(2)}, r"precision=Tensor\. Allowed: 'int8',"),
         ({"precision": "bf16"}, "MixedPrecisionTrainer for floating-point formats"),
         ({"simulate_fp32": 1}, "simulate_fp32=1"),
         ({"freeze_norms_at": 2}, "freeze_norms_at=2"),

@@ -141,3 +141,36 @@ def test_inputs_that_are_not_finite_and_metrics_without_a_number_are_refused(mon
         trainer.compare(torch.randn(4, 4), metric=lambda outputs, reference: 0.2)
     with pytest.raises(BatchError, match="FP32 outputs are not finite"):
         trainer.compare(torch.full((4, 4), math.nan))
+
+
+class Built(nn.Linear):
+    """In the place of a form: takes a width of 4."""
+
+    @property
+    def graph(self):
+        return self
+
+
+def refusing(simulated):
+    del simulated
+
+    def refuse(x):
+        raise BatchError(f"an input of {list(x.shape)} for INT8")
+
+    built = Built(4, 4)
+    built.forward = refuse
+    return built
+
+
+@pytest.mark.parametrize(
+    ("width", "match"),
+    [
+        (3, r"inputs with which the model fails in FP32 \(RuntimeError: .*Allowed: inputs like"),
+        (4, "an input of .*INT8"),
+    ],
+)
+def test_inputs_that_a_form_does_not_take_are_refused(monkeypatch, width, match):
+    monkeypatch.setattr(qat_comparison, "BUILDERS", {FP32: lambda _: Built(4, 4), INT8: refusing})
+    simulated, inputs = nn.Identity(), torch.randn(2, width)
+    with pytest.raises(BatchError, match=match):
+        qat_comparison.compare(simulated, inputs, budget=0.1, metric="relative", gain=1.1, seconds=0.1)

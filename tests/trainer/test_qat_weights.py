@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from importlib.util import find_spec
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 from deepseek_mp import MixedPrecisionTrainer, QuantizationAwareTrainer
 from deepseek_mp.errors import ConfigError
+from deepseek_mp.inference import load
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
@@ -312,3 +315,41 @@ def test_compare_and_dtypes_are_of_one_precision_only():
     assert isinstance(trainer.convert(), Int8Model)
     with pytest.raises(ConfigError, match=r"convert\(dtype=torch.bfloat16\) to INT8"):
         trainer.convert(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("precision", ["int8_weights", "fp8_weights", "int4_weights", "fp8"])
+def test_files_give_the_same_bits_without_the_models_code(tmp_path, precision, dtype):
+    served, (tokens, _) = make(precision).convert(dtype), batches(1)[0]
+    served.save(tmp_path / "words.pt2", tokens)
+    loaded = load(tmp_path / "words.pt2", "cpu")
+    assert torch.equal(loaded(tokens[:3]), served(tokens[:3]))
+    assert loaded.formats["model.table.q"]["format"] == ("fp8_e4m3" if precision.startswith("fp8") else "int8")
+
+
+@pytest.mark.parametrize("precision", ["int8_weights", "fp8"])
+def test_pickles_and_casts_keep_what_is_stored(precision):
+    served, (tokens, _) = make(precision).convert(), batches(1)[0]
+    found = pickle.loads(pickle.dumps(served))
+    assert torch.equal(found(tokens), served(tokens))
+    assert torch.equal(found.bfloat16()(tokens), served(tokens))
+
+
+@pytest.mark.skipif(not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs onnx and its runtime")
+def test_an_onnx_file_holds_int8_and_gives_the_outputs(tmp_path):
+    import onnxruntime
+
+    served, (tokens, _) = make("int8_weights").convert(torch.float32), batches(1)[0]
+    served.export_onnx(tmp_path / "words.onnx", tokens)
+    session = onnxruntime.InferenceSession(tmp_path / "words.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), served(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "bf16"])
+def test_dtypes_that_stored_layers_do_not_multiply_are_refused(dtype):
+    trainer = make()
+    with pytest.raises(
+        ConfigError, match=r"convert\(dtype=.*\)\. Allowed: torch\.bfloat16, torch\.float16, torch\.float32"
+    ):
+        trainer.convert(dtype)
