@@ -28,7 +28,7 @@ from deepseek_mp.inference.mixed import MixedForms
 from deepseek_mp.inference.quantised_linear import linear_kinds
 from deepseek_mp.inference.recorder import records
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
-from deepseek_mp.nn.nested import tensors
+from deepseek_mp.nn.nested import first_tensor
 
 Progress = Callable[[str, float], None]
 BUILDING, TIMING = 0.7, 0.85
@@ -92,7 +92,7 @@ def optimize_for_inference(
         raise ConfigError(explain(f"a model of type {type(model).__name__}", "an nn.Module", "Pass one"))
     _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
     judge = find_metric(metric)
-    tensor = next(tensors(example_inputs), None)
+    tensor = first_tensor(example_inputs)
     device = _device_of(model, tensor)
     batch = 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
     forms = _forms(model, device, formats, compile, graphs)

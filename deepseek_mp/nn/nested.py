@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ def _map_mapping(tree: Mapping[Any, Any], change: Callable[[Any], Any]) -> Mappi
 
 
 def _map_fields(tree: Any, change: Callable[[Any], Any]) -> Any:
-    had = {field.name: getattr(tree, field.name) for field in fields(tree) if hasattr(tree, field.name)}
+    had = _fields(tree)
     made = {name: map_leaves(value, change) for name, value in had.items()}
-    if all(made[name] is value for name, value in had.items()):
+    if _is_same(made, had):
         return tree
     same = copy.copy(tree)  # not `replace`, which runs its `__init__` again
     for name, value in made.items():
@@ -52,29 +52,40 @@ def _map_fields(tree: Any, change: Callable[[Any], Any]) -> Any:
     return same
 
 
+def _fields(tree: Any) -> dict[str, Any]:
+    """Of a dataclass, by name; those of `init=False` may have no value."""
+    return {field.name: getattr(tree, field.name) for field in fields(tree) if hasattr(tree, field.name)}
+
+
+def _is_same(made: Any, had: Any) -> bool:
+    """Whether no leaf is another: tuples, lists and mappings are made anew all the same."""
+    if made is had:
+        return True
+    if isinstance(had, Mapping):
+        return isinstance(made, Mapping) and all(_is_same(made[key], item) for key, item in had.items())
+    if not (isinstance(had, tuple | list) and isinstance(made, tuple | list)):
+        return False
+    return all(_is_same(one, other) for one, other in zip(made, had, strict=True))
+
+
 def first_tensor(tree: Any) -> Tensor | None:
     """The first tensor in order, or None."""
-    if isinstance(tree, Tensor):
-        return tree
-    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
-    for item in items:
-        found = first_tensor(item)
-        if found is not None:
-            return found
-    return None
+    return next(tensors(tree), None)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        yield from tensors(list(tree.values()))
+        return
+    if isinstance(tree, Mapping):
+        items: Any = tree.values()
     elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from tensors(item)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        yield from tensors([getattr(tree, field.name) for field in fields(tree)])
+        items = tree
+    else:
+        items = _fields(tree).values() if hasattr(type(tree), "__dataclass_fields__") else ()
+    for item in items:
+        yield from tensors(item)
 
 
 def numbers(tree: Any) -> Iterator[Tensor]:

@@ -20,22 +20,20 @@ def first_samples(batch: Any, count: int) -> Any:
     """The batch with its first samples alone: every tensor whose first dimension is the batch's is cut.
 
     Args:
-        batch: as for `step`; tensors in tuples, lists and mappings, however deep. A packed sequence stays whole.
+        batch: as for `step`; tensors in tuples, lists, mappings and dataclasses, however deep. A packed sequence stays
+            whole.
         count: from 1 to the number of samples.
     """
     size = batch_size(parse_batch(batch))
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[:count] if value.dim() and value.shape[0] == size else value
-        if isinstance(value, Mapping):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
-            items = [cut(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[:count] if leaf.dim() and leaf.shape[0] == size else leaf
+        if isinstance(leaf, Mapping):  # with a `to` of its own, as a tokenizer's output
+            return {key: map_leaves(item, cut) for key, item in leaf.items()}
+        return leaf
 
-    return cut(batch)
+    return map_leaves(batch, cut)
 
 
 def part_of(call: Call, share: float) -> Call:

@@ -102,3 +102,25 @@ def test_dataclasses_are_the_same_kind_with_other_leaves():
 def test_a_dataclass_without_another_leaf_is_itself():
     plain = Answer(torch.ones(2), (), "b")
     assert map_leaves(plain, lambda leaf: leaf) is plain
+
+
+@dataclass
+class Settings:
+    sizes: list
+    names: dict
+    read_only: object = None
+
+
+def test_a_dataclass_that_holds_containers_without_another_leaf_is_itself():
+    """Such as a cache, whose lists the model adds to, or settings."""
+    cache = Settings([1, [torch.ones(1)]], {"a": ("x", None)}, MappingProxyType({"b": [2]}))
+    outer = Settings([cache], {})
+    assert map_leaves([outer], lambda leaf: leaf)[0] is outer
+    made = map_leaves(cache, lambda leaf: leaf + 1 if isinstance(leaf, torch.Tensor) else leaf)
+    assert (made.sizes[1][0].tolist(), cache.sizes[1][0].tolist()) == ([2], [1])
+
+
+def test_tensors_of_dataclasses_are_found_without_those_fields_that_have_no_value():
+    answer = Answer(torch.ones(2), [torch.zeros(1)])
+    assert [tensor.tolist() for tensor in tensors([3, answer])] == [[1, 1], [0]]
+    assert first_tensor([3, {"a": answer}]) is answer.logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -60,3 +61,15 @@ def test_targets_that_are_no_items_keep_the_whole_batch() -> None:
     x, target = torch.randn(16, 4, 32), torch.randint(0, 8, (64,))
     whole = parse_batch((x, target))
     assert part_of(whole, 0.1) is whole
+
+
+@dataclass
+class Words:
+    ids: torch.Tensor
+    name: str = "words"
+
+
+def test_the_first_samples_of_a_dataclass_are_cut_too() -> None:
+    words, target = first_samples(({"words": Words(torch.arange(6))}, torch.arange(6)), 2)
+    assert isinstance(words["words"], Words)
+    assert (words["words"].ids.tolist(), target.tolist()) == ([0, 1], [0, 1])
