@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from threading import Lock, get_ident
+from threading import RLock, get_ident
 from types import TracebackType
 
 
@@ -25,7 +25,8 @@ class OpenRegions:
     """The regions of one kind that are open now, the innermost last."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        # Entered again by its own thread: a generator that is collected, or a signal's handler, may end a region here.
+        self._lock = RLock()
         self._open: list[_Setting] = []
 
     def region(
@@ -50,10 +51,14 @@ class OpenRegions:
             if last is not None and last.key == key and get_ident() not in last.threads:
                 last.threads.add(get_ident())
                 return last
-            undo = setting()
-            undo.__enter__()
-            self._open.append(_Setting(key, undo))
-            return self._open[-1]
+            entered = _Setting(key, setting())
+            self._open.append(entered)  # before it is set, so that none below is undone over it
+            try:
+                entered.undo.__enter__()
+            except BaseException:
+                self._open.remove(entered)
+                raise
+            return entered
 
     def leave(self, entered: _Setting, thread: int) -> None:
         """End the region that a thread began. Those below others are undone after these."""

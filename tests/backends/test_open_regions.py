@@ -101,3 +101,39 @@ def test_what_cannot_be_set_is_no_open_region(threads: list[Thread]) -> None:
     with regions.region("ieee", lambda: setting("ieee")):
         assert SET[-1] == "ieee"
     assert SET[-1] == "user's"
+
+
+def test_what_fails_while_it_is_set_is_no_open_region() -> None:
+    SET[:] = ["user's"]
+    regions = OpenRegions()
+
+    @contextmanager
+    def refused() -> Iterator[None]:
+        with setting("ieee"):
+            raise ValueError("no such mode")
+        yield
+
+    region = regions.region("ieee", refused)
+    with pytest.raises(ValueError, match="no such mode"):
+        region.__enter__()
+    assert (SET[-1], regions._open) == ("user's", [])
+
+
+def test_a_region_may_end_while_the_same_thread_begins_another() -> None:
+    """As those of generators do that are collected, or of handlers of signals: wherever the thread is just then."""
+    SET[:] = ["user's"]
+    regions = OpenRegions()
+    first = regions.region("ieee", lambda: setting("ieee"))
+    first.__enter__()
+
+    @contextmanager
+    def collects() -> Iterator[None]:
+        assert regions._lock.acquire(blocking=False), "it would wait for itself"
+        regions._lock.release()
+        with setting("tf32"):
+            first.__exit__(None, None, None)
+            yield
+
+    with regions.region("tf32", collects):
+        assert SET[-1] == "tf32"
+    assert SET[-1] == "user's"
