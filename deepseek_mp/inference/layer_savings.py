@@ -105,8 +105,8 @@ def _savings(
         if faster:
             saved[name] = faster
         else:
-            problems = [f"{kind}: {why}" for kind, why in times[calls[0]].problems.items()]
-            left[name] = "; ".join(["no kind is faster"] if own else problems)
+            problems = [f"{kind}: {why}" for shape in calls for kind, why in times[shape].problems.items()]
+            left[name] = "no kind is faster" if own else "; ".join(dict.fromkeys(problems))
     return saved, left
 
 

@@ -87,6 +87,23 @@ def test_what_was_not_timed_is_not_judged(times):
     assert measured(kinds=(INT8,)).left["up.0"] == "int8_weights: the device has no such product of its size"
 
 
+def test_the_problem_of_any_call_is_told(monkeypatch):
+    """Of a layer that is called with one row and with three, and has no time with three."""
+    problem = "OutOfMemoryError: of three rows"
+
+    def layer_times(shapes, dtype, device, *, seconds, others, clock):
+        one, three = (LayerTime(plain=1.0, kinds={INT8: 0.1}), LayerTime(plain=1.0, kinds={}, problems={INT8: problem}))
+        return {shape: one if shape.rows == 1 else three for shape in shapes}
+
+    monkeypatch.setattr(module, "layer_times", layer_times)
+    layer, now = nn.Linear(256, 256), iter((1.0, 4.0))
+    found = layer_savings(
+        nn.Sequential(layer), lambda: (layer(torch.ones(1, 256)), layer(torch.ones(3, 256))), [INT8],
+        dtype=torch.bfloat16, device=torch.device("cpu"), seconds=7.0, clock=lambda: next(now),
+    )  # fmt: skip
+    assert (found.saved, found.left) == ({}, {"0": f"int8_weights: {problem}"})
+
+
 def test_shapes_with_most_weights_come_first_and_once(times):
     measured()
     shapes, seconds, others = times["asked"]
