@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from deepseek_mp.inference.by_layer import Bench, by_layer
@@ -56,7 +57,7 @@ class MixedForms:
         self.others = others
         self.plan = LayerPlan(why="not tried: no time was given to it")
         """What was decided, and why."""
-        self._found: tuple[Bench, LayerSavings] | str | None = None
+        self._found: LayerSavings | str | None = None
         self._model, self._call, self._metric = model, call, metric
         self._budget, self._seconds = budget, seconds
         self._with_kinds = [form for form in others if form.linear is not None]
@@ -77,7 +78,7 @@ class MixedForms:
         if KINDS[form.linear].rounds_inputs:  # compiled code may join the rounding to what is before
             return ""
         found = self._measured(served)
-        share = 0.0 if isinstance(found, str) else found[1].share.get(form.linear, 0.0)
+        share = 0.0 if isinstance(found, str) else found.share.get(form.linear, 0.0)
         return f"not built: its layers take {share:.3g} times as long as in 16 bits" if share > SLOW else ""
 
     def forms(self, served: Mapping[Form, Served]) -> list[Form]:
@@ -100,38 +101,42 @@ class MixedForms:
         return list(dict.fromkeys(replace(form, linear=None, layers=self.plan.kinds) for form in self._with_kinds))
 
     def _chosen(self, served: Mapping[Form, Served]) -> LayerPlan:
-        found = self._measured(served)
-        if isinstance(found, str):
-            return LayerPlan(why=found)
-        bench, savings = found
+        savings = self._measured(served)
+        if isinstance(savings, str):
+            return LayerPlan(why=savings)
         try:
-            return by_layer(bench, savings, budget=self._budget, seconds=self._seconds - savings.seconds)
+            left = self._seconds - savings.seconds
+            return by_layer(self._bench(served), savings, budget=self._budget, seconds=left)
         except Exception as error:  # noqa: BLE001 - the other forms are there all the same; the plan says why
             return LayerPlan(why=_said(error))
 
-    def _measured(self, served: Mapping[Form, Served]) -> tuple[Bench, LayerSavings] | str:
-        """What kinds are chosen on, measured once; or why that cannot be."""
+    def _measured(self, served: Mapping[Form, Served]) -> LayerSavings | str:
+        """What kinds save in layers, measured once; or why that cannot be."""
         if self._found is None:
             try:
-                self._found = self._measure(served)
+                base, dtype = self._base(served)
+                kinds = list(dict.fromkeys(form.linear for form in self._with_kinds if form.linear is not None))
+                self._found = layer_savings(
+                    base.model, lambda: self._call(base), kinds,
+                    dtype=dtype, device=base.device, seconds=HALF * self._seconds,
+                )  # fmt: skip
             except Exception as error:  # noqa: BLE001 - as above
                 self._found = _said(error)
         return self._found
 
-    def _measure(self, served: Mapping[Form, Served]) -> tuple[Bench, LayerSavings]:
-        kinds = list(dict.fromkeys(form.linear for form in self._with_kinds if form.linear is not None))
+    def _base(self, served: Mapping[Form, Served]) -> tuple[Served, torch.dtype]:
+        """In 16 bits; a copy that is not among those that run is not kept, since others are built after it."""
         plain = Form(format=self._with_kinds[0].format)
-        wide, dtype = served[Form()], NARROW[plain.format]
-        base = served.get(plain) or Served(self._model, plain, wide.device)
+        return served.get(plain) or Served(self._model, plain, served[Form()].device), NARROW[plain.format]
+
+    def _bench(self, served: Mapping[Form, Served]) -> Bench:
+        wide, (base, dtype) = served[Form()], self._base(served)
         with undone(wide.model, wide.device):
             reference = self._call(wide)
-        bench = Bench(
+        return Bench(
             model=self._model, base=base.model, call=lambda: self._call(base), reference=reference,
             metric=self._metric, dtype=dtype, device=wide.device,
         )  # fmt: skip
-        return bench, layer_savings(
-            base.model, bench.call, kinds, dtype=dtype, device=wide.device, seconds=HALF * self._seconds
-        )
 
     def _one_for_all(self) -> str | None:
         """The kind that every layer has that can be of it."""

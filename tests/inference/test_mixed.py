@@ -1,6 +1,8 @@
 """The forms with kinds by layer: what they are chosen on, and when there are none."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -110,6 +112,22 @@ def test_kinds_whose_layers_are_much_slower_are_left_to_plain_code(model, plan):
     assert len(plan["timed"]) == 1, "layers are timed once"
     assert needless(model, {}, [replace(forms[0], compiled=False), Form(format="bf16", compiled=True)])[0] == ["", ""]
     assert needless(model, {}, forms, seconds=0.0)[0] == ["", "", ""]
+
+
+def test_no_outputs_and_no_copy_are_kept_while_other_forms_are_built(model, plan):
+    x, outputs = torch.randn(2, 256), []
+
+    def call(served):
+        made = served(x)
+        outputs.append(weakref.ref(made))
+        return made
+
+    found = MixedForms(model, [Form(), *KINDS], call, kl, 0.5, 5.0)
+    found.needless(KINDS[1], {Form(): Served(model, Form(), CPU)}, {})
+    gc.collect()
+    assert len(plan["timed"]) == 1
+    assert [made() for made in outputs] == [None] * len(outputs)
+    assert not [one for one in gc.get_objects() if isinstance(one, Served) and one.form == Form(format="bf16")]
 
 
 def test_kinds_far_beyond_the_budget_are_left_to_plain_code(model, plan):
