@@ -165,16 +165,18 @@ def _tried(
             served[form] = one
         gc.collect()
     runs = {form.name: _caller(one, inputs) for form, one in served.items()}
-    with ExitStack() as states, _again_and_again():
+    with ExitStack() as states:
         states.callback(undoing(inputs))
         for one in {id(one.model): one for one in served.values()}.values():
             states.enter_context(one.kept_state())
         report(f"timing {len(runs)} forms", BUILDING)
-        times = latencies(runs, device, seconds=seconds)
+        with _again_and_again():
+            times = latencies(runs, device, seconds=seconds)
         shown = {form for form in served if energy_seconds > 0}
         if shown:
             report(f"measuring the energy of {len(shown)} forms", TIMING)
-        joules = {form: energy(runs[form.name], device, seconds=energy_seconds) for form in shown}
+        with _again_and_again():
+            joules = {form: energy(runs[form.name], device, seconds=energy_seconds) for form in shown}
     report("done", 1.0)
     return [
         replace(trial, latency=times.get(trial.form.name), energy=joules.get(trial.form)) for trial in trials

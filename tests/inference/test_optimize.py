@@ -408,6 +408,18 @@ def test_progress_is_told_form_by_form(classifier):
     assert told[-1] == ("done", 1.0)
 
 
+@pytest.mark.parametrize("step", ["building", "timing", "measuring the energy"])
+def test_what_progress_raises_is_raised_as_it_is(step):
+    def cancel(text, _share):
+        if text.startswith(step):
+            raise TimeoutError("the user's own")
+
+    torch.manual_seed(0)
+    given = {"formats": ("fp32",), "compile": False, "seconds": 0.01, "energy_seconds": 0.01}
+    with pytest.raises(TimeoutError, match="the user's own"):
+        optimize_for_inference(nn.Linear(4, 2), torch.randn(1, 4), progress=cancel, **given)
+
+
 @dataclass
 class Answer:
     logits: torch.Tensor
