@@ -278,10 +278,10 @@ def _check_norms(model: nn.Module) -> None:
         if parameter.default is None:
             raise ValueError(f"its forward may ask whether {parameter.name}=None is given")
     modules = dict(model.named_modules())
-    before = [(module, dict(vars(module))) for module in modules.values()]
+    before = [(module, _attributes(module)) for module in modules.values()]
     traced = fx.symbolic_trace(model).graph.nodes
     for module, had in before:
-        if changed := [name for name, value in vars(module).items() if value is not had.get(name, module)]:
+        if changed := [name for name, found in _attributes(module).items() if _differ(found, had.get(name, []))]:
             raise ValueError(f"its forward changes {', '.join(changed)}, which a trace would keep as it was")
     nodes = [node for node in traced if node.op == "call_module"]
     read = {node.target: node.target.rpartition(".")[0] for node in traced if node.op == "get_attr"}
@@ -294,6 +294,18 @@ def _check_norms(model: nn.Module) -> None:
             raise ValueError(f"{first.target} is called more than once")
         if isinstance(first, fx.Node) and (weights := [name for name, owner in read.items() if owner == first.target]):
             raise ValueError(f"{weights[0]} is read by itself")
+
+
+def _attributes(module: nn.Module) -> dict[str, list[Any]]:
+    """By name, each with what it holds: a forward may add to it."""
+    return {
+        name: [value, *(value.values() if isinstance(value, dict) else value if isinstance(value, list | set) else ())]
+        for name, value in vars(module).items()
+    }
+
+
+def _differ(found: list[Any], had: list[Any]) -> bool:
+    return len(found) != len(had) or any(one is not other for one, other in zip(found, had, strict=True))
 
 
 def _folded(model: nn.Module) -> nn.Module:

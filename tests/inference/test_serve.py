@@ -257,3 +257,25 @@ def test_norms_are_not_folded_in_a_forward_that_changes_attributes():
         Served(model, Form(folded=True), torch.device("cpu"))
     assert model.calls == 0
     Served(Looked(at_weight=False, counts=False), Form(folded=True), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "add"),
+    [
+        (list, lambda kept: kept.append(1)),
+        (dict, lambda kept: kept.update({len(kept): 1})),
+        (set, lambda kept: kept.add(len(kept))),
+    ],
+    ids=["list", "dict", "set"],
+)
+def test_norms_are_not_folded_in_a_forward_that_adds_to_what_it_keeps(kind, add):
+    class Remembers(nn.Sequential):
+        def forward(self, x):
+            add(self.kept)
+            return super().forward(x) * len(self.kept)
+
+    torch.manual_seed(0)
+    model = Remembers(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.kept = kind()
+    with pytest.raises(ConfigError, match=r"its forward changes kept, which a trace would keep"):
+        Served(model, Form(folded=True), CPU)
