@@ -53,19 +53,20 @@ def _map_fields(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _fields(tree: Any) -> dict[str, Any]:
-    """Of a dataclass, by name; those of `init=False` may have no value."""
-    return {field.name: getattr(tree, field.name) for field in fields(tree) if hasattr(tree, field.name)}
+    """Of a dataclass, by name, and what else it holds; fields of `init=False` may have no value."""
+    found = {field.name: getattr(tree, field.name) for field in fields(tree) if hasattr(tree, field.name)}
+    if torch.compiler.is_compiling() or not hasattr(tree, "__dict__"):
+        return found  # slots have none, and PyTorch 2.11 does not trace it
+    return {**found, **vars(tree)}
 
 
 def _is_same(made: Any, had: Any) -> bool:
     """Whether no leaf is another: tuples, lists and mappings are made anew all the same."""
-    if made is had:
-        return True
-    if isinstance(had, Mapping):
-        return isinstance(made, Mapping) and all(_is_same(made[key], item) for key, item in had.items())
-    if not (isinstance(had, tuple | list) and isinstance(made, tuple | list)):
-        return False
-    return all(_is_same(one, other) for one, other in zip(made, had, strict=True))
+    if isinstance(had, Mapping) and isinstance(made, Mapping):
+        return all(_is_same(made[key], item) for key, item in had.items())
+    if isinstance(had, tuple | list) and isinstance(made, tuple | list):
+        return all(_is_same(one, other) for one, other in zip(made, had, strict=True))
+    return made is had
 
 
 def first_tensor(tree: Any) -> Tensor | None:

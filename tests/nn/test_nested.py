@@ -1,5 +1,6 @@
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 import pytest
@@ -124,3 +125,24 @@ def test_tensors_of_dataclasses_are_found_without_those_fields_that_have_no_valu
     answer = Answer(torch.ones(2), [torch.zeros(1)])
     assert [tensor.tolist() for tensor in tensors([3, answer])] == [[1, 1], [0]]
     assert first_tensor([3, {"a": answer}]) is answer.logits
+
+
+@dataclass
+class Sentences:
+    ids: torch.Tensor
+
+    def __post_init__(self):
+        self.lengths = self.ids.sum(-1)
+
+    @cached_property
+    def mask(self):
+        return self.ids != 0
+
+
+def test_what_a_dataclass_holds_beside_its_fields_changes_too():
+    """Or a batch's mask would stay where it was computed."""
+    sentences = Sentences(torch.ones(2, 3))
+    assert sentences.mask.all()
+    made = map_leaves(sentences, lambda leaf: leaf.to("meta"))
+    assert [one.device.type for one in (made.ids, made.lengths, made.mask)] == ["meta"] * 3
+    assert [one.device.type for one in (sentences.ids, sentences.lengths, sentences.mask)] == ["cpu"] * 3
