@@ -103,10 +103,10 @@ def needless(model, errors, forms, seconds=5.0):
 
 
 def test_kinds_whose_layers_are_much_slower_are_left_to_plain_code(model, plan):
-    plan["share"] = {INT8: 1.4, "fp8": 1.4, "int4_weights": 1.2}
+    plan["share"] = {INT8: 1.6, "fp8": 1.6, "int4_weights": 1.4}
     forms = [Form(format="bf16", linear=kind, compiled=True) for kind in plan["share"]]
     said, found, served = needless(model, {}, [*forms, replace(forms[0], graphed=True)])
-    slow = "not built: its layers take 1.4 times as long as in 16 bits"
+    slow = "not built: its layers take 1.6 times as long as in 16 bits"
     assert said == [slow, "", "", slow], "the rounding of inputs may be joined to what is before"
     found.forms(served)
     assert len(plan["timed"]) == 1, "layers are timed once"

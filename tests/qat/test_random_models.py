@@ -119,7 +119,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def check(seed: int, images: bool, path: Path) -> None:
+def check(seed: int, images: bool, path: Path, *, sizes: tuple[int, ...] = ()) -> None:
     torch.manual_seed(seed)
     model = RandomModel(seed, images=images)
     x = torch.randn(4, WIDTH, 5, 5) if images else torch.randn(16, WIDTH)
@@ -140,6 +140,9 @@ def check(seed: int, images: bool, path: Path) -> None:
     assert distance(first, reference) < ALIKE
     assert torch.equal(first, second)
     assert torch.equal(first, loaded)
+    for size in sizes:
+        other = torch.randn(size, *x.shape[1:])
+        assert distance(converted(other), converted.reference(other)) < ALIKE, size
 
 
 @pytest.mark.parametrize("images", [False, True], ids=["matrices", "images"])
@@ -152,4 +155,4 @@ def test_int8_gives_what_was_trained(seed: int, images: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("images", [False, True], ids=["matrices", "images"])
 @pytest.mark.parametrize("seed", range(2, 13))
 def test_int8_of_more_models_gives_what_was_trained(seed: int, images: bool, tmp_path: Path) -> None:
-    check(seed, images, tmp_path / "model.pt2")
+    check(seed, images, tmp_path / "model.pt2", sizes=(3, 7, 20))
