@@ -1,6 +1,7 @@
 """First dimensions of a program's inputs: which of them are free, and from where to where.
 
 Where the model's code asks for a size, the graph has the answer for the example inputs, and no trace of the question.
+Ranges of sizes say the most of it. A least size of 2 says nothing, since the exporter takes it for all.
 """
 
 from __future__ import annotations
