@@ -1,7 +1,7 @@
 """Sizes of inputs that an exported graph leaves free, such as the batch, also in compiled code.
 
 Code compiled for free sizes holds for all that meet what the compiler has assumed of them, which it says in `guards`.
-It assumes of each that it is 2 at least.
+It assumes of each that it is 2 at least. Strides are those of the inputs at hand, as they are for all that are alike.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ class Opened:
         for index, (x, free) in enumerate(zip(inputs, dims, strict=True)):
             kinds = [DimDynamic.DYNAMIC if at in free else DimDynamic.STATIC for at in range(x.dim())]
             context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
-            fake = mode.from_tensor(x, symbolic_context=context, source=ConstantSource(f"input_{index}"))
-            self.fakes.append(fake)
-            shape: Any = fake.shape
+            sizes = mode.from_tensor(x, symbolic_context=context, source=ConstantSource(f"input_{index}"))
+            shape: Any = sizes.shape
+            with mode:  # `sizes` has symbols in strides that are multiples of free sizes for these inputs
+                self.fakes.append(torch.empty_strided(shape, x.stride(), dtype=x.dtype, device=x.device))
             self._symbols += [(index, at, shape[at].node.expr) for at in free]
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:

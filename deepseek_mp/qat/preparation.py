@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain
@@ -21,6 +22,7 @@ from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.programs.exporter_error import reason
 from deepseek_mp.programs.quiet import quiet
+from deepseek_mp.qat.first_dimensions import free_sizes_of
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.letting_go import models_let_go
@@ -57,10 +59,10 @@ def prepare(
     copy = copied(model)
     revert(copy)  # of a trained model: a layer's class is what it is known by
     args, kwargs = _arguments(copy, example_inputs)
-    dynamic = map_leaves((args, kwargs), _dynamic)
     if not model.training:
         copy.train()
-    graph = _exported(copy, args, kwargs)
+    program = _exported(copy, args, kwargs)
+    graph, dynamic = program.module(check_guards=False), free_sizes_of(program, kwargs)
     inline_regions(graph)
     alone = not are_plain(copy, graph.graph) or bool(with_varying_weights(graph.graph))
     prepared = _prepared(graph, kept, alone=alone)
@@ -124,8 +126,8 @@ def _dynamic(leaf: Any) -> Any:
     return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """The model's graph in training mode, on the model's own tensors."""
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """The model in training mode, on the model's own tensors."""
     try:
         signature = inspect.signature(model.forward)
         given = signature.bind(*args, **kwargs).arguments  # by parameter, in its order: one may be several, as `*args`
@@ -134,7 +136,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         with fp32_flags_left_alone(), warnings.catch_warnings():
             # Of the exporter, about PyTorch's own LSTM and GRU.
             warnings.filterwarnings("ignore", r"The tensor attributes? self\..*_flat_weights")
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
     except ConfigError:
         raise
     except Exception as error:  # the exporter raises whatever the model's code makes it raise
@@ -142,7 +144,6 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         passed = f"a {type(model).__name__} that torch.export cannot export ({reason(error)})"
         change = "Rewrite what it names, or quantise the part of the model that can be exported"
         raise ConfigError(explain(passed, "a forward without decisions by values", change)) from error
-    return program.module(check_guards=False)
 
 
 def _check_named(model: str, signature: inspect.Signature, given: Mapping[str, Any]) -> None:

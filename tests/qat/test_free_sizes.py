@@ -55,6 +55,19 @@ def test_sizes_are_symbols_where_the_graph_leaves_them_free():
     assert x.stride() == (3, 1)
 
 
+def test_strides_are_those_of_the_inputs_also_where_one_is_a_multiple_of_the_free_size():
+    sizes = sizes_of(Each(), (torch.randn(4, 5, 3), torch.randn(4, 5)), (True, False))
+    rows = torch.randn(5, 4, 3).transpose(0, 1)  # (3, 12, 1), and the same of its first ones
+    y = torch.randn(4, 5)
+    assert sizes.alike((rows, y)) == sizes.alike((rows[:2], y))
+    opened = sizes.opened((rows, y))
+    assert opened.fakes[0].stride() == (3, 12, 1)
+    columns = torch.randn(4, 5, 9)[..., :3]
+    opened = sizes.opened((columns, y))
+    assert opened.fakes[0].stride() == (45, 9, 1)
+    assert opened.fits((columns[:2], y))
+
+
 def test_code_holds_for_sizes_that_are_equal_where_they_have_to_be(both):
     opened = both.opened(pair(4))
     Both()(*opened.fakes)

@@ -36,6 +36,18 @@ class MoreHeads(nn.Module):
         return (self.main(x), self.extra(x)) if self.training else self.main(x)
 
 
+class NeedsTargets(nn.Module):
+    """Cannot be called with inputs alone in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, x, targets=None):
+        y = self.layer(x)
+        return y if self.training else (y - targets).square().mean()
+
+
 class Counts(nn.Module):
     """Dropout, noise in both modes, and state that each call changes."""
 
@@ -65,3 +77,20 @@ def test_dropout_noise_and_state_are_alike_and_leave_no_trace():
         simulated = prepare(model, X)
     assert simulated.graph.calls == 0
     assert simulated.training
+
+
+def test_a_model_that_fails_in_evaluation_is_prepared_with_a_warning_that_says_how():
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"gives \(it fails there with the example inputs: TypeError: unsupp"):
+        assert prepare(NeedsTargets(), X).training
+
+
+def test_draws_of_accelerators_are_left_alone(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    monkeypatch.setattr(torch.xpu, "manual_seed_all", seeds.append)
+    torch.manual_seed(0)
+    assert len(seeds) > 0
+    seeds.clear()
+    prepare(nn.Linear(8, 2), X)
+    assert seeds == []
