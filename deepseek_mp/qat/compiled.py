@@ -47,7 +47,7 @@ class CompiledGraph:
         self._open: dict[tuple[Any, ...], list[tuple[Opened, Program]]] = {}
         """For free sizes, by what is not free."""
         self._closed: set[tuple[Any, ...]] = set()
-        """Of what code for free sizes could not be made."""
+        """What code for free sizes failed for."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Operations that are called as they are, such as an LSTM's, would be cast. To turn it off costs microseconds.
@@ -64,35 +64,52 @@ class CompiledGraph:
             with _COMPILING:
                 program = self._programs.get(key)  # another thread may have made it meanwhile
                 if program is None:
-                    program = self._programs[key] = self._found(inputs)
+                    return self._first(key, inputs)
         return program(*inputs)
 
-    def _found(self, inputs: tuple[Tensor, ...]) -> Program:
-        """Code for these sizes, alone or among others."""
-        alike = (torch.get_num_threads(), *self._sizes.alike(inputs))
+    def _first(self, key: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> Any:
+        """The outputs for sizes that were not there before; the code for them is kept.
+
+        Code for free sizes may fail: for images of one channel PyTorch's compiler takes the results of INT8 kernels to
+        lie in memory as they do not (2.11, 2.13), which its own assertions find.
+        """
+        alike, failed = (key[0], *self._sizes.alike(inputs)), None
+        try:
+            program = self._for_free_sizes(alike, inputs)
+            if program is not None:
+                outputs = program(*inputs)
+                self._programs[key] = program
+                return outputs
+        except Exception as error:  # noqa: BLE001 - whatever it is, code for these sizes alone may do
+            failed = error
+        program = self._programs[key] = self._compiled(inputs, inputs)
+        outputs = program(*inputs)
+        if failed is not None:  # and not for the values of these inputs
+            self._closed.add(alike)
+            log.info("compiled for each size of inputs: %s: %s", type(failed).__name__, failed)
+        return outputs
+
+    def _for_free_sizes(self, alike: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> Program | None:
+        """Code for these sizes among others, made where it is missing; None: they are the first, or cannot be free."""
         if alike not in self._open:
             self._open[alike] = []
-        elif alike not in self._closed and self._sizes.may_be_free(inputs):
-            known = next((program for opened, program in self._open[alike] if opened.fits(inputs)), None)
-            if known is not None:
-                return known
-            try:
-                opened = self._sizes.opened(inputs)
-                program = self._compiled(inputs, opened.fakes)
-            except Exception as error:  # noqa: BLE001 - the compiler's, for what it cannot leave free
-                self._closed.add(alike)
-                log.info("compiled for each size of inputs: %s: %s", type(error).__name__, error)
-            else:
-                self._open[alike].append((opened, program))
+            return None
+        if alike in self._closed or not self._sizes.may_be_free(inputs):
+            return None
+        for opened, program in self._open[alike]:
+            if opened.fits(inputs):
                 return program
-        return self._compiled(inputs, inputs)
+        opened = self._sizes.opened(inputs)
+        program = self._compiled(inputs, opened.fakes)
+        self._open[alike].append((opened, program))
+        return program
 
     def _compiled(self, inputs: tuple[Tensor, ...], described: Sequence[Tensor]) -> Program:
         """Code for inputs as they are described."""
         copy = fx.GraphModule(self._body, quiet_copy(self._body.graph))  # the compiler changes it; weights are shared
         autocast = torch.autocast(inputs[0].device.type if inputs else "cpu", enabled=False)
         # oneDNN packs only weights that cannot change.
-        options = inductor.patch(freezing=True, joint_custom_post_pass=double_copies)
+        options = inductor.patch(freezing=True, size_asserts=True, joint_custom_post_pass=double_copies)
         with options, autocast, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the compiler about how it copies zero points
             program: Program = inductor_compile(copy, list(described))

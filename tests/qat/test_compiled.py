@@ -115,6 +115,42 @@ def test_where_sizes_cannot_be_free_each_is_compiled(made, monkeypatch):
     assert len(asked) == 4
 
 
+def test_where_code_for_free_sizes_fails_each_is_compiled_and_state_moves_once(monkeypatch):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return x * self.calls
+
+    def fails_beyond(graph, inputs):
+        def run(x):
+            if not isinstance(inputs[0].shape[0], int):
+                assert len(x) < 8, "expected stride 1"
+            return graph(x)
+
+        return run
+
+    monkeypatch.setattr(compiled, "inductor_compile", fails_beyond)
+    run = CompiledGraph(exported(Counts(), (torch.randn(4, 4),), free=True))
+    for calls, size in enumerate((4, 7, 9, 7, 5, 9), start=1):
+        x = torch.randn(size, 4)
+        assert torch.equal(run(x), x * calls)
+    assert len(set(map(id, run._programs.values()))) == 4, "4, free, 9 and 5"
+
+
+def test_inputs_that_no_code_takes_leave_sizes_free(made):
+    run = CompiledGraph(exported(nn.Embedding(4, 2), (torch.zeros(4, dtype=torch.long),), free=True))
+    run(torch.zeros(4, dtype=torch.long))
+    with pytest.raises(IndexError, match="out of range"):
+        run(torch.full((7,), 9))
+    for size in (8, 9):
+        run(torch.zeros(size, dtype=torch.long))
+    assert batch_sizes(made) == [4, None, 7]
+
+
 def test_weights_are_constants_for_the_compiler_and_autocast_is_off(made):
     run = CompiledGraph(exported(nn.Linear(2, 2), (torch.randn(2, 2),)))
     with torch.autocast("cpu"):

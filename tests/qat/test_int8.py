@@ -10,10 +10,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch import nn
 
 from deepseek_mp.errors import BatchError, CheckpointError, ConfigError
 from deepseek_mp.programs import write
-from deepseek_mp.qat import Int8Model, convert
+from deepseek_mp.qat import Int8Model, convert, prepare
 from deepseek_mp.qat.int8 import DECISIONS
 
 LOAD = """
@@ -145,3 +146,20 @@ def test_it_is_neither_cast_nor_moved(simulated, example):
         with pytest.raises(ConfigError, match=r"an Int8Model to be in torch\.float\d+ on \w+"):
             change()
     assert torch.equal(int8.reference(example), expected)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_number_are_taken(channels):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(512, 4),
+    )
+    int8 = convert(prepare(model, torch.randn(8, channels, 8, 8)).eval())
+    for size in (8, 5, 1, 20, 64, 5):
+        x = torch.randn(size, channels, 8, 8)
+        torch.testing.assert_close(int8(x), int8.reference(x), atol=0.02, rtol=0.02)
