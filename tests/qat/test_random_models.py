@@ -146,13 +146,12 @@ def check(seed: int, images: bool, path: Path, *, sizes: tuple[int, ...] = ()) -
 
 
 @pytest.mark.parametrize("images", [False, True], ids=["matrices", "images"])
-@pytest.mark.parametrize("seed", range(2))
-def test_int8_gives_what_was_trained(seed: int, images: bool, tmp_path: Path) -> None:
-    check(seed, images, tmp_path / "model.pt2")
+def test_int8_gives_what_was_trained(images: bool, tmp_path: Path) -> None:
+    check(0, images, tmp_path / "model.pt2")
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("images", [False, True], ids=["matrices", "images"])
-@pytest.mark.parametrize("seed", range(2, 13))
+@pytest.mark.parametrize("seed", range(1, 13))
 def test_int8_of_more_models_gives_what_was_trained(seed: int, images: bool, tmp_path: Path) -> None:
     check(seed, images, tmp_path / "model.pt2", sizes=(3, 7, 20))

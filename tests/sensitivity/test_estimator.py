@@ -5,6 +5,7 @@ Rank correlation is that of the predicted change with the size of the true one, 
 
 from statistics import mean, stdev
 
+import pytest
 import torch
 from scipy.stats import spearmanr
 
@@ -74,6 +75,7 @@ def captured(predicted, true, recipe, count):
     return sum(change[key] for key in chosen) / sum(sorted(change.values())[-count:])
 
 
+@pytest.mark.stress
 def test_a_small_gpt():
     recipes = ("bf16", "fp16", "tensor", "block", "nvfp4")
     torch.manual_seed(0)
