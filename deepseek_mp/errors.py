@@ -86,3 +86,8 @@ def _sentence(part: str) -> str:
         part = part.rstrip(" ,.") + " and more"
     part = part.rstrip(". \n")
     return part if part.endswith(("?", "!")) else f"{part}."
+
+
+def first_line(error: BaseException) -> str:
+    """The type of an error of other code and the first line of what it says, to name it in one of ours."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]

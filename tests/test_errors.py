@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_mp import errors
-from deepseek_mp.errors import CheckpointError, ConfigError, MixedPrecisionError, NonFiniteError, explain, suggest
+from deepseek_mp.errors import (
+    CheckpointError,
+    ConfigError,
+    MixedPrecisionError,
+    NonFiniteError,
+    explain,
+    first_line,
+    suggest,
+)
 
 quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if value.__module__ == errors.__name__]
@@ -95,3 +103,9 @@ def test_suggest_names_what_is_near(word: str, expected: str) -> None:
 def test_suggest_names_three_at_most() -> None:
     assert suggest("fp", [f"fp{n}" for n in range(9)]).count("'fp") == 3
     assert suggest("fp", []) == ""
+
+
+def test_the_first_line_of_an_error_has_its_type_and_an_end() -> None:
+    assert first_line(ValueError("no such size\nin a long story")) == "ValueError: no such size"
+    assert first_line(KeyError()) == "KeyError:"
+    assert len(first_line(ValueError("x" * 999))) == 200

@@ -14,7 +14,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from deepseek_mp.backends import capabilities, default_device, numbered
-from deepseek_mp.errors import CheckpointError, ConfigError, explain
+from deepseek_mp.errors import CheckpointError, ConfigError, explain, first_line
 from deepseek_mp.inference.arithmetic import arithmetic
 from deepseek_mp.inference.beside import Group, lay_named_beside, lay_program_beside
 from deepseek_mp.inference.card import Card
@@ -178,7 +178,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
         adapt(program, place)
         return LoadedModel(program, signature, form, place, about)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        why = first_line(error)
         allowed = f"what version {__version__} writes"
         raise CheckpointError(
             explain(f"{str(path)!r}, whose {ABOUT} is damaged ({why})", allowed, "Save it again")

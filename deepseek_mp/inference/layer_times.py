@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deepseek_mp.backends import synchronize
 from deepseek_mp.costs.timing import CYCLES, HOLD, current_device
+from deepseek_mp.errors import first_line
 from deepseek_mp.inference.arithmetic import arithmetic
 from deepseek_mp.inference.linear_kinds import KINDS
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
@@ -130,7 +131,7 @@ def _time_of(
         except Exception as error:
             if not name:
                 raise
-            problems[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            problems[name] = first_line(error)
             del calls[name]
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(ROUNDS):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepseek_mp.errors import first_line
 from deepseek_mp.inference.by_layer import Bench, by_layer
 from deepseek_mp.inference.fidelity import Metric
 from deepseek_mp.inference.form import Form
@@ -108,7 +109,7 @@ class MixedForms:
             left = self._seconds - savings.seconds
             return by_layer(self._bench(served), savings, budget=self._budget, seconds=left)
         except Exception as error:  # noqa: BLE001 - the other forms are there all the same; the plan says why
-            return LayerPlan(why=_said(error))
+            return LayerPlan(why=f"not tried: {first_line(error)}")
 
     def _measured(self, served: Mapping[Form, Served]) -> LayerSavings | str:
         """What kinds save in layers, measured once; or why that cannot be."""
@@ -121,7 +122,7 @@ class MixedForms:
                     dtype=dtype, device=base.device, seconds=HALF * self._seconds,
                 )  # fmt: skip
             except Exception as error:  # noqa: BLE001 - as above
-                self._found = _said(error)
+                self._found = f"not tried: {first_line(error)}"
         return self._found
 
     def _base(self, served: Mapping[Form, Served]) -> tuple[Served, torch.dtype]:
@@ -145,7 +146,3 @@ class MixedForms:
             return None
         (kind,) = kinds
         return kind if {name for name, _ in self.plan.kinds} == set(linear_layers(self._model, kind)[0]) else None
-
-
-def _said(error: Exception) -> str:
-    return f"not tried: {type(error).__name__}: {error}".splitlines()[0][:200]

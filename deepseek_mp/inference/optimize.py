@@ -17,7 +17,7 @@ from deepseek_mp.backends import capabilities, peak_memory_bytes, reset_peak_mem
 from deepseek_mp.costs.memory import distinct_bytes, peak_during
 from deepseek_mp.costs.restore import random_states, set_random_states
 from deepseek_mp.costs.timing import is_out_of_memory
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import ConfigError, explain, first_line
 from deepseek_mp.inference.arguments import arguments_of, clones, undoing
 from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.choice import Trial, choose
@@ -191,7 +191,7 @@ def _again_and_again() -> Iterator[None]:
     except Exception as error:  # whatever the model's code makes it raise
         if isinstance(error, ConfigError) or is_out_of_memory(error):
             raise
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        why = first_line(error)
         passed = f"a model that fails when it is called again and again ({why})"
         change = "Keep positions in its arguments instead of counting calls, so that no cache fills up"
         raise ConfigError(explain(passed, "one that takes any number of calls", change)) from error

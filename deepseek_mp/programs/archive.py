@@ -16,7 +16,7 @@ from torch import fx
 from torch.ao.quantization.fx import _decomposed as _registered  # noqa: F401 - operations of INT8 graphs
 from torch.export import ExportedProgram
 
-from deepseek_mp.errors import CheckpointError, ConfigError, explain
+from deepseek_mp.errors import CheckpointError, ConfigError, explain, first_line
 from deepseek_mp.programs.inspection import inspect
 from deepseek_mp.programs.writing import checked, whole_file
 
@@ -69,7 +69,7 @@ def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
     except OSError as error:
         raise CheckpointError(explain(f"{passed} ({error.strerror})", allowed, "Name another file")) from error
     except Exception as error:  # whatever a damaged file makes its readers raise
-        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        why = first_line(error)
         change = "Save it again, or read it with the version of PyTorch that wrote it"
         raise CheckpointError(explain(f"{passed}, which cannot be read ({why})", allowed, change)) from error
 
@@ -101,7 +101,7 @@ def _bytes(program: ExportedProgram, about: dict[str, str]) -> bytes:
         with ZipFile(buffer) as archive:
             inspect(archive)
     except Exception as error:  # whatever a program that has no such form makes its writer raise
-        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        why = first_line(error)
         passed = f"a program that cannot be saved ({why})"
         raise ConfigError(explain(passed, "known operations and plain tensors", "Rewrite what it names")) from error
     return buffer.getvalue()

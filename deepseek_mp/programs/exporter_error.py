@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
+from deepseek_mp.errors import first_line
+
 _OTHERS = tuple(f"{Path(file).parent}/" for file in (torch.__file__, Path(__file__).parent))
 _STANDARD = f"{sysconfig.get_path('stdlib')}/"
 
 
 def reason(error: Exception) -> str:
     """Type and first line of an error that was caught around an export, and where in the model's code it was raised."""
-    first = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+    first = first_line(error)
     chain: list[BaseException] = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
         chain.append(before)

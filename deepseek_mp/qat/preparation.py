@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
-from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.errors import ConfigError, explain, first_line
 from deepseek_mp.nn import revert
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
@@ -160,14 +160,10 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         with torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:  # the model's code may raise anything
-        passed = f"example_inputs with which the {type(model).__name__} itself fails ({_first_line(error)})"
+        passed = f"example_inputs with which the {type(model).__name__} itself fails ({first_line(error)})"
         allowed = "what its forward takes: a tensor, a tuple of positional or a mapping of keyword arguments"
         change = "Pass inputs alone, without targets, such that model(...) works with them"
         raise ConfigError(explain(passed, allowed, change)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 
 def _prepared(graph: fx.GraphModule, keep: Collection[str], *, alone: bool) -> fx.GraphModule:

@@ -13,7 +13,7 @@ from torch import nn
 
 from deepseek_mp.backends import capabilities
 from deepseek_mp.costs.memory import distinct_bytes
-from deepseek_mp.errors import BatchError, ConfigError, explain
+from deepseek_mp.errors import BatchError, ConfigError, explain, first_line
 from deepseek_mp.inference import Card, Form, ServingPlan, Trial, latencies
 from deepseek_mp.inference.fidelity import Metric, check_metric, error_of, find_metric, is_finite, name_of
 from deepseek_mp.nn.nested import first_tensor
@@ -77,7 +77,7 @@ def _tried(
         except Exception as error:  # what is not borne, or not compiled, is an answer, whatever it raises
             if isinstance(error, ConfigError | BatchError):
                 raise
-            problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            problem = first_line(error)
             if form.format == "fp32":
                 passed = f"inputs with which the model fails in FP32 ({problem})"
                 allowed = "inputs like example_inputs, in sizes that the model takes"
