@@ -1,26 +1,40 @@
 """Conditions on the sizes of a program's inputs: what the exporter assumed, as text, and evaluated without `eval`.
 
-A condition is a comparison of whole numbers and of names like `t0_1`, the second size of the first input. The
-exporter's own are Python expressions of the inputs, which it would compile.
+A condition is a comparison of numbers and of names like `t0_1`, the second size of the first input. The exporter's own
+are Python expressions of the inputs, which it would compile.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_SIZE = re.compile(r"L((?:\['?\w+'?\])+)\.size\(\)\[(\d+)\]")
-_ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+_SIZE = re.compile(r"""L((?:\['[^']*'\]|\["[^"]*"\]|\[\d+\]|\.\w+)+)\.size\(\)\[(\d+)\]""")
+_PLACE = re.compile(r"\bt(\d+)_(\d+)\b")
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Div: operator.truediv,
+    ast.BitAnd: lambda left, right: int(left) & int(right),
+    ast.Pow: lambda left, right: _root(left, right),
 }
-_COMPARISONS: Mapping[type[ast.cmpop], Callable[[int, int], bool]] = {
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "min": min,
+    "max": max,
+    "round": round,
+    "math.ceil": math.ceil,
+    "math.floor": math.floor,
+    "math.trunc": math.trunc,
+    "torch.sym_float": float,
+}
+_COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -35,7 +49,7 @@ def named(guard: str, places: Mapping[str, int]) -> str:
 
     Args:
         guard: like "L['args'][0].size()[0] == 4".
-        places: by path of an input ("['args'][0]"), its index.
+        places: by path of an input ("['args'][0]", "['pair'].first"), its index.
 
     Raises:
         ValueError: it is about something else than sizes of inputs.
@@ -46,16 +60,24 @@ def named(guard: str, places: Mapping[str, int]) -> str:
             raise ValueError(f"a condition on {found[1]}")
         return f"t{places[found[1]]}_{found[2]}"
 
-    made = _SIZE.sub(name, guard)
-    _known(ast.parse(made, mode="eval").body)
-    return made
+    return known(_SIZE.sub(name, guard))
+
+
+def moved(condition: str, indices: Sequence[int]) -> str:
+    """The same of inputs in another order: what was input `i` is `indices[i]` now."""
+    return _PLACE.sub(lambda found: f"t{indices[int(found[1])]}_{found[2]}", condition)
+
+
+def readable(condition: str, names: Sequence[str]) -> str:
+    """As it is shown: `x.shape[1]` in place of `t0_1`, with these names of the inputs."""
+    return _PLACE.sub(lambda found: f"{names[int(found[1])]}.shape[{found[2]}]", condition)
 
 
 def known(condition: str) -> str:
     """The condition itself; `ValueError` for what `holds` does not evaluate."""
     try:
         _known(ast.parse(condition, mode="eval").body)
-    except SyntaxError as error:
+    except (SyntaxError, ArithmeticError, TypeError) as error:
         raise ValueError(f"{condition[:100]!r} as a condition") from error
     return condition
 
@@ -71,13 +93,13 @@ def holds(condition: str, sizes: Mapping[str, int]) -> bool:
 
 def _known(node: ast.expr) -> None:
     """`ValueError` for what `_value` does not evaluate."""
-    names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} - {"min", "max", "round"}
     _value(node, dict.fromkeys(names, 7))
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Any:
     match node:
-        case ast.Constant(value=int(value)):
+        case ast.Constant(value=int(value) | float(value)):
             return value
         case ast.Name(id=name) if name in sizes:
             return sizes[name]
@@ -87,6 +109,8 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Any:
             return not _value(inner, sizes)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
             return _arithmetic(op, _value(left, sizes), _value(right, sizes))
+        case ast.Call(func=called, args=args, keywords=[]) if args and ast.unparse(called) in _FUNCTIONS:
+            return _FUNCTIONS[ast.unparse(called)](*(_value(arg, sizes) for arg in args))
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARISONS:
             return _COMPARISONS[type(op)](_value(left, sizes), _value(right, sizes))
         case ast.BoolOp(op=op, values=values):
@@ -96,7 +120,14 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Any:
             raise ValueError(f"a condition with {ast.unparse(node)}")
 
 
-def _arithmetic(op: ast.operator, left: int, right: int) -> int:
-    """A division by zero gives zero: no size is one, so that no comparison comes to rest on it."""
-    divides = isinstance(op, ast.FloorDiv | ast.Mod)
+def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
+    """A division by zero gives zero: where a size is none, the model's code would have failed at it."""
+    divides = isinstance(op, ast.FloorDiv | ast.Mod | ast.Div)
     return 0 if divides and right == 0 else _ARITHMETIC[type(op)](left, right)
+
+
+def _root(left: float, right: float) -> float:
+    """The one power that is known, since others could be numbers of any length."""
+    if right != 0.5 or left < 0:
+        raise ValueError(f"a condition with {left} ** {right}")
+    return math.sqrt(left)

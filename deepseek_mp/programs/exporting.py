@@ -18,6 +18,7 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.programs.conditions import named
 from deepseek_mp.programs.exporter_error import reason
 from deepseek_mp.programs.quiet import quiet
+from deepseek_mp.programs.samples import with_samples
 from deepseek_mp.programs.signature import Leaf, Signature, dtype_name, inputs, leaves_of
 
 Region = Callable[[], AbstractContextManager[Any]]
@@ -225,7 +226,7 @@ def _resized(given: tuple[Any, Any], free: list[int], size: int, *, only: int | 
 def _taken(leaf: Any, dim: int, now: int, size: int) -> Any:
     if not (isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == now):
         return leaf
-    return leaf.index_select(dim, torch.arange(size, device=leaf.device) % now)
+    return with_samples(leaf, dim, size)
 
 
 def _tensors(given: tuple[Any, Any]) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.precision.checks import shown
-from deepseek_mp.programs.conditions import holds, known
+from deepseek_mp.programs.conditions import holds, known, readable
 
 Size = int | str
 """A number, or the name of one that is free, the same wherever the name stands."""
@@ -77,7 +77,8 @@ class Signature:
         numbers = {f"t{index}_{dim}": size for index, dim, size in _sizes(given)}
         for condition in self.conditions:
             if not holds(condition, numbers):
-                raise self._refused(", ".join(map(described, given.values())) + f", which are not as {condition}")
+                asked = readable(condition, list(given))
+                raise self._refused(", ".join(map(described, given.values())) + f", which are not as {asked}")
 
     def to_json(self) -> dict[str, Any]:
         return {

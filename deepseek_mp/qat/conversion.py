@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -44,7 +45,9 @@ def convert(simulated: SimulatedModel) -> Int8Model:
         _store_by_rows(converted)
         sizes, sizes_by_name = simulated.dynamic
         program = torch.export.export(converted, args, kwargs, dynamic_shapes=(*sizes, *sizes_by_name.values()))
-    return Int8Model(program, simulated.decisions)
+    made = Int8Model(program, simulated.decisions)
+    made.signature = replace(made.signature, conditions=simulated.sizes.of(program, kwargs, made.signature.conditions))
+    return made
 
 
 def _store_by_rows(converted: fx.GraphModule) -> None:

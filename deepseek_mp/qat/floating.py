@@ -37,10 +37,12 @@ class FloatingModel(nn.Module):
             fold_constants(graph)
         graph._apply(lambda tensor: _cast(tensor, dtype))  # noqa: SLF001 - `to` would make complex tensors real
         self.graph, self.dtype = graph, dtype
+        self._sizes = simulated.sizes
         self._compiled = CompiledGraph(self.graph)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs, in FP32."""
+        """The outputs, in FP32; `BatchError` for sizes that the graph was not made for."""
+        self._sizes.check(args, kwargs)
         args, kwargs = map_leaves((args, kwargs), lambda leaf: _cast(leaf, self.dtype))
         return map_leaves(self._compiled(*args, **kwargs), lambda leaf: _cast(leaf, torch.float32))
 

@@ -55,6 +55,10 @@ class Int8Model(nn.Module):
         """Which inputs it takes."""
         return self._inputs.signature
 
+    @signature.setter
+    def signature(self, signature: Signature) -> None:
+        self._inputs.signature = signature
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, in FP32, computed in INT8; `BatchError` for inputs that the graph was not made for."""
         self._inputs.check(args, kwargs)

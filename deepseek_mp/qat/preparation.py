@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,16 +23,17 @@ from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.programs.exporter_error import reason
 from deepseek_mp.programs.quiet import quiet
-from deepseek_mp.qat.first_dimensions import free_sizes_of
+from deepseek_mp.qat.first_dimensions import free_inputs, free_sizes_of
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.letting_go import models_let_go
-from deepseek_mp.qat.likeness import observe_example
+from deepseek_mp.qat.likeness import does_the_same, observe_example
 from deepseek_mp.qat.modes import plain_tensors
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.regions import inline_regions
 from deepseek_mp.qat.simulated import SimulatedModel
+from deepseek_mp.qat.size_conditions import asked_by
 from deepseek_mp.qat.sums import double, spell_out
 
 
@@ -69,9 +71,12 @@ def prepare(
     decisions = layer_decisions(model, prepared, kept)
     if not any(decision.new == "int8" for decision in decisions):
         raise _nothing(decisions)
-    simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic, type(model).__name__)
+    sizes = asked_by(program, inspect.signature(copy.forward), args, kwargs)
+    simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic, sizes, type(model).__name__)
     simulated.train(model.training)
-    observe_example(copy, simulated)
+    if observe_example(copy, simulated):
+        same = partial(does_the_same, copy, simulated)
+        simulated.sizes = sizes.without_idle((args, kwargs), free_inputs(program, args, kwargs), same)
     return simulated
 
 

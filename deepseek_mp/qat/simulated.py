@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from deepseek_mp.nn.nested import map_leaves
 from deepseek_mp.precision import Decision
 from deepseek_mp.qat.modes import change_all, evaluate_norms, evaluate_others, forward_with, quiet_copy
+from deepseek_mp.qat.size_conditions import SizeConditions
 
 
 class SimulatedModel(nn.Module):
@@ -24,6 +25,7 @@ class SimulatedModel(nn.Module):
         decisions: of each layer, whether it is in INT8, and why not.
         example: arguments and keyword arguments that it was exported with.
         dynamic: their dimensions that may change.
+        sizes: what sizes the graph holds for.
         name: of the original model's class.
     """
 
@@ -33,11 +35,12 @@ class SimulatedModel(nn.Module):
         decisions: tuple[Decision, ...],
         example: tuple[tuple[Any, ...], dict[str, Any]],
         dynamic: Any,
+        sizes: SizeConditions,
         name: str,
     ) -> None:
         super().__init__()
         self.graph, self.decisions, self.example, self.dynamic = graph, decisions, example, dynamic
-        self.name = name
+        self.sizes, self.name = sizes, name
         self.norms_frozen = False
         """Whether BatchNorms use their running statistics, and keep them, while it trains too."""
         self._frozen = forward_with(graph, evaluate_norms)
@@ -46,6 +49,11 @@ class SimulatedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "labels" not in self.example[1]:
             kwargs.pop("labels", None)  # a target that the original did not take
+        self.sizes.check(args, kwargs)
+        return self.unchecked(*args, **kwargs)
+
+    def unchecked(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs, whatever sizes the inputs have."""
         if not self.training:
             return self._evaluated(self.graph, *args, **kwargs)
         if self.norms_frozen:
@@ -72,9 +80,13 @@ class SimulatedModel(nn.Module):
         for quantiser in quantisers:
             quantiser.learn_step()
 
+    def observing(self) -> AbstractContextManager[None]:
+        """`unrounded`, and ranges are observed inside."""
+        return self.unrounded(observed=True)
+
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Inside, the model runs as in evaluation and unrounded, and its ranges are observed.
+    def unrounded(self, *, observed: bool = False) -> Iterator[None]:
+        """Inside, the model runs as in evaluation and unrounded.
 
         Its mode comes back, and what its forward keeps in buffers of its own, such as a count of calls.
         """
@@ -83,7 +95,7 @@ class SimulatedModel(nn.Module):
         self.eval()
         quantisers: list[Any] = self.quantisers()
         for quantiser in quantisers:
-            quantiser.training = True
+            quantiser.training = observed
             quantiser.disable_fake_quant()
         try:
             with torch.no_grad():

@@ -38,7 +38,7 @@ def test_it_takes_what_fits():
         (call(4, width=2), r"float32 \[4, 2\]\. Allowed"),
         (call(4, masks=2), r"input \['kwargs'\]\['mask'\], bool \[2\]"),
         (call(dtype=torch.float64), r"float64 \[4, 3\]"),
-        (call(3), "which are not as t0_0 % 2 == 0"),
+        (call(3), r"which are not as .*shape\[0\] % 2 == 0"),
         (call(steps=3), r"input \['kwargs'\]\['steps'\], 3\. Allowed: .*= 2, which is part of the graph"),
         (call(steps=2.0), r"\['steps'\], 2\.0"),
         (((), {}), "inputs of no kind"),

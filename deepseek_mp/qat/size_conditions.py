@@ -1,0 +1,163 @@
+"""What the code of a model asks of the sizes of its inputs: its graph has the answers for the example inputs alone.
+
+The exporter writes down what was asked, and so do operations that ask for themselves, such as whether a slice has one
+row. Most of that makes no difference to what comes out; what does is found out by trying.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from deepseek_mp.errors import BatchError, explain
+from deepseek_mp.programs.conditions import holds, moved, named, readable
+from deepseek_mp.programs.samples import with_samples
+from deepseek_mp.programs.signature import paths_of
+from deepseek_mp.qat.first_dimensions import equal_sizes, free_inputs, order_of
+
+MOST = 16
+"""The largest size that is tried."""
+UNASKED = (0, 1)
+"""Sizes that the exporter does not ask about: it takes none of them for a size that is free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeConditions:
+    """Those of the first dimensions of a forward's inputs, which go by their order in its example inputs."""
+
+    parameters: inspect.Signature
+    """Of the forward, by name and kind."""
+    places: Mapping[str, int]
+    """The index of each input by its path, which begins with a parameter."""
+    conditions: tuple[str, ...]
+    """What sizes have to meet (see `programs.conditions`)."""
+    idle: frozenset[str] = frozenset()
+    """What was asked as well, and makes no difference."""
+    _passed: list[Any] = field(default_factory=list, repr=False, compare=False)
+    """The sizes that were checked last."""
+
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """`BatchError` for a call at which the model's code would go another way than the graph."""
+        if not self.conditions:
+            return
+        sizes = self._sizes(args, kwargs)
+        if sizes in self._passed:
+            return
+        broken = next((one for one in self.conditions if not holds(one, sizes)), None)
+        if broken is not None:
+            names = list(self.places)
+            passed = f"inputs that are not as {readable(broken, names)}, which the example inputs were"
+            allowed = " and ".join(readable(one, names) for one in self.conditions)
+            raise BatchError(explain(passed, allowed, "Pass such batches, or prepare the model with other examples"))
+        self._passed[:] = [sizes]
+
+    def without_idle(
+        self,
+        example: tuple[tuple[Any, ...], dict[str, Any]],
+        free: Mapping[int, int],
+        same: Callable[[tuple[Any, ...], dict[str, Any]], bool],
+    ) -> SizeConditions:
+        """Those that make a difference at a size up to `MOST`, and those that no such size breaks.
+
+        Args:
+            example: arguments and keyword arguments.
+            free: the sizes in it that may change, by the input's index. Equal ones are changed together.
+            same: whether model and graph do the same with some arguments and keyword arguments.
+        """
+        own = {f"t{index}_{dim}": size for index, dim, size in _all_sizes(pytree.tree_leaves(example))}
+        unasked = [f"t{index}_0 != {size}" for index in free for size in UNASKED]
+        asked = tuple(dict.fromkeys((*self.conditions, *unasked)))
+        refused: list[frozenset[str]] = []
+        fine: list[frozenset[str]] = []
+        for tried in _tries(free):
+            sizes = {**own, **{f"t{index}_0": size for index, size in tried.items()}}
+            broken = frozenset(one for one in asked if not holds(one, sizes))
+            if broken and broken not in fine and not any(one <= broken for one in refused):
+                (fine if same(*_resized(example, tried)) else refused).append(broken)
+        idle: frozenset[str] = frozenset()
+        for broken in fine:
+            wider = idle | broken
+            if not any(one <= wider for one in refused):
+                idle = wider
+        return replace(self, conditions=tuple(one for one in asked if one not in idle), idle=idle)
+
+    def of(self, program: ExportedProgram, kwargs: Mapping[str, Any], own: tuple[str, ...]) -> tuple[str, ...]:
+        """All conditions on the inputs of a program, in its order.
+
+        Args:
+            program: exported with the example inputs.
+            kwargs: those of them with names.
+            own: what it asks itself.
+        """
+        order = order_of(program, kwargs)
+        idle = {moved(one, order) for one in self.idle}
+        asked = (moved(one, order) for one in self.conditions)
+        return tuple(dict.fromkeys((*asked, *(one for one in own if one not in idle))))
+
+    def _sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
+        found = paths_of(self.parameters.bind(*args, **kwargs).arguments)
+        leaves = [found.get(path) for path in self.places]
+        return {f"t{index}_{dim}": size for index, dim, size in _all_sizes(leaves)}
+
+
+def asked_by(
+    program: ExportedProgram, forward: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SizeConditions:
+    """All that was asked while a model was exported.
+
+    Args:
+        program: the model's.
+        forward: of the model.
+        args: of the example inputs.
+        kwargs: the others.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    by_place, by_name = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    indices = paths_of(forward.bind(*by_place, **by_name).arguments)
+    places = {path: indices[path] for path in sorted(indices, key=indices.__getitem__)}
+    free = free_inputs(program, args, kwargs)
+    conditions: list[str] = []
+    for guard in program._guards_code:  # noqa: SLF001 - nothing public says what was assumed
+        try:
+            conditions.append(named(guard, places))
+        except ValueError:  # what cannot be checked holds for the sizes of now
+            conditions += [f"t{index}_0 == {size}" for index, size in free.items()]
+    conditions += (one for one in equal_sizes(program, kwargs) if one not in map(_turned, conditions))
+    parameters = [inspect.Parameter(one.name, one.kind, default=_default(one)) for one in forward.parameters.values()]
+    return SizeConditions(
+        parameters=inspect.Signature(parameters), places=places, conditions=tuple(dict.fromkeys(conditions))
+    )
+
+
+def _turned(equality: str) -> str:
+    return " == ".join(reversed(equality.split(" == ")))
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    """Whether there is one, without holding on to it."""
+    return parameter.default if parameter.default is inspect.Parameter.empty else None
+
+
+def _tries(free: Mapping[int, int]) -> Iterator[dict[int, int]]:
+    for group in dict.fromkeys(free.values()):
+        for size in range(MOST + 1):
+            yield {index: size for index, now in free.items() if now == group}
+
+
+def _resized(example: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    leaves, spec = pytree.tree_flatten(example)
+    changed = [with_samples(leaf, 0, sizes[index]) if index in sizes else leaf for index, leaf in enumerate(leaves)]
+    args, kwargs = pytree.tree_unflatten(changed, spec)
+    return args, kwargs
+
+
+def _all_sizes(leaves: list[Any]) -> Iterator[tuple[int, int, int]]:
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            yield from ((index, dim, size) for dim, size in enumerate(leaf.shape))

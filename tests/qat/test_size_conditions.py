@@ -1,0 +1,204 @@
+"""Where a model's code asks about sizes, its graph is refused for those at which the answer would be another."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_mp.errors import BatchError
+from deepseek_mp.qat import FloatingModel, Int8Model, convert, prepare
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class Asks(nn.Module):
+    """A layer, negated unless the answer is yes."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.layer, self.question = nn.Linear(8, 8), question
+
+    def forward(self, *inputs):
+        y = self.layer(inputs[0])
+        return y if self.question(*inputs) else -y
+
+
+def rows(*sizes):
+    """Of values from -1 to 1, both of which are among them, so that no range is left later."""
+    generator = torch.Generator().manual_seed(sum(sizes))
+    made = [torch.rand(size, 8, generator=generator) * 2 - 1 for size in sizes]
+    for one in made:
+        one[:, 0], one[:, 1] = 1, -1
+    return tuple(made)
+
+
+def made(model, example):
+    torch.manual_seed(0)
+    simulated = prepare(model.eval(), example)
+    return simulated, FloatingModel(simulated, torch.float32), convert(simulated)
+
+
+def near(found, expected):
+    return found.shape == expected.shape and bool((found - expected).norm() <= 0.05 * expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("question", "example", "right", "wrong"),
+    [
+        (lambda x: x.shape[0] % 2 == 0, (4,), [(0,), (6,), (18,)], [(1,), (3,), (17,)]),
+        (lambda x: x.shape[0] % 2 == 0, (3,), [(1,), (5,)], [(0,), (2,), (4,)]),
+        (lambda x: x.shape[0] == 1, (3,), [(0,), (2,), (9,)], [(1,)]),
+        (lambda x: 1 // x.shape[0] == 0, (3,), [(2,), (20,)], [(0,), (1,)]),
+        (lambda x: x.shape[0] not in (5, 40), (3,), [(4,), (6,)], [(5,), (40,)]),
+        (lambda x: -(-x.shape[0] // 3) == 2 and x.shape[0] / 4 > 1.1, (5,), [(6,)], [(4,), (7,), (1,)]),
+        (lambda x: int(x.shape[0] ** 0.5) == 2, (5,), [(4,), (8,)], [(3,), (9,), (1,)]),
+        (lambda x: x.shape[0] & (x.shape[0] - 1) == 0, (4,), [(1,), (16,)], [(3,), (12,)]),
+        (lambda x, y: x.shape[0] == y.shape[0], (4, 4), [(1, 1), (5, 5)], [(4, 3), (1, 4)]),
+        (lambda x, y: x.shape[0] == y.shape[0], (4, 3), [(1, 2), (5, 4)], [(3, 3), (1, 1), (40, 40)]),
+        (lambda x, y: x.shape[0] > y.shape[0], (4, 3), [(5, 2), (3, 2)], [(3, 3), (2, 5)]),
+    ],
+)
+def test_sizes_at_which_the_model_goes_another_way_are_refused(question, example, right, wrong):
+    model = Asks(question)
+    forms = made(model, rows(*example))
+    for sizes in right:
+        for form in (forms[0], forms[-1].reference):
+            assert near(form(*rows(*sizes)), model(*rows(*sizes)))
+    for sizes in wrong:
+        for form in forms:
+            with pytest.raises(BatchError, match=r"shape\[0\]|from \d"):
+                form(*rows(*sizes))
+    with pytest.raises(BatchError, match=r"not as .*shape\[0\]"):  # it would be trained for the wrong way too
+        forms[0].train()(*rows(*wrong[0]))
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [
+        (lambda y: y[::2], (0, 1, 2, 3, 7)),
+        (lambda y: torch.cat([y[1:], y[:1]]), (1, 2, 9)),
+        (lambda y: y[: y.shape[0] // 2], (1, 2, 3, 9)),
+        (lambda y: y.view(2, -1), (2, 4, 6, 20)),
+        (lambda y: y[: max(2, y.shape[0] // 2)], (1, 2, 9)),
+    ],
+)
+def test_what_operations_ask_for_themselves_refuses_no_size_that_is_right(function, sizes):
+    class Applies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return function(self.layer(x))
+
+    model = Applies()
+    *_, int8 = made(model, rows(4))
+    for size in sizes:
+        assert near(int8.reference(*rows(size)), model(*rows(size)))
+
+
+def test_sizes_that_do_not_fit_an_operation_are_refused_in_words():
+    model = Asks(lambda x: x.view(x.shape[0] // 2, 2, 8).shape[1] == 2)
+    simulated, _, int8 = made(model, rows(4))
+    assert near(int8.reference(*rows(2)), model(*rows(2)))
+    for form in (simulated, int8):
+        with pytest.raises(BatchError, match="Pass"):
+            form(*rows(3))
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, table, mask, *, x):
+        y = self.layer(x)
+        return (y if table["it's"][0].shape[0] % 2 == 0 and mask.second.shape[0] % 3 == 0 else -y), mask.first
+
+
+def test_inputs_are_known_in_any_order_and_in_containers():
+    example = {"x": rows(5)[0], "mask": Pair(rows(7)[0], rows(3)[0]), "table": {"it's": list(rows(4))}}
+    *_, int8 = made(ByName(), example)
+    assert int8.reference(**example)[0].shape == (5, 8)
+    free = {**example, "x": rows(8)[0], "mask": Pair(rows(8)[0], rows(6)[0])}
+    assert int8.reference(**free)[0].shape == (8, 8)
+    for changed in ({"mask": Pair(rows(3)[0], rows(7)[0])}, {"table": {"it's": list(rows(3))}}):
+        with pytest.raises(BatchError, match="not as"):
+            int8.reference(**{**example, **changed})
+
+
+def test_what_cannot_be_checked_holds_for_the_example_s_sizes():
+    model = Asks(lambda x: x.shape[0] | 1 == 5)
+    *_, int8 = made(model, rows(4))
+    assert near(int8.reference(*rows(4)), model(*rows(4)))
+    with pytest.raises(BatchError, match="not as"):
+        int8.reference(*rows(5))
+
+
+def test_a_tensor_passed_twice_keeps_its_two_sizes_equal():
+    (x,) = rows(4)
+    simulated, _, int8 = made(Asks(lambda x, y: x.shape[0] == y.shape[0]), (x, x))
+    assert simulated(*rows(5, 5)).shape == (5, 8)
+    for form in (simulated, int8):
+        with pytest.raises(BatchError, match=r"shape\[0\]|s\d+ from 0"):
+            form(*rows(5, 4))
+
+
+def test_a_file_keeps_them(tmp_path):
+    *_, int8 = made(Asks(lambda x: x.shape[0] % 2 == 0), rows(4))
+    int8.save(tmp_path / "even.pt2")
+    loaded = Int8Model.load(tmp_path / "even.pt2")
+    assert torch.equal(loaded.reference(*rows(6)), int8.reference(*rows(6)))
+    with pytest.raises(BatchError, match=r"not as .*shape\[0\] % 2"):
+        loaded.reference(*rows(5))
+
+
+class InTraining(nn.Module):
+    """Does something else in training, which its graph does as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.layer(x)
+        y = y * 2 if self.training else y
+        return y if x.shape[0] % 2 == 0 else -y
+
+
+def test_without_a_model_to_compare_with_all_that_was_asked_is_kept():
+    with pytest.warns(UserWarning, match="will not give what the model passed gives"):
+        simulated = prepare(InTraining(), rows(4))
+    assert simulated(*rows(6)).shape == (6, 8)
+    with pytest.raises(BatchError, match="not as"):
+        simulated(*rows(5))
+
+
+def test_trying_sizes_changes_neither_ranges_nor_state():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            y = self.layer(x)
+            return y if x.shape[0] % 2 == 0 else -y
+
+    model, example = Counts(), torch.cat([torch.full((1, 8), 9.0), *rows(3)])
+    torch.manual_seed(0)
+    simulated = prepare(model, example)
+    assert model.calls == 0
+    assert simulated.graph.get_buffer("calls") == 0
+    ranges = [one.activation_post_process.max_val for one in simulated.quantisers()]
+    assert max(float(one.max()) for one in ranges) == pytest.approx(9.0)
+    with simulated.observing():
+        simulated.unchecked(example)  # once more the same, which moves no average
+    assert all(
+        torch.equal(one.activation_post_process.max_val, kept)
+        for one, kept in zip(simulated.quantisers(), ranges, strict=True)
+    )
