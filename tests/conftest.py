@@ -28,6 +28,11 @@ if find_spec("hypothesis"):  # the gpu tests also run where only pytest is insta
     settings.load_profile("project")
 
 
+def pytest_collectstart() -> None:
+    """What a file draws while it is imported does not depend on the files before it."""
+    seed()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test in tests/gpu needs an accelerator, marked so or not."""
     for item in items:
@@ -62,6 +67,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Each test draws the same numbers whatever ran before it."""
+    seed()
+
+
+def seed() -> None:
     random.seed(0)
     np.random.seed(0)  # the global generator is what code under test may use
     torch.manual_seed(0)

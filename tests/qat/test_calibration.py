@@ -11,7 +11,8 @@ from torch import nn
 from deepseek_mp.errors import BatchError, LoaderError
 from deepseek_mp.qat import calibrate, prepare
 
-X = torch.randn(4, 8)
+X = (torch.arange(32.0) * 7 % 32 / 16 - 1).view(4, 8)
+"""From -1 to 15/16, each step of 1/16 once."""
 
 
 @pytest.fixture
