@@ -15,6 +15,8 @@ from typing import Any
 
 _SIZE = re.compile(r"""L((?:\['[^']*'\]|\["[^"]*"\]|\[\d+\]|\.\w+)+)\.size\(\)\[(\d+)\]""")
 _PLACE = re.compile(r"\bt(\d+)_(\d+)\b")
+_LONGEST = 10_000
+"""Characters of a condition; Python's parser goes as deep as they are nested."""
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -28,7 +30,7 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "min": min,
     "max": max,
-    "round": round,
+    "round": lambda value: round(value),  # to other digits it could compute a number of any length
     "math.ceil": math.ceil,
     "math.floor": math.floor,
     "math.trunc": math.trunc,
@@ -75,20 +77,25 @@ def readable(condition: str, names: Sequence[str]) -> str:
 
 def known(condition: str) -> str:
     """The condition itself; `ValueError` for what `holds` does not evaluate."""
+    if len(condition) > _LONGEST:
+        raise ValueError(f"a condition of {len(condition)} characters")
     try:
         _known(ast.parse(condition, mode="eval").body)
-    except (SyntaxError, ArithmeticError, TypeError) as error:
+    except (SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{condition[:100]!r} as a condition") from error
     return condition
 
 
 def holds(condition: str, sizes: Mapping[str, int]) -> bool:
-    """Whether it is true of the sizes, by name.
+    """Whether it is true of the sizes, by name; it is not where it has no value.
 
     Raises:
         ValueError: it is no condition, or has a name that is not among the sizes.
     """
-    return bool(_value(ast.parse(condition, mode="eval").body, sizes))
+    try:
+        return bool(_value(ast.parse(condition, mode="eval").body, sizes))
+    except ArithmeticError:  # such as for the root of a negative number: the model's code would have failed at it
+        return False
 
 
 def _known(node: ast.expr) -> None:
@@ -128,6 +135,8 @@ def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
 
 def _root(left: float, right: float) -> float:
     """The one power that is known, since others could be numbers of any length."""
-    if right != 0.5 or left < 0:
+    if right != 0.5:
         raise ValueError(f"a condition with {left} ** {right}")
+    if left < 0:
+        raise ArithmeticError(f"the root of {left}")
     return math.sqrt(left)

@@ -92,12 +92,12 @@ class Signature:
     def from_json(cls, data: Mapping[str, Any]) -> Signature:
         """That which `to_json` wrote; `KeyError`, `TypeError` or `ValueError` for anything else."""
         ranges = _ranges(data["ranges"])
-        return cls(
-            leaves=tuple(_leaf(leaf, ranges) for leaf in data["leaves"]),
-            ranges=ranges,
-            conditions=tuple(map(known, data["conditions"])),
-            fixed_because=data["fixed_because"],
-        )
+        leaves = tuple(_leaf(leaf, ranges) for leaf in data["leaves"])
+        conditions = tuple(map(known, data["conditions"]))
+        some = {f"t{index}_{dim}": 2 for index, leaf in enumerate(leaves) for dim in range(len(leaf.shape))}
+        for condition in conditions:
+            holds(condition, some)  # of sizes that there are
+        return cls(leaves=leaves, ranges=ranges, conditions=conditions, fixed_because=data["fixed_because"])
 
     def __str__(self) -> str:
         free = [

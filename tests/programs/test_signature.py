@@ -91,7 +91,7 @@ def test_what_no_signature_says_is_refused_when_it_is_read(change, match):
         Signature.from_json({**SIGNATURE.to_json(), **change})
 
 
-def test_conditions_that_are_none_are_refused_when_they_are_read():
-    data = {"leaves": [], "ranges": {}, "conditions": ["__import__('os')"], "fixed_because": ""}
+@pytest.mark.parametrize("condition", ["__import__('os')", "t0_9 > 1", "s0 > 1"])
+def test_conditions_that_are_none_are_refused_when_they_are_read(condition):
     with pytest.raises(ValueError, match="a condition with"):
-        Signature.from_json(data)
+        Signature.from_json({**SIGNATURE.to_json(), "conditions": [condition]})
