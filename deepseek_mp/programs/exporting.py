@@ -215,7 +215,7 @@ def _size(given: tuple[Any, Any], dim: int) -> int | None:
 
 
 def _resized(given: tuple[Any, Any], free: list[int], size: int, *, only: int | None = None) -> tuple[Any, Any]:
-    """The inputs with so many samples in the free dimensions, the first again and again; `only` those with so many."""
+    """The inputs with so many samples in the free dimensions (see `with_samples`); `only` those with so many."""
     for dim in free:
         now = _size(given, dim)
         if now and (only is None or now == only):

@@ -6,7 +6,8 @@ Its graph was exported in training mode, and from the example inputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ ALIKE = 0.01
 """Of the norm of an output: folded BatchNorms and other kernels differ by far less."""
 NOISE = 1e-5
 """Of a value, where all are near zero."""
+ZERO = 1e-3
+"""The least largest value of a parameter that matters from the start."""
 
 
 def observe_example(model: nn.Module, simulated: SimulatedModel) -> bool:
@@ -56,13 +59,37 @@ def does_the_same(model: nn.Module, simulated: SimulatedModel, args: tuple[Any, 
         kwargs: the others.
     """
     try:
-        expected, found = (
-            _outputs(called, simulated, _copies((args, kwargs)), observed=False)
-            for called in (model, simulated.unchecked)
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the model and of operations, about sizes that nobody passed
+            expected, found = (
+                _outputs(called, simulated, _copies((args, kwargs)), observed=False)
+                for called in (model, simulated.unchecked)
+            )
     except Exception:  # noqa: BLE001 - the model's code may raise anything, and operations do for sizes
         return False
-    return _alike(found, expected)
+    return _alike(found, expected, exactly=True)
+
+
+@contextmanager
+@torch.no_grad()
+def nothing_is_zero(model: nn.Module) -> Iterator[None]:
+    """Inside, parameters that are near zero are drawn: what they multiply makes no difference now, and will later.
+
+    Such are those of a branch that begins as none, and of scales of layers. They come back.
+    """
+    zero = {one: one.clone() for one in model.parameters() if one.is_floating_point() and _is_zero(one)}
+    generator = torch.Generator().manual_seed(0)
+    for one in zero:
+        one.normal_(0, (one.shape[0] / one.numel()) ** 0.5 if one.dim() else 1, generator=generator)
+    try:
+        yield
+    finally:
+        for one, own in zero.items():
+            one.copy_(own)
+
+
+def _is_zero(parameter: Tensor) -> bool:
+    return parameter.numel() > 0 and float(parameter.abs().max()) < ZERO
 
 
 def _copies(call: Any) -> Any:
@@ -79,15 +106,19 @@ def _outputs(
     return list(tensors(given))
 
 
-def _alike(found: list[Tensor], expected: list[Tensor]) -> bool:
+def _alike(found: list[Tensor], expected: list[Tensor], *, exactly: bool = False) -> bool:
+    """Of numbers that are not finite, and of others than real and complex ones, something is said only if `exactly`."""
     if [one.shape for one in found] != [one.shape for one in expected]:
         return False
-    pairs = (pair for pair in zip(found, expected, strict=True) if all(one.is_floating_point() for one in pair))
-    return all(_near(*pair) for pair in pairs)
+    return all(_near(*pair, exactly=exactly) for pair in zip(found, expected, strict=True))
 
 
-def _near(found: Tensor, expected: Tensor) -> bool:
-    """Of values that are not finite, nothing is said."""
-    difference = (found.double() - expected.double()).norm()
-    allowed = ALIKE * expected.double().norm() + NOISE * expected.numel() ** 0.5
-    return bool(difference <= allowed) or not bool(torch.isfinite(difference))
+def _near(found: Tensor, expected: Tensor, *, exactly: bool) -> bool:
+    if not all(one.is_floating_point() or one.is_complex() for one in (found, expected)):
+        return not exactly or torch.equal(found, expected)
+    found, expected = found.to(torch.complex128), expected.to(torch.complex128)
+    finite = torch.isfinite(found) & torch.isfinite(expected)
+    if exactly and not torch.equal(found[~finite].nan_to_num(), expected[~finite].nan_to_num()):
+        return False
+    difference = (found - expected)[finite].norm()
+    return bool(difference <= ALIKE * expected[finite].norm() + NOISE * expected.numel() ** 0.5)

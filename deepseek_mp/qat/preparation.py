@@ -27,7 +27,7 @@ from deepseek_mp.qat.first_dimensions import free_inputs, free_sizes_of
 from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.letting_go import models_let_go
-from deepseek_mp.qat.likeness import does_the_same, observe_example
+from deepseek_mp.qat.likeness import does_the_same, nothing_is_zero, observe_example
 from deepseek_mp.qat.modes import plain_tensors
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
@@ -76,7 +76,8 @@ def prepare(
     simulated.train(model.training)
     if observe_example(copy, simulated):
         same = partial(does_the_same, copy, simulated)
-        simulated.sizes = sizes.without_idle((args, kwargs), free_inputs(program, args, kwargs), same)
+        with nothing_is_zero(copy):  # whose parameters the graph shares
+            simulated.sizes = sizes.without_idle((args, kwargs), free_inputs(program, args, kwargs), same)
     return simulated
 
 

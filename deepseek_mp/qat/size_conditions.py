@@ -7,6 +7,7 @@ row. Most of that makes no difference to what comes out; what does is found out 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,7 +68,8 @@ class SizeConditions:
 
         Args:
             example: arguments and keyword arguments.
-            free: the sizes in it that may change, by the input's index. Equal ones are changed together.
+            free: the sizes in it that may change, by the input's index. Equal ones are changed together, and all
+                of them to one size and in proportion.
             same: whether model and graph do the same with some arguments and keyword arguments.
         """
         own = {f"t{index}_{dim}": size for index, dim, size in _all_sizes(pytree.tree_leaves(example))}
@@ -78,7 +80,8 @@ class SizeConditions:
         for tried in _tries(free):
             sizes = {**own, **{f"t{index}_0": size for index, size in tried.items()}}
             broken = frozenset(one for one in asked if not holds(one, sizes))
-            if broken and broken not in fine and not any(one <= broken for one in refused):
+            # A set that made no difference at one size is tried at others too, where it may.
+            if broken and not any(one <= broken for one in refused):
                 (fine if same(*_resized(example, tried)) else refused).append(broken)
         idle: frozenset[str] = frozenset()
         for broken in fine:
@@ -145,9 +148,16 @@ def _default(parameter: inspect.Parameter) -> Any:
 
 
 def _tries(free: Mapping[int, int]) -> Iterator[dict[int, int]]:
-    for group in dict.fromkeys(free.values()):
+    groups = dict.fromkeys(free.values())
+    for group in groups:
         for size in range(MOST + 1):
             yield {index: size for index, now in free.items() if now == group}
+    if len(groups) > 1:
+        unit = math.gcd(*groups)
+        for size in range(MOST + 1):
+            yield dict.fromkeys(free, size)
+            if size * max(groups) <= MOST * unit:
+                yield {index: size * (now // unit) for index, now in free.items()}
 
 
 def _resized(example: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:

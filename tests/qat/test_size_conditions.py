@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import namedtuple
 
 import pytest
@@ -59,6 +60,8 @@ def near(found, expected):
         (lambda x, y: x.shape[0] == y.shape[0], (4, 4), [(1, 1), (5, 5)], [(4, 3), (1, 4)]),
         (lambda x, y: x.shape[0] == y.shape[0], (4, 3), [(1, 2), (5, 4)], [(3, 3), (1, 1), (40, 40)]),
         (lambda x, y: x.shape[0] > y.shape[0], (4, 3), [(5, 2), (3, 2)], [(3, 3), (2, 5)]),
+        (lambda x, y: x.shape[0] % 2 == 0 or y.shape[0] % 2 == 0, (4, 6), [(6, 3), (2, 2)], [(3, 3), (5, 17)]),
+        (lambda x: int((x.shape[0] - 4) ** 0.5) < 3, (7,), [(5,), (6,)], [(3,), (13,)]),
     ],
 )
 def test_sizes_at_which_the_model_goes_another_way_are_refused(question, example, right, wrong):
@@ -98,6 +101,93 @@ def test_what_operations_ask_for_themselves_refuses_no_size_that_is_right(functi
     *_, int8 = made(model, rows(4))
     for size in sizes:
         assert near(int8.reference(*rows(size)), model(*rows(size)))
+
+
+@pytest.mark.parametrize(
+    ("function", "example", "right", "wrong"),
+    [
+        (lambda y: y if y.shape[0] >= 4 else y[:2], 5, 4, 3),  # the same at 1 and 2
+        (lambda y: y if y.shape[0] % 2 == 0 else y.flip(0), 2, 6, 3),  # of samples in a period, the same
+        (lambda y: y.argmax(1) if y.shape[0] % 2 == 0 else y.argmin(1), 4, 6, 3),
+        (lambda y: (y if y.shape[0] % 2 == 0 else -y).masked_fill(torch.arange(8) == 3, -torch.inf), 4, 6, 3),
+        (lambda y: y.clamp_min(-9) if y.shape[0] % 2 == 0 else torch.where(y > 0, -torch.inf, torch.inf), 4, 6, 3),
+        (lambda y: torch.complex(y if y.shape[0] % 2 == 0 else -y, y), 4, 6, 3),
+    ],
+)
+def test_a_difference_at_one_size_and_in_any_numbers_is_enough(function, example, right, wrong):
+    class Applies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return function(self.layer(x))
+
+    torch.manual_seed(0)
+    simulated = prepare(Applies(), rows(example))
+    assert len(simulated(*rows(right))) == right
+    with pytest.raises(BatchError, match="not as"):
+        simulated(*rows(wrong))
+
+
+def test_a_branch_that_begins_as_nothing_makes_a_difference():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale, self.gate = nn.Linear(8, 8), nn.Parameter(torch.full((8,), 1e-6)), nn.Linear(8, 8)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+
+        def forward(self, x):
+            y = self.layer(x)
+            x = x + self.scale * (y if x.shape[0] % 3 == 0 else -y)
+            return x + self.gate(y if x.shape[0] % 2 == 0 else -y)
+
+    simulated = prepare(Adds(), rows(6))
+    for size in (3, 4):
+        with pytest.raises(BatchError, match="not as"):
+            simulated(*rows(size))
+    kept = dict(simulated.graph.named_parameters())
+    assert not kept["gate.weight"].any()
+    assert not kept["gate.bias"].any()
+    assert torch.equal(kept["scale"], torch.full((8,), 1e-6))
+
+
+def test_sizes_in_proportion_are_tried():
+    class Doubles(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x, y):
+            return self.layer(x).repeat_interleave(2, 0) + y
+
+    model = Doubles()
+    simulated, _, int8 = made(model, rows(4, 8))
+    for sizes in ((1, 2), (3, 6), (20, 40)):
+        assert near(simulated(*rows(*sizes)), model(*rows(*sizes)))
+    assert near(int8.reference(*rows(3, 6)), model(*rows(3, 6)))
+    for form in (simulated, int8):
+        with pytest.raises(BatchError, match="not as"):
+            form(*rows(3, 5))
+
+
+def test_what_trying_sizes_is_warned_of_is_kept_back():
+    class Spreads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            if x.shape[0] < 2:
+                warnings.warn("one sample has no spread", stacklevel=1)
+            return self.layer(x) + self.layer(x).std(0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("default", category=DeprecationWarning)
+        simulated = prepare(Spreads(), rows(4))
+        assert not simulated.sizes.conditions
 
 
 def test_sizes_that_do_not_fit_an_operation_are_refused_in_words():
