@@ -18,12 +18,15 @@ from torch.utils import _pytree as pytree
 
 from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.programs.conditions import holds, moved, named, readable
+from deepseek_mp.programs.flat_call import FlatCall
 from deepseek_mp.programs.samples import with_samples
 from deepseek_mp.programs.signature import paths_of
 from deepseek_mp.qat.first_dimensions import equal_sizes, free_inputs, order_of
 
 MOST = 16
 """The largest size that is tried."""
+SHOWN = 5
+"""Conditions in a message: a model that folds frames into clips has dozens."""
 UNASKED = (0, 1)
 """Sizes that the exporter does not ask about: it takes none of them for a size that is free."""
 
@@ -40,23 +43,23 @@ class SizeConditions:
     """What sizes have to meet (see `programs.conditions`)."""
     idle: frozenset[str] = frozenset()
     """What was asked as well, and makes no difference."""
-    _passed: list[Any] = field(default_factory=list, repr=False, compare=False)
-    """The sizes that were checked last."""
+    _last: list[FlatCall] = field(default_factory=list, repr=False, compare=False)
+    """Of the call that was checked last: one like it is right too, and is told in a microsecond."""
 
-    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`BatchError` for a call at which the model's code would go another way than the graph."""
-        if not self.conditions:
+        if not self.conditions or (self._last and self._last[0].tensors(args, kwargs) is not None):
             return
-        sizes = self._sizes(args, kwargs)
-        if sizes in self._passed:
-            return
-        broken = next((one for one in self.conditions if not holds(one, sizes)), None)
-        if broken is not None:
-            names = list(self.places)
-            passed = f"inputs that are not as {readable(broken, names)}, which the example inputs were"
-            allowed = " and ".join(readable(one, names) for one in self.conditions)
-            raise BatchError(explain(passed, allowed, "Pass such batches, or prepare the model with other examples"))
-        self._passed[:] = [sizes]
+        sizes, names = self._sizes(args, kwargs), list(self.places)
+        for condition in self.conditions:
+            if not _meets(sizes, condition):
+                passed = f"inputs that are not as {readable(condition, names)}, which the example inputs were"
+                more = len(self.conditions) - SHOWN
+                allowed = " and ".join(readable(one, names) for one in self.conditions[:SHOWN])
+                allowed += f" and {more} more of the kind" if more > 0 else ""
+                change = "Pass such batches, or prepare the model with other examples"
+                raise BatchError(explain(passed, allowed, change))
+        self._last[:] = [FlatCall(args, kwargs)]
 
     def without_idle(
         self,
@@ -136,6 +139,13 @@ def asked_by(
     return SizeConditions(
         parameters=inspect.Signature(parameters), places=places, conditions=tuple(dict.fromkeys(conditions))
     )
+
+
+def _meets(sizes: Mapping[str, int], condition: str) -> bool:
+    try:
+        return holds(condition, sizes)
+    except ValueError:  # an input is left out, or is no tensor with that dimension
+        return False
 
 
 def _turned(equality: str) -> str:

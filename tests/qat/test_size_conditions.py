@@ -220,12 +220,40 @@ def test_inputs_are_known_in_any_order_and_in_containers():
             int8.reference(**{**example, **changed})
 
 
+def test_of_many_conditions_the_first_are_shown():
+    def question(x):
+        return all(x.shape[0] != size for size in range(20, 30))
+
+    simulated, *_ = made(Asks(question), rows(4))
+    with pytest.raises(BatchError, match=r"not as .* != 29, .* != 24 and 5 more of the kind\. Pass"):
+        simulated(*rows(29))
+
+
 def test_what_cannot_be_checked_holds_for_the_example_s_sizes():
     model = Asks(lambda x: x.shape[0] | 1 == 5)
     *_, int8 = made(model, rows(4))
     assert near(int8.reference(*rows(4)), model(*rows(4)))
     with pytest.raises(BatchError, match="not as"):
         int8.reference(*rows(5))
+
+
+def test_inputs_without_the_size_that_is_asked_for_are_refused_in_words():
+    (x,) = rows(4)
+    simulated, floating, int8 = made(Asks(lambda x: x.shape[0] % 2 == 0), (x,))
+    for form in (simulated, floating, int8):
+        for wrong in (None, [x], torch.tensor(1.0)):
+            with pytest.raises(BatchError, match="Pass"):
+                form(wrong)
+        assert form(x).shape == (4, 8)
+
+
+def test_calls_like_the_last_one_are_not_read_again(monkeypatch):
+    simulated, floating, _ = made(Asks(lambda x: x.shape[0] % 2 == 0), rows(4))
+    assert floating(*rows(6)).shape == (6, 8)
+    monkeypatch.setattr(type(simulated.sizes), "_sizes", None)
+    assert floating(*rows(6)).shape == (6, 8)
+    with pytest.raises(TypeError, match="not callable"):
+        floating(*rows(4))
 
 
 def test_a_tensor_passed_twice_keeps_its_two_sizes_equal():
