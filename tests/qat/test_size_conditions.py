@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import namedtuple
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from deepseek_mp.errors import BatchError
 from deepseek_mp.qat import FloatingModel, Int8Model, convert, prepare
+from deepseek_mp.qat.size_conditions import SizeConditions
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -229,6 +231,23 @@ def test_of_many_conditions_the_first_are_shown():
         simulated(*rows(29))
 
 
+def test_conditions_go_by_the_order_of_a_program():
+    class Names(nn.Module):
+        def forward(self, x, y):
+            return x.sum() + y.sum()
+
+    example = dict(zip("xy", rows(4, 3), strict=True))
+    program = torch.export.export(Names(), (), example)
+    sizes = SizeConditions(
+        parameters=inspect.signature(Names().forward),
+        places={"['y']": 0, "['x']": 1},
+        conditions=("t0_0 > 2",),
+        idle=frozenset(["t1_0 != 1"]),
+    )
+    turned = {"y": example["y"], "x": example["x"]}
+    assert sizes.of(program, turned, ("t0_0 != 1", "t1_0 != 1")) == ("t1_0 > 2", "t1_0 != 1")
+
+
 def test_what_cannot_be_checked_holds_for_the_example_s_sizes():
     model = Asks(lambda x: x.shape[0] | 1 == 5)
     *_, int8 = made(model, rows(4))
@@ -291,6 +310,7 @@ def test_without_a_model_to_compare_with_all_that_was_asked_is_kept():
     with pytest.warns(UserWarning, match="will not give what the model passed gives"):
         simulated = prepare(InTraining(), rows(4))
     assert simulated(*rows(6)).shape == (6, 8)
+    assert len(simulated.sizes.conditions) == 1
     with pytest.raises(BatchError, match="not as"):
         simulated(*rows(5))
 
@@ -307,7 +327,7 @@ def test_trying_sizes_changes_neither_ranges_nor_state():
             y = self.layer(x)
             return y if x.shape[0] % 2 == 0 else -y
 
-    model, example = Counts(), torch.cat([torch.full((1, 8), 9.0), *rows(3)])
+    model, example = Counts(), torch.cat([*rows(3), torch.full((1, 8), 9.0)])
     torch.manual_seed(0)
     simulated = prepare(model, example)
     assert model.calls == 0
