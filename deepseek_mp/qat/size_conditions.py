@@ -24,7 +24,9 @@ from deepseek_mp.programs.signature import paths_of
 from deepseek_mp.qat.first_dimensions import equal_sizes, free_inputs, order_of
 
 MOST = 16
-"""The largest size that is tried."""
+"""Up to here all sizes are tried."""
+LARGE = 33
+"""Is tried as well: at `MOST` what is asked of larger sizes may not show."""
 SHOWN = 5
 """Conditions in a message: a model that folds frames into clips has dozens."""
 UNASKED = (0, 1)
@@ -67,12 +69,12 @@ class SizeConditions:
         free: Mapping[int, int],
         same: Callable[[tuple[Any, ...], dict[str, Any]], bool],
     ) -> SizeConditions:
-        """Those that make a difference at a size up to `MOST`, and those that no such size breaks.
+        """Those that make a difference at a size that is tried, and those that no such size breaks.
 
         Args:
             example: arguments and keyword arguments.
-            free: the sizes in it that may change, by the input's index. Equal ones are changed together, and all
-                of them to one size and in proportion.
+            free: the sizes in it that may change, by the input's index. Each is changed alone, equal ones together,
+                and all of them to one size and in proportion.
             same: whether model and graph do the same with some arguments and keyword arguments.
         """
         own = {f"t{index}_{dim}": size for index, dim, size in _all_sizes(pytree.tree_leaves(example))}
@@ -159,13 +161,20 @@ def _default(parameter: inspect.Parameter) -> Any:
 
 def _tries(free: Mapping[int, int]) -> Iterator[dict[int, int]]:
     groups = dict.fromkeys(free.values())
-    for group in groups:
-        for size in range(MOST + 1):
-            yield {index: size for index, now in free.items() if now == group}
+    together = [[index for index, now in free.items() if now == group] for group in groups]
+    changed = dict.fromkeys(map(tuple, [*together, *([index] for index in free), list(free)]))
+    sizes = (
+        *range(2, MOST + 1),
+        LARGE,
+        0,
+        1,
+    )  # those first that break least: others are not tried where these are refused
+    for indices in changed:
+        for size in sizes:
+            yield dict.fromkeys(indices, size)
     if len(groups) > 1:
         unit = math.gcd(*groups)
-        for size in range(MOST + 1):
-            yield dict.fromkeys(free, size)
+        for size in sizes:
             if size * max(groups) <= MOST * unit:
                 yield {index: size * (now // unit) for index, now in free.items()}
 

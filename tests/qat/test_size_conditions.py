@@ -63,6 +63,12 @@ def near(found, expected):
         (lambda x, y: x.shape[0] == y.shape[0], (4, 3), [(1, 2), (5, 4)], [(3, 3), (1, 1), (40, 40)]),
         (lambda x, y: x.shape[0] > y.shape[0], (4, 3), [(5, 2), (3, 2)], [(3, 3), (2, 5)]),
         (lambda x, y: x.shape[0] % 2 == 0 or y.shape[0] % 2 == 0, (4, 6), [(6, 3), (2, 2)], [(3, 3), (5, 17)]),
+        (
+            lambda x, y: 1 not in (x.shape[0], y.shape[0]) or x.shape[0] == y.shape[0],
+            (4, 4),
+            [(3, 5)],
+            [(4, 1), (1, 4)],
+        ),
         (lambda x: int((x.shape[0] - 4) ** 0.5) < 3, (7,), [(5,), (6,)], [(3,), (13,)]),
     ],
 )
@@ -109,6 +115,8 @@ def test_what_operations_ask_for_themselves_refuses_no_size_that_is_right(functi
     ("function", "example", "right", "wrong"),
     [
         (lambda y: y if y.shape[0] >= 4 else y[:2], 5, 4, 3),  # the same at 1 and 2
+        (lambda y: y if y.shape[0] < 16 else y[:16], 5, 15, 17),  # the same at 16
+        (lambda y: y if y.shape[0] % 2 == 0 or y.shape[0] < 20 else -y, 4, 6, 21),
         (lambda y: y if y.shape[0] % 2 == 0 else y.flip(0), 2, 6, 3),  # of samples in a period, the same
         (lambda y: y.argmax(1) if y.shape[0] % 2 == 0 else y.argmin(1), 4, 6, 3),
         (lambda y: (y if y.shape[0] % 2 == 0 else -y).masked_fill(torch.arange(8) == 3, -torch.inf), 4, 6, 3),
