@@ -116,9 +116,11 @@ def _alike(found: list[Tensor], expected: list[Tensor], *, exactly: bool = False
 def _near(found: Tensor, expected: Tensor, *, exactly: bool) -> bool:
     if not all(one.is_floating_point() or one.is_complex() for one in (found, expected)):
         return not exactly or torch.equal(found, expected)
-    found, expected = found.to(torch.complex128), expected.to(torch.complex128)
+    wide = torch.complex128 if found.is_complex() or expected.is_complex() else torch.float64
     finite = torch.isfinite(found) & torch.isfinite(expected)
-    if exactly and not torch.equal(found[~finite].nan_to_num(), expected[~finite].nan_to_num()):
-        return False
-    difference = (found - expected)[finite].norm()
-    return bool(difference <= ALIKE * expected[finite].norm() + NOISE * expected.numel() ** 0.5)
+    if not finite.all():
+        if exactly and not torch.equal(*(one[~finite].to(wide).nan_to_num() for one in (found, expected))):
+            return False
+        found, expected = found[finite], expected[finite]
+    norm = torch.linalg.vector_norm(expected, dtype=wide)
+    return bool(torch.dist(found.to(wide), expected.to(wide)) <= ALIKE * norm + NOISE * expected.numel() ** 0.5)

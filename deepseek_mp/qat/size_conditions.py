@@ -163,12 +163,8 @@ def _tries(free: Mapping[int, int]) -> Iterator[dict[int, int]]:
     groups = dict.fromkeys(free.values())
     together = [[index for index, now in free.items() if now == group] for group in groups]
     changed = dict.fromkeys(map(tuple, [*together, *([index] for index in free), list(free)]))
-    sizes = (
-        *range(2, MOST + 1),
-        LARGE,
-        0,
-        1,
-    )  # those first that break least: others are not tried where these are refused
+    # Those first that break least: others are not tried where these are refused.
+    sizes = (*range(2, MOST + 1), LARGE, *UNASKED)
     for indices in changed:
         for size in sizes:
             yield dict.fromkeys(indices, size)
