@@ -78,10 +78,10 @@ def _is_read_otherwise(program: ExportedProgram, q: str) -> bool:
 
 def _inputs(program: ExportedProgram, q: str) -> list[fx.Node]:
     """The graph's inputs that stand for the memory of a buffer, whatever their names."""
-    state = program.state_dict
+    where = program.state_dict[q].data_ptr()
+    same = {name for name, tensor in program.state_dict.items() if tensor.data_ptr() == where}
     names = program.graph_signature.inputs_to_buffers
-    same = {name for name, buffer in names.items() if state[buffer].data_ptr() == state[q].data_ptr()}
-    return [node for node in program.graph.nodes if node.name in same]
+    return [node for node in program.graph.nodes if names.get(node.name) in same]
 
 
 def _prepare_int4(program: ExportedProgram, names: Mapping[str, str], prepared: set[int]) -> None:

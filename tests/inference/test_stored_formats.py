@@ -34,14 +34,15 @@ class Twice(nn.Module):
 
 
 class Asked(nn.Module):
-    """A layer whose weight the forward reads beside calling it, as some ask it for the dtype."""
+    """A layer whose weight the forward reads beside calling it, as some ask it for the dtype; and a buffer."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(256, 256)
+        self.register_buffer("positions", torch.arange(256.0), persistent=False)
 
     def forward(self, x):
-        return self.layer(x.to(self.layer.weight.dtype)) + x @ self.layer.weight
+        return self.layer(x.to(self.layer.weight.dtype)) + (x + self.positions / 256) @ self.layer.weight
 
 
 def served(linear="fp8_weights"):
