@@ -22,7 +22,7 @@ NOISE = 1e-5
 
 
 def observe_example(model: nn.Module, simulated: SimulatedModel) -> bool:
-    """Observe the ranges of the example inputs; warns unless the outputs are those of the model in evaluation.
+    """Observe the ranges of the example inputs; warns unless outputs and state are those of the model in evaluation.
 
     Returns whether they are.
 
@@ -43,6 +43,16 @@ def observe_example(model: nn.Module, simulated: SimulatedModel) -> bool:
             "heads. Pass a model whose forward does the same in both modes, but for dropout and norms",
             stacklevel=4,  # that which calls `prepare`, through its region
         )
+    elif drifting := _written(simulated.graph, simulated, simulated) - _written(model, model, simulated):
+        warnings.warn(
+            f"in evaluation and in INT8, each call of {simulated.name} will change {', '.join(sorted(drifting))}, "
+            "which the model passed changes in training only, so that outputs may differ from call to call. Pass a "
+            "model whose state is the same in both modes; of a parametrization, such as spectral_norm, keep the weight "
+            "that it gives: "
+            "torch.nn.utils.parametrize.remove_parametrizations",
+            stacklevel=4,
+        )
+        return False
     return alike
 
 
@@ -77,6 +87,22 @@ def _outputs(
         torch.default_generator.manual_seed(0)  # what draws in both modes draws the same; those of GPUs stay
         given = called(*args, **kwargs)
     return list(tensors(given))
+
+
+def _written(module: nn.Module, called: Callable[..., Any], simulated: SimulatedModel) -> set[str]:
+    """The names of the module's buffers that a call in evaluation changes, which is undone.
+
+    Args:
+        module: the simulated model's graph, or the original.
+        called: what is called with the example inputs.
+        simulated: whose region it is.
+    """
+    args, kwargs = simulated.example_copy()
+    with simulated.unrounded(), torch.random.fork_rng(devices=[]):
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        called(*args, **kwargs)
+        after = dict(module.named_buffers())
+        return {name for name, old in before.items() if name in after and not torch.equal(after[name], old)}
 
 
 def _alike(found: list[Tensor], expected: list[Tensor]) -> bool:
