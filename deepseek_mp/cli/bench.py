@@ -50,11 +50,13 @@ def inference(
         seed=seed,
     )
     data = []
-    for card in cards(target, question):
-        data.append(card.to_json())
-        if not as_json:
-            print_text(card.text(terminal_width()) + "\n")
-    if out is not None:
-        out.write_text(json.dumps(to_plain(data, "bench"), indent=1) + "\n", encoding="utf-8")
+    try:
+        for card in cards(target, question):
+            data.append(card.to_json())
+            if not as_json:
+                print_text(card.text(terminal_width()) + "\n")
+    finally:  # a larger batch may fail, after minutes for the others
+        if out is not None and data:
+            out.write_text(json.dumps(to_plain(data, "bench"), indent=1) + "\n", encoding="utf-8")
     if as_json:
         print_record(data)

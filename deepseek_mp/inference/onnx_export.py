@@ -43,10 +43,13 @@ def export_onnx(
 
 
 def _names(served: Served, signature: Signature) -> list[str]:
-    """Of the tensors, in order: "['kwargs']['mask']" is 'mask', "['args'][0]" the first parameter of `forward`."""
+    """Of the tensors, in order: "['kwargs']['mask']" is 'mask', "['args'][0]" the first parameter of `forward`.
+
+    Other values are a part of the graph, and no inputs of the file.
+    """
     parameters = list(inspect.signature(served.model.forward).parameters)
     names = []
-    for leaf in signature.leaves:
+    for leaf in (leaf for leaf in signature.leaves if leaf.dtype is not None):
         kind, first, *rest = [part.strip("'") for part in leaf.where[1:-1].split("][")]
         known = kind == "args" and int(first) < len(parameters)
         names.append("_".join([parameters[int(first)] if known else first, *rest]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from numbers import Real
@@ -28,7 +28,7 @@ from deepseek_mp.inference.mixed import MixedForms
 from deepseek_mp.inference.quantised_linear import linear_kinds
 from deepseek_mp.inference.recorder import records
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
-from deepseek_mp.nn.nested import first_tensor
+from deepseek_mp.nn.nested import first_tensor, tensors
 
 Progress = Callable[[str, float], None]
 BUILDING, TIMING = 0.7, 0.85
@@ -120,6 +120,9 @@ def _forms(
         known = [name for name in FORMATS if name in has]
         if isinstance(formats, str):
             raise ConfigError(explain(f"formats={formats!r}", "a tuple of names", f"Pass ({formats!r},)"))
+        if not isinstance(formats, Collection) or not all(isinstance(name, str) for name in formats):
+            passed, allowed = f"formats={formats!r}", f"a tuple of names: {', '.join(known)}"
+            raise ConfigError(explain(passed, allowed, "Name them by text"))
         if unknown := sorted(set(formats) - set(known)):
             passed = f"formats with {', '.join(unknown)} on {device}"
             raise ConfigError(explain(passed, ", ".join(known), "Leave it out"))
@@ -207,6 +210,9 @@ def _reference(trial: Trial, outputs: Any, metric: Metric, budget: float) -> Any
         passed = "a model whose FP32 outputs are not finite"
         raise ConfigError(explain(passed, "example inputs that it runs on", "Pass other inputs"))
     check_metric(metric, outputs, budget)
+    if not any(tensor.numel() for tensor in tensors(outputs)):
+        passed, allowed = "example inputs for which the outputs have no values", "inputs of one sample or more"
+        raise ConfigError(explain(passed, allowed, "Pass some, as they will be served"))
     return outputs
 
 

@@ -20,6 +20,7 @@ _FP8 = {dtype: kind for kind, dtype in KINDS.items()}
 _WEIGHT_ONLY = torch.ops.deepseek_mp.weight_only_linear.default
 _FP8_LINEAR = torch.ops.deepseek_mp.fp8_linear.default
 _INT4 = torch.ops.deepseek_mp.int4_linear.default
+_ASSERT = torch.ops.aten._assert_tensor_metadata.default  # noqa: SLF001
 
 
 def formats_of(program: ExportedProgram) -> dict[str, dict[str, Any]]:
@@ -40,14 +41,16 @@ def check_formats(program: ExportedProgram, expected: Mapping[str, Any]) -> None
 def adapt(program: ExportedProgram, device: torch.device) -> None:
     """Change the program, which is on the device, to the FP8 kind and the implementations that the device has.
 
-    Weights in 4 bits are brought into the order of the implementation. `CheckpointError` where they are in one already:
-    what order that is depends on the machine that wrote it.
+    Weights in 4 bits are brought into the order of the implementation, unless more than products reads them.
+    `CheckpointError` where they are in one already: what order that is depends on the machine that wrote it.
     """
     _convert_fp8(program, _kind_of(device))
     prepared: set[int] = set()
     for node in _layers(program):
         names = {name: _name_of(program, node.args[_place(node, name)]) for name in _kept_names(node)}
         best = _fastest(node, program.state_dict[names["q"]], device) or "reference"
+        if node.target is _INT4 and best == "native" and _is_read_otherwise(program, names["q"]):
+            best = "reference"
         if node.target is _INT4 and best == "native":
             _prepare_int4(program, names, prepared)
             node.update_arg(_place(node, "zero"), None)
@@ -62,6 +65,23 @@ def _fastest(node: fx.Node, q: Tensor, device: torch.device) -> str | None:
     if node.target is _FP8_LINEAR:
         return fp8_linear.fastest(device, dtype, channels, width)
     return int4_linear.fastest(device, dtype, channels, 2 * width) if node.target is _INT4 else None
+
+
+def _is_read_otherwise(program: ExportedProgram, q: str) -> bool:
+    """Whether the graph unpacks the codes too, as for a forward that asks a layer for its weight; it takes their order.
+
+    Args:
+        q: a name of the codes.
+    """
+    return any(user.target is not _INT4 for node in _inputs(program, q) for user in node.users)
+
+
+def _inputs(program: ExportedProgram, q: str) -> list[fx.Node]:
+    """The graph's inputs that stand for the memory of a buffer, whatever their names."""
+    where = program.state_dict[q].data_ptr()
+    same = {name for name, tensor in program.state_dict.items() if tensor.data_ptr() == where}
+    names = program.graph_signature.inputs_to_buffers
+    return [node for node in program.graph.nodes if names.get(node.name) in same]
 
 
 def _prepare_int4(program: ExportedProgram, names: Mapping[str, str], prepared: set[int]) -> None:
@@ -97,7 +117,18 @@ def _convert_fp8(program: ExportedProgram, kind: str) -> None:
         names = [_name_of(program, node.args[_place(node, name)]) for name in ("q", "scale")]
         q, scale = (program.state_dict[name].detach() for name in names)
         if _FP8.get(q.dtype, kind) != kind:
+            for place in _inputs(program, names[0]):
+                _assert_kind(place, q.dtype, kind)
             program.state_dict.update(zip(names, to_kind(q, scale, kind), strict=True))
+
+
+def _assert_kind(node: fx.Node, was: torch.dtype, kind: str) -> None:
+    """The exporter's assertions of what stays in FP8 behind the node, as a forward may read it, say the other kind."""
+    for user in tuple(node.users):  # which an update puts in another order
+        if user.target is _ASSERT and user.kwargs.get("dtype") is was:
+            user.update_kwarg("dtype", KINDS[kind])
+        elif getattr(user.meta.get("val"), "dtype", None) is was:
+            _assert_kind(user, was, kind)
 
 
 def _kind_of(device: torch.device) -> str:

@@ -53,10 +53,12 @@ def exported(
         kept: gives a region at whose end the module's state is as before; the module is called in several of them.
 
     Raises:
-        ConfigError: the module cannot be exported, or computes something else as a graph.
+        ConfigError: the module cannot be exported, or computes something else as a graph; or dimensions that no tensor
+            has.
     """
     given = inputs(args, kwargs)
     _check_values(*given)
+    _check_dynamic(dynamic, given)
     free = [dim for dim in dynamic if _size(given, dim) is not None]
     with kept():
         made = _free(module, given, free, kept) if free else _traced(module, given, ())
@@ -231,6 +233,17 @@ def _taken(leaf: Any, dim: int, now: int, size: int) -> Any:
 
 def _tensors(given: tuple[Any, Any]) -> Iterator[Tensor]:
     yield from (leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+
+
+def _check_dynamic(dynamic: Any, given: tuple[Any, Any]) -> None:
+    """`ConfigError` for what names no dimension: sizes would be fixed, and nothing would say so."""
+    passed, change = f"dynamic={dynamic!r}", "Pass (0,) for the first one alone, or () for none"
+    if not isinstance(dynamic, Sequence) or not all(type(dim) is int and dim >= 0 for dim in dynamic):
+        raise ConfigError(explain(passed, "a tuple of dimensions, whole numbers from 0", change))
+    most = max((tensor.dim() for tensor in _tensors(given)), default=0)
+    if max(dynamic, default=0) > max(0, most - 1):  # the first may be named for inputs that have none
+        passed += f" for inputs of up to {most} dimensions"
+        raise ConfigError(explain(passed, f"dimensions from 0 to {max(0, most - 1)}", change))
 
 
 def _check_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -36,7 +36,8 @@ def export_onnx(path: str | Path, program: ExportedProgram, *, inputs: Sequence[
     Args:
         path: an older file there is replaced. Tensors of more than 2 GiB go to `path` with `.data` behind it.
         program: on any device.
-        inputs: names of the tensors it is given, in order; None: those of the graph.
+        inputs: names of the tensors it is given, in order; None: those of the graph. An output of the same name has
+            `output_` in front of it.
 
     Raises:
         ConfigError: a package is missing (it says which), the path cannot be written, or the program has an operation
@@ -44,7 +45,9 @@ def export_onnx(path: str | Path, program: ExportedProgram, *, inputs: Sequence[
     """
     require_onnx()
     check_operations(program)
-    outputs = _output_names(program)
+    taken = {str(name) for name in inputs or program.graph_signature.user_inputs}
+    # No two values of a file have one name, and runtimes refuse one where an output is named as an input.
+    outputs = [f"output_{name}" if name in taken else name for name in _output_names(program)]
     target = checked(path)
     made = _translated(program, list(inputs) if inputs else None, outputs)
     size = sum(value.numel() * value.element_size() for value in program.state_dict.values())

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.nn.nested import map_leaves, tensors
-from deepseek_mp.qat.simulated import SimulatedModel
+from deepseek_mp.qat.simulated import SimulatedModel, state_of
 
 ALIKE = 0.01
 """Of the norm of an output: folded BatchNorms and other kernels differ by far less."""
 NOISE = 1e-5
 """Of a value, where all are near zero."""
+COUNT = "num_batches_tracked"
+"""Of BatchNorms: nothing that they compute in evaluation depends on it."""
 ZERO = 1e-3
 """The least largest value of a parameter that matters from the start."""
 
 
 def observe_example(model: nn.Module, simulated: SimulatedModel) -> bool:
-    """Observe the ranges of the example inputs; warns unless the outputs are those of the model in evaluation.
+    """Observe the ranges of the example inputs; warns unless outputs and state are those of the model in evaluation.
 
     Returns whether they are.
 
@@ -33,11 +35,12 @@ def observe_example(model: nn.Module, simulated: SimulatedModel) -> bool:
         model: that which was exported; it is put into evaluation, and what it writes to its state is put back.
         simulated: the model prepared from it.
     """
-    found, failed = _outputs(simulated, simulated, simulated.example_copy()), ""
+    (found, written), failed = _run(simulated, simulated.graph, simulated, simulated.example_copy()), ""
     try:
-        expected = _outputs(model.eval(), simulated, simulated.example_copy())
+        expected, by_itself = _run(model.eval(), model, simulated, simulated.example_copy())
     except Exception as error:  # noqa: BLE001 - code that was not exported may raise anything, and is not needed
-        expected, failed = [], f" (it fails there with the example inputs: {type(error).__name__}: {error})"
+        expected, by_itself = [], written
+        failed = f" (it fails there with the example inputs: {type(error).__name__}: {error})"
     alike = not failed and _alike(found, expected)
     if not alike:
         warnings.warn(
@@ -46,6 +49,15 @@ def observe_example(model: nn.Module, simulated: SimulatedModel) -> bool:
             "heads. Pass a model whose forward does the same in both modes, but for dropout and norms",
             stacklevel=4,  # that which calls `prepare`, through its region
         )
+    elif drifting := written - by_itself:
+        warnings.warn(
+            f"in evaluation and in INT8, each call of {simulated.name} will change {', '.join(sorted(drifting))}, "
+            "which the model passed changes in training only, so that outputs may differ from call to call. Pass a "
+            "model whose state is the same in both modes; of a parametrization, such as spectral_norm, keep the weight "
+            "that it gives: torch.nn.utils.parametrize.remove_parametrizations",
+            stacklevel=4,
+        )
+        return False
     return alike
 
 
@@ -61,9 +73,9 @@ def does_the_same(model: nn.Module, simulated: SimulatedModel, args: tuple[Any, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the model and of operations, about sizes that nobody passed
-            expected, found = (
-                _outputs(called, simulated, _copies((args, kwargs)), observed=False)
-                for called in (model, simulated.unchecked)
+            (expected, _), (found, _) = (
+                _run(called, module, simulated, _copies((args, kwargs)), observed=False)
+                for called, module in ((model, model), (simulated.unchecked, simulated.graph))
             )
     except Exception:  # noqa: BLE001 - the model's code may raise anything, and operations do for sizes
         return False
@@ -96,14 +108,25 @@ def _copies(call: Any) -> Any:
     return map_leaves(call, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
-def _outputs(
-    called: Callable[..., Any], simulated: SimulatedModel, call: Any, *, observed: bool = True
-) -> list[Tensor]:
+def _run(
+    called: Callable[..., Any], module: nn.Module, simulated: SimulatedModel, call: Any, *, observed: bool = True
+) -> tuple[list[Tensor], set[str]]:
+    """The outputs of a call in evaluation, and the names of the module's buffers that it changed, which is undone.
+
+    Args:
+        called: what is called.
+        module: what has the state that it may change, `called` itself or within it.
+        simulated: whose region it is.
+        call: arguments and keyword arguments.
+        observed: whether ranges are.
+    """
     args, kwargs = call
     with simulated.unrounded(observed=observed), torch.random.fork_rng(devices=[]):
+        before = state_of(module)
         torch.default_generator.manual_seed(0)  # what draws in both modes draws the same; those of GPUs stay
-        given = called(*args, **kwargs)
-    return list(tensors(given))
+        outputs = list(tensors(called(*args, **kwargs)))
+        after = {name: value for name, value in module.named_buffers() if not name.endswith(COUNT)}
+        return outputs, {name for name, old in before.items() if name in after and not torch.equal(after[name], old)}
 
 
 def _alike(found: list[Tensor], expected: list[Tensor], *, exactly: bool = False) -> bool:

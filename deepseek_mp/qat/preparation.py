@@ -54,7 +54,7 @@ def prepare(
 
     Raises:
         ConfigError: torchao is missing, an argument does not fit, the model cannot be exported or has nothing to
-            quantise, or the example inputs are not finite.
+            quantise, or the example inputs or the weights are not finite.
     """
     require_torchao()
     kept = kept_names(model, keep)
@@ -76,7 +76,7 @@ def prepare(
     simulated.train(model.training)
     if observe_example(copy, simulated):
         same = partial(does_the_same, copy, simulated)
-        with nothing_is_zero(copy):  # whose parameters the graph shares
+        with simulated.kept_ranges(), nothing_is_zero(copy):  # whose parameters the graph shares
             simulated.sizes = sizes.without_idle((args, kwargs), free_inputs(program, args, kwargs), same)
     return simulated
 
@@ -123,6 +123,9 @@ def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
         if weight.is_floating_point() and weight.dtype is not torch.float32:
             passed = f"a model with {name!r} in {weight.dtype}"
             raise ConfigError(explain(passed, "weights in FP32, which are rounded", "Call model.float() first"))
+        if not all_finite(weight):
+            passed = f"a model with {name!r}, which is not finite"
+            raise ConfigError(explain(passed, "finite weights", "Load other weights"))
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}

@@ -107,6 +107,17 @@ class SimulatedModel(nn.Module):
             for module, training in modes:
                 module.training = training
 
+    @contextmanager
+    def kept_ranges(self) -> Iterator[None]:
+        """Inside, ranges of weights and activations may change; they come back."""
+        before = [(one, {name: buffer.clone() for name, buffer in one.named_buffers()}) for one in self.quantisers()]
+        try:
+            yield
+        finally:
+            for quantiser, values in before:
+                for name, buffer in quantiser.named_buffers():
+                    buffer.copy_(values[name])
+
     def evaluated(self) -> fx.GraphModule:
         """A copy of the graph as it runs in evaluation."""
         copy = quiet_copy(self.graph)

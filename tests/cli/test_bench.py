@@ -61,3 +61,20 @@ def test_bad_input_is_one_line_and_status_2(
     net: Path, refused: Callable[[list[str]], str], arguments: list[str], expected: str
 ) -> None:
     assert expected in refused(["bench", "inference", *arguments, *QUICK])
+
+
+def test_numbers_of_the_sizes_before_one_that_fails_are_kept(net: Path, refused: Callable[[list[str]], str]) -> None:
+    Path("small.py").write_text(
+        "import torch\n"
+        "from net import job\n"
+        "class Small(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        assert len(x) < 9, 'too many'\n"
+        "        return super().forward(x)\n"
+        "def work():\n"
+        "    _, loader, loss_fn = job()\n"
+        "    return Small(next(iter(loader))[0].shape[1], 4), loader, loss_fn\n"
+    )
+    asked = ["bench", "inference", "small.py:work", "--batch", "2,20", "--out", "bench.json", "--json", *QUICK]
+    assert "too many" in refused(asked)
+    assert [card["batch_size"] for card in json.loads(Path("bench.json").read_text())] == [2]

@@ -96,6 +96,29 @@ def test_bf16_stays_when_asked_for(tmp_path):
     assert kinds == {onnx.TensorProto.BFLOAT16}
 
 
+class Weighted(nn.Module):
+    """A number between two tensors, and an output that is named as an input."""
+
+    def forward(self, x, scale, offset):
+        return {"x": x * scale - offset, "offset": offset}
+
+
+@needs_onnx
+@pytest.mark.parametrize("by_name", [False, True])
+def test_names_are_those_of_the_tensors_and_no_output_has_that_of_an_input(by_name, tmp_path):
+    import onnx
+
+    path, x, offset = tmp_path / "model.onnx", torch.randn(3, 4), torch.randn(3, 4)
+    given = {"x": x, "scale": 2.0, "offset": offset} if by_name else (x, 2.0, offset)
+    Served(Weighted(), Form(), CPU).export_onnx(path, given)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    runtime = session(path)
+    assert [one.name for one in runtime.get_outputs()] == ["output_x", "output_offset"]
+    found = runtime.run(None, {"x": x.numpy(), "offset": offset.numpy()})
+    assert torch.equal(torch.from_numpy(found[0]), x * 2 - offset)
+    assert torch.equal(torch.from_numpy(found[1]), offset)
+
+
 @needs_onnx
 @pytest.mark.parametrize("widen", [True, False])
 def test_the_file_has_the_state_of_now_and_the_model_keeps_it(widen, tmp_path):

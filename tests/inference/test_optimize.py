@@ -252,6 +252,8 @@ def test_what_is_refused(classifier, times):
         ({"budget": "1e-3"}, "budget='1e-3'"),
         ({"seconds": None}, "seconds=None"),
         ({"formats": ("int8",)}, r"formats with int8 on cpu.*fp32"),
+        ({"formats": [torch.bfloat16]}, r"formats=\[torch.bfloat16\]. Allowed: a tuple of names: .*bf16"),
+        ({"formats": 16}, "formats=16"),
         ({"formats": "fp32"}, r"formats='fp32'.*\('fp32',\)"),
         ({"seconds": -1.0}, "seconds=-1.0"),
         ({"energy_seconds": float("inf")}, "energy_seconds=inf"),
@@ -265,6 +267,8 @@ def test_what_is_refused(classifier, times):
         run(classifier, x * torch.nan)
     with pytest.raises(ConfigError, match=r"a metric that is nan between.*inputs of one sample or more"):
         run(classifier, x[:0])
+    with pytest.raises(ConfigError, match=r"outputs have no values\. Allowed: inputs of one sample or more"):
+        run(classifier, x[:0], metric="relative")
     with pytest.raises(ConfigError, match=r"a metric that is 1 between"):
         run(classifier, x, metric=lambda outputs, reference: torch.cosine_similarity(outputs, reference).mean())
     with pytest.raises(ConfigError, match=r"does not run in FP32 \(.*expected input.*Change what is named there"):

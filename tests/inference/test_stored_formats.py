@@ -12,6 +12,7 @@ from deepseek_mp.errors import CheckpointError
 from deepseek_mp.inference import Form, Served, load
 from deepseek_mp.inference import stored_formats as module
 from deepseek_mp.inference.archive import as_program
+from deepseek_mp.inference.form import LINEAR_KINDS
 from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
 from deepseek_mp.ops.fp8_kinds import to_kind
 from deepseek_mp.ops.int4_linear import has_native
@@ -30,6 +31,18 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.layer(self.layer(x))
+
+
+class Asked(nn.Module):
+    """A layer whose weight the forward reads beside calling it, as some ask it for the dtype; and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(256, 256)
+        self.register_buffer("positions", torch.arange(256.0), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x.to(self.layer.weight.dtype)) + (x + self.positions / 256) @ self.layer.weight
 
 
 def served(linear="fp8_weights"):
@@ -145,6 +158,23 @@ def test_weights_in_4_bits_are_stored_as_every_device_reads_them(monkeypatch, tm
     found = load(path, "cpu")(X)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     assert reads == "reference" or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_a_layer_whose_weight_the_forward_reads_too_gives_the_same_from_a_file(kind, tmp_path):
+    torch.manual_seed(0)
+    model, path = Served(Asked(), Form(format="bf16", linear=kind), CPU), tmp_path / "model.pt2"
+    model.save(path, X)
+    torch.testing.assert_close(load(path, "cpu")(X), model(X), rtol=2e-2, atol=2e-2)
+
+
+def test_fp8_that_the_forward_reads_too_is_converted_for_both(monkeypatch):
+    torch.manual_seed(0)
+    program = program_of(Served(Asked(), Form(format="bf16", linear="fp8_weights"), CPU))
+    expected = outputs(program)
+    device_with(monkeypatch, "bf16", "fp8_e4m3fnuz")
+    adapt(program, CPU)
+    assert torch.equal(outputs(program), expected)
 
 
 def test_weights_in_4_bits_in_the_order_of_a_machine_are_refused():

@@ -116,3 +116,13 @@ class Says(nn.Linear):
 def test_text_among_the_outputs_is_named_since_no_file_can_hold_it():
     with pytest.raises(ConfigError, match=r"outputs with the text 'ms'\. Allowed: tensors, numbers and None"):
         exported(Says(4, 2), (torch.randn(3, 4),), {"unit": "ms"})
+
+
+@pytest.mark.parametrize("dynamic", [0, None, "0", (-1,), (True,), (0.0,), (0, 2)])
+def test_what_names_no_dimension_is_refused_since_sizes_would_be_fixed_in_silence(dynamic):
+    with pytest.raises(ConfigError, match=r"dynamic=.*Allowed: (a tuple of )?dimensions.*Pass \(0,\) for the first"):
+        made(lambda layer, x: layer(x), torch.randn(4, 3), dynamic=dynamic)
+
+
+def test_the_first_dimension_may_be_named_for_inputs_that_have_none():
+    assert not made(lambda layer, x: layer.weight * x, torch.tensor(2.0))[1].signature.is_free

@@ -79,6 +79,34 @@ def test_dropout_noise_and_state_are_alike_and_leave_no_trace():
     assert simulated.training
 
 
+def test_state_that_the_model_changes_in_training_alone_is_warned_of_by_name():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    model[0].weight.data = torch.diag(0.7 ** torch.arange(8.0))  # a few steps find its norm but for the last bits
+    nn.utils.parametrizations.spectral_norm(model[0])
+    with pytest.warns(UserWarning, match=r"each call of Sequential will change 0\.parametrizations\.weight\.0\._u"):
+        prepare(model, X)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(model, X)
+
+
+def test_counts_of_norms_that_stay_out_of_a_pattern_are_no_such_state():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.norm(self.layer(self.norm(self.layer(x))))
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="in evaluation and in INT8")
+        prepare(Twice().eval(), X)
+
+
 def test_a_model_that_fails_in_evaluation_is_prepared_with_a_warning_that_says_how():
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"gives \(it fails there with the example inputs: TypeError: unsupp"):

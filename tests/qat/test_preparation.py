@@ -73,6 +73,15 @@ def test_example_inputs_that_are_not_finite_are_refused(bad):
         prepare(linear(), torch.where(X[0, 0] == X, bad, X))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(bad):
+    model = linear()
+    name, weight = next(model.named_parameters())
+    weight.data[0] = bad
+    with pytest.raises(ConfigError, match=f"a model with '{name}', which is not finite"):
+        prepare(model, X)
+
+
 @pytest.mark.parametrize("inputs", [X[:1], X[:0], torch.tensor(1.0), (), {"a": 1}])
 def test_fewer_than_two_samples_are_refused(inputs):
     with pytest.raises(ConfigError, match="two samples or more"):
