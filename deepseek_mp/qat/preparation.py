@@ -25,7 +25,7 @@ from deepseek_mp.programs.exporter_error import reason
 from deepseek_mp.programs.quiet import quiet
 from deepseek_mp.qat.first_dimensions import free_inputs, free_sizes_of
 from deepseek_mp.qat.keep import kept_names
-from deepseek_mp.qat.layers import are_plain, layer_decisions, with_varying_weights
+from deepseek_mp.qat.layers import KINDS, are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.letting_go import models_let_go
 from deepseek_mp.qat.likeness import does_the_same, nothing_is_zero, observe_example
 from deepseek_mp.qat.modes import plain_tensors
@@ -54,7 +54,7 @@ def prepare(
 
     Raises:
         ConfigError: torchao is missing, an argument does not fit, the model cannot be exported or has nothing to
-            quantise, or the example inputs or the weights are not finite.
+            quantise, or the example inputs or weights of layers are not finite.
     """
     require_torchao()
     kept = kept_names(model, keep)
@@ -123,8 +123,10 @@ def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
         if weight.is_floating_point() and weight.dtype is not torch.float32:
             passed = f"a model with {name!r} in {weight.dtype}"
             raise ConfigError(explain(passed, "weights in FP32, which are rounded", "Call model.float() first"))
-        if not all_finite(weight):
-            passed = f"a model with {name!r}, which is not finite"
+    layers = [(where, layer) for where, layer in model.named_modules() if isinstance(layer, KINDS)]
+    for where, layer in layers:  # elsewhere infinite ones may be meant, such as those of a mask
+        if not all_finite(list(layer.parameters())):
+            passed = f"a model whose layer {where!r} has weights that are not finite"
             raise ConfigError(explain(passed, "finite weights", "Load other weights"))
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)

@@ -76,10 +76,23 @@ def test_example_inputs_that_are_not_finite_are_refused(bad):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_refused(bad):
     model = linear()
-    name, weight = next(model.named_parameters())
-    weight.data[0] = bad
-    with pytest.raises(ConfigError, match=f"a model with '{name}', which is not finite"):
+    model[0].weight.data[0] = bad
+    with pytest.raises(ConfigError, match="a model whose layer '0' has weights that are not finite"):
         prepare(model, X)
+
+
+def test_a_mask_may_be_infinite():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.mask = nn.Parameter(torch.full((8, 8), -math.inf).triu(1), requires_grad=False)
+
+        def forward(self, x):
+            return torch.softmax(self.layer(x).unsqueeze(1) + self.mask, -1)
+
+    model = Masked()
+    torch.testing.assert_close(prepare(model, X).eval()(X), model(X), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("inputs", [X[:1], X[:0], torch.tensor(1.0), (), {"a": 1}])
