@@ -138,12 +138,19 @@ def _alike(found: list[Tensor], expected: list[Tensor], *, exactly: bool = False
 
 def _near(found: Tensor, expected: Tensor, *, exactly: bool) -> bool:
     if not all(one.is_floating_point() or one.is_complex() for one in (found, expected)):
-        return not exactly or torch.equal(found, expected)
+        return not exactly or _few(found != expected)
     wide = torch.complex128 if found.is_complex() or expected.is_complex() else torch.float64
     finite = torch.isfinite(found) & torch.isfinite(expected)
     if not finite.all():
-        if exactly and not torch.equal(*(one[~finite].to(wide).nan_to_num() for one in (found, expected))):
-            return False
+        if exactly:
+            numbers = (torch.where(finite, 0, one).to(wide).nan_to_num() for one in (found, expected))
+            if not _few(torch.ne(*numbers)):
+                return False
         found, expected = found[finite], expected[finite]
     norm = torch.linalg.vector_norm(expected, dtype=wide)
     return bool(torch.dist(found.to(wide), expected.to(wide)) <= ALIKE * norm + NOISE * expected.numel() ** 0.5)
+
+
+def _few(different: Tensor) -> bool:
+    """Whether other kernels explain so many: of many values before a rounding, some are right beside its step."""
+    return int(different.sum()) <= ALIKE * different.numel()

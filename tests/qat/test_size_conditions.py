@@ -140,6 +140,30 @@ def test_a_difference_at_one_size_and_in_any_numbers_is_enough(function, example
         simulated(*rows(wrong))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: (y * 30000).to(torch.int32),
+        lambda y: y.masked_fill((y * 30000).to(torch.int32) % 2 == 0, -torch.inf),
+    ],
+)
+def test_a_few_values_that_fall_to_the_other_side_of_a_step_are_no_difference(function):
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 3, 3))
+
+        def forward(self, x):
+            return function(self.layers(x).abs())
+
+    torch.manual_seed(0)
+    model = Steps()
+    model.layers[1].running_mean.normal_()
+    model.layers[1].running_var.uniform_(0.5, 2)
+    simulated = prepare(model.eval(), torch.randn(2, 3, 64, 64))
+    assert simulated(torch.randn(1, 3, 64, 64)).shape == (1, 3, 60, 60)
+
+
 def test_a_branch_that_begins_as_nothing_makes_a_difference():
     class Adds(nn.Module):
         def __init__(self):
