@@ -3,6 +3,7 @@
 torchao's patterns for training scale a convolution's weights by gamma / sqrt(variance + eps) before they are rounded
 (Krishnamoorthi, "Quantizing deep convolutional networks", 2018, section 3.2), and undo that before the BatchNorm. Here
 they get the mode, momentum and `eps` of the model, in place of those in torchao's patterns, and are folded exactly.
+Undoing it would divide by zero for a channel whose gamma is zero: such weights are scaled as if it were one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from deepseek_mp.qat.modes import norms_of
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
+
+OFF = 1e-4
+"""Below it a gamma does not scale weights: its weights would be rounded to zero, and it would have no gradient."""
 
 Settings = tuple[Any, ...]
 
@@ -64,7 +68,17 @@ def put_back_settings(prepared: fx.GraphModule, own: Mapping[Any, Settings]) -> 
         summed = _scaling(norm)
         if summed is not None:
             summed.update_arg(1, norm.args[7])
+            _scale_by_others(prepared.graph, _ratio(summed))
     prepared.recompile()
+
+
+def _scale_by_others(graph: fx.Graph, ratio: fx.Node) -> None:
+    """Let weights be scaled by one in place of a gamma that is `OFF`; it is still what the BatchNorm multiplies by."""
+    gamma: Any = ratio.args[0]
+    with graph.inserting_before(ratio):
+        size = graph.call_function(aten.abs.default, (gamma,))
+        off = graph.call_function(aten.lt.Scalar, (size, OFF))
+        ratio.update_arg(0, graph.call_function(aten.masked_fill.Scalar, (gamma, off, 1.0)))
 
 
 def fold_norms(module: fx.GraphModule) -> None:
@@ -86,7 +100,8 @@ def _fold(graph: fx.Graph, norm: fx.Node) -> bool:
     product, scale = unscaled.args[0], unscaled.args[1].args[0]
     if product.target not in CONVOLUTIONS:
         return False
-    beta, mean = norm.args[2], norm.args[3]
+    gamma, beta, mean = norm.args[1:4]
+    scale.update_arg(0, gamma)  # the weights of channels that are off are zero now
     with graph.inserting_before(product):
         centred = graph.call_function(aten.neg.default, (mean,)) if bias is None else _sub(graph, bias, mean)
         shift = graph.call_function(aten.mul.Tensor, (centred, scale))
@@ -122,6 +137,12 @@ def _scaling(norm: fx.Node) -> fx.Node | None:
     """Where `eps` is added to the variance to scale the weights; None for a BatchNorm that scales none."""
     variance: Any = norm.args[4]
     return next((user for user in variance.users if user.target is aten.add.Tensor), None)
+
+
+def _ratio(summed: fx.Node) -> fx.Node:
+    """Gamma / sqrt(variance + eps), by which weights are scaled."""
+    root = next(iter(summed.users))
+    return next(iter(root.users))
 
 
 def _name(node: Any) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from deepseek_mp.qat import convert, prepare
+from deepseek_mp.qat import FloatingModel, convert, prepare
 from deepseek_mp.qat.modes import norms_of
 from deepseek_mp.qat.norms import fold_norms
 
@@ -66,3 +67,31 @@ def test_norms_without_weights_or_without_statistics_behind_convolutions():
     simulated.train()(x).sum().backward()
     kept = [str(norm.args[3].target) for norm in norms_of(simulated.graph.graph)]
     assert kept == ["1.running_mean", "7.running_mean"]
+
+
+@pytest.mark.parametrize("weights", [[0.0] * 4, [0.0, 1.5, -0.5, 1e-7]])
+def test_channels_that_a_norm_turns_off_give_its_bias_and_are_trained(weights):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return x + self.branch(x)
+
+    model = Adds().eval()
+    with torch.no_grad():
+        model.branch[1].weight.copy_(torch.tensor(weights))
+        model.branch[1].bias.normal_()
+        model.branch[1].running_var.uniform_(0.1, 2)
+    simulated, x = prepare(model, torch.randn(4, 4, 8, 8)), torch.randn(1, 4, 8, 8)
+    with simulated.observing():
+        torch.testing.assert_close(simulated(x), model(x))
+    int8 = convert(simulated)
+    for form in (simulated, int8.reference, FloatingModel(simulated, torch.float32)):
+        assert (form(x) - model(x)).norm() < 0.02 * model(x).norm()
+    simulated.train()(x).square().sum().backward()
+    model.train()(x).square().sum().backward()
+    off = model.branch[1].weight.abs() < 0.1
+    found, expected = simulated.graph.get_parameter("branch.1.weight").grad, model.branch[1].weight.grad
+    torch.testing.assert_close(found[off], expected[off], rtol=0.1, atol=1)
