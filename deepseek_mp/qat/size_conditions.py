@@ -52,7 +52,7 @@ class SizeConditions:
         """`BatchError` for a call at which the model's code would go another way than the graph."""
         if not self.conditions or (self._last and self._last[0].tensors(args, kwargs) is not None):
             return
-        sizes, names = self._sizes(args, kwargs), list(self.places)
+        sizes, names = self._sizes(args, kwargs), [_plain(path) for path in self.places]
         for condition in self.conditions:
             if not _meets(sizes, condition):
                 passed = f"inputs that are not as {readable(condition, names)}, which the example inputs were"
@@ -148,6 +148,11 @@ def _meets(sizes: Mapping[str, int], condition: str) -> bool:
         return holds(condition, sizes)
     except ValueError:  # an input is left out, or is no tensor with that dimension
         return False
+
+
+def _plain(path: str) -> str:
+    """As it is written in the forward: a path begins with the parameter, in brackets and quotes."""
+    return path[2:].replace("']", "", 1)
 
 
 def _turned(equality: str) -> str:

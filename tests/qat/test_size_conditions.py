@@ -280,6 +280,14 @@ def test_conditions_go_by_the_order_of_a_program():
     assert sizes.of(program, turned, ("t0_0 != 1", "t1_0 != 1")) == ("t1_0 > 2", "t1_0 != 1")
 
 
+def test_messages_name_inputs_as_the_forward_does():
+    parameters = inspect.signature(lambda x, pair: None)
+    places = {"['x']": 0, "['pair']['a']": 1}
+    asked = SizeConditions(parameters=parameters, places=places, conditions=("t0_0 == t1_0",))
+    with pytest.raises(BatchError, match=r"not as x\.shape\[0\] == pair\['a'\]\.shape\[0\], which"):
+        asked.check((torch.ones(2), {"a": torch.ones(3)}), {})
+
+
 def test_what_cannot_be_checked_holds_for_the_example_s_sizes():
     model = Asks(lambda x: x.shape[0] | 1 == 5)
     *_, int8 = made(model, rows(4))
