@@ -66,7 +66,7 @@ def does_the_same(model: nn.Module, simulated: SimulatedModel, args: tuple[Any, 
 
     Args:
         model: the original, in evaluation.
-        simulated: unchanged, its state and its ranges too.
+        simulated: its state comes back; ranges of its weights follow these (see `kept_ranges`).
         args: of the call.
         kwargs: the others.
     """

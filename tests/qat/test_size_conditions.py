@@ -29,6 +29,17 @@ class Asks(nn.Module):
         return y if self.question(*inputs) else -y
 
 
+class Applies(nn.Module):
+    """A function of a layer's outputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(8, 8), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
 def rows(*sizes):
     """Of values from -1 to 1, both of which are among them, so that no range is left later."""
     generator = torch.Generator().manual_seed(sum(sizes))
@@ -97,15 +108,7 @@ def test_sizes_at_which_the_model_goes_another_way_are_refused(question, example
     ],
 )
 def test_what_operations_ask_for_themselves_refuses_no_size_that_is_right(function, sizes):
-    class Applies(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(8, 8)
-
-        def forward(self, x):
-            return function(self.layer(x))
-
-    model = Applies()
+    model = Applies(function)
     *_, int8 = made(model, rows(4))
     for size in sizes:
         assert near(int8.reference(*rows(size)), model(*rows(size)))
@@ -125,16 +128,8 @@ def test_what_operations_ask_for_themselves_refuses_no_size_that_is_right(functi
     ],
 )
 def test_a_difference_at_one_size_and_in_any_numbers_is_enough(function, example, right, wrong):
-    class Applies(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(8, 8)
-
-        def forward(self, x):
-            return function(self.layer(x))
-
     torch.manual_seed(0)
-    simulated = prepare(Applies(), rows(example))
+    simulated = prepare(Applies(function), rows(example))
     assert len(simulated(*rows(right))) == right
     with pytest.raises(BatchError, match="not as"):
         simulated(*rows(wrong))
