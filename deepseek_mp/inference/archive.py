@@ -22,6 +22,7 @@ from deepseek_mp.inference.compiling import compiled, compiler_for
 from deepseek_mp.inference.form import Form
 from deepseek_mp.inference.graphed import kept_state
 from deepseek_mp.inference.layer_errors import in_place
+from deepseek_mp.inference.no_casts import check_no_cast
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
 from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
@@ -86,7 +87,8 @@ class LoadedModel(nn.Module):
         self._code = self._compiled() if self.form.compiled else None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What moves or casts the weights takes them apart."""
+        """What moves the weights takes them apart. Casts are refused: the graph says what its operations take."""
+        check_no_cast(args[0], self.graph.state_dict().values(), "a model from a file")
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._lay()
         return self

@@ -26,6 +26,7 @@ from deepseek_mp.inference.card import Card
 from deepseek_mp.inference.compiling import Compiler, compiled, compiler_for
 from deepseek_mp.inference.form import FORMATS, INT8, Form
 from deepseek_mp.inference.graphed import Graphed, kept_state
+from deepseek_mp.inference.no_casts import cast_with, check_no_cast
 from deepseek_mp.inference.onnx_export import export_onnx
 from deepseek_mp.inference.quantised_linear import QuantisedLinear, cast, linear_layers, quantised
 from deepseek_mp.inference.recorder import records
@@ -137,7 +138,12 @@ class Served(nn.Module):
         return 0 if self._graphed is None else self._graphed.bytes
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What moves or casts the weights makes recordings of them void, and code that reads those of layers as one."""
+        """What moves the weights makes recordings of them void, and code that reads those of layers as one.
+
+        Casts are refused: inputs go on being made what the form says, and so would not fit.
+        """
+        kept = cast_with(self.model, NARROW.get(self.form.format))
+        check_no_cast(args[0], kept, f"a model served in {self.form.name}")
         joined = self.joined
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self._graphed is not None:

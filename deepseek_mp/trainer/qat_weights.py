@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.inference.arithmetic import arithmetic
 from deepseek_mp.inference.form import LINEAR_KINDS, Form
+from deepseek_mp.inference.no_casts import cast_with, check_no_cast
 from deepseek_mp.inference.quantised_embedding import QuantisedEmbedding
 from deepseek_mp.inference.quantised_linear import SMALLEST, QuantisedLinear, cast, linear_layers
 from deepseek_mp.inference.serve import Served
@@ -99,6 +100,11 @@ class WeightsModel(nn.Module):
 
     def _device(self) -> torch.device:
         return next(chain(self.model.buffers(), self.model.parameters())).device
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What moves the weights; casts are refused, as by `Served`."""
+        check_no_cast(args[0], cast_with(self.model, self.dtype), "a model with weights in fewer bits")
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> WeightsModel:
         """Refused: integers have no gradients."""

@@ -353,3 +353,13 @@ def test_dtypes_that_stored_layers_do_not_multiply_are_refused(dtype):
         ConfigError, match=r"convert\(dtype=.*\)\. Allowed: torch\.bfloat16, torch\.float16, torch\.float32"
     ):
         trainer.convert(dtype)
+
+
+def test_what_is_converted_moves_but_is_not_cast():
+    trainer = make()
+    trainer.fit(batches(1), epochs=1)
+    found, (x, _) = trainer.convert(), batches(1)[0]
+    expected = found(x)
+    with pytest.raises(ConfigError, match="to float16 of a model with weights in fewer bits"):
+        found.half()
+    assert torch.equal(found.to("cpu")(x), expected)
