@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from deepseek_mp.records.durable import beside
 
 CACHE_VERSION = 1
 MAX_ENTRIES = 20_000
@@ -122,11 +123,11 @@ def _is_entry(digest: str, entry: object) -> bool:
 def _write(file: Path, text: str) -> None:
     """Write beside the file and rename over it: a reader sees the old text or the new, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
+    temporary = beside(file)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with temporary.open("x", encoding="utf-8") as stream:
             stream.write(text)
-        Path(name).replace(file)
+        temporary.replace(file)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

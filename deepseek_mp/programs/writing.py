@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.records.durable import sync_directory
+from deepseek_mp.records.durable import beside, sync_directory
 
 
 def checked(path: str | Path) -> Path:
@@ -28,15 +28,15 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the system lets no file be written there, as for want of permission or room.
     """
-    beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    temporary = beside(target)
     try:
-        with beside.open("xb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, target)
+        os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):  # it may never have come to be
-            beside.unlink()
+            temporary.unlink()
         raise
     sync_directory(target.parent)

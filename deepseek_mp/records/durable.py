@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,14 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def beside(path: Path) -> Path:
+    """A hidden name in the same directory, another at every call: also threads of one process write to one path.
+
+    Open it as a new file ('x'): it then has the permissions of any other, which `tempfile` would keep to its owner.
+    """
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def file_sha256(path: Path) -> str:
@@ -75,15 +84,15 @@ class DurableFile:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a whole file in place of an older one: readers see the old text or the new, never a part."""
-    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = beside(path)
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
-            beside.unlink()
+            temporary.unlink()
         raise
     sync_directory(path.parent)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 TENSORS_SUFFIX = ".safetensors"
 
+_WRITING = threading.RLock()
+"""Held while one is written: of what lies half done under its process, a thread cannot tell whether it is another's."""
+
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
@@ -72,10 +76,16 @@ def write_checkpoint(root: str | os.PathLike[str], snapshot: Snapshot, *, keep: 
 
     `CheckpointError` if the snapshot holds what cannot be stored, before anything is written, or if
     the disk does not take it; then older checkpoints are untouched and nothing of this one is left.
+
+    Threads of a process write one after the other.
     """
-    root = Path(root)
     _check_snapshot(snapshot, keep)
     state = encode_state(snapshot.state)
+    with _WRITING:
+        return _written(Path(root), snapshot, state, keep)
+
+
+def _written(root: Path, snapshot: Snapshot, state: bytes, keep: int | None) -> Path:
     final = checkpoint_path(root, snapshot.step)
     try:
         make_root(root)

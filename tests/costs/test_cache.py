@@ -149,3 +149,11 @@ def test_the_folder_follows_the_variable_then_the_platform(monkeypatch: pytest.M
 def test_off_keeps_costs_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_MP_CACHE", "off")
     assert CostCache().file is None
+
+
+def test_others_may_read_the_file_as_any_new_one(tmp_path: Path) -> None:
+    cache = CostCache(tmp_path)
+    cache.put(KEY, 1)
+    cache.save()
+    (tmp_path / "any").write_text("")
+    assert (tmp_path / "costs.json").stat().st_mode == (tmp_path / "any").stat().st_mode

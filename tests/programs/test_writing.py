@@ -40,3 +40,20 @@ def test_what_the_system_refuses_is_its_own_error(tmp_path):
     with pytest.raises(OSError, match="File name too long"), whole_file(tmp_path / ("long" * 100)) as file:
         file.write(b"new")
     assert names(tmp_path) == []
+
+
+def test_two_regions_for_one_path_do_not_meet(tmp_path):
+    with whole_file(tmp_path / "a") as first:
+        first.write(b"first")
+        with whole_file(tmp_path / "a") as second:
+            second.write(b"second")
+        assert (tmp_path / "a").read_bytes() == b"second"
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert names(tmp_path) == ["a"]
+
+
+def test_others_may_read_it_as_any_new_file(tmp_path):
+    (tmp_path / "any").write_bytes(b"")
+    with whole_file(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "any").stat().st_mode

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_mp.records import durable
-from deepseek_mp.records.durable import DurableFile, file_sha256, replace_text
+from deepseek_mp.records.durable import DurableFile, beside, file_sha256, replace_text
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 100])
@@ -68,4 +68,25 @@ def test_a_failed_replacement_leaves_the_old_text_alone(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="No space left"):
         replace_text(path, "new")
     assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_name_beside_is_hidden_and_another_at_every_call(tmp_path: Path) -> None:
+    one, other = beside(tmp_path / "run.json"), beside(tmp_path / "run.json")
+    assert one != other
+    assert one.parent == tmp_path
+    assert one.name.startswith(".run.json.tmp-")
+
+
+def test_replacements_of_one_path_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, fsync, waiting = tmp_path / "run.json", os.fsync, ["second"]
+
+    def syncing(descriptor: int) -> None:
+        if waiting:
+            replace_text(path, waiting.pop())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    replace_text(path, "first")
+    assert path.read_text() == "first"
     assert os.listdir(tmp_path) == ["run.json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from deepseek_mp.errors import CheckpointError, ConfigError
+from deepseek_mp.trainer import checkpoint as module
 from deepseek_mp.trainer.checkpoint import (
     Snapshot,
     newest_checkpoint,
@@ -204,3 +206,20 @@ def test_relative_paths_and_text_paths(tmp_path: Path, monkeypatch: pytest.Monke
     path = write_checkpoint("runs/a", snapshot(1))
     assert read_checkpoint(os.fspath(path)).step == 1
     assert newest_checkpoint("runs/a") == path
+
+
+def test_threads_write_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish, others = module.publish, []
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def publishing(partial: Path, final: Path) -> None:
+            if not others:
+                others.append(pool.submit(write_checkpoint, tmp_path, snapshot(2)))
+                wait(others, timeout=0.5)  # one that does not wait its turn clears what is not yet published
+            publish(partial, final)
+
+        monkeypatch.setattr(module, "publish", publishing)
+        write_checkpoint(tmp_path, snapshot(1))
+        assert others[0].result() == tmp_path / "step-00000002"
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
