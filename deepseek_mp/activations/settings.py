@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -43,7 +44,8 @@ class ActivationSettings:
         if self.rounding not in tuple(Rounding):
             allowed = ", ".join(member.value for member in Rounding)
             raise ConfigError(explain(f"rounding={self.rounding!r}", allowed, "Use one of these"))
-        if isinstance(self.keep, str) or not all(isinstance(pattern, str) for pattern in self.keep):
+        several = isinstance(self.keep, Collection) and not isinstance(self.keep, str)
+        if not several or not all(isinstance(pattern, str) for pattern in self.keep):
             raise ConfigError(
                 explain(f"keep={self.keep!r}", "a tuple of globs", "Pass for example ('head', '*.norm*')")
             )

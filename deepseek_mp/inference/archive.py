@@ -26,6 +26,7 @@ from deepseek_mp.inference.no_casts import check_no_cast
 from deepseek_mp.inference.quantised_linear import QuantisedLinear
 from deepseek_mp.inference.stored_card import card_from_json, form_from_json
 from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_of
+from deepseek_mp.nn.nested import check_nesting
 from deepseek_mp.nn.own_code import with_own_code
 from deepseek_mp.programs import Exported, Signature, exported, read, widened, write
 from deepseek_mp.programs.onnx_export import check_operations
@@ -199,6 +200,7 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
     if given is None:
         passed, allowed = "a model to be saved without example inputs", "inputs of the sizes that will be served"
         raise ConfigError(explain(passed, allowed, "Pass example_inputs"))
+    check_nesting(given, "example inputs")
     args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
     layers = {name: layer for name, layer in served.named_modules() if isinstance(layer, QuantisedLinear)}
     portable = {name: layer.portable() for name, layer in layers.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepseek_mp.errors import ConfigError, explain
-from deepseek_mp.nn.nested import map_leaves
+from deepseek_mp.nn.nested import map_leaves, tensors
 
 Metric = Callable[[Any, Any], float]
 """From outputs and the reference's to a number, 0 for equal ones and larger for worse."""
@@ -45,18 +45,24 @@ METRICS: Mapping[str, Metric] = {"kl": kl, "relative": relative}
 
 
 def find_metric(metric: str | Metric) -> Metric:
-    """The metric of that name, or the function itself; `ConfigError` for another name."""
-    if callable(metric):
+    """The metric of that name, or the function itself; `ConfigError` for another name, and for a class."""
+    if callable(metric) and not isinstance(metric, type):  # which would be made of the outputs, not measure them
         return metric
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         allowed = f"{', '.join(map(repr, METRICS))}, or a function of outputs and the reference's"
         raise ConfigError(explain(f"metric={metric!r}", allowed, "Use one of these"))
     return METRICS[metric]
 
 
 def measured(metric: Metric, outputs: Any, reference: Any) -> float:
-    """What the metric gives; `ConfigError` for what is no number."""
+    """What the metric gives; `ConfigError` for what is no number, and for a metric that writes to what it is given."""
+    given = [tensor for tensor in tensors((outputs, reference)) if not tensor.is_inference()]
+    before = [tensor._version for tensor in given]  # noqa: SLF001 - it has no public name
     value: Any = metric(outputs, reference)
+    if before != [tensor._version for tensor in given]:  # noqa: SLF001 - as above
+        passed = f"the metric {name_of(metric)!r} that writes to the outputs or the reference"
+        change = "Let it work on copies: other forms are measured against the same reference"
+        raise ConfigError(explain(passed, "one that only reads them", change))
     several = isinstance(value, Tensor) and value.numel() != 1
     is_complex = isinstance(value, Tensor) and value.is_complex()
     if not (several or is_complex or isinstance(value, str | bytes)):  # Python would read a number from text
@@ -123,7 +129,7 @@ def _numbers(outputs: Any) -> list[Tensor]:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    """All tensors, in order; `ConfigError` if there is none."""
+    """All tensors, in order; `ConfigError` if there is none, or one that is not dense."""
     found: list[Tensor] = []
 
     def see(leaf: Any) -> Any:
@@ -136,6 +142,9 @@ def _tensors(outputs: Any) -> list[Tensor]:
         passed = f"outputs without a tensor, of type {type(outputs).__name__}"
         change = "Let the model's forward return one of these"
         raise ConfigError(explain(passed, "tensors, in tuples, lists, mappings or dataclasses", change))
+    if other := [one for one in found if one.is_nested or one.layout is not torch.strided]:
+        passed = f"outputs with a tensor that is {'nested' if other[0].is_nested else other[0].layout}"
+        raise ConfigError(explain(passed, "dense tensors", "Let the model's forward return it as one"))
     return found
 
 

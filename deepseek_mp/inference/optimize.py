@@ -28,7 +28,7 @@ from deepseek_mp.inference.mixed import MixedForms
 from deepseek_mp.inference.quantised_linear import linear_kinds
 from deepseek_mp.inference.recorder import records
 from deepseek_mp.inference.serve import NARROW, Served, has_images, has_norms
-from deepseek_mp.nn.nested import first_tensor, tensors
+from deepseek_mp.nn.nested import check_nesting, first_tensor, tensors
 
 Progress = Callable[[str, float], None]
 BUILDING, TIMING = 0.7, 0.85
@@ -90,6 +90,10 @@ def optimize_for_inference(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(explain(f"a model of type {type(model).__name__}", "an nn.Module", "Pass one"))
+    check_nesting(example_inputs, "example inputs")
+    if progress is not None and not callable(progress):
+        passed, allowed = f"progress={progress!r}", "None, or a function of what is done and its share"
+        raise ConfigError(explain(passed, allowed, "Pass print, or a function of your own"))
     _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
     judge = find_metric(metric)
     tensor = first_tensor(example_inputs)

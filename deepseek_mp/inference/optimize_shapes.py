@@ -15,6 +15,7 @@ from deepseek_mp.inference.card import Card, ServingPlan
 from deepseek_mp.inference.optimize import optimize_for_inference
 from deepseek_mp.inference.serve import Served
 from deepseek_mp.inference.shared_weights import share_weights
+from deepseek_mp.nn.nested import check_nesting
 
 
 class OptimisedByShape(NamedTuple):
@@ -61,6 +62,7 @@ def _named(example_inputs: Any) -> tuple[dict[str, Any], dict[str, Shapes]]:
         passed = f"{empty}{type(example_inputs).__name__} as example inputs"
         allowed = "a list of inputs, or a mapping of names to inputs, one or more"
         raise ConfigError(explain(passed, allowed, "Pass [inputs, ...], each a tensor, a tuple or a mapping"))
+    check_nesting(example_inputs, "example inputs")
     values = list(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs
     shapes = [shapes_of(*arguments_of(inputs)) for inputs in values]
     if len(set(shapes)) < len(shapes):

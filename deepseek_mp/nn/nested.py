@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from deepseek_mp.errors import ConfigError, explain
 
 
 def map_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -29,6 +31,25 @@ def map_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
     if hasattr(tree, "_fields"):  # a namedtuple takes its fields one by one
         return type(tree)(*items)
     return type(tree)(items)
+
+
+def check_nesting(tree: Any, what: str) -> None:
+    """`ConfigError` for a container that holds itself, which has no end.
+
+    Args:
+        tree: nested tuples, lists, mappings and dataclasses.
+        what: it is, for the error.
+    """
+    _check_nesting(tree, what, ())
+
+
+def _check_nesting(tree: Any, what: str, around: tuple[Any, ...]) -> None:
+    items = _items(tree)
+    if items and any(tree is one for one in around):
+        passed, allowed = f"{what} with a {type(tree).__name__} that holds itself", "containers that have an end"
+        raise ConfigError(explain(passed, allowed, "Leave it out of itself"))
+    for item in items:
+        _check_nesting(item, what, (*around, tree))
 
 
 def _map_mapping(tree: Mapping[Any, Any], change: Callable[[Any], Any]) -> Mapping[Any, Any]:
@@ -79,14 +100,17 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
         return
-    if isinstance(tree, Mapping):
-        items: Any = tree.values()
-    elif isinstance(tree, tuple | list):
-        items = tree
-    else:
-        items = _fields(tree).values() if hasattr(type(tree), "__dataclass_fields__") else ()
-    for item in items:
+    for item in _items(tree):
         yield from tensors(item)
+
+
+def _items(tree: Any) -> Collection[Any]:
+    """What a container holds; nothing in a leaf."""
+    if isinstance(tree, Mapping):
+        return tree.values()
+    if isinstance(tree, tuple | list):
+        return tree
+    return _fields(tree).values() if hasattr(type(tree), "__dataclass_fields__") else ()
 
 
 def numbers(tree: Any) -> Iterator[Tensor]:

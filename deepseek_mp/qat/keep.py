@@ -15,13 +15,13 @@ SHOWN = 8
 """Names in a message."""
 
 
-def kept_names(model: nn.Module, keep: Collection[str] | PrecisionPlan | Path) -> list[str]:
+def kept_names(model: nn.Module, keep: Collection[str] | PrecisionPlan | Path | None) -> list[str]:
     """Names of modules of the model that stay in FP32.
 
     Args:
         model: has them.
-        keep: the names; or a plan whose base is narrower than FP32, such as the profiler makes, or the path of its
-            file: then the layers that it raises to FP32.
+        keep: the names, None for no one; or a plan whose base is narrower than FP32, such as the profiler makes, or
+            the path of its file: then the layers that it raises to FP32.
 
     Raises:
         ConfigError: no names of the model's modules, or a plan that runs all in FP32 and so found nothing out.
@@ -32,13 +32,17 @@ def kept_names(model: nn.Module, keep: Collection[str] | PrecisionPlan | Path) -
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(keep, PrecisionPlan):
         return _raised(names, keep)
+    if keep is None:
+        return []
+    allowed = "a list of names of the model's modules, a PrecisionPlan, or the Path of one"
+    if not isinstance(keep, Collection):  # nor an iterator, which can be read once
+        raise ConfigError(explain(f"keep of type {type(keep).__name__}", allowed, "Pass names in a list"))
     if isinstance(keep, str) or not all(name in names for name in keep):
         wrong = keep if isinstance(keep, str) else next(name for name in keep if name not in names)
         hint = suggest(wrong, names) if isinstance(wrong, str) else ""
         if isinstance(keep, str) and keep in names:
             hint = f" Pass [{keep!r}]."
         hint = hint or f" The model has {_first(names)}."
-        allowed = "a list of names of the model's modules, a PrecisionPlan, or the Path of one"
         raise ConfigError(explain(f"keep={keep!r}", allowed, f"Change {wrong!r}.{hint}"))
     return list(keep)
 

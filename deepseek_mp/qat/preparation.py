@@ -39,7 +39,7 @@ from deepseek_mp.qat.sums import double, spell_out
 
 @plain_tensors()
 def prepare(
-    model: nn.Module, example_inputs: Any, *, keep: Collection[str] | PrecisionPlan | Path = ()
+    model: nn.Module, example_inputs: Any, *, keep: Collection[str] | PrecisionPlan | Path | None = ()
 ) -> SimulatedModel:
     """A copy of the model whose linear layers and convolutions are rounded as INT8 will round them.
 

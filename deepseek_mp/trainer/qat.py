@@ -76,7 +76,7 @@ class QuantizationAwareTrainer(MixedPrecisionTrainer):
         example_inputs: Any = None,
         simulate_fp32: bool = True,
         calibration: Iterable[Any] | None = None,
-        keep: Collection[str] | PrecisionPlan | ProfileReport | Path = (),
+        keep: Collection[str] | PrecisionPlan | ProfileReport | Path | None = (),
         learned_step_size: bool = False,
         freeze_norms_at: float | None = 0.75,
         **options: Any,

@@ -115,7 +115,7 @@ class WeightsModel(nn.Module):
 
 
 def with_rounded_weights(
-    model: nn.Module, precision: str, *, keep: Collection[str] | PrecisionPlan | Path, learn_step: bool
+    model: nn.Module, precision: str, *, keep: Collection[str] | PrecisionPlan | Path | None, learn_step: bool
 ) -> tuple[nn.Module, tuple[Decision, ...]]:
     """A copy of the model whose large linear layers and embeddings are rounded, and a decision for each layer.
 

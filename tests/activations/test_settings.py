@@ -13,6 +13,8 @@ def test_what_is_not_allowed_is_refused():
         ({"group": 64}, "group=64. Allowed: 32, 128"),
         ({"rounding": "up"}, "rounding='up'. Allowed: nearest, stochastic"),
         ({"keep": "head"}, "keep='head'"),
+        ({"keep": None}, "keep=None. Allowed: a tuple of globs"),
+        ({"keep": iter(["head"])}, "keep=<list_iterator"),
         ({"seed": -1}, "seed=-1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -128,8 +128,43 @@ def test_metrics_by_name_or_as_they_are():
         find_metric("accuracy")
 
 
+@pytest.mark.parametrize("metric", [None, ["kl"], {}, torch.nn.KLDivLoss])
+def test_what_is_neither_a_name_nor_a_function_is_refused(metric):
+    with pytest.raises(ConfigError, match=r"metric=.*or a function of outputs and the reference's"):
+        find_metric(metric)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_metric_that_writes_to_what_it_is_given_is_refused(place):
+    def own(*given):
+        given[place]["logits"].sub_(1)
+        return 0.0
+
+    outputs, reference = ({"logits": torch.ones(1, 2)} for _ in range(2))
+    with pytest.raises(ConfigError, match="the metric 'own' that writes to the outputs or the reference"):
+        measured(own, outputs, reference)
+
+
+def test_tensors_of_inference_mode_are_measured_too():
+    with torch.inference_mode():
+        assert measured(relative, torch.ones(1, 2), torch.ones(1, 2)) == 0
+
+
 def test_outputs_that_are_not_finite_are_infinitely_far_whatever_the_metric_sees():
     reference = {"logits": torch.tensor([[1.0, 2.0]]), "hidden": torch.tensor([1.0])}
     assert error_of(kl, reference, reference) == 0
     assert error_of(kl, {**reference, "hidden": torch.tensor([torch.nan])}, reference) == math.inf
     assert error_of(lambda outputs, reference: math.nan, reference, reference) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(2).to_sparse(), "torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(2)]), "nested"),
+        (torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), "nested"),
+    ],
+)
+def test_outputs_that_are_not_dense_are_refused(tensor, kind):
+    with pytest.raises(ConfigError, match=rf"outputs with a tensor that is {kind}\. Allowed: dense tensors"):
+        is_finite([torch.ones(1), tensor])

@@ -244,6 +244,15 @@ def test_keyword_arguments_and_structures(times):
     assert run(Tokens(), (given["tokens"],)).card.batch_size == 2
 
 
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.layer(x).flatten(1).to_sparse()
+
+
 def test_what_is_refused(classifier, times):
     x = torch.randn(2, 3, 8, 8)
     for options, message in (
@@ -258,6 +267,9 @@ def test_what_is_refused(classifier, times):
         ({"seconds": -1.0}, "seconds=-1.0"),
         ({"energy_seconds": float("inf")}, "energy_seconds=inf"),
         ({"metric": "psnr"}, "metric='psnr'"),
+        ({"metric": ["kl"]}, r"metric=\['kl'\]"),
+        ({"metric": lambda outputs, reference: reference.zero_().sum()}, "the metric '<lambda>' that writes to"),
+        ({"progress": 3}, "progress=3. Allowed: None, or a function"),
         ({"metric": lambda outputs, reference: "0.1"}, "the metric '<lambda>' that gave a str"),
         ({"formats": ("fp32", "int3")}, "formats with int3"),
     ):
@@ -275,6 +287,12 @@ def test_what_is_refused(classifier, times):
         run(classifier, torch.randn(2, 5, 8, 8))
     with pytest.raises(ConfigError, match="a model and inputs on the meta device"):
         run(copy.deepcopy(classifier).to("meta"), x.to("meta"))
+    endless = [x]
+    endless.append(endless)
+    with pytest.raises(ConfigError, match="example inputs with a list that holds itself"):
+        run(classifier, endless)
+    with pytest.raises(ConfigError, match=r"outputs with a tensor that is torch\.sparse_coo"):
+        run(Sparse(), x)
     with pytest.raises(ConfigError, match="a model and inputs on no device"):
         run(nn.ReLU(), "text")
     with pytest.raises(ConfigError, match="metric='kl' for outputs"):

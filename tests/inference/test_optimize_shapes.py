@@ -107,6 +107,7 @@ class Sum(nn.Module):
         (torch.randn(1, 256), "a Tensor as example inputs"),
         ([], "an empty list as example inputs"),
         ({}, "an empty dict as example inputs"),
+        ([endless := {}, endless.setdefault("x", [endless])], "example inputs with a dict that holds itself"),
         ([torch.randn(1, 256), torch.randn(1, 256)], r"two example inputs of the shapes \(\(1, 256\),\)"),
     ],
 )

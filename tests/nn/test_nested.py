@@ -6,7 +6,8 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from deepseek_mp.nn.nested import first_tensor, map_leaves, numbers, tensors
+from deepseek_mp.errors import ConfigError
+from deepseek_mp.nn.nested import check_nesting, first_tensor, map_leaves, numbers, tensors
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -146,3 +147,30 @@ def test_what_a_dataclass_holds_beside_its_fields_changes_too():
     made = map_leaves(sentences, lambda leaf: leaf.to("meta"))
     assert [one.device.type for one in (made.ids, made.lengths, made.mask)] == ["meta"] * 3
     assert [one.device.type for one in (sentences.ids, sentences.lengths, sentences.mask)] == ["cpu"] * 3
+
+
+def holding_itself(kind):
+    if kind is Answer:
+        tree = Answer(torch.ones(2), [])
+        tree.parts.append({"again": tree})
+        return tree
+    tree = [] if kind is list else {}
+    inner = (tree,)
+    if kind is list:
+        tree.append(inner)
+    else:
+        tree["again"] = inner
+    return [torch.ones(1), tree]
+
+
+@pytest.mark.parametrize("kind", [list, dict, Answer])
+def test_a_container_that_holds_itself_is_refused(kind):
+    with pytest.raises(
+        ConfigError, match=rf"a batch with a {kind.__name__} that holds itself\. Allowed: containers that"
+    ):
+        check_nesting(holding_itself(kind), "a batch")
+
+
+def test_a_container_may_be_in_several_places():
+    twice, empty = [torch.ones(1)], []
+    check_nesting([twice, {"a": twice, "b": (empty, [empty])}, Answer(twice[0], twice), ()], "a batch")

@@ -56,3 +56,14 @@ def test_where_no_name_is_near_those_of_the_model_are_shown():
         kept_names(many, ["head"])
     with pytest.raises(ConfigError, match=r"The model has no modules in it\."):
         kept_names(torch.nn.Linear(1, 1), ["head"])
+
+
+def test_nothing_is_kept_for_none():
+    assert kept_names(model(), None) == kept_names(model(), ()) == []
+    assert [decision.new for decision in prepare(model(), torch.randn(2, 8), keep=None).decisions] == ["int8"] * 3
+
+
+@pytest.mark.parametrize("keep", [3, iter(["0"])])
+def test_what_cannot_be_read_again_and_again_is_refused(keep):
+    with pytest.raises(ConfigError, match=r"keep of type (int|list_iterator)\. Allowed: a list of names"):
+        kept_names(model(), keep)
