@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,17 @@ class LoadedModel(nn.Module):
         fast = form.format in ("tf32", "hf32") and form.format in capabilities(device).matmul_formats
         self._fp32: Any = form.format if fast else "ieee"
         self._code = self._compiled() if form.compiled else None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: graphs cannot be pickled, and an archive of them holds no code."""
+        passed = "a model from a file to be pickled (by pickle, torch.save or another process)"
+        raise ConfigError(explain(passed, "its file", "Call inference.load(path) where it is needed"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedModel:
+        made = self.__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(deepcopy(self.__getstate__(), memo))
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code, which is of this model's weights and not of a copy's."""
@@ -167,7 +179,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
 
     Raises:
         CheckpointError: the file is missing, damaged, of another version or origin, or asks for code.
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or the path is none.
     """
     place = numbered(default_device() if device is None else device)  # as tensors there say themselves
     capabilities(place)  # says so where there is none

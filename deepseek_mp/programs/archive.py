@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from deepseek_mp.errors import CheckpointError, ConfigError, explain, first_line
 from deepseek_mp.programs.inspection import inspect
-from deepseek_mp.programs.writing import checked, whole_file
+from deepseek_mp.programs.writing import as_path, checked, whole_file
 
 _KEPT = ("val",)
 """What nodes keep of their descriptions; others name files and code of the machine that exported."""
@@ -48,7 +48,9 @@ def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
 
     Raises:
         CheckpointError: the file is missing, damaged, or none of these.
+        ConfigError: the path is none.
     """
+    path = as_path(path)
     passed, allowed = f"{str(path)!r}", "a .pt2 file that was saved with this package"
     try:
         data = _written_again(path)

@@ -178,8 +178,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def described(value: Any) -> str:
-    """A tensor's dtype and sizes, or the value."""
-    return f"{dtype_name(value.dtype)} {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+    """A tensor's dtype and sizes, or the value; of what no program takes, the type."""
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value.dtype)} {list(value.shape)}"
+    return shown(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _sizes(given: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:

@@ -6,15 +6,28 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.records.durable import beside, sync_directory
 
 
+def as_path(path: Any) -> Path:
+    """The path; `ConfigError` for what names none."""
+    if not isinstance(path, str | Path):
+        passed = f"path={path!r} of type {type(path).__name__}"
+        raise ConfigError(explain(passed, "text or a Path", "Name a file"))
+    return Path(path)
+
+
 def checked(path: str | Path) -> Path:
-    """The path of a file that can be written; `ConfigError` for a directory, or in one that does not exist."""
-    target = Path(path)
+    """The path of a file that can be written; `ConfigError` for a directory, or in one that does not exist.
+
+    And for a device or a pipe: what takes its place would be a file for all programs, as of /dev/null.
+    """
+    target = as_path(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise ConfigError(explain(f"path={str(path)!r}, no file", "a file that can be written", "Name a file"))
     if target.is_dir() or not target.parent.is_dir():
         what = "a directory" if target.is_dir() else "in a directory that does not exist"
         raise ConfigError(explain(f"path={str(path)!r}, {what}", "a file that can be written", "Name a file"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -291,6 +292,17 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights(tmp_path, monkeypatch):
             weight.zero_()
     assert not made(x).any()
     assert torch.equal(loaded(x), expected)
+
+
+def test_a_loaded_model_is_copied_but_not_pickled(tmp_path):
+    x = torch.randn(2, 4)
+    Served(nn.Linear(4, 2), Form(), CPU).save(tmp_path / "model.pt2", x)
+    loaded = load(tmp_path / "model.pt2", "cpu")
+    first, second = copy.deepcopy([loaded, loaded])
+    assert first is second
+    assert torch.equal(first(x), loaded(x))
+    with pytest.raises(ConfigError, match=r"to be pickled .*Allowed: its file\. Call inference\.load"):
+        pickle.dumps(loaded)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

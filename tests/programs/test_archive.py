@@ -191,3 +191,8 @@ def test_an_archive_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_
             archive.writestr(name, bytes(2**20) if name.endswith("weight_0") else data)
     with pytest.raises(CheckpointError, match="larger than the file"):
         read(path, "about.json")
+
+
+def test_what_names_no_path_is_refused():
+    with pytest.raises(ConfigError, match="path=None of type NoneType"):
+        read(None, "about.json")

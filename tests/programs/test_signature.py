@@ -41,6 +41,7 @@ def test_it_takes_what_fits():
         (call(3), r"which are not as .*shape\[0\] % 2 == 0"),
         (call(steps=3), r"input \['kwargs'\]\['steps'\], 3\. Allowed: .*= 2, which is part of the graph"),
         (call(steps=2.0), r"\['steps'\], 2\.0"),
+        (call(steps=memoryview(b"2\n")), r"\['steps'\], a memoryview\. Allowed"),
         (((), {}), "inputs of no kind"),
         (((torch.zeros(4, 3),), {}), r"inputs \['args'\]\[0\]\. Allowed"),
     ],

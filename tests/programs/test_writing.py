@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from deepseek_mp.errors import ConfigError
@@ -57,3 +59,18 @@ def test_others_may_read_it_as_any_new_file(tmp_path):
     with whole_file(tmp_path / "a") as file:
         file.write(b"new")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.parametrize("path", [None, 3, b"a"])
+def test_what_names_no_path_is_refused(path):
+    with pytest.raises(ConfigError, match=r"path=.* of type (NoneType|int|bytes)\. Allowed: text or a Path"):
+        checked(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"pipe', no file\. Allowed: a file that can be written"):
+        checked(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="path='/dev/null', no file"):
+        checked("/dev/null")
