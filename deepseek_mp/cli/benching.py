@@ -10,8 +10,9 @@ from deepseek_mp.errors import ConfigError, LoaderError, explain
 from deepseek_mp.inference import Card, optimize_for_inference
 from deepseek_mp.inference.samples import inputs_of
 from deepseek_mp.nn import call as calls
+from deepseek_mp.trainer.position import check_loader
 from deepseek_mp.trainer.progress import Progress
-from deepseek_mp.trainer.setup import choose_device, seed_everything
+from deepseek_mp.trainer.setup import check_arguments, choose_device, seed_everything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,12 @@ def cards(target: str, question: Question) -> Iterator[Card]:
     """Call the user's function and measure the model that it returns, at one batch size after the other."""
     seed_everything(question.seed)
     found = load_target(target)
+    check_arguments(found.model, None)
     device = choose_device(found.model, question.device)
     found.model.to(device)
-    first = next(iter(found.needed("loader", "bench inference")), None)
+    loader = found.needed("loader", "bench inference")
+    check_loader(loader)
+    first = next(iter(loader), None)
     if first is None:
         raise LoaderError(explain(f"a loader of {target} without batches", "one batch", "Let it give one"))
     call = calls.move(calls.parse_batch(first), device)

@@ -13,6 +13,7 @@ from deepseek_mp.cli.profiling import answer
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS, check_budget
 from deepseek_mp.profiler.profiler import BATCHES
+from deepseek_mp.trainer.setup import LARGEST_SEED
 
 
 def profile(
@@ -31,7 +32,7 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="Write the report there, as JSON.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan there, for train --precision.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to measure, as in PyTorch: cpu, cuda:0.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batches and samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights, batches and samples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Say what each precision would do to each layer of what TARGET returns, and which is best within budgets.

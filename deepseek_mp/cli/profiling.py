@@ -14,7 +14,7 @@ from deepseek_mp.precision import PrecisionPlan
 from deepseek_mp.profiler import PrecisionProfiler
 from deepseek_mp.profiler.profiler import FORMATS_TRIED
 from deepseek_mp.trainer.progress import Progress
-from deepseek_mp.trainer.setup import choose_device, seed_everything
+from deepseek_mp.trainer.setup import check_arguments, choose_device, seed_everything
 
 
 def answer(target: str, question: Question) -> Answer:
@@ -22,6 +22,7 @@ def answer(target: str, question: Question) -> Answer:
     seed_everything(question.seed)
     found = load_target(target)
     if question.device is not None or not found.by_metric:  # a metric knows where it runs the model
+        check_arguments(found.model, None)
         found.model.to(choose_device(found.model, question.device))
     try:
         with Progress(None) as shown:

@@ -11,7 +11,7 @@ from deepseek_mp.cli.target import load_target
 from deepseek_mp.cli.training import fit
 from deepseek_mp.cli.training_options import Extent, read_memory, read_pins, read_precision, unused
 from deepseek_mp.trainer import MixedPrecisionTrainer
-from deepseek_mp.trainer.setup import seed_everything
+from deepseek_mp.trainer.setup import LARGEST_SEED, seed_everything
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
     adapt: Annotated[bool | None, typer.Option(help="Lower and raise layers on the way; by default with auto.")] = None,
     memory: Annotated[str | None, typer.Option(help="GiB that a step may hold, or auto: what the device has.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to train, as in PyTorch: cpu, cuda:0.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and batches.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Train what TARGET returns: the model, a loader and a loss, and if it likes an optimizer and a val_loader.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_mp.costs.timing import is_out_of_memory
 from deepseek_mp.errors import ConfigError, LoaderError, explain
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.nested import map_leaves
@@ -20,7 +21,7 @@ def inputs_of(model: nn.Module, call: calls.Call, size: int) -> Any:
 
     Raises:
         LoaderError: the batch has no sample.
-        ConfigError: it has arguments of both kinds.
+        ConfigError: it has arguments of both kinds, or the inputs do not fit the memory.
     """
     has = calls.batch_size(call)
     if has == 0:
@@ -29,10 +30,16 @@ def inputs_of(model: nn.Module, call: calls.Call, size: int) -> Any:
     def leaf(value: Any) -> Any:
         if not (isinstance(value, Tensor) and value.dim() and value.shape[0] == has):
             return value
-        return value[torch.arange(size, device=value.device) % has]
+        return value.index_select(0, torch.arange(size, device=value.device) % has)  # which sparse tensors have too
 
     named = calls.keywords(model, call)  # before labels are another tensor than the target
-    args, kwargs = map_leaves((call.args, named), leaf)
+    try:
+        args, kwargs = map_leaves((call.args, named), leaf)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        passed = f"inputs of {size} samples, which alone are more than the memory"
+        raise ConfigError(explain(passed, "sizes that fit", "Ask for fewer samples")) from error
     if args and kwargs:
         passed = "a batch of positional and keyword arguments"
         raise ConfigError(explain(passed, "one of the two", "Pass all by their names, as a mapping"))

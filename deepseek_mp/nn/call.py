@@ -75,7 +75,7 @@ def move(batch: Any, device: torch.device | str) -> Any:
     """The batch, or the call it stands for, with its tensors on `device`; every container keeps its type.
 
     Copies to an accelerator do not wait (they overlap where the memory is pinned); copies to the CPU
-    do, since their values may be read right away.
+    do, since their values may be read right away. `BatchError` for a container that holds itself.
     """
     target = torch.device(device)
 
@@ -84,10 +84,14 @@ def move(batch: Any, device: torch.device | str) -> Any:
             return leaf.to(target, non_blocking=target.type != "cpu")
         return leaf.to(target) if hasattr(leaf, "to") else leaf
 
-    if isinstance(batch, Call):
-        parts = map_leaves((batch.args, batch.kwargs, batch.target), moved)
-        return Call(args=parts[0], kwargs=parts[1], target=parts[2])
-    return map_leaves(batch, moved)
+    try:
+        if isinstance(batch, Call):
+            parts = map_leaves((batch.args, batch.kwargs, batch.target), moved)
+            return Call(args=parts[0], kwargs=parts[1], target=parts[2])
+        return map_leaves(batch, moved)
+    except RecursionError as error:  # not looked for in front of every step
+        passed, allowed = "a batch with a container that holds itself", "containers that have an end"
+        raise BatchError(explain(passed, allowed, "Leave it out of itself")) from error
 
 
 def batch_size(call: Call) -> int:

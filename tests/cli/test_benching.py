@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,23 @@ def test_a_loader_that_gives_nothing_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(benching, "load_target", empty)
     with pytest.raises(LoaderError, match=r"a loader of net\.py:job without batches"):
         list(cards("net.py:job", QUESTION))
+
+
+@pytest.mark.parametrize(
+    ("model", "loader", "sizes", "match"),
+    [
+        (nn.Linear(3, 2), 3, (2,), r"loader 3\. Allowed: an iterable of batches"),
+        (nn.Linear(3, 2, device="meta"), [torch.ones(2, 3)], (2,), "a model on the meta device"),
+        (nn.Linear(3, 2), [torch.ones(2, 3)], (1 << 50,), "inputs of 1125899906842624 samples, which alone"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, loader: Any, sizes: tuple[int, ...], match: str
+) -> None:
+    found = SimpleNamespace(model=model, needed=lambda name, what_for: loader)
+    monkeypatch.setattr(benching, "load_target", lambda text: found)
+    with pytest.raises(ConfigError, match=match):
+        list(cards("net.py:job", replace(QUESTION, sizes=sizes)))
 
 
 def test_the_seed_is_set_before_the_target_is_called(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,3 +99,9 @@ def test_options_that_a_metric_would_ignore_are_refused(net: Path) -> None:
     question = Question(verify=1, budget=0.5, resume=Path("part.json"), by_role=True, data=False)
     with pytest.raises(ConfigError, match="--budget, --verify, --by-role, --no-data, --resume for a target"):
         answer("net.py:metric", question)
+
+
+def test_a_model_without_values_is_refused(net: Path) -> None:
+    net.write_text(net.read_text().replace("return network(), Batches()", 'return network().to("meta"), Batches()'))
+    with pytest.raises(ConfigError, match="a model on the meta device"):
+        answer("net.py:job", ASKED)

@@ -23,6 +23,12 @@ def test_samples_are_cut_and_repeated():
     torch.testing.assert_close(inputs_of(model, call, 5), (x[[0, 1, 2, 0, 1]],))
 
 
+def test_sparse_samples_are_repeated_as_dense_ones():
+    x = torch.arange(9.0).view(3, 3)
+    (found,) = inputs_of(nn.Linear(3, 2), parse_batch((x.to_sparse(), torch.zeros(3))), 5)
+    torch.testing.assert_close(found.to_dense(), x[[0, 1, 2, 0, 1]])
+
+
 def test_names_are_kept_labels_are_left_out_and_what_is_no_sample_stays():
     call = parse_batch({"x": torch.randn(3, 3), "scale": torch.tensor(2.0), "labels": torch.zeros(3)})
     found = inputs_of(Named(), call, 5)
@@ -36,3 +42,7 @@ def test_what_cannot_be_done_is_refused():
     both = Call(args=(torch.ones(2, 3),), kwargs={"scale": torch.ones(2)}, target=None)
     with pytest.raises(ConfigError, match="positional and keyword arguments"):
         inputs_of(nn.Linear(3, 2), both, 2)
+    with pytest.raises(ConfigError, match="inputs of 1125899906842624 samples, which alone are more than the memory"):
+        inputs_of(nn.Linear(3, 2), parse_batch(torch.ones(2, 3)), 1 << 50)
+    with pytest.raises(RuntimeError, match="index_select"):
+        inputs_of(nn.Linear(3, 2), Call(args=(torch.ones(2, 3).to_sparse_bsr((1, 1)),), kwargs={}, target=None), 2)

@@ -181,3 +181,11 @@ def test_move_moves_every_tensor_of_a_call():
     moved = move(call, "meta")
     assert moved.kwargs["x"].device.type == moved.kwargs["deep"][0].device.type == moved.target.device.type == "meta"
     assert call.target.device.type == "cpu"
+
+
+@pytest.mark.parametrize("batch", [{"x": X}, Call(args=(), kwargs={"x": X}, target=None)], ids=["batch", "call"])
+def test_a_batch_that_holds_itself_is_refused(batch):
+    inside = batch.kwargs if isinstance(batch, Call) else batch
+    inside["again"] = [inside]
+    with pytest.raises(BatchError, match="a batch with a container that holds itself"):
+        move(batch, "cpu")
