@@ -30,6 +30,7 @@ from deepseek_mp.inference.stored_formats import adapt, check_formats, formats_o
 from deepseek_mp.nn.nested import check_nesting
 from deepseek_mp.nn.own_code import with_own_code
 from deepseek_mp.programs import Exported, Signature, exported, read, widened, write
+from deepseek_mp.programs.exporting import EXPORTING
 from deepseek_mp.programs.onnx_export import check_operations
 from deepseek_mp.programs.signature import inputs, plain
 from deepseek_mp.version import __version__
@@ -136,6 +137,8 @@ def save(served: Served, path: str | Path, example_inputs: Any = None, *, dynami
     The file is an archive of `torch.export`: a graph of operations, tensors, and JSON about both. On the device it was
     saved on, the loaded model's outputs are the same bit for bit, in eager mode.
 
+    Threads may save and load at once, but not call models while one of them saves: PyTorch cannot trace then.
+
     Args:
         served: on any device.
         path: of the file, by custom with the ending .pt2; an older one there is replaced.
@@ -183,6 +186,11 @@ def load(path: str | Path, device: str | torch.device | None = None) -> LoadedMo
     """
     place = numbered(default_device() if device is None else device)  # as tensors there say themselves
     capabilities(place)  # says so where there is none
+    with EXPORTING:
+        return _loaded(path, place)
+
+
+def _loaded(path: str | Path, place: torch.device) -> LoadedModel:
     program, about = read(path, ABOUT)
     _check_version(path, about)
     try:
@@ -216,7 +224,7 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
     args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
     layers = {name: layer for name, layer in served.named_modules() if isinstance(layer, QuantisedLinear)}
     portable = {name: layer.portable() for name, layer in layers.items()}
-    with arithmetic(served.device), in_place(served, portable):
+    with EXPORTING, arithmetic(served.device), in_place(served, portable):
         made = exported(_Whole(served), args, kwargs, dynamic=dynamic, kept=served.kept_state)
         if not widen:
             return made

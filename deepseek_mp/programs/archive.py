@@ -17,6 +17,7 @@ from torch.ao.quantization.fx import _decomposed as _registered  # noqa: F401 - 
 from torch.export import ExportedProgram
 
 from deepseek_mp.errors import CheckpointError, ConfigError, explain, first_line
+from deepseek_mp.programs.exporting import EXPORTING
 from deepseek_mp.programs.inspection import inspect
 from deepseek_mp.programs.writing import as_path, checked, whole_file
 
@@ -62,7 +63,7 @@ def read(path: str | Path, name: str) -> tuple[ExportedProgram, Any]:
                 raise CheckpointError(explain(f"{passed}, without {name}", allowed, change))
             inspect(archive)
             about = json.loads(archive.read(f"{root}/extra/{name}"))
-        with warnings.catch_warnings():
+        with EXPORTING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data.seek(0)
             return torch.export.load(data), about
@@ -97,7 +98,7 @@ def _written_again(path: str | Path) -> io.BytesIO:
 def _bytes(program: ExportedProgram, about: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
     try:
-        with _bare(program), warnings.catch_warnings():
+        with EXPORTING, _bare(program), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter, about tensors that are not contiguous
             torch.export.save(program, buffer, extra_files=dict(about))
         with ZipFile(buffer) as archive:

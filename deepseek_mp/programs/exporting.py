@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ Region = Callable[[], AbstractContextManager[Any]]
 """Makes a block of code of its own."""
 JSON_VALUES = (str, int, float, bool, type(None))
 """Inputs other than tensors; they become part of the graph."""
+EXPORTING = threading.RLock()
+"""Held while PyTorch exports, writes or reads programs, replacing parts of itself, and while calls are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,12 @@ def exported(
     given = inputs(args, kwargs)
     _check_values(*given)
     _check_dynamic(dynamic, given)
-    free = [dim for dim in dynamic if _size(given, dim) is not None]
+    with EXPORTING:
+        return _compared(module, given, [dim for dim in dynamic if _size(given, dim) is not None], kept)
+
+
+def _compared(module: nn.Module, given: tuple[Any, Any], free: list[int], kept: Region) -> Exported:
+    """The program, once it gave what the module gives."""
     with kept():
         made = _free(module, given, free, kept) if free else _traced(module, given, ())
     _check_outputs(made.program)
@@ -76,8 +84,14 @@ def exported(
 
 
 def _check_outputs(program: ExportedProgram) -> None:
-    """`ConfigError` for text, which PyTorch writes to a file and does not read again (2.11, 2.13)."""
+    """`ConfigError` for none at all, which PyTorch cannot write, and for text, which it does not read again.
+
+    So do PyTorch 2.11 and 2.13.
+    """
     specs = [spec.arg for spec in program.graph_signature.output_specs]
+    if not specs:
+        passed, change = "a forward without outputs", "Let it return a tensor"
+        raise ConfigError(explain(passed, "tensors, numbers and None", change))
     values = [spec.value for spec in specs if isinstance(spec, ConstantArgument)]
     if text := next((value for value in values if isinstance(value, str)), None):
         change = "Let the forward leave it out, and add it to what the program gives"
@@ -247,6 +261,9 @@ def _check_dynamic(dynamic: Any, given: tuple[Any, Any]) -> None:
 
 
 def _check_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not leaves_of(args, kwargs):  # which PyTorch does not export
+        passed, change = "a call without inputs", "Let the forward take a tensor"
+        raise ConfigError(explain(passed, "one input or more", change))
     for where, leaf in leaves_of(args, kwargs).items():
         if not isinstance(leaf, Tensor) and type(leaf) not in JSON_VALUES:
             passed = f"an input {where} of type {type(leaf).__name__}"

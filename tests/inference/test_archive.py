@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -292,6 +293,19 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights(tmp_path, monkeypatch):
             weight.zero_()
     assert not made(x).any()
     assert torch.equal(loaded(x), expected)
+
+
+def test_threads_save_one_model_and_load_it(wide, tmp_path):
+    served, x = Served(wide, Form(format="bf16", linear="int8_weights"), CPU), torch.randn(4, 3, 10, 10)
+
+    def saved(name):
+        served.save(tmp_path / name, x)
+        return load(tmp_path / name, "cpu")
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(saved, ["one.pt2", "one.pt2", "two.pt2", "two.pt2"]))
+    expected = served(x)
+    assert all(torch.equal(loaded(x), expected) for loaded in found)
 
 
 def test_a_loaded_model_is_copied_but_not_pickled(tmp_path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from threading import get_ident
+
 import pytest
 import torch
 from torch import nn
@@ -126,3 +130,35 @@ def test_what_names_no_dimension_is_refused_since_sizes_would_be_fixed_in_silenc
 
 def test_the_first_dimension_may_be_named_for_inputs_that_have_none():
     assert not made(lambda layer, x: layer.weight * x, torch.tensor(2.0))[1].signature.is_free
+
+
+def test_a_call_without_inputs_or_outputs_is_refused():
+    with pytest.raises(ConfigError, match=r"a call without inputs\. Allowed: one input or more"):
+        made(lambda layer: layer.weight)
+    with pytest.raises(ConfigError, match="a forward without outputs"):
+        made(lambda layer, x: (), torch.ones(2, 3))
+
+
+def test_threads_export_one_after_the_other():
+    inside, most, others = [], [], []  # by thread: regions of one are nested
+
+    with ThreadPoolExecutor(1) as pool:
+
+        @contextmanager
+        def region():
+            inside.append(get_ident())
+            most.append(len(set(inside)))
+            if not others:
+                others.append(pool.submit(again))
+                wait(others, timeout=0.5)  # for one that does not wait its turn
+            try:
+                yield
+            finally:
+                inside.pop()
+
+        def again():
+            return exported(Module(lambda layer, x: layer(x)), (torch.ones(2, 3),), {}, kept=region)
+
+        again()
+        others[0].result()
+    assert max(most) == 1
