@@ -43,6 +43,10 @@ class Form:
         if self.format not in (*FORMATS, INT8):
             change = f"Use one of these.{suggest(str(self.format), FORMATS)}"
             raise ConfigError(explain(f"format={self.format!r}", ", ".join(map(repr, FORMATS)), change))
+        pairs = isinstance(self.layers, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in self.layers)
+        if not pairs:
+            change = "Pass (('name', 'int8_weights'), ...)"
+            raise ConfigError(explain(f"layers={self.layers!r}", "a tuple of pairs of a name and a kind", change))
         kinds = {kind for _, kind in self.layers} | ({self.linear} if self.linear is not None else set())
         if kinds and (not kinds <= set(LINEAR_KINDS) or self.format not in ("bf16", "fp16")):
             passed = f"linear layers of {', '.join(sorted(map(repr, kinds)))} with format={self.format!r}"

@@ -55,8 +55,8 @@ class Served(nn.Module):
             that was compiled for the same format.
 
     Raises:
-        ConfigError: the model cannot be copied, its BatchNorms cannot be folded, it has no linear layer of the form's
-            kind, or calls cannot be recorded.
+        ConfigError: an argument of another type, the model cannot be copied, its BatchNorms cannot be folded, it has no
+            linear layer of the form's kind, or calls cannot be recorded.
     """
 
     model: nn.Module
@@ -71,6 +71,12 @@ class Served(nn.Module):
 
     def __init__(self, model: nn.Module, form: Form, device: torch.device, like: Served | None = None) -> None:
         super().__init__()
+        given = {"model": (model, nn.Module), "form": (form, Form), "device": (device, torch.device)}
+        if wrong := [
+            f"{name} of type {type(one).__name__}" for name, (one, kind) in given.items() if not isinstance(one, kind)
+        ]:
+            allowed = "a model, a Form and a torch.device"
+            raise ConfigError(explain(", ".join(wrong), allowed, "Call Served(model, Form(...), torch.device(...))"))
         if form.format == INT8:
             change = "Train for it with QuantizationAwareTrainer, or use linear='int8_weights'"
             raise ConfigError(explain("a model to be served in 'int8'", ", ".join(map(repr, FORMATS)), change))

@@ -97,3 +97,9 @@ def test_other_formats_are_refused():
     with pytest.raises(ConfigError, match=r"format='bf61'\. Allowed: 'fp32'.*Did you mean 'bf16'"):
         Form(format="bf61")
     assert Form(format="int8").name == "int8"
+
+
+@pytest.mark.parametrize("layers", [3, ["0"], (("0",),), {"0": "int8_weights"}])
+def test_layers_that_are_no_pairs_are_refused(layers):
+    with pytest.raises(ConfigError, match=r"layers=.*Allowed: a tuple of pairs of a name and a kind"):
+        Form(format="bf16", layers=layers)

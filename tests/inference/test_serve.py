@@ -279,3 +279,15 @@ def test_norms_are_not_folded_in_a_forward_that_adds_to_what_it_keeps(kind, add)
     model.kept = kind()
     with pytest.raises(ConfigError, match=r"its forward changes kept, which a trace would keep"):
         Served(model, Form(folded=True), CPU)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((None, Form(), CPU), "model of type NoneType. Allowed: a model, a Form and a torch.device"),
+        ((nn.Linear(4, 2), "bf16", "cpu"), "form of type str, device of type str"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments, match):
+    with pytest.raises(ConfigError, match=match):
+        Served(*arguments)
