@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,22 @@ class LoadedModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lay()  # Python copies parameters each on its own
         self._code = self._compiled() if self.form.compiled else None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: graphs cannot be pickled, and the archive that it came from holds no code."""
+        passed = "a model from a file to be pickled (by pickle, torch.save or another process)"
+        raise ConfigError(explain(passed, "its file", "Pass that on, and call inference.load where it is needed"))
+
+    def __copy__(self) -> LoadedModel:
+        return self._with_state(self.__getstate__())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedModel:
+        return self._with_state(deepcopy(self.__getstate__(), memo))
+
+    def _with_state(self, state: dict[str, Any]) -> LoadedModel:
+        made = type(self).__new__(type(self))
+        made.__setstate__(state)
+        return made
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """What moves or casts the weights takes them apart."""

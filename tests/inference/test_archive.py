@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -291,6 +292,18 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights(tmp_path, monkeypatch):
             weight.zero_()
     assert not made(x).any()
     assert torch.equal(loaded(x), expected)
+
+
+def test_a_loaded_model_is_copied_but_not_pickled(tmp_path):
+    x = torch.randn(2, 4)
+    Served(nn.Linear(4, 2), Form(), CPU).save(tmp_path / "model.pt2", x)
+    loaded = load(tmp_path / "model.pt2", "cpu")
+    for made in (copy.copy(loaded), copy.deepcopy(loaded)):
+        assert torch.equal(made(x), loaded(x))
+        assert (made.form, made.formats, str(made.signature)) == (loaded.form, loaded.formats, str(loaded.signature))
+    for write in (pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
+        with pytest.raises(ConfigError, match=r"a model from a file to be pickled .* Allowed: its file\. Pass that on"):
+            write(loaded)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
