@@ -138,7 +138,25 @@ def convert(
     kernels: str | None = None,
     capabilities: Capabilities | None = None,
 ) -> PrecisionPlan:
-    """Apply a plan, or a recipe by its name, to the model in place; see `apply`."""
+    """Apply a plan, or a recipe by its name, to the model in place; `revert` takes it back.
+
+    Layers then run in their formats inside `autocast(device, plan.base.region)`. Weights stay in FP32, hooks and names
+    as they are. Converting again replaces the plan.
+
+    Args:
+        model: any module; its device decides which formats there are.
+        plan: a `PrecisionPlan`, or the name of a recipe for all layers, such as 'bf16' or 'fp8'.
+        emulate: allow formats that the device has no units for, where PyTorch can run them.
+        kernels: what runs FP8 ('reference', 'triton', 'native'), used or refused; None: the best there is.
+        capabilities: of the device; None: as they are found.
+
+    Returns:
+        The plan in force, with a `Decision` for each layer: what it runs in, and why.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        FormatError: the device lacks one of the formats and `emulate` is false. The model is then as it was.
+    """
     return apply(model, plan, emulate=emulate, kernels=kernels, capabilities=capabilities)
 
 

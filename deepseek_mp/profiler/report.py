@@ -172,6 +172,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
         return made
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, from which `from_json` makes the report again."""
         return {
             "version": REPORT_VERSION,
             "basis": self.basis,
