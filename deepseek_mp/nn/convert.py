@@ -16,7 +16,7 @@ from typing import Literal
 from torch import nn
 
 from deepseek_mp.backends import Capabilities
-from deepseek_mp.errors import PlanError, explain
+from deepseek_mp.errors import ConfigError, PlanError, explain
 from deepseek_mp.nn import checks
 from deepseek_mp.nn.assign import Assigned, around, assign, devices_of, for_device
 from deepseek_mp.nn.decisions import decisions
@@ -64,6 +64,7 @@ def prepare(
     capabilities: Capabilities | None = None,
 ) -> Prepared:
     """Everything that can refuse the plan; see `apply`. The model does not change."""
+    _check_module(model)
     checks.check_kernels(kernels)
     if not isinstance(plan, PrecisionPlan):
         plan = replace(PrecisionPlan.of(plan), memory_format=memory_format_of(model))
@@ -154,14 +155,21 @@ def convert(
         The plan in force, with a `Decision` for each layer: what it runs in, and why.
 
     Raises:
+        ConfigError: no module.
         PlanError: the plan does not fit the model.
         FormatError: the device lacks one of the formats and `emulate` is false. The model is then as it was.
     """
     return apply(model, plan, emulate=emulate, kernels=kernels, capabilities=capabilities)
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(explain(f"a model of type {type(model).__name__}", "a torch.nn.Module", "Pass the model"))
+
+
 def revert(model: nn.Module) -> None:
     """Take the conversion back: original classes, strides, and no attribute left. Values stay."""
+    _check_module(model)
     converted = {name: module for name, module in model.named_modules() if isinstance(module, Unit)}
     for name, unit in converted.items():
         if type(unit) is not unit_class(unit.original_class):
