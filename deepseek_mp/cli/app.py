@@ -22,8 +22,10 @@ from deepseek_mp.cli.train import train
 from deepseek_mp.errors import MixedPrecisionError
 from deepseek_mp.version import __version__
 
+PROGRAM = "deepseek-mp"
+
 app = typer.Typer(
-    name="deepseek-mp",
+    name=PROGRAM,
     help="Mixed-precision training that decides by measurement and explains every choice.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -55,7 +57,7 @@ def _program(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on `arguments` (those of the process if None) and return its exit status."""
     try:
-        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        status = app(args=None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except (TyperException, MixedPrecisionError) as error:
         return _refuse(error)
     return status if isinstance(status, int) else 0
@@ -63,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(error: TyperException | MixedPrecisionError) -> int:
     usage = isinstance(error, TyperException)
-    text = f"{error.format_message()} (see deepseek-mp --help)" if isinstance(error, TyperException) else str(error)
+    text = (
+        f"{error.format_message()} (see {_command(error)} --help)" if isinstance(error, TyperException) else str(error)
+    )
     print(f"deepseek-mp: {' '.join(text.split())}", file=sys.stderr)
     return 2 if usage or isinstance(error, ValueError) else 1
+
+
+def _command(error: TyperException) -> str:
+    """The command that the mistake is about, as it is typed."""
+    context = getattr(error, "ctx", None)
+    return PROGRAM if context is None else context.command_path

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from deepseek_mp.cli.benching import Question, cards, sizes_of
+from deepseek_mp.cli.common_options import Seed, read_names
 from deepseek_mp.cli.output import check_writable, print_record, print_text, terminal_width
 from deepseek_mp.records.lines import to_plain
-from deepseek_mp.trainer.setup import LARGEST_SEED
 
-bench = typer.Typer(help="Measure a model of your own.", no_args_is_help=True)
+bench = typer.Typer(help="Measure a model of your own.")
 
 
 @bench.command()
@@ -29,7 +29,7 @@ def inference(
     energy_seconds: Annotated[float, typer.Option(min=0, help="Of the energy counter; 30 can be trusted.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Write the numbers there, as JSON.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to measure, as in PyTorch: cpu, cuda:0.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and batches.")] = 0,
+    seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Time what TARGET returns in every form that it has, and say which is the fastest within the budget.
@@ -43,7 +43,7 @@ def inference(
         sizes=sizes_of(batch),
         budget=budget,
         metric=metric,
-        formats=None if formats is None else tuple(name.strip() for name in formats.split(",") if name.strip()),
+        formats=read_names(formats, "--formats"),
         compiled=compiled,
         seconds=seconds,
         energy_seconds=energy_seconds,

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deepseek_mp.cli.common_options import Seed
 from deepseek_mp.cli.output import print_json
 from deepseek_mp.workloads.demo import Comparison, Run, run_demo
 
@@ -17,7 +18,7 @@ def demo(
     task: Annotated[str | None, typer.Option(help="Only this task: digits or text.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of small models.")] = False,
     device: Annotated[str | None, typer.Option(help="Where to train, as in PyTorch: cpu, cuda:0.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Train a ResNet on handwritten digits and a GPT on Python's own source text, in fp32 and in auto.

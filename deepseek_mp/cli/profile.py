@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
+from deepseek_mp.cli.common_options import Seed, read_names
 from deepseek_mp.cli.output import check_writable
 from deepseek_mp.cli.profile_question import Question
 from deepseek_mp.cli.profiling import answer
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.precision.planning import NOISE_BUDGET, SMALL_LOSS, check_budget
 from deepseek_mp.profiler.profiler import BATCHES
-from deepseek_mp.trainer.setup import LARGEST_SEED
 
 
 def profile(
@@ -32,7 +32,7 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="Write the report there, as JSON.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan there, for train --precision.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to measure, as in PyTorch: cpu, cuda:0.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights, batches and samples.")] = 0,
+    seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Say what each precision would do to each layer of what TARGET returns, and which is best within budgets.
@@ -46,9 +46,8 @@ def profile(
             check_writable(path, option)
     if plan is not None and not data:
         raise ConfigError(explain("--plan with --no-data", "a plan from batches", "Leave one of them out"))
-    names = None if recipes is None else tuple(name.strip() for name in recipes.split(",") if name.strip())
     question = Question(
-        recipes=names,
+        recipes=read_names(recipes, "--recipes"),
         budget=budget,
         noise_budget=noise_budget,
         batches=batches,

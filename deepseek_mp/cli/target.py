@@ -68,11 +68,11 @@ def _checked(made: Any, text: str) -> Target:
     elif isinstance(made, tuple) and len(made) == 3:
         parts = dict(zip(names[:3], made, strict=True))
     else:
-        what = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
+        what = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a value of type {type(made).__name__}"
         raise ConfigError(explain(f"{text} returned {what}", RETURNS, "Return one of these"))
     model = parts.get("model")
     if not isinstance(model, nn.Module):
-        what = "no model" if model is None else f"a {type(model).__name__} as model"
+        what = "no model" if model is None else f"a value of type {type(model).__name__} as model"
         raise ConfigError(explain(f"{text} returned {what}", "a torch.nn.Module", "Return the model itself"))
     if parts.get("metric") is not None and not callable(parts["metric"]):
         passed = f"{text} returned metric={parts['metric']!r}"

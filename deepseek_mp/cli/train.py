@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
+from deepseek_mp.cli.common_options import Seed
 from deepseek_mp.cli.target import load_target
 from deepseek_mp.cli.training import fit
 from deepseek_mp.cli.training_options import Extent, read_memory, read_pins, read_precision, unused
 from deepseek_mp.trainer import MixedPrecisionTrainer
-from deepseek_mp.trainer.setup import LARGEST_SEED, seed_everything
+from deepseek_mp.trainer.setup import seed_everything
 
 
 def train(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="file.py:function or module:function.")],
     *,
     precision: Annotated[str, typer.Option(help="auto, a format, a recipe, or a plan as JSON.")] = "auto",
-    epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of the whole run; 1 without --steps.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the whole run; 1 without --steps.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Applied steps of the whole run.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="For records and checkpoints; else a new one in runs/.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run directory to go on in.")] = None,
@@ -28,7 +29,7 @@ def train(
     adapt: Annotated[bool | None, typer.Option(help="Lower and raise layers on the way; by default with auto.")] = None,
     memory: Annotated[str | None, typer.Option(help="GiB that a step may hold, or auto: what the device has.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to train, as in PyTorch: cpu, cuda:0.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and batches.")] = 0,
+    seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Train what TARGET returns: the model, a loader and a loss, and if it likes an optimizer and a val_loader.

@@ -53,6 +53,13 @@ class LossScalePolicy(ABC):
     `state` maps names to 0-dim tensors; `scale` (float32) is always one of them. `update` must change
     them in place by tensor operations; reading a value with `.item()` there works but waits for the
     device at every step.
+
+    Args:
+        initial: the first scale, within floor and ceiling.
+        floor, ceiling: the scale never leaves these.
+
+    Raises:
+        LossScaleError: a number that is not finite and above 0, or an initial scale outside of the two.
     """
 
     name: ClassVar[str] = "custom"

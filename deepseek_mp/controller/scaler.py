@@ -122,6 +122,10 @@ class LossScaler:
             empty: 0-dim; 1 skips the step as well, without blaming the scale (a window without items).
             before: called on the unscaled gradients, before they are checked, clipped and applied.
 
+        Returns:
+            `nonfinite`, `skipped`, `grad_norm` (before clipping) and `scale`, 0-dim tensors that may still be on their
+            way; and `status`, 'applied', 'skipped' or 'no_grads', None while only the device knows.
+
         Raises:
             LossScaleError: the loss of this step was not scaled by `scale`.
             ConfigError: an argument that is not an Optimizer (a closure, for instance).

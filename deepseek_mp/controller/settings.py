@@ -22,7 +22,18 @@ ALLOWED = (*PLAIN, *(name for name, recipe in RECIPES.items() if not recipe.is_p
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings:
-    """What a live controller may spend, and how fast it moves. Defaults suit a first run."""
+    """What a live controller may spend, and how fast it moves. Defaults suit a first run.
+
+    loss_budget, noise_budget          relative rise of the loss, and relative variance added to the gradient, allowed
+    recipes, objective, by_role        what layers may run in, whether 'time' or 'memory' is saved, one recipe a product
+    warm_up, decide_every,             steps before the first decision and between two; decisions that must agree; share
+    confirmations, most_at_once        of the layers that one may lower
+    probe_every, probe_share, share    steps between probes, their part of the time, the part of a batch they look at
+    patience, longest_patience         steps that a layer stays raised after a guard, at first and at most
+    watch_inputs, pays, compare_every  see docs/adaptive.md
+
+    `ConfigError` for a value that is not allowed.
+    """
 
     loss_budget: float = SMALL_LOSS
     """Relative rise of the loss that all lowered products together may cause: 40 % of the 0.25 % that the DeepSeek-V3
@@ -44,6 +55,7 @@ class AdaptiveSettings:
     probe_share: float = 0.005
     """At most this part of the time goes into probes: they come less often where one takes long."""
     share: float = 0.125
+    """Part of a batch that a probe looks at."""
     decide_every: int | None = None
     """Steps between two decisions; None: a 64th of the run, from 32 to 256."""
     confirmations: int = 3
@@ -54,6 +66,7 @@ class AdaptiveSettings:
     patience: int = 1024
     """Steps that a layer stays raised after a guard raised it; doubles with every repetition."""
     longest_patience: int = 16384
+    """What `patience` doubles up to."""
     most_at_once: float = 0.25
     """Share of the layers that one decision may lower, at least one; the first allocation may lower all."""
     pays: float = 4.0
@@ -97,6 +110,7 @@ class AdaptiveSettings:
         return 256 if total_steps is None else min(256, max(32, total_steps // 64))
 
     def to_json(self) -> dict[str, object]:
+        """Plain JSON values, by the name of the field."""
         return {
             field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
             for field in fields(self)

@@ -80,17 +80,6 @@ class LoadedModel(nn.Module):
         self._fp32: Any = form.format if fast else "ieee"
         self._code = self._compiled() if form.compiled else None
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refused: graphs cannot be pickled, and an archive of them holds no code."""
-        passed = "a model from a file to be pickled (by pickle, torch.save or another process)"
-        raise ConfigError(explain(passed, "its file", "Call inference.load(path) where it is needed"))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedModel:
-        made = self.__new__(type(self))
-        memo[id(self)] = made
-        made.__setstate__(deepcopy(self.__getstate__(), memo))
-        return made
-
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code, which is of this model's weights and not of a copy's."""
         return {name: value for name, value in self.__dict__.items() if name != "_code"}
@@ -99,6 +88,21 @@ class LoadedModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lay()  # Python copies parameters each on its own
         self._code = self._compiled() if self.form.compiled else None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: graphs cannot be pickled, and the archive that it came from holds no code."""
+        passed = "a model from a file to be pickled (by pickle, torch.save or another process)"
+        raise ConfigError(explain(passed, "its file", "Pass that on, and call inference.load where it is needed"))
+
+    def __copy__(self) -> LoadedModel:
+        made = self.__new__(type(self))
+        made.__setstate__(self.__getstate__())
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedModel:
+        made = memo[id(self)] = self.__new__(type(self))
+        made.__setstate__(deepcopy(self.__getstate__(), memo))
+        return made
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """What moves the weights takes them apart. Casts are refused: the graph says what its operations take."""

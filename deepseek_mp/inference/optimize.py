@@ -84,6 +84,10 @@ def optimize_for_inference(
             linear layers are tried beside BF16, or beside FP16 where there is no BF16.
         progress: called with what is being done and the share of it that is done; `print` will do.
 
+    Returns:
+        `model`, called as the original is, without gradients, whose floating outputs are FP32; `plan`, why each form
+        was taken or not; and `card`, the numbers of all forms. Both can be printed and have `to_json()`.
+
     Raises:
         ConfigError: an argument that is not allowed, a metric that gives no number or is not 0 for equal outputs, a
             model that cannot be copied, or outputs that are not finite.

@@ -41,6 +41,9 @@ def optimize_for_shapes(
             their first tensor, as in '8x3x224x224', or by those of all where that is not enough.
         options: as for `optimize_for_inference`, for all of them.
 
+    Returns:
+        `model`, and the `plans` and `cards` of `optimize_for_inference` by the names of the inputs.
+
     Raises:
         ConfigError: no list and no mapping, an empty one, or two inputs of the same shapes; and what
             `optimize_for_inference` raises.

@@ -205,7 +205,8 @@ class _LinearCrossEntropy(Function):
                         gradient *= grad
             found = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.types, strict=True)]
         if torch.is_grad_enabled():
-            found = [None if g is None else _Once.apply(g.requires_grad_()) for g in found]  # type: ignore[no-untyped-call]
+            operands = (x, weight, bias)  # so that a derivative by one of them alone comes across the refusal too
+            found = [None if g is None else _Once.apply(g.requires_grad_(), *operands) for g in found]  # type: ignore[no-untyped-call]
         return *found, None, None
 
 
@@ -213,7 +214,7 @@ class _Once(Function):
     """A gradient that cannot be differentiated."""
 
     @staticmethod
-    def forward(_ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(_ctx: Any, gradient: Tensor, *_operands: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import nn
 
 from deepseek_mp.backends import Capabilities
-from deepseek_mp.errors import PlanError, explain
+from deepseek_mp.errors import ConfigError, PlanError, explain
 from deepseek_mp.nn import checks
 from deepseek_mp.nn.assign import Assigned, around, assign, devices_of, for_device
 from deepseek_mp.nn.decisions import decisions
@@ -64,6 +64,7 @@ def prepare(
     capabilities: Capabilities | None = None,
 ) -> Prepared:
     """Everything that can refuse the plan; see `apply`. The model does not change."""
+    _check_module(model)
     checks.check_kernels(kernels)
     if not isinstance(plan, PrecisionPlan):
         plan = replace(PrecisionPlan.of(plan), memory_format=memory_format_of(model))
@@ -138,12 +139,37 @@ def convert(
     kernels: str | None = None,
     capabilities: Capabilities | None = None,
 ) -> PrecisionPlan:
-    """Apply a plan, or a recipe by its name, to the model in place; see `apply`."""
+    """Apply a plan, or a recipe by its name, to the model in place; `revert` takes it back.
+
+    Layers then run in their formats inside `autocast(device, plan.base.region)`. Weights stay in FP32, hooks and names
+    as they are. Converting again replaces the plan.
+
+    Args:
+        model: any module; its device decides which formats there are.
+        plan: a `PrecisionPlan`, or the name of a recipe for all layers, such as 'bf16' or 'fp8'.
+        emulate: allow formats that the device has no units for, where PyTorch can run them.
+        kernels: what runs FP8 ('reference', 'triton', 'native'), used or refused; None: the best there is.
+        capabilities: of the device; None: as they are found.
+
+    Returns:
+        The plan in force, with a `Decision` for each layer: what it runs in, and why.
+
+    Raises:
+        ConfigError: no module.
+        PlanError: the plan does not fit the model.
+        FormatError: the device lacks one of the formats and `emulate` is false. The model is then as it was.
+    """
     return apply(model, plan, emulate=emulate, kernels=kernels, capabilities=capabilities)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(explain(f"a model of type {type(model).__name__}", "a torch.nn.Module", "Pass the model"))
 
 
 def revert(model: nn.Module) -> None:
     """Take the conversion back: original classes, strides, and no attribute left. Values stay."""
+    _check_module(model)
     converted = {name: module for name, module in model.named_modules() if isinstance(module, Unit)}
     for name, unit in converted.items():
         if type(unit) is not unit_class(unit.original_class):

@@ -50,6 +50,9 @@ class CastResult:
 def cast(tensor: Tensor, format: str, *, saturate: bool = False, flush_subnormals: bool = False) -> CastResult:
     """The tensor's values rounded to `format`, any shape, on its own device; gradients do not flow through.
 
+    Gives `tensor`, in the dtype of the format, and the counts of elements `overflowed` and `underflowed`, 0-dim int64.
+    What is above the range becomes infinite, NaN where the format has no infinity; with `saturate` the largest value.
+
     tf32 and hf32 give fp32 tensors whose values those formats can hold (matrix units may truncate
     where this rounds). `flush_subnormals` turns results below the smallest normal value into zero,
     for devices whose matrix units do (`Capabilities.flushes_subnormals`). `FormatError` when the

@@ -101,6 +101,7 @@ class Decision:
         object.__setattr__(self, "evidence", freeze(self.evidence))
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, by the name of the field."""
         return {
             "layer": self.layer,
             "role": None if self.role is None else self.role.value,

@@ -49,10 +49,12 @@ class Rule:
         return any(fnmatchcase(path, self.pattern) for path in _enclosing(name))
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; a recipe known by name is written as its name."""
         return {"pattern": self.pattern, "recipe": _recipe_to_json(self.recipe)}
 
     @classmethod
     def from_json(cls, data: object) -> Rule:
+        """The rule that `to_json` wrote; `PlanError` when `data` is anything else."""
         values = read_object("a rule", data, ("pattern", "recipe"))
         return cls(pattern=values["pattern"], recipe=_recipe_from_json(values["recipe"]))
 

@@ -172,6 +172,7 @@ class ProfileReport(Mapping[str, UnitProfile]):
         return made
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, from which `from_json` makes the report again."""
         return {
             "version": REPORT_VERSION,
             "basis": self.basis,
@@ -190,7 +191,12 @@ class ProfileReport(Mapping[str, UnitProfile]):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ProfileReport:
-        """The report that `to_json` wrote; `PlanError` for another version."""
+        """The report that `to_json` wrote; `PlanError` for another version, or anything else."""
+        if not isinstance(data, Mapping) or "units" not in data:
+            passed = f"a profile report that is a {type(data).__name__} without units"
+            raise PlanError(
+                explain(passed, "what ProfileReport.to_json gives", "Profile the model, and save the report")
+            )
         if data.get("version") != REPORT_VERSION:
             passed = f"a profile of version {data.get('version')!r}"
             raise PlanError(explain(passed, f"version {REPORT_VERSION}", "Profile the model again"))
@@ -214,8 +220,14 @@ class ProfileReport(Mapping[str, UnitProfile]):
 
     @classmethod
     def load(cls, path: str | Path) -> ProfileReport:
-        """Read a report that `save` wrote."""
-        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a report that `save` wrote; `PlanError` if it is something else, `OSError` if it cannot be opened."""
+        text = Path(path).read_bytes()
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            passed = f"{path} is not JSON ({error})"
+            raise PlanError(explain(passed, "a file of ProfileReport.save", "Save the report again")) from error
+        return cls.from_json(data)
 
     def __repr__(self) -> str:
         return f"<ProfileReport of {len(self)} units, by {self.basis}>"

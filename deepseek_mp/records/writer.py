@@ -48,7 +48,8 @@ class RunWriter:
                  lines of earlier attempts for steps after k are read as superseded.
 
     `ConfigError` if the path is not a directory, holds a record that this release cannot read, or a
-    value is not one that a record can hold; nothing is written then. A full disk is an `OSError`.
+    value is not one that a record can hold; nothing is written then. So is a directory that cannot be made
+    or written to. A disk that is full later on is an `OSError`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, info: Mapping[str, Any], resume_step: int = 0) -> None:
@@ -70,10 +71,16 @@ class RunWriter:
                 info=attempt_info,
             )
         )
-        self.path.mkdir(parents=True, exist_ok=True)
-        save_attempts(self.path, self._attempts)
-        self._metrics = LineFile(self.path / METRICS_FILE)
-        self._decisions = LineFile(self.path / DECISIONS_FILE)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_attempts(self.path, self._attempts)
+            self._metrics = LineFile(self.path / METRICS_FILE)
+            self._decisions = LineFile(self.path / DECISIONS_FILE)
+        except OSError as error:
+            passed = f"run directory {self.path} cannot be written ({error.strerror or type(error).__name__})"
+            raise ConfigError(
+                explain(passed, "one that this process may write to", "Choose another run_dir")
+            ) from error
 
     @property
     def checkpoints(self) -> Path:

@@ -409,6 +409,7 @@ class AdaptivePrecision(Callback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave; probes go on where they were."""
         self.reset()
         if state["disabled"] and state["controller"] is not None:  # it had begun, and ended
             self.disabled = state["disabled"]

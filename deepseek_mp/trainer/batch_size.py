@@ -114,6 +114,10 @@ def find_batch_size(
         multiple: sizes are multiples of it.
         fits: asked instead of making steps, from a size to whether it fits.
 
+    Returns:
+        `size`, the largest that fits in samples; `too_large`, the smallest tried that does not, None at the limit;
+        `tried`, all trials with their peaks in bytes; `measures` and `as_it_was`, with `memory`. It prints as a line.
+
     Raises:
         ConfigError: an argument that is not allowed, an open accumulation window, or not even the smallest size fits.
     """

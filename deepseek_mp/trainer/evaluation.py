@@ -33,6 +33,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+LOSS = "loss"
+"""The name of the mean loss among the metrics."""
+
+
 @contextmanager
 def inference(model: nn.Module, region: Inference, ema: WeightAverage | None) -> Iterator[Inference]:
     """Eval mode, with averaged weights if there are any; gives the region to call the model in."""
@@ -41,8 +45,11 @@ def inference(model: nn.Module, region: Inference, ema: WeightAverage | None) ->
 
 
 def check_metrics(metrics: object) -> None:
-    """`ConfigError` unless the metrics are None or functions by name."""
+    """`ConfigError` unless the metrics are None or functions by name, none of which is the loss's."""
     if metrics is None or (isinstance(metrics, Mapping) and all(callable(m) for m in metrics.values())):
+        if LOSS in (metrics or ()):
+            passed = f"a metric of the name {LOSS!r}"
+            raise ConfigError(explain(passed, "other names: the mean loss is given under this one", "Rename it"))
         return
     allowed = "None, or a mapping from names to functions (output, target) -> scalar"
     raise ConfigError(explain(f"metrics={metrics!r}", allowed, "Pass for example {'accuracy': accuracy}"))
@@ -82,10 +89,10 @@ def evaluate(
             continue
         with region():
             result = calls.run(model, call, loss_fn)
-        count("loss", result.loss, result.items)
+        count(LOSS, result.loss, result.items)
         for name, metric in metrics.items():
             count(name, metric(result.output, call.target), samples)
-    if not float(weights["loss"]):
+    if not float(weights[LOSS]):
         raise LoaderError(
             explain("a loader that gave nothing to evaluate", "a loader with data", "Check the data set and drop_last")
         )

@@ -67,7 +67,14 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveResult:
-    """What `progressive` did."""
+    """What `progressive` did; `print` gives the table of its stages.
+
+    stages             those that were trained, the FP32 baseline first, each with its curve, plan and verdict
+    model, plan        trained by the last good stage, and how; None if not even the baseline was good
+    last_good          that stage, or None
+    reason, complete   why it ended where it did, and whether the last stage that was asked for is good
+    tolerance, layers  as asked for; and how many layers of the model multiply
+    """
 
     stages: tuple[StageResult, ...]
     """Those that were trained: the baseline first, the last one is good or the one that was not."""

@@ -87,15 +87,19 @@ class Recorder:
 
     def check_unused(self) -> None:
         """`ConfigError` if this run would begin anew among the checkpoints of an earlier one, and replace them."""
-        kept = [] if self.run_dir is None else sorted((self.run_dir / CHECKPOINTS).glob("step-*"))
+        kept = self._checkpoints()
         if kept and not self._trainer.steps_attempted:
             change = f"Pass resume={str(self.run_dir)!r} to continue it, or choose another run_dir"
             passed = f"run_dir {str(self.run_dir)!r} with {len(kept)} checkpoints, the last {kept[-1].name}"
             raise ConfigError(explain(passed, "an unused run_dir, or resume", change))
 
+    def _checkpoints(self) -> list[Path]:
+        """The folders of checkpoints in the run directory, by name."""
+        return [] if self.run_dir is None else sorted((self.run_dir / CHECKPOINTS).glob("step-*"))
+
     def ended_early(self, error: BaseException) -> None:
-        """Say how far the run came, and how to go on."""
-        how = "" if self.run_dir is None else f"; continue from its last checkpoint with resume={str(self.run_dir)!r}"
+        """Say how far the run came, and how to go on, if there is something to go on from."""
+        how = f"; continue from its last checkpoint with resume={str(self.run_dir)!r}" if self._checkpoints() else ""
         log.warning("fit ended by %s after %d steps%s", type(error).__name__, self._trainer.steps_attempted, how)
 
     def _out(self, *, done: int) -> RunWriter | None:
@@ -265,6 +269,10 @@ def _usable(run_dir: str | os.PathLike[str]) -> Path:
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(explain(f"run_dir {path} is a file", "a run directory or a new path", "Choose another"))
+    place = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        passed = f"run_dir {path}, where {place} {'cannot be written to' if place.is_dir() else 'is a file'}"
+        raise ConfigError(explain(passed, "a place that this process may write to", "Choose another"))
     if (path / RUN_FILE).exists():
         load_attempts(path)  # of a record version that this release can add to
     return path

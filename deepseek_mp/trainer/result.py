@@ -53,27 +53,38 @@ class StepResult:
 
     @property
     def status(self) -> Status:
+        """'applied', 'accumulated', 'skipped' or 'no_grads', see `StepFacts`."""
         return self.facts.status
 
     @property
     def reason(self) -> str:
+        """Why the step was not applied; empty when it was."""
         return self.facts.reason
 
     @property
     def loss(self) -> float:
+        """Mean loss over the items of the window, or of the micro-batch when the window is not full."""
         return self.facts.loss
 
     @property
     def scale(self) -> float:
+        """The loss scale the gradients were computed with."""
         return self.facts.scale
 
     @property
     def grad_norm(self) -> float | None:
+        """L2 norm of the unscaled gradients before clipping; None when there was no step."""
         return self.facts.grad_norm
 
     @property
     def first_bad_module(self) -> str | None:
+        """For a skipped step, the first module that produced a non-finite value when it was replayed."""
         return self.facts.first_bad_module
+
+    @property
+    def saturated(self) -> tuple[Saturated, ...]:
+        """Tensors with delayed scales that outgrew them in this step, so that values were cut."""
+        return self.facts.saturated
 
     def __repr__(self) -> str:
         return f"StepResult({self.facts!r})"
@@ -81,7 +92,15 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What `fit` did."""
+    """What `fit` did; `print` gives one line.
+
+    epochs, steps_attempted, steps_applied    of the whole run, resumed parts included
+    loss                                      mean training loss of the last epoch, over its applied steps
+    plan                                      the plan in force at the end, with a decision for each layer
+    history                                   a mapping for each epoch: 'loss', 'seconds', 'val_<name>' and more
+    seconds                                   of this call
+    memory                                    what was done to fit into the memory asked for, or None
+    """
 
     epochs: int
     """Epochs finished over the whole run, resumed parts included."""
@@ -91,7 +110,7 @@ class FitResult:
     """Mean training loss of the last epoch, over its applied steps."""
     plan: PrecisionPlan
     history: tuple[dict[str, Any], ...] = field(default=())
-    """Per epoch: 'epoch', 'loss', 'seconds', 'skipped', and the validation metrics as 'val_<name>'."""
+    """Per epoch: 'epoch', 'loss', 'seconds', 'skipped', 'samples_per_second', and the validation's as 'val_<name>'."""
     seconds: float = 0.0
     memory: MemoryReport | None = None
     """What was done to fit into the memory asked for."""

@@ -24,7 +24,10 @@ from deepseek_mp.errors import ConfigError, MixedPrecisionError, NonFiniteError
         (["demo", "--task", "digit"], "task 'digit'. Allowed: digits, text. Use one of these. Did you mean 'digits'?"),
         (["doctor", "--device", "bogus"], "device 'bogus' is not known to this PyTorch"),
         (["demo", "--device", "bogus"], "device 'bogus' is not known to this PyTorch"),
-        ([], "Missing command"),
+        ([], "Missing command. (see deepseek-mp --help)"),
+        (["bench"], "Missing command. (see deepseek-mp bench --help)"),
+        (["profile"], "Missing argument 'TARGET'. (see deepseek-mp profile --help)"),
+        (["bench", "inference"], "Missing argument 'TARGET'. (see deepseek-mp bench inference --help)"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

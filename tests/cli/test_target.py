@@ -29,10 +29,10 @@ def test_a_tuple_and_a_mapping(write: Callable[[str, str], Path]) -> None:
     ("returned", "expected"),
     [
         ("model, loader", "returned a tuple of 2. Allowed: a mapping with the keys"),
-        ("model", "returned a Linear"),
-        ("None", "returned a NoneType"),
+        ("model", "returned a value of type Linear"),
+        ("None", "returned a value of type NoneType"),
         ("{'modell': model}", "returned the key 'modell'. .*Did you mean 'model'"),
-        ("{'model': 3}", "returned a int as model"),
+        ("{'model': 3}", "returned a value of type int as model"),
         ("{'loader': loader}", "returned no model"),
         ("{'model': model, 'metric': 3}", "returned metric=3"),
         ("nn.Linear(2)", r"raised TypeError: .*out_features.* \(net\.py line 3: def f\(\): return nn\.Linear"),

@@ -21,6 +21,7 @@ from deepseek_mp.report import report_run
         (["net.py:job", "--precision", "bf61"], "Did you mean 'bf16'"),
         (["net.py:job", "--precision", "plan.json"], "--precision plan.json: No such file"),
         (["net.py:job", "--epochs", "1", "--steps", "1"], "--epochs and --steps"),
+        (["net.py:job", "--epochs", "0"], "Invalid value for '--epochs'"),
         (["net.py:job", "--steps", "0"], "Invalid value for '--steps'"),
         (["net.py:job", "--pin", "head"], "--pin 'head'"),
         (["net.py:job", "--pin", "head=fp32"], "rule 'head' -> fp32 matches no layer"),
@@ -30,6 +31,7 @@ from deepseek_mp.report import report_run
         (["net.py:job", "--device", "bogus"], "device 'bogus' is not known to this PyTorch"),
         (["net.py:job", "--resume", "nowhere"], "no complete checkpoint under nowhere"),
         (["net.py:job", "--run-dir", "net.py"], "run_dir net.py is a file"),
+        (["net.py:job", "--run-dir", "net.py/run"], "run_dir net.py/run, where "),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -312,11 +312,14 @@ def test_a_loaded_model_is_copied_but_not_pickled(tmp_path):
     x = torch.randn(2, 4)
     Served(nn.Linear(4, 2), Form(), CPU).save(tmp_path / "model.pt2", x)
     loaded = load(tmp_path / "model.pt2", "cpu")
+    for made in (copy.copy(loaded), copy.deepcopy(loaded)):
+        assert torch.equal(made(x), loaded(x))
+        assert (made.form, made.formats, str(made.signature)) == (loaded.form, loaded.formats, str(loaded.signature))
     first, second = copy.deepcopy([loaded, loaded])
     assert first is second
-    assert torch.equal(first(x), loaded(x))
-    with pytest.raises(ConfigError, match=r"to be pickled .*Allowed: its file\. Call inference\.load"):
-        pickle.dumps(loaded)
+    for write in (pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
+        with pytest.raises(ConfigError, match=r"a model from a file to be pickled .* Allowed: its file\. Pass that on"):
+            write(loaded)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

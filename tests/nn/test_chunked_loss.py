@@ -219,7 +219,10 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     torch.testing.assert_close(gradient, *torch.autograd.grad(ordinary(hidden, weight, target), hidden))
     with pytest.raises(ConfigError, match=r"a second derivative of linear_cross_entropy.*first derivatives"):
-        gradient.square().sum().backward()
+        gradient.square().sum().backward(retain_graph=True)
+    for one in (hidden, weight):
+        with pytest.raises(ConfigError, match="a second derivative of linear_cross_entropy"):
+            torch.autograd.grad(gradient.square().sum(), one, retain_graph=True)
 
 
 def test_gradcheck() -> None:

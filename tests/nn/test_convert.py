@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
 
 from deepseek_mp.backends import Capabilities, autocast
-from deepseek_mp.errors import PlanError
+from deepseek_mp.errors import ConfigError, PlanError
 from deepseek_mp.nn import apply, convert, current_plan, fp32_arithmetic, kernels_in_force, revert, units
 from deepseek_mp.nn.convert import prepare
 from deepseek_mp.precision import Decision, PrecisionPlan, Reason
@@ -431,3 +431,10 @@ def test_an_fp8_plan_that_no_layer_takes_warns() -> None:
     model = nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100))
     with pytest.warns(UserWarning, match="no layer of this model runs in block"):
         apply(model, "block", emulate=True)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ConfigError, match=r"a model of type int\. Allowed: a torch\.nn\.Module"):
+        convert(3, "bf16")
+    with pytest.raises(ConfigError, match="a model of type type"):
+        revert(nn.Linear)

@@ -20,6 +20,20 @@ def test_a_report_survives_json(report, tmp_path):
         ProfileReport.from_json({**data, "version": 99})
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("units", "report.json is not JSON"),
+        ("[1]", "a profile report that is a list without units"),
+        ('{"version": 1, "base": "bf16", "rules": []}', "a profile report that is a dict without units"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, text, expected):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(PlanError, match=expected):
+        ProfileReport.load(tmp_path / "report.json")
+
+
 def test_an_unknown_unit_is_named_with_a_suggestion(report):
     with pytest.raises(KeyError, match="no unit 'dwn'"):
         report["dwn"]

@@ -187,6 +187,12 @@ def test_bad_arguments_leave_no_trace(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run directory .*run cannot be written \(Not a directory\)\. Allowed: one"):
+        RunWriter(tmp_path / "file" / "run", info={})
+
+
 def test_a_value_that_cannot_be_recorded_writes_no_part_of_a_line(tmp_path: Path) -> None:
     with RunWriter(tmp_path, info={}) as writer:
         with pytest.raises(ConfigError, match=r"metrics\.f is a builtin"):

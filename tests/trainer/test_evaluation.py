@@ -177,3 +177,8 @@ def test_metrics_are_functions_by_name(metrics):
 def test_other_metrics_are_refused(metrics):
     with pytest.raises(ConfigError, match=r"metrics=.*Allowed: None, or a mapping from names to functions"):
         check_metrics(metrics)
+
+
+def test_no_metric_has_the_name_of_the_loss():
+    with pytest.raises(ConfigError, match="a metric of the name 'loss'"):
+        check_metrics({"loss": accuracy})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -149,19 +150,39 @@ def test_an_attempt_that_failed_says_with_what(tmp_path):
     assert [a.outcome for a in read_run(tmp_path).attempts] == ["failed: OSError"]
 
 
-@pytest.mark.parametrize("kind", ["file", "other version", "not a path"])
-def test_a_run_directory_that_cannot_be_one_is_refused_at_once(tmp_path, kind):
-    place = {"file": tmp_path / "run", "other version": tmp_path, "not a path": 5}[kind]
-    if kind == "file":
-        place.write_text("something else")
+def test_a_fit_that_ended_names_its_checkpoint_if_there_is_one(tmp_path, caplog):
+    def broken():
+        yield from batches(2)
+        raise OSError("disk gone")
+
+    for options, how in (({}, ""), ({"checkpoint_every": 1}, f"; continue .* with resume='{tmp_path}'")):
+        caplog.clear()
+        with pytest.raises(OSError, match="disk gone"):
+            make(run_dir=tmp_path, **options).fit(broken())
+        (said,) = [record.getMessage() for record in caplog.records if "fit ended" in record.getMessage()]
+        assert re.fullmatch(f"fit ended by OSError after 2 steps{how}", said)
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "not ours", "other version", "not a path"])
+def test_a_run_directory_that_cannot_be_one_is_refused_at_once(tmp_path, monkeypatch, kind):
+    below = tmp_path / "run" / "first"
+    place = {"file": tmp_path / "run", "below a file": below, "not a path": 5}.get(kind, tmp_path)
+    if "file" in kind:
+        (tmp_path / "run").write_text("something else")
+    elif kind == "not ours":
+        monkeypatch.setattr(recording.os, "access", lambda path, mode: False)
     elif kind == "other version":
         (tmp_path / "run.json").write_text('{"format": "deepseek_mp run", "version": 99, "attempts": []}')
     before = {path: path.read_text() for path in tmp_path.iterdir()}
     model = net()
-    message = {"file": r"run_dir .*run is a file", "other version": "record version 99", "not a path": "run_dir=5"}[
-        kind
-    ]
-    with pytest.raises(ConfigError, match=rf"{message}.*Allowed"):
+    messages = {
+        "file": r"run_dir .*run is a file",
+        "below a file": r"run_dir .*first, where .*run is a file",
+        "not ours": r"run_dir .*, where .* cannot be written to",
+        "other version": "record version 99",
+        "not a path": "run_dir=5",
+    }
+    with pytest.raises(ConfigError, match=rf"{messages[kind]}.*Allowed"):
         MixedPrecisionTrainer(model, "bf16", device="cpu", emulate=True, run_dir=place)
     assert type(model[0]) is nn.Linear
     assert {path: path.read_text() for path in tmp_path.iterdir()} == before
