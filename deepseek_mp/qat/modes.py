@@ -26,9 +26,12 @@ Part = TypeVar("Part")
 
 
 @contextmanager
-def plain_tensors() -> Iterator[None]:
-    """Inside, tensors are made that can be trained, in FP32, whatever regions the caller has open."""
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+def on_its_own() -> Iterator[None]:
+    """Inside, tensors are made that can be trained, in FP32, whatever regions the caller has open.
+
+    Whatever is drawn there on the CPU, as torchao does for its patterns, the caller's random numbers go on as without.
+    """
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         yield
 
 

@@ -28,7 +28,7 @@ from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import KINDS, are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.letting_go import models_let_go
 from deepseek_mp.qat.likeness import does_the_same, nothing_is_zero, observe_example
-from deepseek_mp.qat.modes import plain_tensors
+from deepseek_mp.qat.modes import on_its_own
 from deepseek_mp.qat.named_padding import number_paddings
 from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
 from deepseek_mp.qat.regions import inline_regions
@@ -37,7 +37,7 @@ from deepseek_mp.qat.size_conditions import asked_by
 from deepseek_mp.qat.sums import double, spell_out
 
 
-@plain_tensors()
+@on_its_own()
 def prepare(
     model: nn.Module, example_inputs: Any, *, keep: Collection[str] | PrecisionPlan | Path = ()
 ) -> SimulatedModel:

@@ -35,6 +35,13 @@ def test_the_model_is_as_it_was_and_shares_nothing():
     assert type(model[0]) is nn.Linear
 
 
+def test_random_numbers_go_on_as_if_nothing_had_been_made():
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)), torch.randn(4, 1, 6, 6)
+    before = torch.get_rng_state()
+    convert(prepare(model, x))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_model_that_was_trained_here_is_quantised_and_stays_converted():
     model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(32, 32)
     MixedPrecisionTrainer(model, "tensor", device="cpu", emulate=True)
