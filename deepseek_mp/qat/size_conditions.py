@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.programs.conditions import holds, moved, named, readable
-from deepseek_mp.programs.flat_call import FlatCall
+from deepseek_mp.programs.flat_call import LastCall
 from deepseek_mp.programs.samples import with_samples
-from deepseek_mp.programs.signature import paths_of
+from deepseek_mp.programs.signature import path_shown, paths_of
 from deepseek_mp.qat.first_dimensions import equal_sizes, free_inputs, order_of
 
 MOST = 16
@@ -45,14 +45,13 @@ class SizeConditions:
     """What sizes have to meet (see `programs.conditions`)."""
     idle: frozenset[str] = frozenset()
     """What was asked as well, and makes no difference."""
-    _last: list[FlatCall] = field(default_factory=list, repr=False, compare=False)
-    """Of the call that was checked last: one like it is right too, and is told in a microsecond."""
+    _last: LastCall = field(default_factory=LastCall, init=False, repr=False, compare=False)
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`BatchError` for a call at which the model's code would go another way than the graph."""
-        if not self.conditions or (self._last and self._last[0].tensors(args, kwargs) is not None):
+        if not self.conditions or self._last.is_like(args, kwargs):
             return
-        sizes, names = self._sizes(args, kwargs), [_plain(path) for path in self.places]
+        sizes, names = self._sizes(args, kwargs), [path_shown(path) for path in self.places]
         for condition in self.conditions:
             if not _meets(sizes, condition):
                 passed = f"inputs that are not as {readable(condition, names)}, which the example inputs were"
@@ -61,7 +60,7 @@ class SizeConditions:
                 allowed += f" and {more} more of the kind" if more > 0 else ""
                 change = "Pass such batches, or prepare the model with other examples"
                 raise BatchError(explain(passed, allowed, change))
-        self._last[:] = [FlatCall(args, kwargs)]
+        self._last.remember(args, kwargs)
 
     def without_idle(
         self,
@@ -148,11 +147,6 @@ def _meets(sizes: Mapping[str, int], condition: str) -> bool:
         return holds(condition, sizes)
     except ValueError:  # an input is left out, or is no tensor with that dimension
         return False
-
-
-def _plain(path: str) -> str:
-    """As it is written in the forward: a path begins with the parameter, in brackets and quotes."""
-    return path[2:].replace("']", "", 1)
 
 
 def _turned(equality: str) -> str:
