@@ -40,8 +40,8 @@ UNASKED = (0, 1)
 class SizeConditions:
     """Those of the first dimensions of a forward's inputs, which go by their order in its example inputs.
 
-    `check` also tells of inputs that the examples did not have, and of values other than tensors that differ: the graph
-    would ignore them.
+    `check` also tells of what is part of the graph and cannot change: which inputs there are, values other than
+    tensors, and all other sizes.
     """
 
     parameters: inspect.Signature
@@ -52,6 +52,8 @@ class SizeConditions:
     """What sizes have to meet (see `programs.conditions`)."""
     constants: tuple[Leaf, ...] = ()
     """The inputs that are no tensors."""
+    shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    """The sizes of the others by path; None for one that may change."""
     idle: frozenset[str] = frozenset()
     """What was asked as well, and makes no difference."""
     _last: LastCall = field(default_factory=LastCall, init=False, repr=False, compare=False)
@@ -61,10 +63,7 @@ class SizeConditions:
         if self._last.is_like(args, kwargs):
             return
         found = self._found(args, kwargs)
-        for leaf in self.constants:
-            value = found.get(leaf.where, leaf.value)
-            if not leaf.is_value(value):
-                raise _refused(f"input {path_shown(leaf.where)}, {described(value)}", str(leaf))
+        self._check_fixed(found)
         sizes, names = self._sizes(found), list(map(path_shown, self.places))
         for condition in self.conditions:
             if not _meets(sizes, condition):
@@ -135,6 +134,18 @@ class SizeConditions:
             raise _refused(f"inputs {', '.join(map(path_shown, found)) or 'of no kind'}", allowed)
         return found
 
+    def _check_fixed(self, found: Mapping[str, Any]) -> None:
+        """`BatchError` for values and sizes that are part of the graph."""
+        for leaf in self.constants:
+            value = found.get(leaf.where, leaf.value)
+            if not leaf.is_value(value):
+                raise _refused(f"input {path_shown(leaf.where)}, {described(value)}", str(leaf))
+        for path, shape in self.shapes.items():
+            if path in found and not _has_shape(found[path], shape):
+                sizes_shown = ", ".join("any" if size is None else str(size) for size in shape)
+                name = path_shown(path)
+                raise _refused(f"input {name}, {described(found[path])}", f"{name} with sizes [{sizes_shown}]")
+
     def _sizes(self, found: Mapping[str, Any]) -> dict[str, int]:
         leaves = [found.get(path) for path in self.places]
         return {f"t{index}_{dim}": size for index, dim, size in _all_sizes(leaves)}
@@ -164,17 +175,31 @@ def asked_by(
             conditions += [f"t{index}_0 == {size}" for index, size in free.items()]
     conditions += (one for one in equal_sizes(program, kwargs) if one not in map(_turned, conditions))
     parameters = [inspect.Parameter(one.name, one.kind, default=_default(one)) for one in forward.parameters.values()]
-    constants = (Leaf(where=path, value=leaves[index]) for path, index in places.items())
+    tensors = {path: index for path, index in places.items() if isinstance(leaves[index], Tensor)}
     return SizeConditions(
         parameters=inspect.Signature(parameters),
         places=places,
         conditions=tuple(dict.fromkeys(conditions)),
-        constants=tuple(leaf for leaf in constants if not isinstance(leaf.value, Tensor)),
+        constants=tuple(Leaf(where=path, value=leaves[index]) for path, index in places.items() if path not in tensors),
+        shapes={path: _shape(leaves[index], index in free) for path, index in tensors.items()},
     )
 
 
 def _refused(passed: str, allowed: str) -> BatchError:
     return BatchError(explain(passed, allowed, "Pass such batches, or prepare the model with other examples"))
+
+
+def _shape(example: Tensor, free: bool) -> tuple[int | None, ...]:
+    return (None, *example.shape[1:]) if free else tuple(example.shape)
+
+
+def _has_shape(value: Any, shape: tuple[int | None, ...]) -> bool:
+    found = value.shape if isinstance(value, Tensor) else None
+    return found is not None and len(found) == len(shape) and all(map(_is_size, found, shape))
+
+
+def _is_size(found: int, size: int | None) -> bool:
+    return size is None or found == size
 
 
 def _parameter(path: str) -> str:
