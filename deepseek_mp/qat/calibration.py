@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_mp.errors import BatchError, LoaderError, explain
+from deepseek_mp.errors import BatchError, LoaderError, explain, first_line
 from deepseek_mp.nn import call as calls
 from deepseek_mp.precision.checks import shown
 from deepseek_mp.qat.preparation import all_finite
@@ -25,7 +25,7 @@ def calibrate(simulated: SimulatedModel, batches: Iterable[Any]) -> int:
 
     Raises:
         LoaderError: there is none, a tensor or mapping is passed, which is one batch, or what is no iterable.
-        BatchError: one has values that are not finite, or another form.
+        BatchError: one has values that are not finite, or another form, or the model fails with it.
     """
     check_batches(batches)
     count = 0
@@ -38,7 +38,7 @@ def calibrate(simulated: SimulatedModel, batches: Iterable[Any]) -> int:
                 passed = f"calibration with NaN or infinite values in batch {index}"
                 raise BatchError(explain(passed, "finite inputs", "Clean the data, or leave the batch out"))
             with _share_of(quantisers, count):
-                calls.invoke(simulated, call)
+                _run(simulated, call, index)
             count += 1
         if not count:
             change = "Pass some batches, or None to use example_inputs"
@@ -53,6 +53,18 @@ def check_batches(batches: object) -> None:
         raise LoaderError(explain(f"calibration={name}, which is one batch", allowed, "Pass it in a list"))
     if isinstance(batches, str | bytes) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
         raise LoaderError(explain(f"calibration={shown(batches)}", allowed, "Pass some batches of real data"))
+
+
+def _run(simulated: SimulatedModel, call: calls.Call, index: int) -> None:
+    try:
+        calls.invoke(simulated, call)
+    except BatchError:
+        raise
+    except Exception as error:  # operations raise whatever they like about dtypes and values
+        passed = f"calibration with a batch {index} that the model does not take ({first_line(error)})"
+        raise BatchError(
+            explain(passed, "batches like those of training", "Pass batches like example_inputs")
+        ) from error
 
 
 @contextmanager

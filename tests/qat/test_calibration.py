@@ -70,6 +70,20 @@ def test_what_holds_no_batches_is_refused(linear, passed):
         calibrate(linear, passed)
 
 
+@pytest.mark.parametrize(
+    ("batch", "match"),
+    [
+        (X.double(), r"calibration with a batch 1 that the model does not take \(RuntimeError: "),
+        (X[:, :5], "input input"),
+    ],
+)
+def test_a_batch_that_the_model_does_not_take_is_refused(linear, batch, match):
+    before = {name: value.clone() for name, value in linear.state_dict().items()}
+    with pytest.raises(BatchError, match=match):
+        calibrate(linear, [X * 9, batch])
+    assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
+
+
 def test_batches_without_samples_count_for_nothing(linear):
     empty = X[:0]
     assert calibrate(linear, [empty, X, (empty, None), X * 3]) == 2
