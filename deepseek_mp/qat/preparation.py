@@ -83,7 +83,12 @@ def prepare(
     sizes = asked_by(program, inspect.signature(copy.forward), args, kwargs)
     simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic, sizes, type(model).__name__)
     simulated.train(model.training)
-    if observe_example(copy, simulated):
+    try:
+        alike = observe_example(copy, simulated)
+    except Exception:  # of operations, for dtypes that the exporter does not look at
+        _check_call(copy, args, kwargs)
+        raise
+    if alike:
         same = partial(does_the_same, copy, simulated)
         with simulated.kept_ranges(), nothing_is_zero(copy):  # whose parameters the graph shares
             simulated.sizes = sizes.without_idle((args, kwargs), free_inputs(program, args, kwargs), same)

@@ -37,10 +37,14 @@ def test_a_plan_that_found_nothing_out_or_does_not_fit_is_refused(tmp_path):
         kept_names(model(), tmp_path / "other.json")
 
 
-@pytest.mark.parametrize("keep", [["last"], "0", [None]])
+@pytest.mark.parametrize("keep", [["last"], "0", [None], None, 3])
 def test_names_that_the_model_does_not_have_are_refused(keep):
     with pytest.raises(ConfigError, match="a list of names of the model's modules"):
         kept_names(model(), keep)
+
+
+def test_names_that_come_from_an_iterator_are_kept():
+    assert kept_names(model(), (name for name in ("0", "1"))) == ["0", "1"]
 
 
 def test_a_name_that_is_no_list_is_shown_as_one():

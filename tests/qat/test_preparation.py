@@ -209,7 +209,7 @@ def test_named_inputs_may_be_in_any_order_with_others_than_tensors_between():
 
 
 def test_inputs_that_the_model_itself_does_not_take_are_named_as_the_reason():
-    for inputs in ((X, torch.zeros(4)), [X], torch.randn(4, 9)):
+    for inputs in ((X, torch.zeros(4)), [X], torch.randn(4, 9), X.double()):
         with pytest.raises(
             ConfigError, match=r"example_inputs with which the Sequential itself fails \(\w+: .* without targets"
         ):
