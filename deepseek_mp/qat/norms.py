@@ -58,10 +58,11 @@ def average_by_count(prepared: fx.GraphModule, means: Collection[str]) -> None:
         if _name(node) in means and any(isinstance(user.target, HigherOrderOperator) for user in node.users):
             passed = f"{_name(node).rpartition('.')[0]!r} with momentum=None, called under autocast or the like"
             raise ConfigError(explain(passed, "a BatchNorm with a momentum there", "Set its momentum, such as to 0.1"))
+    training = {norm for norm in norms_of(graph) if norm.args[5]}  # others count nothing
     for node in list(graph.nodes):
         if node.target is aten.add_.Tensor and isinstance(node.args[0], fx.Node):
             counts[_name(node.args[0])] = node
-        elif node.target is aten.batch_norm.default and node.args[3] and (mean := _name(node.args[3])) in means:
+        elif node in training and (mean := _name(node.args[3])) in means:
             with graph.inserting_before(node):
                 share = graph.call_function(share_of_one, (counts[mean.replace(MEAN, COUNT)],))
             node.update_arg(MOMENTUM, share)

@@ -128,6 +128,14 @@ def test_without_momentum_statistics_are_averages_of_all_batches():
     torch.testing.assert_close(convert(simulated).reference(batches[0]), expected, rtol=1e-2, atol=2e-2)
 
 
+def test_a_norm_in_evaluation_keeps_its_statistics_without_momentum_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None))
+    model[1].eval()
+    simulated = prepare(model, torch.randn(4, 3, 6, 6))
+    simulated(torch.randn(4, 3, 6, 6))
+    assert torch.equal(simulated.graph.get_buffer("1.running_mean"), torch.zeros(8))
+
+
 def test_without_momentum_under_autocast_is_refused():
     class Casts(nn.Module):
         def __init__(self):
