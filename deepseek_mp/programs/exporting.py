@@ -20,7 +20,7 @@ from deepseek_mp.programs.conditions import named
 from deepseek_mp.programs.exporter_error import reason
 from deepseek_mp.programs.quiet import quiet
 from deepseek_mp.programs.samples import with_samples
-from deepseek_mp.programs.signature import Leaf, Signature, dtype_name, inputs, leaves_of
+from deepseek_mp.programs.signature import Leaf, Signature, dtype_name, inputs, leaves_of, path_shown
 
 Region = Callable[[], AbstractContextManager[Any]]
 """Makes a block of code of its own."""
@@ -266,5 +266,5 @@ def _check_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise ConfigError(explain(passed, "one input or more", change))
     for where, leaf in leaves_of(args, kwargs).items():
         if not isinstance(leaf, Tensor) and type(leaf) not in JSON_VALUES:
-            passed = f"an input {where} of type {type(leaf).__name__}"
+            passed = f"an input {path_shown(where)} of type {type(leaf).__name__}"
             raise ConfigError(explain(passed, "tensors, numbers, text and None", "Pass it as one of these"))

@@ -34,8 +34,12 @@ class Leaf:
 
     def __str__(self) -> str:
         if self.dtype is None:
-            return f"{self.where} = {self.value!r}, which is part of the graph"
-        return f"{self.where} {self.dtype} [{', '.join(map(str, self.shape))}]"
+            return f"{path_shown(self.where)} = {self.value!r}, which is part of the graph"
+        return f"{path_shown(self.where)} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+    def is_value(self, value: Any) -> bool:
+        """Whether it is the value that the graph has in it."""
+        return type(value) is type(self.value) and bool(value == self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +72,18 @@ class Signature:
         """The same of leaves by path."""
         if found.keys() != {leaf.where for leaf in self.leaves}:
             allowed = ", ".join(map(str, self.leaves))
-            raise BatchError(explain(f"inputs {', '.join(found) or 'of no kind'}", allowed, "Pass those"))
+            raise BatchError(
+                explain(f"inputs {', '.join(map(path_shown, found)) or 'of no kind'}", allowed, "Pass those")
+            )
         given = {leaf.where: found[leaf.where] for leaf in self.leaves}  # conditions go by their order
         sizes: dict[str, int] = {}
         for leaf, value in zip(self.leaves, given.values(), strict=True):
             if not self._fits(leaf, value, sizes):
-                raise self._refused(f"input {leaf.where}, {described(value)}")
+                raise self._refused(f"input {path_shown(leaf.where)}, {described(value)}")
         numbers = {f"t{index}_{dim}": size for index, dim, size in _sizes(given)}
         for condition in self.conditions:
             if not holds(condition, numbers):
-                asked = readable(condition, list(given))
+                asked = readable(condition, list(map(path_shown, given)))
                 raise self._refused(", ".join(map(described, given.values())) + f", which are not as {asked}")
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +119,7 @@ class Signature:
 
     def _fits(self, leaf: Leaf, value: Any, sizes: dict[str, int]) -> bool:
         if leaf.dtype is None:
-            return type(value) is type(leaf.value) and bool(value == leaf.value)
+            return leaf.is_value(value)
         if not isinstance(value, Tensor) or dtype_name(value.dtype) != leaf.dtype or value.dim() != len(leaf.shape):
             return False
         return all(self._size_fits(size, found, sizes) for size, found in zip(leaf.shape, value.shape, strict=True))
@@ -159,6 +165,11 @@ def leaves_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def paths_of(tree: Any) -> dict[str, Any]:
     """The leaves of nested containers by path."""
     return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
+
+
+def path_shown(path: str) -> str:
+    """As it is written in Python: a path begins with the name of an argument, in brackets and quotes."""
+    return path.removeprefix("['").replace("']", "", 1) if path.startswith("['") else path
 
 
 def plain(tree: Any) -> Any:

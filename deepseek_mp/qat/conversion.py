@@ -13,12 +13,12 @@ from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.qat.constants import fold_constants
 from deepseek_mp.qat.int8 import Int8Model
 from deepseek_mp.qat.letting_go import models_let_go
-from deepseek_mp.qat.modes import plain_tensors
+from deepseek_mp.qat.modes import on_its_own
 from deepseek_mp.qat.norms import fold_norms, without_statistics_hidden
 from deepseek_mp.qat.simulated import SimulatedModel, put_back_state, state_of
 
 
-@plain_tensors()
+@on_its_own()
 def convert(simulated: SimulatedModel) -> Int8Model:
     """The model in INT8, with the weights and ranges of now; the one passed may be trained on.
 

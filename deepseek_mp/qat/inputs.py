@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.programs import Signature, signature_of
-from deepseek_mp.programs.flat_call import FlatCall
+from deepseek_mp.programs.flat_call import LastCall
 from deepseek_mp.programs.signature import paths_of, plain
 
 
@@ -43,14 +43,13 @@ class Inputs:
             # The exporter takes 2 for the least size whatever the graph does; its operations take empty batches too.
             signature = signature_of(program, paths, strict=False).with_least(0)
         self.signature = signature
-        self._last: FlatCall | None = None
-        """Of the call that was checked last: one like it fits too, and is told in a microsecond."""
+        self._last = LastCall()
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`BatchError` for a call that the program was not made for."""
-        if self._last is None or self._last.tensors(args, kwargs) is None:
+        if not self._last.is_like(args, kwargs):
             self.as_exported(args, kwargs)
-            self._last = FlatCall(args, kwargs)
+            self._last.remember(args, kwargs)
 
     def as_exported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call, checked, with arguments by place, and in containers, as they were when the program was exported."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -35,16 +36,16 @@ def kept_names(model: nn.Module, keep: Collection[str] | PrecisionPlan | Path | 
     if keep is None:
         return []
     allowed = "a list of names of the model's modules, a PrecisionPlan, or the Path of one"
-    if not isinstance(keep, Collection):  # nor an iterator, which can be read once
-        raise ConfigError(explain(f"keep of type {type(keep).__name__}", allowed, "Pass names in a list"))
-    if isinstance(keep, str) or not all(name in names for name in keep):
-        wrong = keep if isinstance(keep, str) else next(name for name in keep if name not in names)
+    one_alone = isinstance(keep, str) or not isinstance(keep, Iterable)
+    kept: list[Any] = [keep] if one_alone else list(keep)  # of an iterator, which gives its names once
+    if one_alone or not all(name in names for name in kept):
+        wrong = keep if one_alone else next(name for name in kept if name not in names)
         hint = suggest(wrong, names) if isinstance(wrong, str) else ""
         if isinstance(keep, str) and keep in names:
             hint = f" Pass [{keep!r}]."
         hint = hint or f" The model has {_first(names)}."
         raise ConfigError(explain(f"keep={keep!r}", allowed, f"Change {wrong!r}.{hint}"))
-    return list(keep)
+    return kept
 
 
 def _first(names: list[str]) -> str:

@@ -18,6 +18,8 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+MOMENTUM = 6
+"""Its place among the arguments of a BatchNorm."""
 OTHER_MODES = {"train": False, "training": False, "dropout_p": 0.0}
 """Arguments of operations other than BatchNorm that say the mode (dropout, attention, LSTM, RReLU), in evaluation."""
 
@@ -26,9 +28,12 @@ Part = TypeVar("Part")
 
 
 @contextmanager
-def plain_tensors() -> Iterator[None]:
-    """Inside, tensors are made that can be trained, in FP32, whatever regions the caller has open."""
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+def on_its_own() -> Iterator[None]:
+    """Inside, tensors are made that can be trained, in FP32, whatever regions the caller has open.
+
+    Whatever is drawn there on the CPU, as torchao does for its patterns, the caller's random numbers go on as without.
+    """
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         yield
 
 
@@ -42,6 +47,10 @@ def evaluate_norms(graph: fx.Graph) -> None:
     """Let BatchNorms use their running statistics, and leave those and their counters alone."""
     for node in norms_of(graph):
         node.update_arg(5, False)
+        share = node.args[MOMENTUM]
+        if isinstance(share, fx.Node):  # which reads the counter
+            node.update_arg(MOMENTUM, 0.0)
+            graph.erase_node(share)
     for node in graph.find_nodes(op="call_function", target=aten.add_.Tensor):
         counter = node.args[0]
         if isinstance(counter, fx.Node) and str(counter.target).endswith("num_batches_tracked") and not node.users:

@@ -4,19 +4,25 @@ torchao's patterns for training scale a convolution's weights by gamma / sqrt(va
 (Krishnamoorthi, "Quantizing deep convolutional networks", 2018, section 3.2), and undo that before the BatchNorm. Here
 they get the mode, momentum and `eps` of the model, in place of those in torchao's patterns, and are folded exactly.
 Undoing it would divide by zero for a channel whose gamma is zero: such weights are scaled as if it were one.
+
+A BatchNorm without momentum averages over all batches, by a count that the exporter cannot read: it is exported with a
+momentum, and reads the count again after that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from deepseek_mp.qat.modes import norms_of
+from deepseek_mp.errors import ConfigError, explain
+from deepseek_mp.qat.modes import MOMENTUM, norms_of
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
@@ -24,12 +30,48 @@ CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
 OFF = 1e-4
 """Below it a gamma does not scale weights: its weights would be rounded to zero, and it would have no gradient."""
 
+MEAN, COUNT = "running_mean", "num_batches_tracked"
+
 Settings = tuple[Any, ...]
 
 
 def norm_settings(graph: fx.Graph) -> dict[Any, Settings]:
     """Training, momentum and eps of each BatchNorm, by the name of its mean."""
     return {_name(norm.args[3]): norm.args[5:8] for norm in norms_of(graph)}
+
+
+def give_momentum(model: nn.Module) -> set[str]:
+    """Give BatchNorms without momentum one; returns the names that their means have in a graph."""
+    found = {}
+    for name, norm in model.named_modules(remove_duplicate=False):
+        if isinstance(norm, _BatchNorm) and norm.momentum is None and norm.num_batches_tracked is not None:
+            found[f"{name}.{MEAN}".removeprefix(".")] = norm
+    for norm in found.values():
+        norm.momentum = 0.0  # in the graph it is replaced
+    return set(found)
+
+
+def average_by_count(prepared: fx.GraphModule, means: Collection[str]) -> None:
+    """Let the BatchNorms with these means take each batch as one of all so far; `ConfigError` for those in regions."""
+    graph, counts = prepared.graph, dict[str, fx.Node]()
+    for node in graph.find_nodes(op="get_attr"):
+        if _name(node) in means and any(isinstance(user.target, HigherOrderOperator) for user in node.users):
+            passed = f"{_name(node).rpartition('.')[0]!r} with momentum=None, called under autocast or the like"
+            raise ConfigError(explain(passed, "a BatchNorm with a momentum there", "Set its momentum, such as to 0.1"))
+    training = {norm for norm in norms_of(graph) if norm.args[5]}  # others count nothing
+    for node in list(graph.nodes):
+        if node.target is aten.add_.Tensor and isinstance(node.args[0], fx.Node):
+            counts[_name(node.args[0])] = node
+        elif node in training and (mean := _name(node.args[3])) in means:
+            with graph.inserting_before(node):
+                share = graph.call_function(share_of_one, (counts[mean.replace(MEAN, COUNT)],))
+            node.update_arg(MOMENTUM, share)
+    prepared.recompile()
+
+
+def share_of_one(count: Tensor) -> float:
+    """Of a batch, the last of so many."""
+    return 1 / float(count)
 
 
 def complete_norms(module: fx.GraphModule) -> None:

@@ -28,16 +28,23 @@ from deepseek_mp.qat.keep import kept_names
 from deepseek_mp.qat.layers import KINDS, are_plain, layer_decisions, with_varying_weights
 from deepseek_mp.qat.letting_go import models_let_go
 from deepseek_mp.qat.likeness import does_the_same, nothing_is_zero, observe_example
-from deepseek_mp.qat.modes import plain_tensors
+from deepseek_mp.qat.modes import on_its_own
 from deepseek_mp.qat.named_padding import number_paddings
-from deepseek_mp.qat.norms import complete_norms, norm_settings, put_back_settings, without_statistics_hidden
+from deepseek_mp.qat.norms import (
+    average_by_count,
+    complete_norms,
+    give_momentum,
+    norm_settings,
+    put_back_settings,
+    without_statistics_hidden,
+)
 from deepseek_mp.qat.regions import inline_regions
 from deepseek_mp.qat.simulated import SimulatedModel
 from deepseek_mp.qat.size_conditions import asked_by
 from deepseek_mp.qat.sums import double, spell_out
 
 
-@plain_tensors()
+@on_its_own()
 def prepare(
     model: nn.Module, example_inputs: Any, *, keep: Collection[str] | PrecisionPlan | Path | None = ()
 ) -> SimulatedModel:
@@ -63,18 +70,25 @@ def prepare(
     args, kwargs = _arguments(copy, example_inputs)
     if not model.training:
         copy.train()
+    by_count = give_momentum(copy)
     program = _exported(copy, args, kwargs)
     graph, dynamic = program.module(check_guards=False), free_sizes_of(program, kwargs)
     inline_regions(graph)
     alone = not are_plain(copy, graph.graph) or bool(with_varying_weights(graph.graph))
     prepared = _prepared(graph, kept, alone=alone)
+    average_by_count(prepared, by_count)
     decisions = layer_decisions(model, prepared, kept)
     if not any(decision.new == "int8" for decision in decisions):
         raise _nothing(decisions)
     sizes = asked_by(program, inspect.signature(copy.forward), args, kwargs)
     simulated = SimulatedModel(prepared, decisions, (args, kwargs), dynamic, sizes, type(model).__name__)
     simulated.train(model.training)
-    if observe_example(copy, simulated):
+    try:
+        alike = observe_example(copy, simulated)
+    except Exception:  # of operations, for dtypes that the exporter does not look at
+        _check_call(copy, args, kwargs)
+        raise
+    if alike:
         same = partial(does_the_same, copy, simulated)
         with simulated.kept_ranges(), nothing_is_zero(copy):  # whose parameters the graph shares
             simulated.sizes = sizes.without_idle((args, kwargs), free_inputs(program, args, kwargs), same)

@@ -25,7 +25,7 @@ class SimulatedModel(nn.Module):
         decisions: of each layer, whether it is in INT8, and why not.
         example: arguments and keyword arguments that it was exported with.
         dynamic: their dimensions that may change.
-        sizes: what sizes the graph holds for.
+        sizes: what sizes, and what other inputs, the graph holds for.
         name: of the original model's class.
     """
 
@@ -47,7 +47,7 @@ class SimulatedModel(nn.Module):
         self._evaluated = forward_with(graph, evaluate_norms, evaluate_others)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "labels" not in self.example[1]:
+        if not self.sizes.takes("labels"):
             kwargs.pop("labels", None)  # a target that the original did not take
         self.sizes.check(args, kwargs)
         return self.unchecked(*args, **kwargs)

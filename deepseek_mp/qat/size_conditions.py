@@ -1,4 +1,6 @@
-"""What the code of a model asks of the sizes of its inputs: its graph has the answers for the example inputs alone.
+"""What a model's graph takes from its example inputs, and other inputs need to have: sizes, and values of other kinds.
+
+The code of a model asks of the sizes of its inputs, and the graph has the answers for the example inputs alone.
 
 The exporter writes down what was asked, and so do operations that ask for themselves, such as whether a slice has one
 row. Most of that makes no difference to what comes out; what does is found out by trying.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,9 +21,9 @@ from torch.utils import _pytree as pytree
 
 from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.programs.conditions import holds, moved, named, readable
-from deepseek_mp.programs.flat_call import FlatCall
+from deepseek_mp.programs.flat_call import LastCall
 from deepseek_mp.programs.samples import with_samples
-from deepseek_mp.programs.signature import paths_of
+from deepseek_mp.programs.signature import Leaf, described, path_shown, paths_of
 from deepseek_mp.qat.first_dimensions import equal_sizes, free_inputs, order_of
 
 MOST = 16
@@ -35,7 +38,11 @@ UNASKED = (0, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class SizeConditions:
-    """Those of the first dimensions of a forward's inputs, which go by their order in its example inputs."""
+    """Those of the first dimensions of a forward's inputs, which go by their order in its example inputs.
+
+    `check` also tells of what is part of the graph and cannot change: which inputs there are, values other than
+    tensors, and all other sizes.
+    """
 
     parameters: inspect.Signature
     """Of the forward, by name and kind."""
@@ -43,25 +50,33 @@ class SizeConditions:
     """The index of each input by its path, which begins with a parameter."""
     conditions: tuple[str, ...]
     """What sizes have to meet (see `programs.conditions`)."""
+    constants: tuple[Leaf, ...] = ()
+    """The inputs that are no tensors."""
+    shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    """The sizes of the others by path; None for one that may change."""
     idle: frozenset[str] = frozenset()
     """What was asked as well, and makes no difference."""
-    _last: list[FlatCall] = field(default_factory=list, repr=False, compare=False)
-    """Of the call that was checked last: one like it is right too, and is told in a microsecond."""
+    _last: LastCall = field(default_factory=LastCall, init=False, repr=False, compare=False)
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`BatchError` for a call at which the model's code would go another way than the graph."""
-        if not self.conditions or (self._last and self._last[0].tensors(args, kwargs) is not None):
+        if self._last.is_like(args, kwargs):
             return
-        sizes, names = self._sizes(args, kwargs), [_plain(path) for path in self.places]
+        found = self._found(args, kwargs)
+        self._check_fixed(found)
+        sizes, names = self._sizes(found), list(map(path_shown, self.places))
         for condition in self.conditions:
             if not _meets(sizes, condition):
                 passed = f"inputs that are not as {readable(condition, names)}, which the example inputs were"
                 more = len(self.conditions) - SHOWN
                 allowed = " and ".join(readable(one, names) for one in self.conditions[:SHOWN])
                 allowed += f" and {more} more of the kind" if more > 0 else ""
-                change = "Pass such batches, or prepare the model with other examples"
-                raise BatchError(explain(passed, allowed, change))
-        self._last[:] = [FlatCall(args, kwargs)]
+                raise _refused(passed, allowed)
+        self._last.remember(args, kwargs)
+
+    def takes(self, name: str) -> bool:
+        """Whether the example inputs had something for this parameter."""
+        return any(_parameter(path) == name for path in self.places)
 
     def without_idle(
         self,
@@ -108,8 +123,30 @@ class SizeConditions:
         asked = (moved(one, order) for one in self.conditions)
         return tuple(dict.fromkeys((*asked, *(one for one in own if one not in idle))))
 
-    def _sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
-        found = paths_of(self.parameters.bind(*args, **kwargs).arguments)
+    def _found(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs by path; `BatchError` for other ones than in the examples."""
+        allowed = ", ".join(map(path_shown, self.places))
+        try:
+            found = paths_of(self.parameters.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise _refused(f"a call that does not fit ({error})", allowed) from error
+        if Counter(map(_parameter, found)) != Counter(map(_parameter, self.places)):
+            raise _refused(f"inputs {', '.join(map(path_shown, found)) or 'of no kind'}", allowed)
+        return found
+
+    def _check_fixed(self, found: Mapping[str, Any]) -> None:
+        """`BatchError` for values and sizes that are part of the graph."""
+        for leaf in self.constants:
+            value = found.get(leaf.where, leaf.value)
+            if not leaf.is_value(value):
+                raise _refused(f"input {path_shown(leaf.where)}, {described(value)}", str(leaf))
+        for path, shape in self.shapes.items():
+            if path in found and not _has_shape(found[path], shape):
+                sizes_shown = ", ".join("any" if size is None else str(size) for size in shape)
+                name = path_shown(path)
+                raise _refused(f"input {name}, {described(found[path])}", f"{name} with sizes [{sizes_shown}]")
+
+    def _sizes(self, found: Mapping[str, Any]) -> dict[str, int]:
         leaves = [found.get(path) for path in self.places]
         return {f"t{index}_{dim}": size for index, dim, size in _all_sizes(leaves)}
 
@@ -138,9 +175,36 @@ def asked_by(
             conditions += [f"t{index}_0 == {size}" for index, size in free.items()]
     conditions += (one for one in equal_sizes(program, kwargs) if one not in map(_turned, conditions))
     parameters = [inspect.Parameter(one.name, one.kind, default=_default(one)) for one in forward.parameters.values()]
+    tensors = {path: index for path, index in places.items() if isinstance(leaves[index], Tensor)}
     return SizeConditions(
-        parameters=inspect.Signature(parameters), places=places, conditions=tuple(dict.fromkeys(conditions))
+        parameters=inspect.Signature(parameters),
+        places=places,
+        conditions=tuple(dict.fromkeys(conditions)),
+        constants=tuple(Leaf(where=path, value=leaves[index]) for path, index in places.items() if path not in tensors),
+        shapes={path: _shape(leaves[index], index in free) for path, index in tensors.items()},
     )
+
+
+def _refused(passed: str, allowed: str) -> BatchError:
+    return BatchError(explain(passed, allowed, "Pass such batches, or prepare the model with other examples"))
+
+
+def _shape(example: Tensor, free: bool) -> tuple[int | None, ...]:
+    return (None, *example.shape[1:]) if free else tuple(example.shape)
+
+
+def _has_shape(value: Any, shape: tuple[int | None, ...]) -> bool:
+    found = value.shape if isinstance(value, Tensor) else None
+    return found is not None and len(found) == len(shape) and all(map(_is_size, found, shape))
+
+
+def _is_size(found: int, size: int | None) -> bool:
+    return size is None or found == size
+
+
+def _parameter(path: str) -> str:
+    """Of the forward, with which the path of an input begins."""
+    return path.removeprefix("['").partition("']")[0]
 
 
 def _meets(sizes: Mapping[str, int], condition: str) -> bool:
@@ -148,11 +212,6 @@ def _meets(sizes: Mapping[str, int], condition: str) -> bool:
         return holds(condition, sizes)
     except ValueError:  # an input is left out, or is no tensor with that dimension
         return False
-
-
-def _plain(path: str) -> str:
-    """As it is written in the forward: a path begins with the parameter, in brackets and quotes."""
-    return path[2:].replace("']", "", 1)
 
 
 def _turned(equality: str) -> str:

@@ -15,7 +15,7 @@ from deepseek_mp.errors import ConfigError, explain, suggest
 from deepseek_mp.inference.fidelity import Metric
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.profiler import ProfileReport
-from deepseek_mp.qat import Int8Model, SimulatedModel, calibrate, convert, prepare
+from deepseek_mp.qat import Int8Model, SimulatedModel, calibrate, check_batches, convert, prepare
 from deepseek_mp.trainer.loop import MixedPrecisionTrainer
 from deepseek_mp.trainer.qat_comparison import GAIN, Compared, compare
 from deepseek_mp.trainer.qat_weights import WEIGHTS, WeightsModel, deployed, with_rounded_weights
@@ -195,3 +195,5 @@ def _check_fit(
     if precision == "int8" and as_device(options.get("device") or "cpu").type != "cpu":
         passed = f"device={options['device']!r}"
         raise ConfigError(explain(passed, "'cpu', where INT8 is computed", "Leave it out"))
+    if calibration is not None:
+        check_batches(calibration)  # before a preparation of seconds

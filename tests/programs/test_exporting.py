@@ -93,7 +93,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason():
         made(lambda layer, x: layer(x) if x.sum() > 0 else x, torch.randn(4, 3))
     with pytest.raises(ConfigError, match="gives other outputs than itself"):
         made(lambda layer, x: layer(x) + torch.rand(()), torch.randn(4, 3))
-    with pytest.raises(ConfigError, match=r"input \['args'\]\[1\] of type complex"):
+    with pytest.raises(ConfigError, match=r"input args\[1\] of type complex"):
         made(lambda layer, x, y: x, torch.randn(4, 3), 1j)
 
 

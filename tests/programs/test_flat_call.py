@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_mp.inference.graphed import signature
-from deepseek_mp.programs.flat_call import FlatCall
+from deepseek_mp.programs.flat_call import FlatCall, LastCall
 
 CPU = torch.device("cpu")
 
@@ -115,3 +115,13 @@ def test_what_is_alike_has_the_same_signature():
         for second in values:
             if FlatCall((first,), {}).tensors((second,), {}) is not None:
                 assert signature((first,), CPU) == signature((second,), CPU)
+
+
+def test_the_last_call_is_the_one_that_was_remembered_last():
+    last = LastCall()
+    assert not last.is_like((), {})
+    last.remember((image(),), {})
+    assert last.is_like((image() + 1,), {})
+    assert not last.is_like((image().double(),), {})
+    last.remember((image().double(),), {})
+    assert not last.is_like((image(),), {})

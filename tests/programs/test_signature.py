@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_mp.errors import BatchError
-from deepseek_mp.programs.signature import Leaf, Signature, inputs, plain
+from deepseek_mp.programs.signature import Leaf, Signature, inputs, path_shown, plain
 
 SIGNATURE = Signature(
     leaves=(
@@ -34,16 +34,16 @@ def test_it_takes_what_fits():
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        (call(10), r"input \['args'\]\[0\], float32 \[10, 3\]\. Allowed: .*float32 \[s0, 3\].* s0 from 2 to 8"),
+        (call(10), r"input args\[0\], float32 \[10, 3\]\. Allowed: .*float32 \[s0, 3\].* s0 from 2 to 8"),
         (call(4, width=2), r"float32 \[4, 2\]\. Allowed"),
-        (call(4, masks=2), r"input \['kwargs'\]\['mask'\], bool \[2\]"),
+        (call(4, masks=2), r"input kwargs\['mask'\], bool \[2\]"),
         (call(dtype=torch.float64), r"float64 \[4, 3\]"),
         (call(3), r"which are not as .*shape\[0\] % 2 == 0"),
-        (call(steps=3), r"input \['kwargs'\]\['steps'\], 3\. Allowed: .*= 2, which is part of the graph"),
+        (call(steps=3), r"input kwargs\['steps'\], 3\. Allowed: .*= 2, which is part of the graph"),
         (call(steps=2.0), r"\['steps'\], 2\.0"),
         (call(steps=memoryview(b"2\n")), r"\['steps'\], a memoryview\. Allowed"),
         (((), {}), "inputs of no kind"),
-        (((torch.zeros(4, 3),), {}), r"inputs \['args'\]\[0\]\. Allowed"),
+        (((torch.zeros(4, 3),), {}), r"inputs args\[0\]\. Allowed"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_is_allowed(given, match):
@@ -96,3 +96,11 @@ def test_what_no_signature_says_is_refused_when_it_is_read(change, match):
 def test_conditions_that_are_none_are_refused_when_they_are_read(condition):
     with pytest.raises(ValueError, match="a condition with"):
         Signature.from_json({**SIGNATURE.to_json(), "conditions": [condition]})
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [("['x']", "x"), ("['pair']['a'][0]", "pair['a'][0]"), ("['pair'].first['b']", "pair.first['b']"), ("x", "x")],
+)
+def test_a_path_is_shown_as_it_is_written_in_python(path, shown):
+    assert path_shown(path) == shown

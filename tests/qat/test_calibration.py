@@ -62,3 +62,33 @@ def test_no_batch_and_bad_batches_are_refused(linear):
 def test_one_batch_in_place_of_a_list_is_refused(linear, one):
     with pytest.raises(LoaderError, match=r"which is one batch\. .* Pass it in a list"):
         calibrate(linear, one)
+
+
+@pytest.mark.parametrize("passed", [3, True, "data", len])
+def test_what_holds_no_batches_is_refused(linear, passed):
+    with pytest.raises(LoaderError, match=r"calibration=.*\. Allowed: batches: a list of them, or a loader"):
+        calibrate(linear, passed)
+
+
+@pytest.mark.parametrize(
+    ("batch", "match"),
+    [
+        (X.double(), r"calibration with a batch 1 that the model does not take \(RuntimeError: "),
+        (X[:, :5], "input input"),
+    ],
+)
+def test_a_batch_that_the_model_does_not_take_is_refused(linear, batch, match):
+    before = {name: value.clone() for name, value in linear.state_dict().items()}
+    with pytest.raises(BatchError, match=match):
+        calibrate(linear, [X * 9, batch])
+    assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
+
+
+def test_batches_without_samples_count_for_nothing(linear):
+    empty = X[:0]
+    assert calibrate(linear, [empty, X, (empty, None), X * 3]) == 2
+    torch.testing.assert_close(observer_of(linear).max_val, X.max() * 2)
+    with pytest.raises(LoaderError, match="calibration without a batch"):
+        calibrate(linear, [empty, empty])
+    with pytest.raises(BatchError, match="in batch 2"):
+        calibrate(linear, [X, empty, X * math.nan])

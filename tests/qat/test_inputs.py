@@ -76,14 +76,14 @@ def test_every_batch_size_is_taken(plain, count):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        (ROWS.double(), r"input \['input'\], float64 \[4, 8\]\. Allowed: \['input'\] float32 \[s\d+, 8\]; s\d+ from 0"),
+        (ROWS.double(), r"input input, float64 \[4, 8\]\. Allowed: input float32 \[s\d+, 8\]; s\d+ from 0"),
         (ROWS.long(), r"int64 \[4, 8\]"),
         (ROWS.half(), r"float16 \[4, 8\]"),
         (ROWS[:, :7], r"float32 \[4, 7\]"),
         (ROWS[0], r"float32 \[8\]"),
         (ROWS[None], r"float32 \[1, 4, 8\]"),
-        (None, r"input \['input'\], None"),
-        ([1.0], r"inputs \['input'\]\[0\]\. Allowed"),
+        (None, r"input input, None"),
+        ([1.0], r"inputs input\[0\]\. Allowed"),
     ],
 )
 def test_what_does_not_fit_is_refused_also_behind_a_call_that_does(plain, given, match):
@@ -108,9 +108,9 @@ def test_another_number_of_inputs_is_refused(plain, args, kwargs, match):
 
 def test_values_in_the_graph_and_sizes_that_belong_together_are_checked(masked):
     masks = {"a": torch.ones(4, 1), "b": torch.ones(4)}
-    with pytest.raises(BatchError, match=r"input \['factor'\], 2\. Allowed: .*= 3, which is part of the graph"):
+    with pytest.raises(BatchError, match=r"input factor, 2\. Allowed: .*= 3, which is part of the graph"):
         masked.check((ROWS, 2), {"masks": masks})
-    with pytest.raises(BatchError, match=r"input \['masks'\]\['b'\], float32 \[2\]"):
+    with pytest.raises(BatchError, match=r"input masks\['b'\], float32 \[2\]"):
         masked.check((ROWS, 3), {"masks": {**masks, "b": torch.ones(2)}})
     assert masked.signature.conditions
     assert Signature.from_json(masked.signature.to_json()) == masked.signature

@@ -5,11 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from deepseek_mp.qat.modes import evaluate_norms, evaluate_others, forward_with, norms_of
+from deepseek_mp.qat.modes import evaluate_norms, evaluate_others, forward_with, norms_of, on_its_own
 
 
 def exported(model):
     return torch.export.export(model.train(), (torch.randn(4, 3),)).module(check_guards=False)
+
+
+def test_on_its_own_regions_and_random_numbers_of_the_caller_are_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with torch.inference_mode(), torch.autocast("cpu"), on_its_own():
+        made = nn.Linear(4, 4)
+        assert made(torch.rand(2, 4)).dtype == torch.float32
+        assert not made.weight.is_inference()
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_evaluation_keeps_eps_and_leaves_statistics_and_their_counter_alone():

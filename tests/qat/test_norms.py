@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
+from deepseek_mp.errors import ConfigError
 from deepseek_mp.qat import FloatingModel, convert, prepare
 from deepseek_mp.qat.modes import norms_of
 from deepseek_mp.qat.norms import fold_norms
@@ -84,7 +87,8 @@ def test_channels_that_a_norm_turns_off_give_its_bias_and_are_trained(weights):
         model.branch[1].weight.copy_(torch.tensor(weights))
         model.branch[1].bias.normal_()
         model.branch[1].running_var.uniform_(0.1, 2)
-    simulated, x = prepare(model, torch.randn(4, 4, 8, 8)), torch.randn(1, 4, 8, 8)
+    example = torch.randn(4, 4, 8, 8)
+    simulated, x = prepare(model, example), example[:1]  # other values would be beyond its range
     with simulated.observing():
         torch.testing.assert_close(simulated(x), model(x))
     int8 = convert(simulated)
@@ -95,3 +99,52 @@ def test_channels_that_a_norm_turns_off_give_its_bias_and_are_trained(weights):
     off = model.branch[1].weight.abs() < 0.1
     found, expected = simulated.graph.get_parameter("branch.1.weight").grad, model.branch[1].weight.grad
     torch.testing.assert_close(found[off], expected[off], rtol=0.1, atol=1)
+
+
+def test_without_momentum_statistics_are_averages_of_all_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.BatchNorm2d(3, momentum=None), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(),
+        nn.Flatten(), nn.Linear(128, 4),
+    )  # fmt: skip
+    batches = [torch.randn(8, 3, 6, 6) * scale for scale in (1, 2, 3, 4)]
+    model(batches[0])
+    simulated = prepare(model, batches[0])
+    assert [model[0].momentum, model[2].momentum] == [None, None]
+    for batch in batches[1:]:
+        model(batch)
+        deepcopy(simulated)(batch)
+        simulated(batch)
+    assert simulated.graph.get_buffer("0.num_batches_tracked") == 4
+    for name, value in model.named_buffers():
+        exact = name.startswith("0")  # what the other one is given was rounded
+        torch.testing.assert_close(
+            simulated.graph.get_buffer(name), value, rtol=1e-6 if exact else 0.03, atol=1e-6 if exact else 0.01
+        )
+    simulated.norms_frozen = True
+    simulated(batches[0])
+    assert simulated.graph.get_buffer("0.num_batches_tracked") == 4
+    expected = simulated.eval()(batches[0])
+    torch.testing.assert_close(convert(simulated).reference(batches[0]), expected, rtol=1e-2, atol=2e-2)
+
+
+def test_a_norm_in_evaluation_keeps_its_statistics_without_momentum_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None))
+    model[1].eval()
+    simulated = prepare(model, torch.randn(4, 3, 6, 6))
+    simulated(torch.randn(4, 3, 6, 6))
+    assert torch.equal(simulated.graph.get_buffer("1.running_mean"), torch.zeros(8))
+
+
+def test_without_momentum_under_autocast_is_refused():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None)
+
+        def forward(self, x):
+            with torch.autocast("cpu"):
+                return self.norm(self.conv(x))
+
+    with pytest.raises(ConfigError, match="'norm' with momentum=None, called under autocast or the like"):
+        prepare(Casts(), torch.randn(4, 3, 6, 6))

@@ -35,6 +35,13 @@ def test_the_model_is_as_it_was_and_shares_nothing():
     assert type(model[0]) is nn.Linear
 
 
+def test_random_numbers_go_on_as_if_nothing_had_been_made():
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)), torch.randn(4, 1, 6, 6)
+    before = torch.get_rng_state()
+    convert(prepare(model, x))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_model_that_was_trained_here_is_quantised_and_stays_converted():
     model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(32, 32)
     MixedPrecisionTrainer(model, "tensor", device="cpu", emulate=True)
@@ -202,7 +209,7 @@ def test_named_inputs_may_be_in_any_order_with_others_than_tensors_between():
 
 
 def test_inputs_that_the_model_itself_does_not_take_are_named_as_the_reason():
-    for inputs in ((X, torch.zeros(4)), [X], torch.randn(4, 9)):
+    for inputs in ((X, torch.zeros(4)), [X], torch.randn(4, 9), X.double()):
         with pytest.raises(
             ConfigError, match=r"example_inputs with which the Sequential itself fails \(\w+: .* without targets"
         ):

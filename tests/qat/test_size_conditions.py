@@ -375,3 +375,76 @@ def test_trying_sizes_changes_neither_ranges_nor_state():
         torch.equal(one.activation_post_process.max_val, kept)
         for one, kept in zip(simulated.quantisers(), ranges, strict=True)
     )
+
+
+class Scales(nn.Module):
+    """Has inputs that may be left out, and one that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x, mask=None, factor=3):
+        found = self.layer(x) * factor
+        return found if mask is None else found * mask
+
+
+@pytest.mark.parametrize(
+    ("example", "args", "kwargs", "match"),
+    [
+        (
+            (None, 3),
+            (torch.zeros(4, 1), 3),
+            {},
+            r"input mask, float32 \[4, 1\]\. Allowed: mask = None, which is part of",
+        ),
+        ((None, 3), (None, 4), {}, r"input factor, 4\. Allowed: factor = 3, which"),
+        ((None, 3), (None,), {}, r"inputs x, mask\. Allowed: x, mask, factor"),
+        ((), (torch.zeros(4, 1),), {}, r"inputs x, mask\. Allowed: x\. Pass"),
+        ((), (), {"mask": None}, r"inputs x, mask\. Allowed: x\. Pass"),
+        ((), (), {"other": None}, r"a call that does not fit \(.*'other'\)\. Allowed: x\. Pass"),
+    ],
+)
+def test_what_the_graph_would_ignore_is_refused_by_all_forms(example, args, kwargs, match):
+    torch.manual_seed(0)
+    model, (x,) = Scales().eval(), rows(4)
+    simulated = prepare(model, (x, *example))
+    for form in (simulated, FloatingModel(simulated, torch.float32)):
+        for _ in range(2):
+            with pytest.raises(BatchError, match=match):
+                form(x, *args, **kwargs)
+    assert near(simulated(x, *example), model(x))
+
+
+def test_labels_that_the_model_takes_by_place_come_by_name_too():
+    class Own(nn.Linear):
+        def forward(self, x, labels):
+            return super().forward(x) + labels
+
+    model, (x, labels) = Own(8, 8).eval(), rows(4, 4)
+    simulated = prepare(model, (x, labels))
+    assert simulated.sizes.takes("labels")
+    assert not simulated.sizes.takes("input")
+    assert near(simulated(x=x, labels=labels), model(x, labels))
+
+
+class Divides(nn.Module):
+    """A mean, whose divisor the graph has from the example."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x).sum(1) / x.shape[1]
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4, 7, 8), torch.zeros(4, 8), torch.zeros(4, 5, 8, 8), None])
+def test_sizes_that_are_part_of_the_graph_cannot_change(other):
+    torch.manual_seed(0)
+    model, x = Divides().eval(), torch.randn(4, 5, 8)
+    simulated = prepare(model, x)
+    for form in (simulated, FloatingModel(simulated, torch.float32)):
+        with pytest.raises(BatchError, match=r"input x, .*\. Allowed: x with sizes \[any, 5, 8\]\. Pass"):
+            form(other)
+    assert near(simulated(x[:3]), model(x[:3]))

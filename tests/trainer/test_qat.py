@@ -150,6 +150,8 @@ def test_decisions_are_written_down(tmp_path):
         ({"precision_mode": "bf16"}, "precision_mode beside"),
         ({"device": "meta"}, "device='meta'"),
         ({"device": "foo"}, "device 'foo' is not known"),
+        ({"calibration": 3}, r"calibration=3\. Allowed: batches"),
+        ({"calibration": 3, "example_inputs": None}, r"calibration=3\. Allowed: batches"),
         ({"calibration": []}, "calibration without a batch"),
         ({"calibration": [torch.full((2, 4), math.nan)]}, "NaN or infinite values in batch 0"),
         ({"example_inputs": torch.randn(1, 4)}, "two samples or more"),
