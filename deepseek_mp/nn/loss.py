@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepseek_mp.errors import BatchError, explain
@@ -69,6 +69,26 @@ def count_labels(target: Tensor, ignored: int = IGNORED_LABEL) -> int | Tensor:
     """Labels that count: a number for a target on the CPU, a 0-dim tensor (no host sync) elsewhere or compiled."""
     counted = (target != ignored).sum()
     return int(counted) if target.device.type == "cpu" and not torch.compiler.is_compiling() else counted
+
+
+def class_weights(loss_fn: object) -> Tensor | None:
+    """What the loss weighs classes by, if it is one of PyTorch's that averages over weights and not over labels."""
+    if type(loss_fn) not in (nn.CrossEntropyLoss, nn.NLLLoss) or getattr(loss_fn, "reduction", None) != "mean":
+        return None
+    weight = getattr(loss_fn, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def weigh_labels(target: Tensor, weight: Tensor, ignored: int) -> int | Tensor:
+    """The labels that count, each as many as its class weighs in parts of the mean weight; as `count_labels` gives it.
+
+    So it is near a count, whatever unit the weights are in: FP16 gradients are scaled by it.
+    """
+    counted = target != ignored
+    weight = weight.detach().float().to(target.device)
+    found = torch.where(counted, weight[torch.where(counted, target, 0).long()], 0.0).sum() / weight.mean()
+    on_host = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    return 0 if on_host and not found else found
 
 
 def check_loss(loss: Any) -> Tensor:

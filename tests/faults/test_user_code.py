@@ -130,6 +130,28 @@ def test_accumulation_counts_the_labels_that_the_loss_module_counts(ignored):
         torch.testing.assert_close(parts.model.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_accumulation_and_evaluation_weigh_classes_as_the_loss_module_does(loss):
+    loss_fn = loss(torch.tensor([1.0, 20.0]))
+    inputs = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    target = torch.tensor([0, 0, 0, 0, 1, 1, 1, -100, -100])
+    whole, parts = (
+        trainer_of(linear(), loss_fn=loss_fn),
+        trainer_of(linear(), loss_fn=loss_fn, gradient_accumulation_steps=3),
+    )
+    split = [(inputs[i : i + 3], target[i : i + 3]) for i in (0, 3, 6)]
+    split[2] = inputs[7:], target[7:]  # nothing that counts
+    split[1] = inputs[3:7], target[3:7]
+    alone = whole.evaluate([(inputs, target)])["loss"]
+    assert whole.evaluate(split)["loss"] == pytest.approx(alone, rel=1e-6)
+    whole.step((inputs, target))
+    results = [parts.step(batch) for batch in split]
+    assert results[-1].status == "applied"
+    assert results[-1].loss == pytest.approx(alone, rel=1e-6)
+    for name, value in weights(whole.model).items():
+        torch.testing.assert_close(weights(parts.model)[name], value)
+
+
 def test_metrics_and_loaders_compute_outside_of_the_region():
     formats = []
 
