@@ -25,6 +25,7 @@ from deepseek_mp.errors import BatchError, explain
 from deepseek_mp.nn.loss import (
     IGNORED_LABEL,
     LossFn,
+    averages_elements,
     check_loss,
     class_weights,
     count_labels,
@@ -189,6 +190,8 @@ def _items_of(call: Call, loss_fn: LossFn | None) -> int | Tensor:
     ignored, weight = getattr(loss_fn, "ignore_index", IGNORED_LABEL), class_weights(loss_fn)
     if weight is not None and isinstance(call.target, Tensor) and is_integer(call.target):
         return weigh_labels(call.target, weight, ignored)
+    if isinstance(call.target, Tensor) and averages_elements(loss_fn):
+        return call.target.numel()
     return item_count(call, ignored)
 
 

@@ -23,6 +23,10 @@ LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | Tensor]]
 IGNORED_LABEL = -100
 """A label that counts for nothing: PyTorch's and Hugging Face's convention."""
 
+_OF_ELEMENTS = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, F.mse_loss, F.l1_loss,
+    F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
+)  # fmt: skip
 _INFERRED = (
     "integer targets [N], [B, T] or [N, d...] with logits [N, C], [B, T, C] or [N, C, d...] (cross entropy), bool "
     "targets of the output's shape (binary cross entropy), floating targets of the output's shape (squared error)"
@@ -69,6 +73,13 @@ def count_labels(target: Tensor, ignored: int = IGNORED_LABEL) -> int | Tensor:
     """Labels that count: a number for a target on the CPU, a 0-dim tensor (no host sync) elsewhere or compiled."""
     counted = (target != ignored).sum()
     return int(counted) if target.device.type == "cpu" and not torch.compiler.is_compiling() else counted
+
+
+def averages_elements(loss_fn: object) -> bool:
+    """Whether the loss is one of PyTorch's that averages over every element, however many a sample has."""
+    if isinstance(loss_fn, nn.Module):
+        return type(loss_fn) in _OF_ELEMENTS and getattr(loss_fn, "reduction", None) == "mean"
+    return any(loss_fn is function for function in _OF_ELEMENTS)
 
 
 def class_weights(loss_fn: object) -> Tensor | None:

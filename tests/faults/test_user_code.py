@@ -152,6 +152,20 @@ def test_accumulation_and_evaluation_weigh_classes_as_the_loss_module_does(loss)
         torch.testing.assert_close(weights(parts.model)[name], value)
 
 
+@pytest.mark.parametrize("loss_fn", [None, nn.MSELoss(), F.mse_loss])
+def test_sequences_of_different_lengths_count_by_their_elements(loss_fn):
+    def net():
+        torch.manual_seed(0)
+        return nn.Linear(4, 2)
+
+    parts = trainer_of(net(), loss_fn=loss_fn, gradient_accumulation_steps=2)
+    split = [(torch.randn(2, length, 4), torch.randn(2, length, 2)) for length in (1, 7)]
+    flat = [torch.cat([part.flatten(0, 1) for part in column]) for column in zip(*split, strict=True)]
+    whole = F.mse_loss(net()(flat[0]), flat[1]).item()
+    assert parts.evaluate(split)["loss"] == pytest.approx(whole)
+    assert [parts.step(batch) for batch in split][-1].loss == pytest.approx(whole)
+
+
 def test_metrics_and_loaders_compute_outside_of_the_region():
     formats = []
 

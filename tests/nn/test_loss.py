@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepseek_mp.errors import BatchError
-from deepseek_mp.nn.loss import check_loss, class_weights, infer_loss, weigh_labels
+from deepseek_mp.nn.loss import averages_elements, check_loss, class_weights, infer_loss, weigh_labels
 
 
 def _infer(output: Tensor, target: Tensor) -> tuple[str, Tensor, int]:
@@ -153,3 +153,11 @@ def test_labels_count_by_the_weight_of_their_class_in_parts_of_the_mean(unit: fl
     nothing = weigh_labels(torch.full((2,), ignored), weight, ignored)
     assert type(nothing) is int
     assert nothing == 0
+
+
+def test_losses_of_pytorch_that_average_over_elements_are_known() -> None:
+    for known in (nn.MSELoss(), nn.BCEWithLogitsLoss(), F.l1_loss):
+        assert averages_elements(known)
+    other = type("Mine", (nn.MSELoss,), {})
+    for unknown in (nn.MSELoss(reduction="sum"), other(), nn.CrossEntropyLoss(), F.cross_entropy, None):
+        assert not averages_elements(unknown)
