@@ -99,6 +99,9 @@ class LossScaler:
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the scale, in float32; call `backward` on the result."""
+        if not isinstance(loss, Tensor):
+            passed, change = f"scale({loss!r})", "Pass the loss itself, before .item() or float()"
+            raise ConfigError(explain(passed, "a tensor", change))
         if self.policy.scale.device != loss.device:
             self.policy.to(loss.device)
         self._scaled = True
@@ -116,7 +119,7 @@ class LossScaler:
         """Apply or skip one step of the optimizers, and move the scale.
 
         Args:
-            max_grad_norm: clip the L2 norm of all unscaled gradients to this.
+            max_grad_norm: clip the L2 norm of all unscaled gradients to this; above 0.
             divisor: 0-dim; the gradients are also divided by it (a window's total weight).
             nonfinite: 0-dim; 1 skips the step whatever the gradients are (a loss that was not finite).
             empty: 0-dim; 1 skips the step as well, without blaming the scale (a window without items).
@@ -128,12 +131,14 @@ class LossScaler:
 
         Raises:
             LossScaleError: the loss of this step was not scaled by `scale`.
-            ConfigError: an argument that is not an Optimizer (a closure, for instance).
+            ConfigError: an argument that is not an Optimizer (a closure, for instance), or a norm that is no limit.
         """
         self._check_call(optimizers)
+        _check_limit(max_grad_norm)
         for optimizer in optimizers:
             land(optimizer)
-        params = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+        listed = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+        params = list(dict.fromkeys(listed))  # once, also what two optimizers train
         if not params:
             return self._without_gradients()
         grads = gradients.gradient_views(params)
@@ -159,9 +164,13 @@ class LossScaler:
             nothing = empty.to(bad.device, torch.bool, non_blocking=True)
             skip, bad = torch.maximum(bad, nothing), bad.masked_fill(nothing, 0.0)
             amax = None if amax is None else amax.masked_fill(nothing, 0.0)
+        total = _with_clipping(total, norm, max_grad_norm)
+        if total is not None and len(params) < len(listed):  # a fused kernel would leave it unscaled to the next one
+            gradients.multiply_(grads, total.reciprocal())
+            total = None
         self.norms = params, sizes
         try:
-            status = self._apply(optimizers, params, grads, _with_clipping(total, norm, max_grad_norm), skip)
+            status = self._apply(optimizers, params, grads, total, skip)
         finally:
             self.norms = None
         self._scaled = False
@@ -245,6 +254,13 @@ class LossScaler:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over a saved state; `LossScaleError` (nothing changed) if it is not valid."""
         self.policy.load_state_dict(saved)
+
+
+def _check_limit(max_grad_norm: object) -> None:
+    """`ConfigError` for what would make every gradient zero or NaN, or clip none."""
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
+        passed, change = f"max_grad_norm={max_grad_norm!r}", "Pass for example 1.0"
+        raise ConfigError(explain(passed, "None or a number above 0", change))
 
 
 def _with_clipping(total: Tensor | None, norm: Tensor, max_grad_norm: float | None) -> Tensor | None:

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from deepseek_mp.errors import BatchError, explain
-from deepseek_mp.nn.loss import IGNORED_LABEL, LossFn, check_loss, count_labels, infer_loss, is_integer
+from deepseek_mp.nn.loss import (
+    IGNORED_LABEL,
+    LossFn,
+    averages_elements,
+    check_loss,
+    class_weights,
+    count_labels,
+    infer_loss,
+    is_integer,
+    weigh_labels,
+)
 from deepseek_mp.nn.nested import first_tensor, map_leaves
 
 __all__ = [
@@ -167,8 +177,7 @@ def result(call: Call, found: tuple[Any, str], loss_fn: LossFn | None, *, output
     """What `loss_of` found, checked, with its item count: the one that came with it, or the batch's."""
     value, name = found
     if not isinstance(value, tuple):
-        ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)  # torch's loss modules say what they leave out
-        return Result(loss=check_loss(value), output=output, items=item_count(call, ignored), loss_name=name)
+        return Result(loss=check_loss(value), output=output, items=_items_of(call, loss_fn), loss_name=name)
     if len(value) != 2 or not _is_count(value[1]):
         raise BatchError(
             explain(
@@ -178,6 +187,16 @@ def result(call: Call, found: tuple[Any, str], loss_fn: LossFn | None, *, output
             )
         )
     return Result(loss=check_loss(value[0]), output=output, items=value[1], loss_name=name)
+
+
+def _items_of(call: Call, loss_fn: LossFn | None) -> int | Tensor:
+    """What a loss that does not count averages over; PyTorch's loss modules say what they leave out and weigh."""
+    ignored, weight = getattr(loss_fn, "ignore_index", IGNORED_LABEL), class_weights(loss_fn)
+    if weight is not None and isinstance(call.target, Tensor) and is_integer(call.target):
+        return weigh_labels(call.target, weight, ignored)
+    if isinstance(call.target, Tensor) and averages_elements(loss_fn):
+        return call.target.numel()
+    return item_count(call, ignored)
 
 
 def _is_count(value: Any) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepseek_mp.errors import BatchError, explain
@@ -23,6 +23,10 @@ LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | Tensor]]
 IGNORED_LABEL = -100
 """A label that counts for nothing: PyTorch's and Hugging Face's convention."""
 
+_OF_ELEMENTS = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, F.mse_loss, F.l1_loss,
+    F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
+)  # fmt: skip
 _INFERRED = (
     "integer targets [N], [B, T] or [N, d...] with logits [N, C], [B, T, C] or [N, C, d...] (cross entropy), bool "
     "targets of the output's shape (binary cross entropy), floating targets of the output's shape (squared error)"
@@ -69,6 +73,33 @@ def count_labels(target: Tensor, ignored: int = IGNORED_LABEL) -> int | Tensor:
     """Labels that count: a number for a target on the CPU, a 0-dim tensor (no host sync) elsewhere or compiled."""
     counted = (target != ignored).sum()
     return int(counted) if target.device.type == "cpu" and not torch.compiler.is_compiling() else counted
+
+
+def averages_elements(loss_fn: object) -> bool:
+    """Whether the loss is one of PyTorch's that averages over every element, however many a sample has."""
+    if isinstance(loss_fn, nn.Module):
+        return type(loss_fn) in _OF_ELEMENTS and getattr(loss_fn, "reduction", None) == "mean"
+    return any(loss_fn is function for function in _OF_ELEMENTS)
+
+
+def class_weights(loss_fn: object) -> Tensor | None:
+    """What the loss weighs classes by, if it is one of PyTorch's that averages over weights and not over labels."""
+    if type(loss_fn) not in (nn.CrossEntropyLoss, nn.NLLLoss) or getattr(loss_fn, "reduction", None) != "mean":
+        return None
+    weight = getattr(loss_fn, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def weigh_labels(target: Tensor, weight: Tensor, ignored: int) -> int | Tensor:
+    """The labels that count, each as many as its class weighs in parts of the mean weight; as `count_labels` gives it.
+
+    So it is near a count, whatever unit the weights are in: FP16 gradients are scaled by it.
+    """
+    counted = target != ignored
+    weight = weight.detach().float().to(target.device)
+    found = torch.where(counted, weight[torch.where(counted, target, 0).long()], 0.0).sum() / weight.mean()
+    on_host = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    return 0 if on_host and not found else found
 
 
 def check_loss(loss: Any) -> Tensor:

@@ -7,6 +7,7 @@ accepts such weights. The mark is on the parameter, and is not copied with it: a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,20 @@ from deepseek_mp.precision.storage import StorageFormat
 _MARK = "deepseek_mp_storage"
 
 
+class _Mark:
+    """The value of a mark. `deepcopy` drops attributes of tensors, and pickles keep them: there it becomes nothing."""
+
+    def __init__(self, format: StorageFormat) -> None:
+        self.format = format
+
+    def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
+        return set, ()  # a type that `torch.load` makes without being told that it may
+
+
 def mark_storage(parameter: Tensor, format: StorageFormat) -> None:
     """Say how the parameter is stored from now on."""
     if format.is_bf16:
-        setattr(parameter, _MARK, format)
+        setattr(parameter, _MARK, _Mark(format))
     else:
         unmark(parameter)
 
@@ -27,7 +38,7 @@ def mark_storage(parameter: Tensor, format: StorageFormat) -> None:
 def mark_master(parameter: Tensor) -> None:
     """Say that an optimizer keeps the FP32 weight that a BF16 parameter is rounded from."""
     if parameter.dtype is torch.bfloat16:
-        setattr(parameter, _MARK, StorageFormat.FP32)
+        setattr(parameter, _MARK, _Mark(StorageFormat.FP32))
 
 
 def unmark(parameter: Tensor) -> None:
@@ -43,7 +54,7 @@ def storage_of(parameter: Tensor) -> StorageFormat | None:
     if parameter.dtype is torch.float32:
         return StorageFormat.FP32
     marked = parameter.__dict__.get(_MARK)
-    return marked if parameter.dtype is torch.bfloat16 and isinstance(marked, StorageFormat) else None
+    return marked.format if parameter.dtype is torch.bfloat16 and isinstance(marked, _Mark) else None
 
 
 def take_gradients(parameters: Iterable[Tensor], *, add_up: bool) -> None:

@@ -18,10 +18,11 @@ from deepseek_mp.costs.fingerprint import model_digest
 from deepseek_mp.costs.restore import Snapshot, preserved
 from deepseek_mp.errors import ConfigError, explain
 from deepseek_mp.nn import unconverted
-from deepseek_mp.nn.call import Call, LossFn, move, parse_batch, run
+from deepseek_mp.nn.call import Call, LossFn, batch_size, move, parse_batch, run
 from deepseek_mp.nn.survey import survey
 from deepseek_mp.nn.unit import multiplies, original_class
 from deepseek_mp.ops.dtypes import format_of
+from deepseek_mp.ops.gradients import gradient_views
 from deepseek_mp.precision import Recipe, find_recipe
 from deepseek_mp.profiler.arguments import (
     check_batches,
@@ -288,14 +289,17 @@ class PrecisionProfiler:
     def _look(self, probe: Probe, batch: Any) -> str | None:
         """Measure one batch; why it does not count, or None."""
         call = move(parse_batch(batch), self._device)
+        if not batch_size(call):
+            return "it has no samples"
         with torch.enable_grad(), probe.watching(call):
             found = run(self.model, call, self._loss_fn)
+            if found.items == 0:  # whatever its loss is: 0 would lower the mean over batches
+                return "none of its items counts"
             if not bool(torch.isfinite(found.loss)):
                 return f"its loss is {float(found.loss.detach())}"
             probe.loss_is(found, self._loss_fn)
             found.loss.backward()
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+            finite = all(bool(torch.isfinite(part).all()) for part in gradient_views(self.model.parameters()))
             self._preserved.zero_grad(set_to_none=True)
             self._last_call = call
             if not finite:

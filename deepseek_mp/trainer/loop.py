@@ -66,12 +66,13 @@ from deepseek_mp.trainer.setup import (
 )
 from deepseek_mp.trainer.step import Stepper
 from deepseek_mp.trainer.trial_steps import on_what_fits
+from deepseek_mp.trainer.uncopied import Uncopied
 from deepseek_mp.trainer.window import Window
 
 log = logging.getLogger("deepseek_mp")
 
 
-class MixedPrecisionTrainer:
+class MixedPrecisionTrainer(Uncopied):
     """Trains a model in the best precision for the device, safely, and says what it did and why.
 
     Example:

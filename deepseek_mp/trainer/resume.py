@@ -246,7 +246,7 @@ def _check(trainer: MixedPrecisionTrainer, snapshot: Snapshot, path: Path) -> No
     inside = dict(trainer.model.named_parameters(remove_duplicate=False))
     model_tensors = saved_storage.as_saved(state.model_tensors(trainer.model), inside, formats)
     state.check_tensors(model_tensors, snapshot.tensors["model"])
-    state.check_optimizer(trainer.model, trainer.optimizer, snapshot.tensors["optimizer"], saved["optimizer"])
+    state.check_optimizer(trainer.model, trainer.optimizer, saved["optimizer"])
     outside = state.outside_parameters(trainer.model, trainer.optimizer)
     state.check_tensors(saved_storage.as_saved(outside, outside, formats), snapshot.tensors["outside"])
     here, there = type(trainer.scheduler).__name__, (saved["scheduler"] or {"type": "NoneType"})["type"]

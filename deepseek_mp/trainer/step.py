@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from deepseek_mp import backends
 from deepseek_mp.controller.scaler import LossScaler, Verdict
-from deepseek_mp.errors import NonFiniteError
+from deepseek_mp.errors import ConfigError, NonFiniteError, explain
 from deepseek_mp.monitor import PrecisionMonitor
 from deepseek_mp.nn import call as calls
 from deepseek_mp.nn.convert import current_plan
@@ -142,13 +142,14 @@ class Stepper:
 
     def change_plan(self, region: Region, scaler: LossScaler) -> None:
         """Go on with the model as it is converted now; no window is open, and the last one is settled."""
-        self.region, self.scaler = region, scaler
+        self.region, self.scaler, self._plan = region, scaler, current_plan(self.model)
         lends = region.casts and not self._compiled and self.device.type not in SLOWER_IN_ONE_PASS and self._lends
         self._casts = WeightCasts(self.model, torch_dtype(region.format)) if lends else None
         place_scales(self.model)  # the model may have moved to its device after the plan was applied
 
     def run(self, batch: Any, *, index: int = 0, close: bool | None = None) -> StepResult:
         """One micro-batch; the window closes when it is full, or as `close` says."""
+        self._check_plan()
         call = calls.parse_batch(batch)
         samples = calls.batch_size(call)
         if not self.window.micro_batches:
@@ -170,6 +171,16 @@ class Stepper:
             return StepResult(lambda: StepFacts(status="accumulated", reason="the batch has no items"))
         kept, scale = loss.detach(), self.scaler.policy.scale.clone()
         return StepResult(lambda: StepFacts(status="accumulated", loss=float(kept), scale=float(scale)))
+
+    def _check_plan(self) -> None:
+        """`ConfigError` if somebody else converted the model since: layers would not be in the region's arithmetic."""
+        now = current_plan(self.model)
+        if now is not self._plan and (now is None or self._plan is None or now.digest != self._plan.digest):
+            here, was = ("no plan" if plan is None else f"plan {plan.base}" for plan in (now, self._plan))
+            passed = f"a model that has {here} in force now, not {was} of its trainer"
+            change = "Call trainer.change_plan(trainer.plan) between two steps, or give each trainer a model of its own"
+            raise ConfigError(explain(passed, "changes by the trainer itself", change))
+        self._plan = now
 
     @property
     def unsettled(self) -> bool:

@@ -1,5 +1,6 @@
 """The step as a transaction, against an unscaled control model and PyTorch's scaler."""
 
+import functools
 import math
 
 import pytest
@@ -174,3 +175,39 @@ def test_sparse_gradients_are_unscaled():
     scaler.scale(embedding(torch.tensor([1, 1, 2])).sum()).backward()
     scaler.step(optimizer)
     assert embedding.weight.flatten().tolist() == [0.0, -2.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize("shared", ["optimizers", "twice in a group", "one optimizer twice"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("hook", [None, lambda: None])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_gradient_that_is_applied_twice_is_unscaled_and_measured_once(shared, fused, hook):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    make = functools.partial(torch.optim.SGD, lr=0.1, fused=fused)
+    if shared == "optimizers":
+        optimizers = [make([weight]), make([weight])]
+    else:
+        optimizers = [make([weight, weight] if shared == "twice in a group" else [weight])]
+        optimizers *= 2 if shared == "one optimizer twice" else 1
+    scaler = LossScaler(64.0)
+    scaler.scale((3.0 * weight).sum()).backward()
+    verdict = scaler.step(*optimizers, before=hook)
+    assert verdict.grad_norm.item() == pytest.approx(math.sqrt(18.0))
+    torch.testing.assert_close(weight.detach(), torch.tensor([1.0, 2.0]) - 2 * 3.0 * 0.1)
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, math.nan, "1"])
+def test_a_norm_that_is_no_limit_is_refused_and_the_step_can_be_made(limit):
+    model, optimizer, scaler = setup()
+    before = model.weight.detach().clone()
+    scaler.scale(model(torch.ones(1, model.in_features)).sum()).backward()
+    with pytest.raises(ConfigError, match=f"max_grad_norm={limit!r}.*None or a number above 0"):
+        scaler.step(optimizer, max_grad_norm=limit)
+    assert torch.equal(model.weight, before)
+    assert scaler.step(optimizer, max_grad_norm=math.inf).status == "applied"
+    assert model.weight.isfinite().all()
+
+
+def test_a_loss_that_is_a_number_is_refused():
+    with pytest.raises(ConfigError, match=r"scale\(3\.0\).*before \.item\(\)"):
+        LossScaler(8.0).scale(3.0)

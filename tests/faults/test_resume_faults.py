@@ -249,12 +249,29 @@ def test_f13_every_loss_scale_policy_continues(folder, policy):
     assert_same(state(expected), state(resumed))
 
 
+class Whitened(torch.optim.Optimizer):
+    """Keeps a matrix for each dimension of a parameter, as Shampoo does."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            grad, state = parameter.grad.reshape(len(parameter), -1), self.state[parameter]
+            state["left"] = state.get("left", 0.0) + grad @ grad.T
+            state["right"] = state.get("right", 0.0) + grad.T @ grad
+            parameter -= 0.01 * torch.tanh(state["left"] @ grad @ state["right"]).view_as(parameter)
+
+
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True),
     "fused": lambda params: torch.optim.AdamW(params, lr=0.02, fused=True, amsgrad=True),
     "nadam": lambda params: torch.optim.NAdam(params, lr=0.02),
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.02),
     "asgd": lambda params: torch.optim.ASGD(params, lr=0.02),
+    "adafactor": lambda params: torch.optim.Adafactor(params, lr=0.02),
+    "matrices": Whitened,
     "groups": lambda params: torch.optim.AdamW([{"params": p, "lr": 0.01 * (i + 1)} for i, p in enumerate(params)]),
     "tensor lr": lambda params: torch.optim.AdamW(params, lr=torch.tensor(0.02)),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from deepseek_mp import Callback, LossScalePolicy, MixedPrecisionTrainer, backends
+from deepseek_mp import nn as nn_of_package
 from deepseek_mp.errors import CheckpointError, ConfigError, LoaderError
 from deepseek_mp.records import read_run
 from deepseek_mp.trainer.checkpoint import read_checkpoint, write_checkpoint
@@ -124,6 +128,42 @@ def test_accumulation_counts_the_labels_that_the_loss_module_counts(ignored):
     parts.step((inputs[4:], target[4:]))
     for name, value in weights(whole.model).items():
         torch.testing.assert_close(parts.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_accumulation_and_evaluation_weigh_classes_as_the_loss_module_does(loss):
+    loss_fn = loss(torch.tensor([1.0, 20.0]))
+    inputs = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    target = torch.tensor([0, 0, 0, 0, 1, 1, 1, -100, -100])
+    whole, parts = (
+        trainer_of(linear(), loss_fn=loss_fn),
+        trainer_of(linear(), loss_fn=loss_fn, gradient_accumulation_steps=3),
+    )
+    split = [(inputs[i : i + 3], target[i : i + 3]) for i in (0, 3, 6)]
+    split[2] = inputs[7:], target[7:]  # nothing that counts
+    split[1] = inputs[3:7], target[3:7]
+    alone = whole.evaluate([(inputs, target)])["loss"]
+    assert whole.evaluate(split)["loss"] == pytest.approx(alone, rel=1e-6)
+    whole.step((inputs, target))
+    results = [parts.step(batch) for batch in split]
+    assert results[-1].status == "applied"
+    assert results[-1].loss == pytest.approx(alone, rel=1e-6)
+    for name, value in weights(whole.model).items():
+        torch.testing.assert_close(weights(parts.model)[name], value)
+
+
+@pytest.mark.parametrize("loss_fn", [None, nn.MSELoss(), F.mse_loss])
+def test_sequences_of_different_lengths_count_by_their_elements(loss_fn):
+    def net():
+        torch.manual_seed(0)
+        return nn.Linear(4, 2)
+
+    parts = trainer_of(net(), loss_fn=loss_fn, gradient_accumulation_steps=2)
+    split = [(torch.randn(2, length, 4), torch.randn(2, length, 2)) for length in (1, 7)]
+    flat = [torch.cat([part.flatten(0, 1) for part in column]) for column in zip(*split, strict=True)]
+    whole = F.mse_loss(net()(flat[0]), flat[1]).item()
+    assert parts.evaluate(split)["loss"] == pytest.approx(whole)
+    assert [parts.step(batch) for batch in split][-1].loss == pytest.approx(whole)
 
 
 def test_metrics_and_loaders_compute_outside_of_the_region():
@@ -306,3 +346,41 @@ def test_workers_that_are_kept_are_warned_of(caplog):
     with caplog.at_level("WARNING", "deepseek_mp"):
         trainer_of(linear()).fit(loader, epochs=1)
     assert "keeps its workers" in caplog.text
+
+
+def wide():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+
+
+@pytest.mark.parametrize(("mode", "other"), [("fp8", "fp32"), ("fp32", "fp8"), ("bf16", None)])
+def test_a_model_that_others_converted_is_not_trained_in_a_precision_that_its_trainer_does_not_have(mode, other):
+    trainer, alone = (trainer_of(wide(), mode, emulate=True) for _ in range(2))
+    alone.step(batches(1)[0])
+    if other is None:
+        nn_of_package.revert(trainer.model)
+    else:
+        trainer_of(trainer.model, other, emulate=True)
+    before = weights(trainer.model)
+    with pytest.raises(ConfigError, match=rf"has (plan {other or '.*'}|no plan|plan row) in force now, not plan "):
+        trainer.step(batches(1)[0])
+    assert_equal(before, weights(trainer.model))
+    trainer.change_plan(trainer.plan)
+    trainer.step(batches(1)[0])
+    assert_equal(weights(alone.model), weights(trainer.model))
+
+
+def test_two_trainers_of_one_precision_train_one_model_in_turn():
+    model, alone = wide(), trainer_of(wide(), "fp8", emulate=True)
+    pair = [trainer_of(model, "fp8", emulate=True) for _ in range(2)]
+    for index, batch in enumerate(batches(4)):
+        alone.step(batch)
+        pair[index % 2].step(batch)
+    assert_equal(weights(alone.model), weights(model))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_of_a_trainer_is_refused_with_what_to_do_instead(copied):
+    trainer = trainer_of(linear(), "bf16")
+    with pytest.raises(ConfigError, match=r"a copy of a trainer.*Copy trainer\.model, or call trainer\.save"):
+        copied(trainer)

@@ -134,6 +134,12 @@ def test_a_loss_function_may_count_its_items(count: int | Tensor) -> None:
     assert result.items is count
 
 
+def test_a_loss_that_weighs_classes_counts_labels_by_their_weight() -> None:
+    loss = nn.CrossEntropyLoss(torch.tensor([3.0, 6.0, 0.0]))
+    assert float(run(Model(), parse_batch((X, LABELS)), loss).items) == 3.0
+    assert run(Model(), parse_batch((X, Y.softmax(1))), loss).items == 4
+
+
 @pytest.mark.parametrize("second", [1.5, True, -1, torch.ones(2), None])
 def test_a_wrong_count_is_refused(second: Any) -> None:
     with pytest.raises(BatchError, match=r"loss_fn returned a tuple of tuple of 2.*number of items"):

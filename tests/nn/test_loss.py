@@ -2,11 +2,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepseek_mp.errors import BatchError
-from deepseek_mp.nn.loss import check_loss, infer_loss
+from deepseek_mp.nn.loss import averages_elements, check_loss, class_weights, infer_loss, weigh_labels
 
 
 def _infer(output: Tensor, target: Tensor) -> tuple[str, Tensor, int]:
@@ -130,3 +130,34 @@ def test_a_loss_that_cannot_be_trained_on_is_refused(loss: Any, advice: str) -> 
 def test_without_gradients_a_detached_loss_is_fine() -> None:
     with torch.no_grad():
         assert check_loss(torch.tensor(0.5)) == 0.5
+
+
+def test_losses_of_pytorch_that_average_over_class_weights_are_known() -> None:
+    weight = torch.tensor([1.0, 2.0])
+    for loss in (nn.CrossEntropyLoss(weight), nn.NLLLoss(weight)):
+        assert class_weights(loss) is loss.weight
+    other = type("Focal", (nn.CrossEntropyLoss,), {})
+    for unknown in (
+        nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight, reduction="sum"), nn.BCEWithLogitsLoss(weight),
+        other(weight), F.cross_entropy, None,
+    ):  # fmt: skip
+        assert class_weights(unknown) is None
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-6])
+@pytest.mark.parametrize("ignored", [-100, 255, 0])
+def test_labels_count_by_the_weight_of_their_class_in_parts_of_the_mean(unit: float, ignored: int) -> None:
+    weight = torch.tensor([1.0, 6.0, 2.0]) * unit
+    found = weigh_labels(torch.tensor([[1, ignored], [2, 1]]), weight, ignored)
+    assert float(found) == pytest.approx(14 / 3)
+    nothing = weigh_labels(torch.full((2,), ignored), weight, ignored)
+    assert type(nothing) is int
+    assert nothing == 0
+
+
+def test_losses_of_pytorch_that_average_over_elements_are_known() -> None:
+    for known in (nn.MSELoss(), nn.BCEWithLogitsLoss(), F.l1_loss):
+        assert averages_elements(known)
+    other = type("Mine", (nn.MSELoss,), {})
+    for unknown in (nn.MSELoss(reduction="sum"), other(), nn.CrossEntropyLoss(), F.cross_entropy, None):
+        assert not averages_elements(unknown)

@@ -1,5 +1,8 @@
 import copy
+import io
+import pickle
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,10 +21,22 @@ def test_fp32_needs_no_mark_and_bf16_does():
     assert storage_of(torch.ones(1, dtype=torch.float16)) is None
 
 
-def test_a_mark_does_not_outlive_the_dtype_nor_go_along_with_a_copy():
+def saved_and_loaded(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+COPIES = [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value)), saved_and_loaded]
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "file"])
+def test_a_mark_does_not_outlive_the_dtype_nor_go_along_with_a_copy(copied):
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     mark_storage(weight, StorageFormat.BF16_SR)
-    assert storage_of(copy.deepcopy(weight)) is None
+    assert storage_of(copied(weight)) is None
+    assert storage_of(weight) is StorageFormat.BF16_SR
     weight.data = weight.data.half()
     assert storage_of(weight) is None
 

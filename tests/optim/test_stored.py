@@ -1,5 +1,6 @@
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -73,12 +74,14 @@ def test_resume_has_the_same_bits(net, train):
     assert same(everything(model, optimizer), everything(resumed, again))
 
 
-def test_a_copy_of_model_and_optimizer_trains_on(net, train):
+@pytest.mark.parametrize("of", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
+def test_a_copy_of_model_and_optimizer_trains_on(net, train, of):
     model = net(torch.bfloat16)
     optimizer = AdamW(model.parameters(), storage="bf16_sr")
     train(model, optimizer, 3)
-    other, copied = copy.deepcopy((model, optimizer))
+    other, copied = of((model, optimizer))
     assert [copied.storage(p) for p in other.parameters()] == [StorageFormat.BF16_SR] * 4
+    assert [p.grad_dtype for p in other.parameters()] == [torch.float32] * 4
     train(model, optimizer, 3, start=3)
     train(other, copied, 3, start=3)
     assert same(everything(model, optimizer), everything(other, copied))

@@ -130,6 +130,33 @@ def test_a_batch_without_a_finite_loss_is_left_out_and_named(batches):
         PrecisionProfiler(model).analyze([bad])
 
 
+@pytest.mark.parametrize("loss_fn", [None, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.ones(3))])
+def test_batches_with_nothing_in_them_do_not_lower_the_means_and_are_named(loss_fn):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    good = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    empty, masked = (good[0][:0], good[1][:0]), (good[0], torch.full_like(good[1], -100))
+    profiler = PrecisionProfiler(model, loss_fn=loss_fn, recipes=["bf16"])
+    alone = profiler.analyze([good], time_layers=False)
+    among = profiler.analyze([empty, good, masked], time_layers=False)
+    assert among.skipped == ("batch 0: it has no samples", "batch 2: none of its items counts")
+    assert (among.batches, among.loss) == (1, alone.loss)
+    assert among["0"]["bf16_loss"] == alone["0"]["bf16_loss"]
+    with pytest.raises(ConfigError, match="no batch to profile: batch 0: it has no samples"):
+        profiler.analyze([empty], time_layers=False)
+
+
+def test_a_model_with_sparse_gradients_is_profiled_as_the_same_with_dense_ones(batches):
+    def profiled(sparse):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(32, 16, sparse=sparse), nn.Linear(16, 32))
+        return PrecisionProfiler(model, recipes=["bf16"]).analyze(batches[:2], time_layers=False)
+
+    sparse, dense = profiled(True), profiled(False)
+    assert sparse["1"]["bf16_loss"] == dense["1"]["bf16_loss"] > 0
+    assert sparse.skipped == ()
+
+
 def test_a_layer_the_loss_does_not_depend_on_is_named(batches):
     class Model(nn.Module):
         def __init__(self):

@@ -119,6 +119,7 @@ OPTIMIZERS = {
     "no state": (torch.optim.SGD, {}),
     "rprop": (torch.optim.Rprop, {}),
     "adadelta": (torch.optim.Adadelta, {}),
+    "means of rows": (torch.optim.Adafactor, {}),
 }
 
 
@@ -132,7 +133,7 @@ def test_an_optimizer_continues_exactly_as_it_would_have(kind):
     other, fresh = trained(make, steps=0, **options)
     fresh.param_groups[0]["lr"] = 7.0
     state.load_model(other, {name: t.clone() for name, t in state.model_tensors(model).items()}, {})
-    state.check_optimizer(other, fresh, tensors, values)
+    state.check_optimizer(other, fresh, values)
     state.load_optimizer(other, fresh, tensors, values)
     assert fresh.param_groups[0]["lr"] == 0.1
     if "betas" in fresh.param_groups[0]:
@@ -158,7 +159,7 @@ def test_the_order_of_parameters_does_not_matter():
     tensors, values = state.optimizer_state(model, optimizer)
     other = Net()
     backwards = torch.optim.AdamW(list(other.parameters())[::-1], lr=0.1)
-    state.check_optimizer(other, backwards, tensors, values)
+    state.check_optimizer(other, backwards, values)
     state.load_optimizer(other, backwards, tensors, values)
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(optimizer.state[a]["exp_avg"], backwards.state[b]["exp_avg"]), name
@@ -212,41 +213,33 @@ def test_a_learning_rate_in_a_tensor_stays_one():
 @pytest.mark.parametrize("kind", [AdamW, OffloadedOptimizer])
 def test_options_that_the_optimizer_here_would_pass_over_are_refused(kind, option):
     model, optimizer = trained(**{option: True})
-    tensors, values = state.optimizer_state(model, optimizer)
-    state.check_optimizer(model, torch.optim.AdamW(model.parameters()), tensors, values)
+    _, values = state.optimizer_state(model, optimizer)
+    state.check_optimizer(model, torch.optim.AdamW(model.parameters()), values)
     with pytest.raises(CheckpointError, match=option):
-        state.check_optimizer(model, kind(model.parameters(), lr=0.1), tensors, values)
+        state.check_optimizer(model, kind(model.parameters(), lr=0.1), values)
 
 
 def test_another_kind_of_optimizer_is_refused():
     model, optimizer = trained()
-    tensors, values = state.optimizer_state(model, optimizer)
+    _, values = state.optimizer_state(model, optimizer)
     with pytest.raises(CheckpointError, match="optimizer AdamW, but the one here has SGD"):
-        state.check_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1), tensors, values)
+        state.check_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1), values)
 
 
 def test_other_groups_are_refused_by_the_names_that_differ():
     model, optimizer = trained()
-    tensors, values = state.optimizer_state(model, optimizer)
+    _, values = state.optimizer_state(model, optimizer)
     params = list(model.parameters())
     split = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}])
     message = r"groups \['conv\.bias', .*\] in group 0, but the one here has \['scale'\]"
     with pytest.raises(CheckpointError, match=message):
-        state.check_optimizer(model, split, tensors, values)
+        state.check_optimizer(model, split, values)
     fewer = torch.optim.AdamW(params[1:])
     with pytest.raises(CheckpointError, match=r"'scale'\] in group 0, but"):
-        state.check_optimizer(model, fewer, tensors, values)
+        state.check_optimizer(model, fewer, values)
     more = torch.optim.AdamW([{"params": params}, {"params": [nn.Parameter(torch.ones(1))]}])
     with pytest.raises(CheckpointError, match=r"\[\] in group 1, but the one here has \['optimizer\.1\.0'\]"):
-        state.check_optimizer(model, more, tensors, values)
-
-
-def test_a_state_of_another_shape_is_refused():
-    model, optimizer = trained()
-    tensors, values = state.optimizer_state(model, optimizer)
-    tensors["conv.bias/exp_avg"] = torch.zeros(5)
-    with pytest.raises(CheckpointError, match=r"optimizer state conv\.bias/exp_avg of shape \(5,\), .* has \(4,\)"):
-        state.check_optimizer(model, optimizer, tensors, values)
+        state.check_optimizer(model, more, values)
 
 
 def test_parameters_outside_the_model_are_found_by_position():
