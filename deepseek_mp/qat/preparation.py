@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from deepseek_mp.backends.exporting_flags import fp32_flags_left_alone
 from deepseek_mp.errors import ConfigError, explain, first_line
 from deepseek_mp.nn import revert
+from deepseek_mp.nn.checks import check_model
 from deepseek_mp.nn.nested import first_tensor, map_leaves, tensors
 from deepseek_mp.precision import Decision, PrecisionPlan
 from deepseek_mp.programs.exporter_error import reason
@@ -111,7 +112,8 @@ def all_finite(tree: Any) -> bool:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the model; `ConfigError` where Python cannot make one."""
+    """A copy that shares nothing with the model; `ConfigError` where Python cannot make one, or its layers wait."""
+    check_model(model)
     try:
         return deepcopy(model)
     except (RuntimeError, TypeError) as error:

@@ -142,6 +142,12 @@ def test_a_model_that_cannot_be_copied_is_refused():
         prepare(model, X)
 
 
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.LazyBatchNorm1d()])
+def test_a_model_that_waits_for_its_first_batch_is_refused(layer):
+    with pytest.raises(ConfigError, match="'0' has parameters without a shape yet"):
+        prepare(nn.Sequential(layer), X)
+
+
 def test_a_model_elsewhere_is_refused():
     with pytest.raises(ConfigError, match="a model or example_inputs on meta"):
         prepare(linear().to("meta"), X)
