@@ -92,13 +92,8 @@ def optimize_for_inference(
         ConfigError: an argument that is not allowed, a metric that gives no number or is not 0 for equal outputs, a
             model that cannot be copied, or outputs that are not finite.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(explain(f"a model of type {type(model).__name__}", "an nn.Module", "Pass one"))
     check_nesting(example_inputs, "example inputs")
-    if progress is not None and not callable(progress):
-        passed, allowed = f"progress={progress!r}", "None, or a function of what is done and its share"
-        raise ConfigError(explain(passed, allowed, "Pass print, or a function of your own"))
-    _check(budget, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
+    _check(model, budget, progress, seconds=seconds, energy_seconds=energy_seconds, layer_seconds=layer_seconds)
     judge = find_metric(metric)
     tensor = first_tensor(example_inputs)
     device = _device_of(model, tensor)
@@ -293,7 +288,12 @@ def _outputs(served: Served, inputs: Any) -> Any:
     return outputs
 
 
-def _check(budget: float, **times: float) -> None:
+def _check(model: object, budget: float, progress: object, **times: float) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(explain(f"a model of type {type(model).__name__}", "an nn.Module", "Pass one"))
+    if progress is not None and not callable(progress):
+        passed, allowed = f"progress={progress!r}", "None, or a function of what is done and its share"
+        raise ConfigError(explain(passed, allowed, "Pass print, or a function of your own"))
     if not (isinstance(budget, Real) and budget >= 0):
         raise ConfigError(explain(f"budget={budget!r}", "a number from 0", "Pass the largest metric that you allow"))
     for name, value in times.items():
