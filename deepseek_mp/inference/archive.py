@@ -226,15 +226,19 @@ def as_program(served: Served, example_inputs: Any, dynamic: Sequence[int], *, w
         raise ConfigError(explain(passed, allowed, "Pass example_inputs"))
     check_nesting(given, "example inputs")
     args, kwargs = ((), given) if isinstance(given, Mapping) else (given if isinstance(given, tuple) else (given,), {})
-    layers = {name: layer for name, layer in served.named_modules() if isinstance(layer, QuantisedLinear)}
-    portable = {name: layer.portable() for name, layer in layers.items()}
-    with EXPORTING, arithmetic(served.device), in_place(served, portable):
+    with EXPORTING, arithmetic(served.device), in_place(served, _portable(served)):
         made = exported(_Whole(served), args, kwargs, dynamic=dynamic, kept=served.kept_state)
         if not widen:
             return made
         check_operations(made.program)
         wide = widened(made.program)
         return exported(wide, args, kwargs, dynamic=dynamic, kept=lambda: kept_state(wide))
+
+
+def _portable(served: Served) -> dict[str, nn.Module]:
+    """The layers of other kinds by their reference; not while another thread has such in their place."""
+    layers = {name: layer for name, layer in served.named_modules() if isinstance(layer, QuantisedLinear)}
+    return {name: layer.portable() for name, layer in layers.items()}
 
 
 class _Whole(nn.Module):

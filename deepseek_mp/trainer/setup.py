@@ -193,10 +193,6 @@ def make_scaler(
     return LossScaler(policy, device=device)
 
 
-LARGEST_SEED = 2**64 - 1
-"""That PyTorch's generators take."""
-
-
 def seed_everything(seed: int | None) -> None:
     """Seed the generators of Python, PyTorch and, if it is loaded, NumPy."""
     if seed is None:

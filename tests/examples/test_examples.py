@@ -25,7 +25,7 @@ PROMISES = {
         r"fp32 +0?\.?\d",
         r"taken: \S+, divergence \d\S* of 0\.001 nats",
         r"the same bits for 5 images: True",
-        r"inputs: \['args'\]\[0\] float32 \[s\d+, 3, 8, 8\]; s\d+ from 1\n",
+        r"inputs: args\[0\] float32 \[s\d+, 3, 8, 8\]; s\d+ from 1\n",
         r"model\.hidden\.q: int8\nmodel\.head\.weight: bf16",
     ],
     "own_loop.py": [
