@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from typing import Any
 from weakref import WeakSet
 
@@ -258,7 +259,9 @@ class LossScaler:
 
 def _check_limit(max_grad_norm: object) -> None:
     """`ConfigError` for what would make every gradient zero or NaN, or clip none."""
-    if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
+    if isinstance(max_grad_norm, Tensor) and max_grad_norm.dim() == 0:
+        return  # reading it would wait for the device
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and float(max_grad_norm) > 0):
         passed, change = f"max_grad_norm={max_grad_norm!r}", "Pass for example 1.0"
         raise ConfigError(explain(passed, "None or a number above 0", change))
 

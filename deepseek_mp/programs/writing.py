@@ -14,7 +14,7 @@ from deepseek_mp.records.durable import beside, sync_directory
 
 def as_path(path: Any) -> Path:
     """The path; `ConfigError` for what names none."""
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         passed = f"path={path!r} of type {type(path).__name__}"
         raise ConfigError(explain(passed, "text or a Path", "Name a file"))
     return Path(path)

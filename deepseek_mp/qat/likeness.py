@@ -61,8 +61,10 @@ def observe_example(model: nn.Module, simulated: SimulatedModel) -> bool:
     return alike
 
 
-def does_the_same(model: nn.Module, simulated: SimulatedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the prepared model gives what the original gives in evaluation; not where one of them fails.
+def does_the_same(
+    model: nn.Module, simulated: SimulatedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool | None:
+    """Whether the prepared model gives what the original gives in evaluation; None where both fail.
 
     Args:
         model: the original, in evaluation.
@@ -70,16 +72,21 @@ def does_the_same(model: nn.Module, simulated: SimulatedModel, args: tuple[Any, 
         args: of the call.
         kwargs: the others.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the model and of operations, about sizes that nobody passed
-            (expected, _), (found, _) = (
-                _run(called, module, simulated, _copies((args, kwargs)), observed=False)
-                for called, module in ((model, model), (simulated.unchecked, simulated.graph))
-            )
-    except Exception:  # noqa: BLE001 - the model's code may raise anything, and operations do for sizes
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the model and of operations, about sizes that nobody passed
+        expected = _tried(model, model, simulated, (args, kwargs))
+        found = _tried(simulated.unchecked, simulated.graph, simulated, (args, kwargs))
+    if expected is None or found is None:
+        return None if expected is found else False
     return _alike(found, expected, exactly=True)
+
+
+def _tried(called: Callable[..., Any], module: nn.Module, simulated: SimulatedModel, call: Any) -> list[Tensor] | None:
+    """The outputs, None where it fails."""
+    try:
+        return _run(called, module, simulated, _copies(call), observed=False)[0]
+    except Exception:  # noqa: BLE001 - the model's code may raise anything, and operations do for sizes
+        return None
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from deepseek_mp.qat.norms import (
     put_back_settings,
     without_statistics_hidden,
 )
+from deepseek_mp.qat.other_dimensions import with_free_dimensions
 from deepseek_mp.qat.regions import inline_regions
 from deepseek_mp.qat.simulated import SimulatedModel
 from deepseek_mp.qat.size_conditions import asked_by
@@ -92,7 +93,9 @@ def prepare(
     if alike:
         same = partial(does_the_same, copy, simulated)
         with simulated.kept_ranges(), nothing_is_zero(copy):  # whose parameters the graph shares
-            simulated.sizes = sizes.without_idle((args, kwargs), free_inputs(program, args, kwargs), same)
+            free = free_inputs(program, args, kwargs)
+            sizes = sizes.without_idle((args, kwargs), free, same)
+            simulated.sizes = with_free_dimensions(sizes, (args, kwargs), free, same)
     return simulated
 
 

@@ -82,7 +82,7 @@ class SizeConditions:
         self,
         example: tuple[tuple[Any, ...], dict[str, Any]],
         free: Mapping[int, int],
-        same: Callable[[tuple[Any, ...], dict[str, Any]], bool],
+        same: Callable[[tuple[Any, ...], dict[str, Any]], bool | None],
     ) -> SizeConditions:
         """Those that make a difference at a size that is tried, and those that no such size breaks.
 
@@ -92,7 +92,7 @@ class SizeConditions:
                 and all of them to one size and in proportion.
             same: whether model and graph do the same with some arguments and keyword arguments.
         """
-        own = {f"t{index}_{dim}": size for index, dim, size in _all_sizes(pytree.tree_leaves(example))}
+        own = {f"t{index}_{dim}": size for index, dim, size in all_sizes(pytree.tree_leaves(example))}
         unasked = [f"t{index}_0 != {size}" for index in free for size in UNASKED]
         asked = tuple(dict.fromkeys((*self.conditions, *unasked)))
         refused: list[frozenset[str]] = []
@@ -148,7 +148,7 @@ class SizeConditions:
 
     def _sizes(self, found: Mapping[str, Any]) -> dict[str, int]:
         leaves = [found.get(path) for path in self.places]
-        return {f"t{index}_{dim}": size for index, dim, size in _all_sizes(leaves)}
+        return {f"t{index}_{dim}": size for index, dim, size in all_sizes(leaves)}
 
 
 def asked_by(
@@ -246,7 +246,8 @@ def _resized(example: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], d
     return args, kwargs
 
 
-def _all_sizes(leaves: list[Any]) -> Iterator[tuple[int, int, int]]:
+def all_sizes(leaves: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """Of the tensors among them: the index, and each dimension with its size."""
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             yield from ((index, dim, size) for dim, size in enumerate(leaf.shape))

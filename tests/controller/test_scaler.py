@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,6 +207,15 @@ def test_a_norm_that_is_no_limit_is_refused_and_the_step_can_be_made(limit):
     assert torch.equal(model.weight, before)
     assert scaler.step(optimizer, max_grad_norm=math.inf).status == "applied"
     assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("limit", [1, 1.0, np.float32(1), torch.tensor(1.0)])
+def test_a_limit_may_be_a_number_of_any_type_or_a_tensor(limit):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    scaler = LossScaler(8.0)
+    scaler.scale((weight * torch.tensor([30.0, 40.0])).sum()).backward()
+    assert scaler.step(torch.optim.SGD([weight], lr=1.0), max_grad_norm=limit).status == "applied"
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
 
 
 def test_a_loss_that_is_a_number_is_refused():

@@ -67,6 +67,22 @@ def test_what_names_no_path_is_refused(path):
         checked(path)
 
 
+class Named:
+    """A path of another library."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return self.path
+
+
+def test_paths_of_other_libraries_are_taken(tmp_path):
+    assert checked(Named(str(tmp_path / "a"))) == tmp_path / "a"
+    with pytest.raises(ConfigError, match=r"path=.* of type Named\. Allowed: text or a Path"):
+        checked(Named(b"a"))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
 def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "pipe")
