@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -39,7 +40,9 @@ class Leaf:
 
     def is_value(self, value: Any) -> bool:
         """Whether it is the value that the graph has in it."""
-        return type(value) is type(self.value) and bool(value == self.value)
+        if type(value) is not type(self.value):
+            return False
+        return bool(value == self.value) or (isinstance(value, float) and math.isnan(value) and math.isnan(self.value))
 
 
 @dataclass(frozen=True, kw_only=True)

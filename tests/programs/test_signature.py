@@ -51,6 +51,13 @@ def test_what_does_not_fit_is_refused_with_what_is_allowed(given, match):
         SIGNATURE.check(*given)
 
 
+@pytest.mark.parametrize("value", [2, 2.0, float("nan"), None, "mean", True])
+def test_a_value_is_of_the_same_type_and_may_be_nan(value):
+    leaf = Leaf(where="['scale']", value=value)
+    assert leaf.is_value(value)
+    assert not any(leaf.is_value(other) for other in (1, 1.0, 3.0, "sum", False, torch.tensor(2.0)))
+
+
 def test_a_fixed_size_says_why():
     fixed = Signature(
         leaves=(Leaf(where="['args'][0]", dtype="float32", shape=(4,)),), ranges={}, fixed_because="It asks."
