@@ -426,25 +426,3 @@ def test_labels_that_the_model_takes_by_place_come_by_name_too():
     assert simulated.sizes.takes("labels")
     assert not simulated.sizes.takes("input")
     assert near(simulated(x=x, labels=labels), model(x, labels))
-
-
-class Divides(nn.Module):
-    """A mean, whose divisor the graph has from the example."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.layer(x).sum(1) / x.shape[1]
-
-
-@pytest.mark.parametrize("other", [torch.zeros(4, 7, 8), torch.zeros(4, 8), torch.zeros(4, 5, 8, 8), None])
-def test_sizes_that_are_part_of_the_graph_cannot_change(other):
-    torch.manual_seed(0)
-    model, x = Divides().eval(), torch.randn(4, 5, 8)
-    simulated = prepare(model, x)
-    for form in (simulated, FloatingModel(simulated, torch.float32)):
-        with pytest.raises(BatchError, match=r"input x, .*\. Allowed: x with sizes \[any, 5, 8\]\. Pass"):
-            form(other)
-    assert near(simulated(x[:3]), model(x[:3]))
