@@ -195,11 +195,9 @@ def _shape(example: Tensor, free: bool) -> tuple[int | None, ...]:
 
 def _has_shape(value: Any, shape: tuple[int | None, ...]) -> bool:
     found = value.shape if isinstance(value, Tensor) else None
-    return found is not None and len(found) == len(shape) and all(map(_is_size, found, shape))
-
-
-def _is_size(found: int, size: int | None) -> bool:
-    return size is None or found == size
+    if found is None or len(found) != len(shape):
+        return False
+    return all(size in (None, one) for size, one in zip(shape, found, strict=True))
 
 
 def _parameter(path: str) -> str:
